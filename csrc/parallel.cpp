@@ -1,0 +1,91 @@
+#include "parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <dlfcn.h>
+#include <stdexcept>
+
+namespace offpath {
+namespace {
+
+// The entry point that `#pragma omp parallel` compiles to. It is looked up instead of linked: a wheel of torch may
+// carry its runtime under another file name, and linking would then load a second runtime whose threads spin
+// beside torch's.
+using GompParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
+
+GompParallel gomp_parallel = nullptr;
+
+// Several blocks a thread, so that one late thread delays the end by a fraction of its share.
+constexpr int64_t blocks_per_thread = 8;
+
+struct Loop {
+    int64_t count;
+    void (*run)(const void *, int64_t);
+    const void *context;
+    std::atomic<int64_t> next{0};
+
+    static void work(void *data) {
+        Loop &loop = *static_cast<Loop *>(data);
+        for (int64_t i; (i = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.count;)
+            loop.run(loop.context, i);
+    }
+};
+
+} // namespace
+
+void find_pool() {
+    gomp_parallel = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    if (!gomp_parallel)
+        throw std::runtime_error("no OpenMP runtime is loaded in this process; import torch before offpath's module");
+}
+
+std::string pool_library() {
+    Dl_info info;
+    return dladdr(reinterpret_cast<void *>(gomp_parallel), &info) && info.dli_fname ? info.dli_fname : "";
+}
+
+void parallel_for(int64_t count, int threads, void (*run)(const void *, int64_t), const void *context) {
+    Loop loop{count, run, context};
+    if (threads <= 1 || count <= 1)
+        Loop::work(&loop);
+    else
+        gomp_parallel(&Loop::work, &loop, static_cast<unsigned>(std::min<int64_t>(threads, count)), 0);
+}
+
+Blocks::Blocks(const Csr &csr, int64_t batch, int64_t batch_quantum, int threads)
+    : csr(csr), batch(batch), batch_step(batch), batch_blocks(1), row_blocks(1) {
+    const int64_t nnz = csr.crow_indices[csr.rows];
+    if (threads <= 1 || csr.rows == 0 || (nnz + csr.rows) * batch < serial_work)
+        return;
+    const int64_t wanted = threads * blocks_per_thread;
+    if (batch_quantum > 0 && batch > batch_quantum) {
+        batch_step = batch_quantum;
+        batch_blocks = (batch + batch_quantum - 1) / batch_quantum;
+    }
+    row_blocks = std::min(csr.rows, std::max<int64_t>(threads, wanted / batch_blocks));
+}
+
+// First row of row block i: connections (plus one per row, so that empty rows count) are split evenly.
+int64_t Blocks::row_boundary(int64_t i) const {
+    if (i == row_blocks)
+        return csr.rows;
+    const int64_t work = csr.crow_indices[csr.rows] + csr.rows;
+    const int64_t target = work / row_blocks * i + work % row_blocks * i / row_blocks;
+    int64_t low = 0, high = csr.rows;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (csr.crow_indices[middle] + middle < target)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+Block Blocks::operator[](int64_t i) const {
+    // Neighbouring blocks share a strip of the batch, which then stays in cache.
+    const int64_t rows = i % row_blocks, strip = i / row_blocks;
+    return {row_boundary(rows), row_boundary(rows + 1), strip * batch_step, std::min(batch, (strip + 1) * batch_step)};
+}
+
+} // namespace offpath

@@ -1,0 +1,19 @@
+// Compiled once per ISA, with that ISA's flags. It exports one symbol: its table. No std::, no statics, no
+// allocation, no threads: whatever else it emitted could be linked into another ISA's path.
+#include "sddmm-inl.h"
+#include "spmm-inl.h"
+#include "table.h"
+
+#define OFFPATH_STRING_OF(x) #x
+#define OFFPATH_STRING(x) OFFPATH_STRING_OF(x)
+#define OFFPATH_JOIN_OF(a, b) a##b
+#define OFFPATH_JOIN(a, b) OFFPATH_JOIN_OF(a, b)
+
+extern "C" const offpath::KernelTable OFFPATH_JOIN(offpath_table_, OFFPATH_ISA);
+
+extern "C" const offpath::KernelTable OFFPATH_JOIN(offpath_table_, OFFPATH_ISA) = {
+    OFFPATH_STRING(OFFPATH_ISA),
+#define OFFPATH_KERNEL(op, suffix, T) op<T>,
+#include "kernels.def"
+#undef OFFPATH_KERNEL
+};

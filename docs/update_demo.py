@@ -1,0 +1,22 @@
+"""Put the numbers of the last `make demo` into docs/demo and the README (this is `make readme`)."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from offpath.studies.plots import race_figure, to_svg
+from offpath.studies.race import RaceResult
+from offpath.studies.tables import demo_block
+
+ROOT = Path(__file__).parent.parent
+MADE, KEPT = ROOT / "runs" / "demo" / "race.json", ROOT / "docs" / "demo"
+
+result = RaceResult.from_json(json.loads(MADE.read_text()))
+shutil.copyfile(MADE, KEPT / "race.json")
+(KEPT / "race.svg").write_text(to_svg(race_figure(result)))
+readme = ROOT / "README.md"
+marked = re.compile(r"(<!-- demo -->\n).*?(\n<!-- /demo -->)", re.S)
+readme.write_text(marked.sub(lambda m: m[1] + demo_block(result) + m[2], readme.read_text()))

@@ -1,0 +1,10 @@
+"""Dynamic, unstructured sparsity for PyTorch that pays on the hardware people own."""
+
+from importlib.metadata import version as _version
+
+from offpath import kernels as kernels, nn as nn, ops as ops, pattern as pattern
+from offpath.convert import densify as densify, sparsify as sparsify
+from offpath.nn import SparseLinear as SparseLinear
+from offpath.pattern import Pattern as Pattern
+
+__version__ = _version("offpath")

@@ -1,0 +1,42 @@
+"""What a backend is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class KernelError(ValueError):
+    """A kernel was asked for something that it does not compute; nothing was computed instead."""
+
+
+class Spmm(Protocol):
+    """y[r, :] = bias[r] + sum over row r's slots s of values[s] * x[col_indices[s], :], for x [in, batch]."""
+
+    def __call__(
+        self, crow_indices: Tensor, col_indices: Tensor, values: Tensor, x: Tensor, bias: Tensor | None = None
+    ) -> Tensor: ...
+
+
+class Sddmm(Protocol):
+    """dvalues[s] = <dy[r, :], x[col_indices[s], :]> for the slots s of row r, dy [out, batch], x [in, batch]."""
+
+    def __call__(self, crow_indices: Tensor, col_indices: Tensor, dy: Tensor, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of every product.
+
+    `name` is what `OFFPATH_BACKEND` and reports call it. `computes` says whether it has kernels for a device type
+    and dtype. The products expect a canonical pattern: whoever calls them has checked it.
+    """
+
+    name: str
+    computes: Callable[[str, torch.dtype], bool]
+    spmm: Spmm
+    sddmm: Sddmm

@@ -1,0 +1,42 @@
+"""The definition of every product in plain torch: any device, any floating dtype, differentiable by autograd.
+
+Slow and memory-hungry (nnz x batch) on purpose: short enough to be read as the definition. Kernels answer to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offpath.kernels.backend import Backend
+
+
+def spmm(crow_indices: Tensor, col_indices: Tensor, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y[r, :] = bias[r] + sum over row r's slots s of values[s] * x[col_indices[s], :].
+
+    >>> import torch
+    >>> crow_indices, col_indices = torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1])
+    >>> spmm(crow_indices, col_indices, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[1.0], [10.0], [100.0]]))
+    tensor([[201.],
+            [ 30.]])
+    """
+    products = values[:, None] * x[col_indices]
+    y = x.new_zeros(crow_indices.numel() - 1, x.shape[1]).index_add(0, _rows(crow_indices), products)
+    return y if bias is None else y + bias[:, None]
+
+
+def sddmm(crow_indices: Tensor, col_indices: Tensor, dy: Tensor, x: Tensor) -> Tensor:
+    """dvalues[s] = <dy[r, :], x[col_indices[s], :]> for the slots s of row r."""
+    return (dy[_rows(crow_indices)] * x[col_indices]).sum(1)
+
+
+def _rows(crow_indices: Tensor) -> Tensor:
+    rows = torch.arange(crow_indices.numel() - 1, device=crow_indices.device)
+    return rows.repeat_interleave(crow_indices.diff())
+
+
+def _computes(device_type: str, dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point
+
+
+BACKEND = Backend("reference", _computes, spmm, sddmm)

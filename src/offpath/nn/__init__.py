@@ -1,0 +1,3 @@
+"""Layers with sparse weights."""
+
+from offpath.nn.linear import SparseLinear as SparseLinear

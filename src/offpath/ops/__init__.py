@@ -1,0 +1,3 @@
+"""Where a pattern meets a kernel: `torch.library` ops with autograd."""
+
+from offpath.ops.sparse_linear import sparse_linear as sparse_linear

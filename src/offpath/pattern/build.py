@@ -1,0 +1,129 @@
+"""Ways to make a `Pattern`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offpath.pattern.pattern import INT32_MAX, Pattern, PatternError
+
+
+def from_csr(crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]) -> Pattern:
+    """The pattern of a CSR matrix of `shape`; integer index tensors of any width are converted to int32.
+
+    Raises `PatternError` for unsorted, duplicate or out-of-range columns and for 2^31 or more connections.
+
+    >>> import torch
+    >>> csr = torch.eye(3).to_sparse_csr()
+    >>> from_csr(csr.crow_indices(), csr.col_indices(), (3, 3))
+    Pattern(3 x 3, nnz=3, sparsity=0.6667)
+    """
+    return Pattern(shape, _to_int32("crow_indices", crow_indices), _to_int32("col_indices", col_indices))
+
+
+def from_mask(mask: Tensor) -> Pattern:
+    """The pattern of the true entries of a 2-D boolean mask.
+
+    Raises `PatternError` when `mask` is not 2-D boolean.
+
+    >>> import torch
+    >>> from_mask(torch.eye(4, dtype=torch.bool)).nnz
+    4
+    """
+    if mask.dim() != 2 or mask.dtype != torch.bool:
+        raise PatternError(f"expected a 2-D bool mask, got {mask.dtype} of shape {tuple(mask.shape)}")
+    positions = mask.contiguous().view(-1).nonzero().squeeze(1)
+    return from_positions(positions, (mask.shape[0], mask.shape[1]))
+
+
+def from_dense(weight: Tensor) -> Pattern:
+    """The pattern of the nonzeros of a 2-D matrix; NaN counts as a nonzero.
+
+    >>> import torch
+    >>> from_dense(torch.tensor([[0.0, 2.0], [-1.0, 0.0]])).col_indices.tolist()
+    [1, 0]
+    """
+    return from_mask(weight.detach() != 0)
+
+
+def full(shape: tuple[int, int], device: torch.device | str | None = None) -> Pattern:
+    """The pattern with every connection.
+
+    >>> full((2, 3)).sparsity
+    0.0
+    """
+    rows, columns = shape
+    if rows * columns > INT32_MAX:
+        raise PatternError(f"expected fewer than 2^31 connections, got {rows} x {columns}")
+    crow_indices = torch.arange(rows + 1, dtype=torch.int32, device=device) * columns
+    return Pattern(shape, crow_indices, torch.arange(columns, dtype=torch.int32, device=device).repeat(rows))
+
+
+def random(
+    shape: tuple[int, int],
+    nnz: int,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Pattern:
+    """A pattern of exactly `nnz` connections, every such pattern being equally likely.
+
+    Takes O(nnz + rows) memory whatever the shape. Drawn on the CPU and then moved, so that a seed gives the same
+    pattern on every device. Raises `PatternError` when `nnz` does not fit the shape.
+
+    >>> random((65536, 65536), nnz=1000).nnz
+    1000
+    """
+    positions = shape[0] * shape[1]
+    if not 0 <= nnz <= positions:
+        raise PatternError(f"expected nnz in [0, {positions}] for shape {shape}, got {nnz}")
+    if nnz > INT32_MAX:
+        raise PatternError(f"expected fewer than 2^31 connections, got {nnz}; split the layer")
+    if torch.device(device or "cpu").type == "meta":
+        crow_indices = torch.empty(shape[0] + 1, dtype=torch.int32, device=device)
+        return Pattern(shape, crow_indices, torch.empty(nnz, dtype=torch.int32, device=device))
+    if nnz <= positions // 2:
+        chosen = _distinct(positions, nnz, generator)
+    else:  # rejection would draw for ever near a full matrix; here the gaps are the few
+        present = torch.ones(positions, dtype=torch.bool)
+        present[_distinct(positions, positions - nnz, generator)] = False
+        chosen = present.nonzero().squeeze(1)
+    return from_positions(chosen, shape).to(device or "cpu")
+
+
+def from_positions(positions: Tensor, shape: tuple[int, int]) -> Pattern:
+    """The pattern of ascending, distinct row-major positions (int64) in a matrix of `shape`."""
+    rows, columns = shape
+    if positions.numel() > INT32_MAX:
+        raise PatternError(f"expected fewer than 2^31 connections, got {positions.numel()}; split the layer")
+    starts = torch.arange(rows + 1, dtype=torch.int64, device=positions.device) * columns
+    crow_indices = torch.searchsorted(positions, starts, out_int32=True)
+    return Pattern(shape, crow_indices, (positions % max(columns, 1)).int())
+
+
+def _distinct(upper: int, count: int, generator: torch.Generator | None) -> Tensor:
+    """`count` distinct integers below `upper`, ascending, every set equally likely; count <= upper / 2."""
+    chosen = torch.empty(0, dtype=torch.int64)
+    while chosen.numel() < count:
+        # A draw collides with probability <= 1/2, so a few rounds suffice.
+        missing = count - chosen.numel()
+        drawn = torch.randint(upper, (missing + missing // 8 + 16,), generator=generator)
+        chosen = torch.cat([chosen, drawn]).unique()
+    surplus = chosen.numel() - count
+    if surplus:
+        # Which ones go must not depend on their size, or large positions would be rarer.
+        keep = torch.ones(chosen.numel(), dtype=torch.bool)
+        keep[torch.randperm(chosen.numel(), generator=generator)[:surplus]] = False
+        chosen = chosen[keep]
+    return chosen
+
+
+def _to_int32(name: str, indices: Tensor) -> Tensor:
+    if indices.dtype == torch.int32:
+        return indices.contiguous()
+    if indices.dtype not in (torch.int8, torch.int16, torch.uint8, torch.int64):
+        raise PatternError(f"expected {name} to hold integers, got {indices.dtype}")
+    if indices.numel() and int(indices.max()) > INT32_MAX:
+        raise PatternError(f"expected {name} below 2^31, got {int(indices.max())}; split the layer")
+    if indices.numel() and int(indices.min()) < 0:
+        raise PatternError(f"expected {name} to be non-negative, got {int(indices.min())}")
+    return indices.int().contiguous()

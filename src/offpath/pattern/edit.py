@@ -1,0 +1,111 @@
+"""Changing a pattern: a new `Pattern`, and where every old value went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offpath.pattern.build import from_positions
+from offpath.pattern.pattern import Pattern, PatternError
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """The outcome of an edit.
+
+    `old_to_new` (int32 [old nnz]) holds the new slot of each old one, or -1 where the connection was dropped;
+    `new_to_old` (int32 [new nnz]) the old slot of each new one, or -1 where the connection was grown.
+    """
+
+    pattern: Pattern
+    old_to_new: Tensor
+    new_to_old: Tensor
+
+    def carry(self, slots: Tensor, fill: float = 0.0) -> Tensor:
+        """Move a tensor of one entry per old slot to the new slots; grown connections get `fill`.
+
+        Survivors keep their bits. Works for values and for any nnz-sized optimizer state.
+        Raises `PatternError` when `slots` does not have one entry per old slot.
+        """
+        if slots.shape != self.old_to_new.shape:
+            raise PatternError(
+                f"expected one entry for each of the {self.old_to_new.numel()} old slots, "
+                f"got shape {tuple(slots.shape)}"
+            )
+        carried = slots.new_full((self.new_to_old.numel(),), fill)
+        survivors = self.new_to_old >= 0
+        carried[survivors] = slots[self.new_to_old[survivors].long()]
+        return carried
+
+
+def edit(
+    pattern: Pattern,
+    drop: Tensor | None = None,
+    grow: tuple[Tensor, Tensor] | None = None,
+) -> Edit:
+    """Drop the slots `drop` and grow the connections at `grow = (rows, columns)`; O(nnz) memory.
+
+    `drop` holds distinct slots of `pattern`; the grown positions must be distinct and free once `drop` is done (a
+    dropped connection may be grown again: it then counts as new). Raises `PatternError` otherwise.
+
+    >>> import torch
+    >>> from offpath.pattern import from_mask
+    >>> before = from_mask(torch.tensor([[True, True, False], [False, True, False]]))
+    >>> change = edit(before, drop=torch.tensor([0]), grow=(torch.tensor([1]), torch.tensor([2])))
+    >>> change.pattern.to_mask().int().tolist()
+    [[0, 1, 0], [0, 1, 1]]
+    >>> change.old_to_new.tolist(), change.new_to_old.tolist()
+    ([-1, 0, 1], [1, 2, -1])
+    """
+    columns = pattern.shape[1]
+    positions = pattern.row_indices().long() * columns + pattern.col_indices
+    survives = torch.ones(pattern.nnz, dtype=torch.bool, device=pattern.device)
+    if drop is not None:
+        _check_drop(pattern, drop)
+        survives[drop.long()] = False
+    survivors = survives.nonzero().squeeze(1)
+    kept = positions[survivors]
+    grown = kept.new_empty(0) if grow is None else _grown_positions(pattern, kept, *grow)
+
+    # Both lists are sorted: an entry's new slot is its place in its own list plus those of the other before it.
+    kept_slots = torch.arange(kept.numel(), device=kept.device) + torch.searchsorted(grown, kept)
+    grown_slots = torch.arange(grown.numel(), device=kept.device) + torch.searchsorted(kept, grown)
+    merged = kept.new_empty(kept.numel() + grown.numel())
+    merged[kept_slots] = kept
+    merged[grown_slots] = grown
+    old_to_new = torch.full((pattern.nnz,), -1, dtype=torch.int32, device=kept.device)
+    old_to_new[survivors] = kept_slots.int()
+    new_to_old = torch.full((merged.numel(),), -1, dtype=torch.int32, device=kept.device)
+    new_to_old[kept_slots] = survivors.int()
+    return Edit(from_positions(merged, pattern.shape), old_to_new, new_to_old)
+
+
+def _check_drop(pattern: Pattern, drop: Tensor) -> None:
+    if drop.dim() != 1 or drop.dtype not in (torch.int32, torch.int64):
+        raise PatternError(f"expected drop to be a 1-D integer tensor of slots, got {drop.dtype} {tuple(drop.shape)}")
+    if drop.numel() and not (int(drop.min()) >= 0 and int(drop.max()) < pattern.nnz):
+        raise PatternError(f"expected slots in [0, {pattern.nnz}) to drop, got {int(drop.min())} to {int(drop.max())}")
+    if drop.unique().numel() != drop.numel():
+        raise PatternError("expected distinct slots to drop, got duplicates")
+
+
+def _grown_positions(pattern: Pattern, kept: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    if rows.dim() != 1 or rows.shape != columns.shape:
+        raise PatternError(
+            f"expected as many rows as columns to grow, got shapes {tuple(rows.shape)} and {tuple(columns.shape)}"
+        )
+    for name, index, size in (("rows", rows, pattern.shape[0]), ("columns", columns, pattern.shape[1])):
+        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < size):
+            raise PatternError(f"expected {name} in [0, {size}) to grow, got {int(index.min())} to {int(index.max())}")
+    grown = (rows.long() * pattern.shape[1] + columns.long()).unique()
+    if grown.numel() != rows.numel():
+        raise PatternError("expected distinct connections to grow, got duplicates")
+    if kept.numel():
+        nearest = torch.searchsorted(kept, grown).clamp_(max=kept.numel() - 1)
+        taken = kept[nearest] == grown
+        if bool(taken.any()):
+            row, column = divmod(int(grown[taken][0]), pattern.shape[1])
+            raise PatternError(f"expected free positions to grow, but ({row}, {column}) is already a connection")
+    return grown

@@ -1,0 +1,122 @@
+"""A run on disk: one safetensors file that holds everything a run needs to go on.
+
+Model, optimizer, generator state and progress are in one file, so they can never belong to different steps.
+Tensors: `model/<key>`, `optimizer/<parameter index>/<name>`, `rng_state`. The header's metadata holds JSON under
+`offpath_run` (the format version, the config, the progress, the optimizer's plain numbers) and a `sha256` of all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from offpath.studies.config import RunConfig, RunError
+from offpath.studies.files import write_whole
+from offpath.studies.run import Meter, Run
+
+FORMAT_VERSION = 1
+
+
+def save_checkpoint(run: Run, path: Path) -> None:
+    """Write the whole state of `run` to `path`, atomically."""
+    tensors = {f"model/{key}": value for key, value in run.model.state_dict().items()}
+    tensors["rng_state"] = run.rng_state
+    state = run.optimizer.state_dict()
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{name}"] = value
+            else:
+                numbers.setdefault(str(index), {})[name] = value
+    header = {
+        "version": FORMAT_VERSION,
+        "config": run.config.to_json(),
+        "step": run.step,
+        "meter": asdict(run.meter),
+        "optimizer": {"param_groups": state["param_groups"], "numbers": numbers},
+    }
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    text = json.dumps(header)
+    metadata = {"offpath_run": text, "sha256": _digest(text, contiguous)}
+    write_whole(path, lambda beside: save_file(contiguous, beside, metadata=metadata))
+
+
+def load_checkpoint(run: Run, path: Path) -> None:
+    """Put `run` where the checkpoint at `path` left off.
+
+    Raises `RunError` when the file is missing, corrupt, truncated, or belongs to another run.
+    """
+    tensors, header = _read(path)
+    saved, current = RunConfig.from_json(header["config"]).to_json(), run.config.to_json()
+    differing = [key for key in saved if key != "epochs" and saved[key] != current[key]]
+    if differing:
+        key = differing[0]
+        raise RunError(f"expected a checkpoint of this run, but {path} has {key}={saved[key]!r}, not {current[key]!r}")
+    run.model.load_state_dict({key.removeprefix("model/"): t for key, t in tensors.items() if key.startswith("model/")})
+    run.optimizer.load_state_dict(_optimizer_state(tensors, header["optimizer"]))
+    run.rng_state = tensors["rng_state"]
+    run.step = header["step"]
+    run.meter = Meter(**header["meter"])
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.exists():
+        raise RunError(f"expected a checkpoint at {path}, found none; start the run without --resume")
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Cloned: the originals lie in the mapped file, which the optimizer would update in place.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (no mapping)
+            metadata = file.metadata() or {}
+        text = metadata["offpath_run"]
+        if metadata["sha256"] != _digest(text, tensors):
+            raise ValueError("its checksum does not match its contents")
+        header = json.loads(text)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise RunError(
+            f"expected a whole offpath checkpoint at {path}, got a corrupt or foreign file ({error}); "
+            "restore it from a copy, or start again with another --out"
+        ) from error
+    if header["version"] != FORMAT_VERSION:
+        raise RunError(
+            f"expected checkpoint format {FORMAT_VERSION}, got {header['version']} in {path}; "
+            "go on with the version of offpath that wrote it"
+        )
+    return tensors, header
+
+
+def _digest(header: str, tensors: dict[str, Tensor]) -> str:
+    """sha256 of everything that counts: safetensors itself would not notice a flipped bit in a weight."""
+    digest = hashlib.sha256(header.encode())
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _optimizer_state(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in header["numbers"].items()}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer/"):
+            _, index, name = key.split("/", 2)
+            state.setdefault(int(index), {})[name] = tensor
+    return {"state": state, "param_groups": header["param_groups"]}
+
+
+def read_config(path: Path) -> RunConfig:
+    """The config of the run saved in the folder `path`. Raises `RunError` when there is none or it is broken."""
+    file = path / "config.json"
+    try:
+        return RunConfig.from_json(json.loads(file.read_text()))
+    except FileNotFoundError as error:
+        raise RunError(f"expected a run in {path}, but {file.name} is missing; start it without --resume") from error
+    except (OSError, ValueError) as error:
+        raise RunError(f"expected a readable {file}, got: {error}") from error

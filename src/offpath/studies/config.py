@@ -1,0 +1,81 @@
+"""What a run is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from offpath import kernels
+from offpath.studies.data import DATASETS
+from offpath.studies.models import MODELS
+from offpath.topology import DISTRIBUTIONS
+
+
+class RunError(Exception):
+    """A run cannot start or go on; the message says what was expected, what came and the next step."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run, complete: the same config gives the same numbers.
+
+    `sparsity` 0 trains the dense model. Raises `RunError` for a value that cannot be run, `KernelError` for a device
+    that the sparse layers have no kernels for.
+    """
+
+    data: str = "mnist-5k"
+    model: str = "mlp"
+    sparsity: float = 0.9
+    distribution: str = "uniform"
+    epochs: int = 30
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    seed: int = 0
+    device: str = "cpu"
+    data_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, choice, known in (
+            ("data", self.data, DATASETS),
+            ("model", self.model, MODELS),
+            ("distribution", self.distribution, DISTRIBUTIONS),
+        ):
+            if choice not in known:
+                raise RunError(f"expected {name} to be one of {', '.join(known)}, got {choice!r}")
+        if not 0 <= self.sparsity < 1:
+            raise RunError(f"expected sparsity in [0, 1), got {self.sparsity}; 0 trains the dense model")
+        for name, count in (("epochs", self.epochs), ("batch_size", self.batch_size)):
+            if count < 1:
+                raise RunError(f"expected {name} of at least 1, got {count}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise RunError(f"expected a positive, finite learning rate, got {self.learning_rate}")
+        if not 0 <= self.seed < 2**32:
+            raise RunError(f"expected a seed in [0, 2^32), got {self.seed}")
+        _check_device(self.device)
+        if self.sparsity > 0:
+            kernels.select(torch.device(self.device).type, torch.float32)  # or it would fail at the first step
+
+    def to_json(self) -> dict[str, Any]:
+        """The config as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RunConfig:
+        """The config that `to_json` gave. Raises `RunError` for keys that this version does not know."""
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or set(values) != known:
+            raise RunError(f"expected a config with the keys {sorted(known)}, got {values!r}")
+        return cls(**values)
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RunError(f"expected a torch device such as cpu or cuda, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise RunError(f"expected device cpu or cuda, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RunError(f"expected a CUDA device for {name!r}, but torch sees none here; use --device cpu")

@@ -1,0 +1,18 @@
+"""Data sets of the studies."""
+
+from __future__ import annotations
+
+from offpath.studies.data.datasets import DATASETS, Dataset, download, load
+from offpath.studies.data.errors import DataError, DataNotFoundError
+from offpath.studies.data.spec import IdxSpec, WheelSpec
+
+__all__ = [
+    "DATASETS",
+    "DataError",
+    "DataNotFoundError",
+    "Dataset",
+    "IdxSpec",
+    "WheelSpec",
+    "download",
+    "load",
+]

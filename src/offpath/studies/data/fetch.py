@@ -1,0 +1,71 @@
+"""Downloading the IDX files of a data set from its home."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from offpath.studies.data.errors import DataError, missing_wheel
+from offpath.studies.data.locate import cache_dir, find_file
+from offpath.studies.data.spec import IdxSpec
+from offpath.studies.data.verify import read_verified
+
+TIMEOUT_SECONDS = 30
+
+
+def fetch(spec: IdxSpec, data_dir: Path | None = None, progress: bool = False) -> Path:
+    """Download the files of `spec` and return the folder that holds them.
+
+    The folder is `<name>` in `data_dir`, or in the download cache; files that are there and intact are not
+    downloaded again. `progress` writes a line per file to standard error. Raises `DataError` where the
+    home does not answer, sends something else, or the folder cannot be written. Files enter the folder only
+    once all of them are whole and verified.
+    """
+    parent = cache_dir() if data_dir is None else data_dir.expanduser()
+    folder = parent / spec.name
+    if _is_intact(spec, folder):
+        return folder
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        # Beside the folder, not in it: a rename within one file system is atomic, and even a killed
+        # process leaves nothing that a later search could take for data.
+        with TemporaryDirectory(prefix=f".{spec.name}-", dir=parent) as temporary:
+            paths = [_download(spec, file_name, Path(temporary), progress) for file_name in spec.sha256]
+            folder.mkdir(exist_ok=True)
+            for path in paths:
+                path.replace(folder / path.name)
+    except OSError as error:
+        raise DataError(f"to write {folder}", str(error), "name a writable folder with --data-dir DIR") from error
+    return folder
+
+
+def _is_intact(spec: IdxSpec, folder: Path) -> bool:
+    for file_name, sha256 in spec.sha256.items():
+        path = find_file(folder, file_name)
+        if path is None:
+            return False
+        try:
+            read_verified(path, sha256, str(path), spec.next_step)
+        except DataError:
+            return False
+    return True
+
+
+def _download(spec: IdxSpec, file_name: str, folder: Path, progress: bool) -> Path:
+    try:
+        # Late: pooch brings an HTTP stack that only a download needs.
+        import pooch
+    except ImportError as error:
+        raise missing_wheel("pooch", "it downloads data sets") from error
+    path = folder / f"{file_name}.gz"
+    url = f"{spec.home_url.rstrip('/')}/{path.name}"
+    if progress:
+        print(f"downloading {url}", file=sys.stderr)
+    try:
+        pooch.HTTPDownloader(timeout=TIMEOUT_SECONDS)(url, str(path), None)
+    except OSError as error:
+        # The HTTP stack's errors are OSErrors too.
+        raise DataError(f"a download from {url}", str(error), f"try again later: {spec.next_step}") from error
+    read_verified(path, spec.sha256[file_name], url, f"try again later: {spec.next_step}")
+    return path

@@ -1,0 +1,31 @@
+"""Writing files so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from offpath.studies.config import RunError
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, then rename it there: `path` is the old file or the whole new one.
+
+    Raises `RunError` when it cannot be written (a full disk, a folder without permission); nothing is left behind.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())  # or a crash could leave the new name on unwritten blocks
+        beside.replace(path)
+    except Exception as error:
+        raise RunError(f"expected to write {path}, got: {error}; free space or choose another --out") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` as a whole."""
+    write_whole(path, lambda beside: beside.write_text(text))

@@ -1,0 +1,159 @@
+"""A dense model and its sparse twin, trained side by side on the same data in the same order."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from offpath.cost import TrainingBytes, this_machine, training_bytes
+from offpath.studies.config import RunConfig, RunError
+from offpath.studies.data import load
+from offpath.studies.files import write_text
+from offpath.studies.folder import RunFolder
+from offpath.studies.interrupt import stop_on_signal
+from offpath.studies.peak_memory import peak_memory_bytes
+from offpath.studies.run import Run
+
+# The twins take turns in short chunks: whatever disturbs the machine then hits both.
+CHUNK_STEPS = 8
+# The first epoch's steps carry one-time costs (first touch of memory, the transpose of a pattern).
+WARM_UP_EPOCHS = 1
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What one of the twins reached and cost."""
+
+    name: str
+    sparsity: float
+    test_accuracy: float
+    best_test_accuracy: float
+    step_seconds_median: float
+    step_seconds_quartiles: tuple[float, float]
+    samples_per_second: float
+    train_seconds: float
+    bytes: TrainingBytes
+    peak_memory_bytes: int
+    epochs: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RaceResult:
+    """The two lanes, the config of the sparse one, and the machine."""
+
+    dense: Lane
+    sparse: Lane
+    config: dict[str, Any]
+    machine: dict[str, Any]
+    data_source: str
+
+    @property
+    def step_speedup(self) -> float:
+        """Median dense step over median sparse step."""
+        return self.dense.step_seconds_median / self.sparse.step_seconds_median
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain JSON values."""
+        return asdict(self) | {"step_speedup": self.step_speedup}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RaceResult:
+        """The result that `to_json` gave."""
+        lanes = {}
+        for name in ("dense", "sparse"):
+            lane = values[name]
+            quartiles = tuple(lane["step_seconds_quartiles"])
+            lanes[name] = Lane(**lane | {"bytes": TrainingBytes(**lane["bytes"]), "step_seconds_quartiles": quartiles})
+        return cls(**lanes, config=values["config"], machine=values["machine"], data_source=values["data_source"])
+
+
+class RaceObserver(Protocol):
+    """Whoever watches a race."""
+
+    def on_start(self, runs: dict[str, Run]) -> None:
+        """Called once, before the first step, with the runs by name (`dense`, `sparse`)."""
+
+    def on_chunk(self, runs: dict[str, Run]) -> None:
+        """Called after each chunk of steps of both."""
+
+    def on_epoch(self, records: dict[str, dict[str, Any]]) -> None:
+        """Called when both have finished an epoch, with the record of each."""
+
+    def on_measuring(self) -> None:
+        """Called when the training is done and peak memory is about to be measured."""
+
+
+def race(config: RunConfig, out: Path, observer: RaceObserver, resume: bool = False) -> RaceResult | None:
+    """Train the dense twin of `config` and `config` itself in turns; None when Ctrl-C stopped them.
+
+    `out` gets a run folder for each (`dense`, `sparse`) and, at the end, `race.json`. A stopped race goes on with
+    `resume`. Raises `RunError` or `DataError`.
+    """
+    if config.sparsity == 0:
+        raise RunError("expected a sparsity above 0 for the sparse twin, got 0")
+    dataset = load(config.data, Path(config.data_dir) if config.data_dir else None)
+    with ExitStack() as stack:
+        lanes = {}
+        for name, lane_config in (("dense", replace(config, sparsity=0.0)), ("sparse", config)):
+            run, folder = Run(lane_config, dataset), RunFolder(out / name)
+            stack.enter_context(folder.locked())
+            if resume:
+                folder.restore(run)
+            else:
+                folder.start(lane_config)
+            lanes[name] = run, folder
+        if not _take_turns(lanes, observer):
+            return None
+        observer.on_measuring()
+        dense, sparse = (_lane(name, *lane) for name, lane in lanes.items())
+        result = RaceResult(dense, sparse, config.to_json(), asdict(this_machine()), dataset.source)
+        write_text(out / "race.json", json.dumps(result.to_json(), indent=1) + "\n")
+        return result
+
+
+def _take_turns(lanes: dict[str, tuple[Run, RunFolder]], observer: RaceObserver) -> bool:
+    """Advance whoever is behind until all are done; False when Ctrl-C ended it."""
+    runs = {name: run for name, (run, _) in lanes.items()}
+    observer.on_start(runs)
+    with stop_on_signal() as stop:
+        while any(run.step < run.total_steps for run in runs.values()) and not stop.made:
+            behind = min(run.step for run in runs.values())
+            for run, folder in lanes.values():
+                if run.step == behind:
+                    run.advance(CHUNK_STEPS)
+                    if run.at_epoch_end:
+                        folder.append_metrics(run.finish_epoch())
+                        folder.save(run)
+            observer.on_chunk(runs)
+            if len({run.step for run in runs.values()}) == 1 and runs["dense"].at_epoch_end:
+                observer.on_epoch({name: folder.metrics()[-1] for name, (_, folder) in lanes.items()})
+        for run, folder in lanes.values():
+            if not run.at_epoch_end:
+                folder.save(run)
+    return all(run.step == run.total_steps for run in runs.values())
+
+
+def _lane(name: str, run: Run, folder: RunFolder) -> Lane:
+    epochs = folder.metrics()
+    timed = epochs[WARM_UP_EPOCHS:] or epochs
+    steps = [seconds for record in timed for seconds in record["step_seconds"]]
+    lower, median, upper = statistics.quantiles(steps, n=4) if len(steps) > 1 else steps * 3
+    return Lane(
+        name=name,
+        sparsity=run.config.sparsity,
+        test_accuracy=epochs[-1]["test_accuracy"],
+        best_test_accuracy=max(record["test_accuracy"] for record in epochs),
+        step_seconds_median=median,
+        step_seconds_quartiles=(lower, upper),
+        samples_per_second=run.config.batch_size / median,
+        train_seconds=sum(record["train_seconds"] for record in epochs),
+        bytes=training_bytes(run.model, run.optimizer),
+        peak_memory_bytes=peak_memory_bytes(run.config, torch.get_num_threads()),
+        epochs=epochs,
+    )

@@ -1,0 +1,148 @@
+"""One training run: model, optimizer, data order and progress, advanced step by step."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from offpath.studies.config import RunConfig, RunError
+from offpath.studies.data import Dataset
+from offpath.studies.models import build_model
+
+EVALUATION_BATCH = 1024
+
+
+@dataclass
+class Meter:
+    """What the current epoch has summed up so far."""
+
+    loss_sum: float = 0.0
+    correct: int = 0
+    samples: int = 0
+    step_seconds: list[float] = field(default_factory=list)
+
+
+class Run:
+    """A training run that can be stopped after any step and taken up again to the same numbers.
+
+    Whatever is random draws from the run's own generator states, so two runs in one process do not disturb each
+    other, and the order of the data follows from the seed and the epoch alone.
+    """
+
+    def __init__(self, config: RunConfig, dataset: Dataset) -> None:
+        self.config = config
+        self.device = torch.device(config.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = build_model(
+                config.model, dataset.features, dataset.classes, config.sparsity, config.distribution, config.seed
+            )
+            self.rng_state = torch.get_rng_state()
+        self.model: nn.Module = model.to(self.device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, fused=True)
+        self.train_images, self.train_labels, self.test_images, self.test_labels = (
+            t.to(self.device)
+            for t in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels)
+        )
+        self.samples = len(self.train_labels)
+        self.steps_per_epoch = math.ceil(self.samples / config.batch_size)
+        self.step = 0
+        self.meter = Meter()
+        self._order: tuple[int, Tensor] | None = None
+
+    @property
+    def total_steps(self) -> int:
+        """Steps from the start to the end of the last epoch."""
+        return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs done."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """Whether the last step was the last of an epoch."""
+        return self.step > 0 and self.step % self.steps_per_epoch == 0
+
+    def advance(self, steps: int = 1) -> None:
+        """Train for `steps` steps, at most to the end of the epoch.
+
+        Raises `RunError` when the loss is not finite; the numbers up to the last checkpoint are still good.
+        """
+        self.model.train()
+        steps = min(steps, self.steps_per_epoch - self.step % self.steps_per_epoch)
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.rng_state)
+            for _ in range(steps):
+                self._train_step()
+            self.rng_state = torch.get_rng_state()
+
+    def _train_step(self) -> None:
+        batch = self._batch()
+        start = time.perf_counter()
+        images, labels = self.train_images[batch], self.train_labels[batch]
+        logits = self.model(images)
+        loss = functional.cross_entropy(logits, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self._wait()
+        seconds = time.perf_counter() - start
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise RunError(
+                f"expected a finite loss, got {value} at step {self.step + 1}; try a smaller --learning-rate"
+            )
+        self.meter.loss_sum += value * len(batch)
+        self.meter.correct += int((logits.detach().argmax(1) == labels).sum())
+        self.meter.samples += len(batch)
+        self.meter.step_seconds.append(seconds)
+        self.step += 1
+
+    def _batch(self) -> Tensor:
+        epoch, place = divmod(self.step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+            self._order = epoch, torch.randperm(self.samples, generator=generator).to(self.device)
+        return self._order[1][place * self.config.batch_size : (place + 1) * self.config.batch_size]
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Mean loss and accuracy on the test set."""
+        self.model.eval()
+        loss_sum, correct = 0.0, 0
+        for images, labels in zip(
+            self.test_images.split(EVALUATION_BATCH), self.test_labels.split(EVALUATION_BATCH), strict=True
+        ):
+            logits = self.model(images)
+            loss_sum += float(functional.cross_entropy(logits, labels, reduction="sum"))
+            correct += int((logits.argmax(1) == labels).sum())
+        return loss_sum / len(self.test_labels), correct / len(self.test_labels)
+
+    def finish_epoch(self) -> dict[str, Any]:
+        """Evaluate, return the epoch's record, and start the sums of the next one."""
+        test_loss, test_accuracy = self.evaluate()
+        meter, self.meter = self.meter, Meter()
+        train_seconds = sum(meter.step_seconds)
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "train_loss": meter.loss_sum / meter.samples,
+            "train_accuracy": meter.correct / meter.samples,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "train_seconds": train_seconds,
+            "samples_per_second": meter.samples / train_seconds,
+            "step_seconds": meter.step_seconds,
+        }
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,18 @@
+"""The `offpath` command.
+
+A package of its own beside `offpath`, because importing anything below `offpath` imports torch first (seconds), and
+`offpath --help` should be instant.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; without the `cli` extra, say how to get it."""
+    try:
+        from offpath_cli.commands import app  # late: the extra may not be installed
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: the offpath command needs {error.name}; install it with: pip install 'offpath[cli]'")
+    app()

@@ -1,0 +1,183 @@
+"""The commands. Each imports what it needs inside its function, so that `--help` does not wait for torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Dynamic, unstructured sparsity for PyTorch that pays on the hardware people own.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+INTERRUPTED = 130
+
+Data = Annotated[str, typer.Option(help="digits, mnist-5k, mnist or fashion-mnist.")]
+Model = Annotated[str, typer.Option(help="mlp-small, mlp or mlp-wide.")]
+Sparsity = Annotated[float, typer.Option(help="Share of the hidden weights that do not exist, in [0, 1).")]
+Distribution = Annotated[str, typer.Option(help="How layers share the connections: uniform or erk.")]
+Epochs = Annotated[int, typer.Option(help="Passes over the training data.")]
+BatchSize = Annotated[int, typer.Option(help="Samples a step.")]
+LearningRate = Annotated[float, typer.Option(help="Adam's learning rate.")]
+Seed = Annotated[int, typer.Option(help="Seed of the initial weights, the connections and the data order.")]
+Device = Annotated[str, typer.Option(help="cpu, or cuda where OFFPATH_BACKEND=reference is set.")]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Folder with the data files (default: OFFPATH_DATA and known places).")
+]
+Out = Annotated[Path | None, typer.Option(help="Where to write (default: runs/COMMAND-DATA-MODEL-sSPARSITY-seedSEED).")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its checkpoint.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Two epochs at most: a first look.")]
+QUICK_EPOCHS = 2
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Show what a user can mend as one line instead of a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            if not _is_for_the_user(error):
+                raise
+            Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {_escaped(error)}", highlight=False)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    from offpath.kernels import KernelError
+    from offpath.studies import RunError
+    from offpath.studies.data import DataError
+
+    return isinstance(error, (KernelError, RunError, DataError))
+
+
+def _escaped(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))
+
+
+@app.command()
+@reports_errors
+def info() -> None:
+    """Print what is installed, what was chosen to compute with, and why."""
+    from offpath.cost import this_machine
+    from offpath_cli.display import print_machine
+
+    print_machine(this_machine())
+
+
+@app.command()
+@reports_errors
+def train(
+    context: typer.Context,
+    data: Data = "mnist-5k",
+    model: Model = "mlp",
+    sparsity: Sparsity = 0.9,
+    distribution: Distribution = "uniform",
+    epochs: Epochs = 30,
+    batch_size: BatchSize = 128,
+    learning_rate: LearningRate = 1e-3,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    data_dir: DataDir = None,
+    out: Out = None,
+    resume: Resume = False,
+    quick: Quick = False,
+) -> None:
+    """Train one model with sparse hidden layers; --sparsity 0 trains the dense one."""
+    from offpath.studies import train as train_run
+    from offpath_cli.display import TrainDisplay
+
+    out = out or Path("runs") / f"train-{data}-{model}-s{sparsity:g}-seed{seed}"
+    config = _config(context, out, resume, quick)
+    with TrainDisplay() as display:
+        finished = train_run(config, out, display, resume)
+    if not finished:
+        display.console.print(f"stopped; go on with: offpath train --out {out} --resume", highlight=False)
+        raise typer.Exit(INTERRUPTED)
+    display.console.print(f"the run is in {out}", highlight=False)
+
+
+@app.command()
+@reports_errors
+def race(
+    context: typer.Context,
+    data: Data = "mnist-5k",
+    model: Model = "mlp",
+    sparsity: Sparsity = 0.9,
+    distribution: Distribution = "uniform",
+    epochs: Epochs = 30,
+    batch_size: BatchSize = 128,
+    learning_rate: LearningRate = 1e-3,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    data_dir: DataDir = None,
+    out: Out = None,
+    resume: Resume = False,
+    quick: Quick = False,
+) -> None:
+    """Train a dense model and its sparse twin side by side; write the table, race.json and report.html."""
+    from offpath.studies import race as run_race
+    from offpath.studies.report import write_report
+    from offpath_cli.display import RaceDisplay, print_race
+
+    out = out or Path("runs") / f"race-{data}-{model}-s{sparsity:g}-seed{seed}"
+    config = _config(context, out / "sparse", resume, quick)
+    with RaceDisplay() as display:
+        result = run_race(config, out, display, resume)
+    if result is None:
+        display.console.print(f"stopped; go on with: offpath race --out {out} --resume", highlight=False)
+        raise typer.Exit(INTERRUPTED)
+    write_report(result, out / "report.html")
+    print_race(result, display.console)
+    display.console.print(f"plots: {out / 'report.html'}   numbers: {out / 'race.json'}", highlight=False)
+
+
+@app.command()
+@reports_errors
+def data(
+    name: Annotated[str, typer.Argument(help="mnist or fashion-mnist.")],
+    data_dir: Annotated[Path | None, typer.Option(help="Where to put it (default: the user's cache).")] = None,
+) -> None:
+    """Download a data set from its own home and verify it."""
+    from offpath.studies.data import download
+
+    Console().print(f"{name} is in {download(name, data_dir, progress=True)}", highlight=False)
+
+
+def _config(context: typer.Context, folder: Path, resume: bool, quick: bool):
+    """The config that the options ask for; with --resume the one in the folder, which options may not contradict."""
+    from dataclasses import fields
+
+    from offpath.studies import RunConfig, RunError
+    from offpath.studies.folder import RunFolder
+
+    names = [field.name for field in fields(RunConfig)]
+    asked = {name: context.params[name] for name in names}
+    if asked["data_dir"] is not None:
+        asked["data_dir"] = str(asked["data_dir"].resolve())  # a resumed run may start from another folder
+    if quick:
+        asked["epochs"] = min(asked["epochs"], QUICK_EPOCHS)
+    if not resume:
+        return RunConfig(**asked)
+    given = {n for n in names if getattr(context.get_parameter_source(n), "name", "DEFAULT") != "DEFAULT"}
+    config = RunFolder(folder).resumed_config(asked["epochs"] if "epochs" in given and not quick else None)
+    for name in sorted(given - {"epochs"}):
+        if asked[name] != getattr(config, name):
+            raise RunError(
+                f"expected --resume to go on with {name}={getattr(config, name)!r} as the run was started, "
+                f"got {asked[name]!r}; leave the option out, or start a new run"
+            )
+    return config

@@ -1,0 +1,151 @@
+"""What the commands show: progress bars while they run, tables at the end."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from offpath.cost import Machine
+from offpath.studies import RaceResult
+from offpath.studies.run import Run
+from offpath.studies.tables import race_rows
+
+# Enough steps to smooth a shown rate, few enough that it follows the run.
+SHOWN_STEPS = 20
+
+
+class _Display:
+    """A progress bar that lives as long as its block."""
+
+    def __init__(self, *columns: str) -> None:
+        self.console = Console()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            *(TextColumn("{task.fields[" + column + "]}") for column in columns),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self):
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def _show(self, completed: int, **fields: Any) -> None:
+        assert self.task is not None
+        self.progress.update(self.task, completed=completed, **fields)
+
+
+class TrainDisplay(_Display):
+    """Watches one run."""
+
+    def __init__(self) -> None:
+        super().__init__("loss", "accuracy", "rate")
+
+    def on_start(self, run: Run) -> None:
+        config = run.config
+        kind = "dense" if config.sparsity == 0 else f"{config.sparsity:.4g} sparse"
+        self.console.print(f"{config.model} ({kind}) on {config.data}, seed {config.seed}", highlight=False)
+        self.task = self.progress.add_task(
+            "training", total=run.total_steps, completed=run.step, loss="", accuracy="", rate=""
+        )
+
+    def on_step(self, run: Run) -> None:
+        meter = run.meter
+        self._show(
+            run.step,
+            loss=f"loss {meter.loss_sum / meter.samples:.4f}",
+            accuracy=f"accuracy {meter.correct / meter.samples:.1%}",
+            rate=f"{_samples_per_second(run):,.0f} samples/s",
+        )
+
+    def on_epoch(self, run: Run, record: dict[str, Any]) -> None:
+        self.console.print(
+            f"epoch {record['epoch']:>3}  loss {record['train_loss']:.4f}  test loss {record['test_loss']:.4f}  "
+            f"test accuracy {record['test_accuracy']:.2%}  {record['samples_per_second']:>7,.0f} samples/s",
+            highlight=False,
+        )
+
+
+class RaceDisplay(_Display):
+    """Watches a dense run and its sparse twin."""
+
+    def __init__(self) -> None:
+        super().__init__("speedup", "accuracy")
+        self.accuracy = ""
+
+    def on_start(self, runs: dict[str, Run]) -> None:
+        config = runs["sparse"].config
+        self.console.print(
+            f"{config.model} on {config.data}: dense against {config.sparsity:.4g} sparse, seed {config.seed}",
+            highlight=False,
+        )
+        total = sum(run.total_steps for run in runs.values())
+        done = sum(run.step for run in runs.values())
+        self.task = self.progress.add_task("racing", total=total, completed=done, speedup="", accuracy="")
+
+    def on_chunk(self, runs: dict[str, Run]) -> None:
+        rates = {name: _samples_per_second(run) for name, run in runs.items()}
+        speedup = f"sparse {rates['sparse'] / rates['dense']:.1f}x" if all(rates.values()) else ""
+        self._show(sum(run.step for run in runs.values()), speedup=speedup, accuracy=self.accuracy)
+
+    def on_epoch(self, records: dict[str, dict[str, Any]]) -> None:
+        dense, sparse = (records[name]["test_accuracy"] for name in ("dense", "sparse"))
+        self.accuracy = f"accuracy {dense:.1%} / {sparse:.1%}"
+        assert self.task is not None
+        self.progress.update(self.task, accuracy=self.accuracy)
+
+    def on_measuring(self) -> None:
+        assert self.task is not None
+        self.progress.update(self.task, description="measuring peak memory", speedup="", accuracy="")
+
+
+def print_race(result: RaceResult, console: Console) -> None:
+    """The table at the end of a race."""
+    machine = result.machine
+    table = Table("", title=f"{result.config['model']} on {result.config['data']} ({result.data_source})")
+    for heading in ("dense", "sparse", "dense / sparse"):
+        table.add_column(heading, justify="right")
+    for row in race_rows(result):
+        table.add_row(*row)
+    console.print(table)
+    console.print(
+        f"{machine['processor']}, {machine['threads']} threads, {machine['backend']}, torch {machine['torch']}",
+        highlight=False,
+    )
+
+
+def print_machine(machine: Machine) -> None:
+    """The table of `offpath info`."""
+    table = Table(show_header=False, box=None)
+    runs = ", ".join(name if runs_here else f"{name} (not on this machine)" for name, runs_here in machine.isas.items())
+    for key, value in (
+        ("offpath", machine.offpath),
+        ("torch", machine.torch),
+        ("python", machine.python),
+        ("system", machine.system),
+        ("processor", f"{machine.processor}, {machine.logical_cores} logical cores"),
+        ("backend", f"{machine.backend} ({machine.backend_reason})"),
+        ("all backends", ", ".join(machine.backends)),
+        ("ISAs built in", runs),
+        ("threads", f"{machine.threads} of torch's pool ({machine.thread_pool})"),
+        ("kernels", "float32 and float64 on the CPU; any dtype and device with OFFPATH_BACKEND=reference"),
+    ):
+        table.add_row(f"[bold]{key}[/bold]", value)
+    Console(soft_wrap=True).print(table, highlight=False)
+
+
+def _samples_per_second(run: Run) -> float:
+    seconds = run.meter.step_seconds[-SHOWN_STEPS:]
+    return run.config.batch_size * len(seconds) / sum(seconds) if seconds else 0.0

@@ -1,0 +1,75 @@
+"""What every kernel must pass, in three groups. `test_the_checkers.py` shows that each one can fail."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cases import Operands, Problem, Product, gaussian, small_integers
+from offpath import kernels
+from offpath.kernels import Backend
+from offpath.pattern import Pattern
+
+REFERENCE = kernels.backends()["reference"]
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def gamma(terms: Tensor, dtype: torch.dtype) -> Tensor:
+    """gamma_k = k u / (1 - k u) for k = terms + 1 (Higham, "Accuracy and Stability", section 3.1)."""
+    ku = (terms.double() + 1) * unit_roundoff(dtype)
+    return ku / (1 - ku)
+
+
+def in_float64(operands: Operands) -> Operands:
+    return {name: tensor.double() for name, tensor in operands.items()}
+
+
+def run_unmodified(product: Product, backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
+    """The backend's result on fresh NaN-filled memory; fails when it wrote to an operand."""
+    before = {name: tensor.clone() for name, tensor in operands.items()}
+    with poisoned_memory():
+        result = product.run(backend, pattern, operands)
+    for name, tensor in operands.items():
+        assert torch.equal(tensor, before[name]), f"{backend.name} modified its operand {name}"
+    return result
+
+
+class poisoned_memory:
+    """torch fills every tensor that it allocates without values with NaN (a feature of its deterministic mode)."""
+
+    def __enter__(self) -> None:
+        self.before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+    def __exit__(self, *_: object) -> None:
+        torch.use_deterministic_algorithms(self.before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = self.before[1]
+
+
+def check_exact(product: Product, backend: Backend, problem: Problem, dtype: torch.dtype) -> None:
+    """Small integers: the same bits as the reference in float64."""
+    pattern = problem.pattern
+    operands = product.draw(pattern, problem.batch, small_integers(1, dtype))
+    result = run_unmodified(product, backend, pattern, operands)
+    expected = product.run(REFERENCE, pattern, in_float64(operands)).to(dtype)
+    assert result.dtype == dtype and result.shape == expected.shape
+    assert torch.equal(result, expected), f"{product.name} on {problem.name}: not exact"
+
+
+def check_bounded(product: Product, backend: Backend, problem: Problem, dtype: torch.dtype) -> None:
+    """Gaussian operands: |y - y64| <= gamma_k (|A| |x|), the a-priori bound for any order of summation."""
+    pattern = problem.pattern
+    operands = product.draw(pattern, problem.batch, gaussian(2, dtype))
+    result = run_unmodified(product, backend, pattern, operands)
+    exact = product.run(REFERENCE, pattern, in_float64(operands))
+    size = product.run(REFERENCE, pattern, {name: tensor.abs() for name, tensor in in_float64(operands).items()})
+    terms = product.terms(pattern, problem.batch)
+    # The float64 reference errs too, by the same formula.
+    bound = (gamma(terms, dtype) + gamma(terms, torch.float64)) * size
+    error = (result.double() - exact).abs()
+    assert not bool(result.isnan().any()), f"{product.name} on {problem.name}: NaN"
+    assert bool((error <= bound).all()), f"{product.name} on {problem.name}: error over bound"

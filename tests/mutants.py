@@ -1,0 +1,113 @@
+"""Deliberately wrong backends. Each row says which checkers must reject it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from checkers import REFERENCE
+from offpath.kernels import Backend
+
+
+@dataclass(frozen=True)
+class Mutant:
+    backend: Backend
+    rejected_by: tuple[str, ...] = ("exact", "bounded")
+
+
+def _wrong(name: str, spmm=None, sddmm=None) -> Backend:
+    return replace(REFERENCE, name=f"mutant: {name}", spmm=spmm or REFERENCE.spmm, sddmm=sddmm or REFERENCE.sddmm)
+
+
+def _drops_last_connection(crow, col, values, x, bias=None):
+    crow = crow.clone()
+    crow[-1] = max(int(crow[-1]) - 1, int(crow[:-1].max()) if crow.numel() > 1 else 0)
+    nnz = int(crow[-1])
+    return REFERENCE.spmm(crow, col[:nnz], values[:nnz], x, bias)
+
+
+def _off_by_one_row(crow, col, values, x, bias=None):
+    return REFERENCE.spmm(crow, col, values, x, bias).roll(1, 0)
+
+
+def _wrong_column(crow, col, values, x, bias=None):
+    return REFERENCE.spmm(crow, (col + 1) % max(x.shape[0], 1), values, x, bias)
+
+
+def _ignores_the_tail(crow, col, values, x, bias=None):
+    y = x.new_empty(crow.numel() - 1, x.shape[1])
+    whole = x.shape[1] // 16 * 16
+    y[:, :whole] = REFERENCE.spmm(crow, col, values, x[:, :whole], bias)
+    return y
+
+
+def _accumulates_into_stale_output(crow, col, values, x, bias=None):
+    return x.new_empty(crow.numel() - 1, x.shape[1]) + REFERENCE.spmm(crow, col, values, x, bias)
+
+
+def _skips_empty_rows(crow, col, values, x, bias=None):
+    y = x.new_empty(crow.numel() - 1, x.shape[1])
+    live = crow.diff() > 0
+    y[live] = REFERENCE.spmm(crow, col, values, x, bias)[live]
+    return y
+
+
+def _forgets_the_bias(crow, col, values, x, bias=None):
+    return REFERENCE.spmm(crow, col, values, x)
+
+
+def _sums_in_bfloat16(crow, col, values, x, bias=None):
+    low = [None if t is None else t.bfloat16() for t in (values, x, bias)]
+    return REFERENCE.spmm(crow, col, low[0], low[1], low[2]).to(x.dtype)
+
+
+def _scales_its_input(crow, col, values, x, bias=None):
+    y = REFERENCE.spmm(crow, col, values, x, bias)
+    x.mul_(2)
+    return y
+
+
+def _returns_minus_one(crow, col, values, x, bias=None):
+    return torch.full_like(REFERENCE.spmm(crow, col, values, x, bias), -1)
+
+
+def _reads_x_transposed(crow, col, values, x, bias=None):
+    return REFERENCE.spmm(crow, col, values, x.t().contiguous().view(x.shape), bias)
+
+
+def _shifts_the_gradient(crow, col, dy, x) -> Tensor:
+    return REFERENCE.sddmm(crow, col, dy, x).roll(1)
+
+
+def _swaps_the_gradients_operands(crow, col, dy, x) -> Tensor:
+    return REFERENCE.sddmm(crow, col, dy, x.flip(1))
+
+
+def _gradient_drops_the_last_sample(crow, col, dy, x) -> Tensor:
+    return REFERENCE.sddmm(crow, col, dy[:, :-1], x[:, :-1])
+
+
+def _gradient_accumulates_into_stale_memory(crow, col, dy, x) -> Tensor:
+    return dy.new_empty(col.numel()) + REFERENCE.sddmm(crow, col, dy, x)
+
+
+MUTANTS = (
+    Mutant(_wrong("drops the last connection", _drops_last_connection)),
+    Mutant(_wrong("off by one row", _off_by_one_row)),
+    Mutant(_wrong("wrong column", _wrong_column)),
+    Mutant(_wrong("ignores the tail", _ignores_the_tail)),
+    Mutant(_wrong("accumulates into stale output", _accumulates_into_stale_output)),
+    Mutant(_wrong("skips empty rows", _skips_empty_rows)),
+    Mutant(_wrong("forgets the bias", _forgets_the_bias)),
+    # Sums of small integers are exact in bfloat16 as well.
+    Mutant(_wrong("sums in bfloat16", _sums_in_bfloat16), rejected_by=("bounded",)),
+    Mutant(_wrong("scales its input", _scales_its_input)),
+    Mutant(_wrong("returns minus one", _returns_minus_one)),
+    Mutant(_wrong("reads x transposed", _reads_x_transposed)),
+    Mutant(_wrong("shifts the gradient", sddmm=_shifts_the_gradient)),
+    Mutant(_wrong("swaps the gradient's operands", sddmm=_swaps_the_gradients_operands)),
+    Mutant(_wrong("gradient drops the last sample", sddmm=_gradient_drops_the_last_sample)),
+    Mutant(_wrong("gradient accumulates into stale memory", sddmm=_gradient_accumulates_into_stale_memory)),
+)

@@ -1,0 +1,171 @@
+"""The house: which room may import which, and the few things that may stand in one place only."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "offpath"
+
+# Room: the rooms that it may import.
+ROOMS = {
+    "pattern": set(),
+    "kernels": set(),
+    "ops": {"pattern", "kernels"},
+    "nn": {"pattern", "ops"},
+    "topology": {"pattern", "nn"},
+    "cost": {"pattern", "kernels", "ops"},
+    "convert": {"pattern", "nn", "topology", "cost"},
+    "studies": {"pattern", "kernels", "ops", "nn", "topology", "cost", "convert"},
+    "cli": {"studies", "convert", "cost"},
+}
+# Rooms below the studies stand on torch and numpy alone.
+LIGHT_ROOMS = set(ROOMS) - {"studies", "cli"}
+THIRD_PARTY = {"torch", "numpy"}
+# Thing: the only files that may import it.
+ONLY_IN = {
+    "offpath.kernels._native": {"kernels/cpu.py"},
+    "torch.library": {"ops/sparse_linear.py"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imports(path: Path) -> list[tuple[str, bool]]:
+    """Full names of what a file imports, and whether the import stands inside a function."""
+    tree = ast.parse(path.read_text())
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in inside) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found += [(f"{node.module}.{alias.name}", id(node) in inside) for alias in node.names]
+    return found
+
+
+def _violations(path: Path, imports: list[tuple[str, bool]]) -> list[str]:
+    room, place = _room(path), path.relative_to(PACKAGE).as_posix()
+    problems = []
+    for name, inside_function in imports:
+        top, *rest = name.split(".")
+        if top == "offpath" and room != "__init__":
+            target = rest[0] if rest else "offpath"
+            if target != room and target not in ROOMS[room]:
+                problems.append(f"{place} imports {name}: {room} may import {sorted(ROOMS[room])}")
+        elif room in LIGHT_ROOMS and top not in THIRD_PARTY and top not in sys.stdlib_module_names:
+            problems.append(f"{place} imports {name}: not torch, numpy or the standard library")
+        if inside_function and room in LIGHT_ROOMS:
+            problems.append(f"{place} imports {name} inside a function")
+        for thing, places in ONLY_IN.items():
+            if (name == thing or name.startswith(thing + ".")) and place not in places:
+                problems.append(f"{place} imports {name}, which only {sorted(places)} may")
+    return problems
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_imports_run_one_way(path: Path) -> None:
+    assert _room(path) == "__init__" or _room(path) in ROOMS, f"{path} belongs to no room"
+    assert _violations(path, _imports(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "inside_function"),
+    [
+        ("pattern/x.py", "offpath.kernels", False),
+        ("kernels/x.py", "offpath.pattern.Pattern", False),
+        ("kernels/x.py", "offpath.kernels._native", False),
+        ("nn/x.py", "offpath.kernels", False),
+        ("cost/x.py", "offpath.nn.SparseLinear", False),
+        ("nn/x.py", "rich.table", False),
+        ("nn/x.py", "torch.library", False),
+        ("ops/x.py", "math", True),
+        ("cli.py", "offpath.nn", True),
+    ],
+)
+def test_the_rules_can_fail(place: str, name: str, inside_function: bool) -> None:
+    assert _violations(PACKAGE / place, [(name, inside_function)])
+
+
+def test_intrinsics_and_nanobind_stand_in_one_file_each() -> None:
+    for source in (ROOT / "csrc").iterdir():
+        text = source.read_text()
+        assert source.name == "simd.h" or not re.search(r"immintrin\.h|\b_mm\d*_", text), source
+        assert source.name == "module.cpp" or "nanobind" not in text, source
+        assert "torch/" not in text, source
+        assert source.name == "module.cpp" or "Python.h" not in text, source
+
+
+def test_files_stay_short_enough_to_read() -> None:
+    sources = [*FILES, *(ROOT / "csrc").iterdir()]
+    assert {p.name: n for p in sources if (n := len(p.read_text().splitlines())) > 300} == {}
+
+
+def test_the_stub_names_what_the_kernel_table_declares() -> None:
+    rows = re.findall(r"^OFFPATH_KERNEL\((\w+), (\w+),", (ROOT / "csrc" / "kernels.def").read_text(), re.M)
+    stub = (PACKAGE / "kernels" / "_native.pyi").read_text()
+    for op, suffix in rows:
+        assert re.search(rf"^(def )?{op}_{suffix}\b", stub, re.M), f"{op}_{suffix} is missing in _native.pyi"
+
+
+def test_every_environment_variable_is_in_the_readme() -> None:
+    used = {v for p in FILES for v in re.findall(r"OFFPATH_[A-Z]+", p.read_text())}
+    readme = (ROOT / "README.md").read_text()
+    assert {v for v in used if v not in readme} == set()
+
+
+def _run(code: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("OFFPATH_")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_plain_import_is_light() -> None:
+    code = "import sys, torch; before = set(sys.modules); import offpath; print(*set(sys.modules) - before)"
+    loaded = {name.split(".")[0] for name in _run(code).split()}
+    assert "offpath" in loaded
+    heavy = {"matplotlib", "triton", "typer", "click", "rich", "sklearn", "pooch", "jinja2", "safetensors", "filelock"}
+    assert loaded & heavy == set()
+    assert "torch._dynamo" not in _run(code).split(), "importing the compiler takes a second"
+
+
+def test_importing_does_not_start_cuda() -> None:
+    assert _run("import offpath, torch; print(torch.cuda.is_initialized())").strip() == "False"
+
+
+def test_one_openmp_runtime_in_the_process() -> None:
+    code = (
+        "import torch, offpath; from offpath.kernels import cpu\n"
+        "torch.set_num_threads(2); layer = offpath.SparseLinear(512, 512)\n"
+        "layer(torch.randn(256, 512, requires_grad=True)).sum().backward()\n"
+        "torch.randn(512, 512) @ torch.randn(512, 512)\n"
+        "print(cpu.pool_library()); print(open('/proc/self/maps').read())"
+    )
+    pool, maps = _run(code).split("\n", 1)
+    runtimes = {
+        Path(line.split()[-1]).resolve() for line in maps.splitlines() if re.search(r"/lib(g|i)?omp[^/]*\.so", line)
+    }
+    assert runtimes == {Path(pool).resolve()}
+
+
+def test_thread_count_of_torch_is_honoured() -> None:
+    code = (
+        "import os, torch, offpath; torch.set_num_threads({})\n"
+        "layer, x = offpath.SparseLinear(512, 512), torch.ones(256, 512)\n"
+        "before = len(os.listdir('/proc/self/task')); layer(x)\n"
+        "print(len(os.listdir('/proc/self/task')) - before)"
+    )
+    for count in (1, 2, 3):
+        assert int(_run(code.format(count))) == count - 1

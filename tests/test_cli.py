@@ -1,0 +1,132 @@
+"""The commands, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SMALL = ["--data", "digits", "--model", "mlp-small", "--epochs", "2"]
+
+
+def _offpath(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from offpath_cli import main; main()", *map(str, arguments)]
+    return subprocess.run(
+        command,
+        env=os.environ | {"COLUMNS": "120", "NO_COLOR": "1"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_help_does_not_load_torch() -> None:
+    code = "import sys; sys.argv = ['offpath', '--help']\nfrom offpath_cli import main\n"
+    code += "try:\n    main()\nexcept SystemExit: print(sorted({'torch', 'offpath'} & set(sys.modules)))"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.rstrip().endswith("[]")
+    for command in ("info", "train", "race", "data"):
+        assert command in finished.stdout
+
+
+def test_missing_extra_says_how_to_get_it() -> None:
+    code = "import sys; sys.modules['typer'] = None\nfrom offpath_cli import main\nmain()"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert finished.returncode == 1 and "pip install 'offpath[cli]'" in finished.stderr
+
+
+def test_info_says_what_was_chosen_and_why() -> None:
+    finished = _offpath("info", OFFPATH_ISA="baseline")
+    assert finished.returncode == 0
+    assert "cpu:baseline (forced by OFFPATH_ISA)" in finished.stdout
+
+
+def test_forced_isa_that_cannot_be_met_is_one_line() -> None:
+    finished = _offpath("info", OFFPATH_ISA="sve2")
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: expected an ISA that runs here") and finished.stderr.count("\n") == 1
+
+
+def test_train_prints_writes_and_resumes(tmp_path: Path) -> None:
+    first = _offpath("train", *SMALL, "--out", tmp_path / "run", "--sparsity", "0.8")
+    assert first.returncode == 0, first.stderr
+    assert "epoch   2" in first.stdout and "test accuracy" in first.stdout
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["sparsity"] == 0.8
+    again = _offpath("train", "--out", tmp_path / "run", "--resume", "--epochs", "3")
+    assert again.returncode == 0, again.stderr
+    assert "epoch   3" in again.stdout and "epoch   2" not in again.stdout
+
+
+def test_resume_refuses_an_option_that_contradicts_the_run(tmp_path: Path) -> None:
+    assert _offpath("train", *SMALL, "--out", tmp_path / "run").returncode == 0
+    finished = _offpath("train", "--out", tmp_path / "run", "--resume", "--sparsity", "0.5")
+    assert finished.returncode == 1
+    assert "go on with sparsity=0.9 as the run was started, got 0.5" in finished.stderr
+
+
+def test_quick_caps_the_epochs(tmp_path: Path) -> None:
+    finished = _offpath("train", "--data", "digits", "--model", "mlp-small", "--quick", "--out", tmp_path / "run")
+    assert finished.returncode == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 2
+
+
+def test_race_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:
+    finished = _offpath("race", *SMALL, "--out", tmp_path / "race")
+    assert finished.returncode == 0, finished.stderr
+    for text in ("test accuracy", "time a training step", "optimizer bytes", "peak memory", "report.html"):
+        assert text in finished.stdout
+    assert {p.name for p in (tmp_path / "race").iterdir()} == {"dense", "sparse", "race.json", "report.html"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--sparsity", "1.5"], "expected sparsity in [0, 1), got 1.5"),
+        (["train", "--sparsity", "nan"], "expected sparsity in [0, 1), got nan"),
+        (["train", "--data", "imagenet"], "expected data to be one of digits"),
+        (["train", "--data", "mnist", "--data-dir", "/nonexistent"], "mnist"),
+        (["train", "--device", "cuda:99"], "cuda"),
+        (["race", "--sparsity", "0"], "above 0"),
+        (["train", "--resume", "--out", "/nonexistent"], "expected a run in /nonexistent"),
+        (["data", "digits"], "pip install"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, arguments: list[str], message: str) -> None:
+    out = [] if "--out" in arguments or arguments[0] == "data" else ["--out", str(tmp_path / "run")]
+    finished = _offpath(*arguments, *out)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: ") and finished.stderr.count("\n") == 1
+    assert message in finished.stderr
+    assert not list(tmp_path.rglob("config.json"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_stopping_leaves_a_usable_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "run"
+    arguments = ["train", "--data", "digits", "--model", "mlp", "--epochs", "100000", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from offpath_cli import main; main()", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"offpath train --out {out} --resume" in output
+    epochs = len((out / "metrics.jsonl").read_text().splitlines())
+    (out / "config.json").write_text(
+        (out / "config.json").read_text().replace('"epochs": 100000', f'"epochs": {epochs + 1}')
+    )
+    resumed = _offpath("train", "--out", out, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"epoch {epochs + 1:>3}" in resumed.stdout

@@ -1,0 +1,168 @@
+"""`sparsify` and `densify`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from offpath import SparseLinear, densify, sparsify
+from offpath.topology import layer_densities
+
+
+def _model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Sequential(nn.Linear(48, 32, bias=False)), nn.Linear(32, 4))
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "erk"])
+@pytest.mark.parametrize("method", ["random", "magnitude"])
+def test_sparsify_swaps_every_linear_layer_and_reports_it(method: str, distribution: str) -> None:
+    model = _model().double()
+    before = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    report = sparsify(model, 0.8, distribution, method=method, seed=0)
+    assert [layer.name for layer in report.layers] == list(before)
+    assert report.sparsity == pytest.approx(0.8, abs=0.001)
+    for entry in report.layers:
+        layer = model.get_submodule(entry.name)
+        assert isinstance(layer, SparseLinear) and layer.nnz == entry.nnz
+        assert entry.shape == tuple(before[entry.name].weight.shape)
+        assert entry.bytes_before == sum(p.numel() * 8 for p in before[entry.name].parameters())
+        indices = (layer.crow_indices.numel() + layer.nnz) * 4
+        assert entry.bytes_after == layer.nnz * 8 + (0 if layer.bias is None else layer.bias.numel() * 8) + indices
+    assert model(torch.randn(3, 64).double()).shape == (3, 4)
+
+
+def test_magnitude_keeps_the_largest_weights_with_their_values() -> None:
+    model = _model()
+    weight = model[0].weight.detach().clone()
+    sparsify(model, 0.75, method="magnitude")
+    kept = model[0].to_dense().weight
+    threshold = weight.abs().flatten().sort(descending=True).values[weight.numel() // 4 - 1]
+    assert torch.equal(kept, weight * (weight.abs() >= threshold))
+
+
+def test_ties_still_give_exactly_the_asked_count() -> None:
+    model = nn.Sequential(nn.Linear(10, 10))
+    nn.init.ones_(model[0].weight)
+    assert sparsify(model, 0.7, method="magnitude").layers[0].nnz == 30
+
+
+def test_random_is_seeded_without_touching_the_global_generator() -> None:
+    models = [_model() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    state = torch.get_rng_state()
+    for model in models:
+        sparsify(model, 0.9, seed=3)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
+
+
+def test_densify_is_the_inverse() -> None:
+    model = _model()
+    dense = {name: p.clone() for name, p in model.state_dict().items()}
+    sparsify(model, 0.0, method="magnitude")
+    report = densify(model)
+    assert len(report.layers) == 3
+    after = model.state_dict()
+    assert after.keys() == dense.keys() and all(torch.equal(after[k], dense[k]) for k in dense)
+
+
+def test_filter_fn_chooses_by_module_and_name() -> None:
+    model = _model()
+    report = sparsify(model, 0.9, filter_fn=lambda module, fqn: fqn != "3" and module.in_features > 50)
+    assert [layer.name for layer in report.layers] == ["0"]
+    assert type(model[3]) is nn.Linear
+
+
+def test_training_mode_device_and_requires_grad_are_kept() -> None:
+    model = _model().eval()
+    model[0].weight.requires_grad_(False)
+    sparsify(model, 0.5)
+    assert not model[0].training and not model[0].values.requires_grad and model[0].bias.requires_grad
+
+
+def test_a_module_used_twice_stays_shared() -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    report = sparsify(model, 0.5)
+    assert len(report.layers) == 1
+    assert model["a"] is model["b"][0]
+
+
+class _Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.head = nn.Linear(8, 20)
+        self.head.weight = self.embedding.weight
+
+
+def test_layers_that_cannot_be_swapped_are_left_and_named() -> None:
+    tied = _Tied()
+    assert sparsify(tied, 0.5).skipped == (("head", "its weight is tied to another module"),)
+    attention = nn.MultiheadAttention(8, 2)
+    assert "whose owner may read its weight" in sparsify(attention, 0.5).skipped[0][1]
+    assert attention(*[torch.randn(3, 1, 8)] * 3)[0].shape == (3, 1, 8)
+    pruned = _model()
+    prune.random_unstructured(pruned[0], "weight", 0.5)
+    report = sparsify(pruned, 0.5)
+    assert report.skipped[0][0] == "0" and "computed by a mask" in report.skipped[0][1]
+    assert "left dense: 0" in str(report)
+    hooked = _model()
+    hooked[0].register_forward_hook(lambda *_: None)
+    assert "hooks" in sparsify(hooked, 0.5).skipped[0][1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": float("nan")}, r"sparsity in \[0, 1\)"),
+        ({"sparsity": 1.0}, r"sparsity in \[0, 1\)"),
+        ({"sparsity": -0.1}, r"sparsity in \[0, 1\)"),
+        ({"distribution": "equal"}, "uniform, erk"),
+        ({"method": "best"}, "'random' or 'magnitude'"),
+    ],
+)
+def test_bad_arguments_change_nothing(arguments: dict, message: str) -> None:
+    model = _model()
+    with pytest.raises(ValueError, match=message):
+        sparsify(model, **arguments)
+    assert type(model[0]) is nn.Linear
+
+
+def test_nan_weights_have_no_magnitude_and_change_nothing() -> None:
+    model = _model()
+    model[3].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN in layer '3'"):
+        sparsify(model, 0.5, method="magnitude")
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_bare_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match="from_dense"):
+        sparsify(nn.Linear(3, 3), 0.5)
+    with pytest.raises(ValueError, match="to_dense"):
+        densify(nn.Module.train(SparseLinear(3, 3)))
+
+
+def test_erk_gives_small_layers_more_and_keeps_the_total() -> None:
+    shapes = [(1000, 784), (1000, 1000), (10, 1000)]
+    for sparsity in (0.5, 0.9, 0.99):
+        densities = layer_densities(shapes, sparsity, "erk")
+        total = sum(d * r * c for d, (r, c) in zip(densities, shapes, strict=True))
+        assert total == pytest.approx((1 - sparsity) * sum(r * c for r, c in shapes))
+        assert all(0 < d <= 1 for d in densities)
+        # Layers that are not full share one factor of (in + out) / (in * out).
+        factors = [d * r * c / (r + c) for d, (r, c) in zip(densities, shapes, strict=True) if d < 1]
+        assert factors == pytest.approx([factors[0]] * len(factors))
+
+
+def test_erk_at_zero_sparsity_is_dense_and_of_nothing_is_nothing() -> None:
+    assert layer_densities([(3, 4), (5, 6)], 0.0, "erk") == pytest.approx([1.0, 1.0])
+    assert layer_densities([], 0.9, "erk") == []
+
+
+def test_a_model_without_linear_layers_gives_an_empty_report() -> None:
+    report = sparsify(nn.Sequential(nn.ReLU()), 0.9)
+    assert report.layers == () and "total" in str(report)

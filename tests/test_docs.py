@@ -1,0 +1,46 @@
+"""What is taught runs: every docstring example, and every Python block of the README."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import offpath
+from offpath.studies.race import RaceResult
+from offpath.studies.tables import demo_block
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(m.name for m in pkgutil.walk_packages(offpath.__path__, "offpath.") if not m.name.endswith("_native"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name: str) -> None:
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert doctest.testmod(importlib.import_module(name), optionflags=flags).failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_blocks_of_the_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+    namespace: dict = {}
+    for block in blocks:  # one page is one session: later blocks may use what earlier ones defined
+        exec(compile(block, str(page), "exec"), namespace)
+    assert blocks or page.name != "README.md"
+
+
+def test_numbers_of_the_readme_are_those_of_the_committed_demo() -> None:
+    result = RaceResult.from_json(json.loads((ROOT / "docs" / "demo" / "race.json").read_text()))
+    assert demo_block(result) in (ROOT / "README.md").read_text()
+
+
+def test_public_functions_have_an_example() -> None:
+    for function in (offpath.sparsify, offpath.densify, offpath.SparseLinear, offpath.Pattern):
+        assert ">>>" in (function.__doc__ or ""), function

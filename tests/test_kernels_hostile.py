@@ -1,0 +1,162 @@
+"""What a kernel must refuse, and what must not change its result."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cases import PROBLEMS, PRODUCTS, Problem, Product, gaussian
+from offpath import kernels, pattern as patterns
+from offpath.kernels import KernelError, cpu
+
+NATIVE = [name for name in kernels.backends() if name.startswith("cpu:")]
+LARGE = [p for p in PROBLEMS if p.name.startswith("several threads")]
+
+
+@pytest.mark.parametrize("problem", LARGE, ids=lambda p: p.name)
+@pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: p.name)
+@pytest.mark.parametrize("name", NATIVE)
+def test_result_does_not_depend_on_the_thread_count(name: str, product: Product, problem: Problem) -> None:
+    pattern = problem.pattern
+    operands = product.draw(pattern, problem.batch, gaussian(3, torch.float32))
+    before = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(product.run(kernels.backends()[name], pattern, operands))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.skipif(
+    not {"cpu:avx2", "cpu:avx512"} <= set(NATIVE), reason="needs a machine that runs both AVX2 and AVX-512"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("product", [p for p in PRODUCTS if p.name.startswith("spmm")], ids=lambda p: p.name)
+def test_spmm_has_the_same_bits_on_every_isa_with_fma(product: Product, dtype: torch.dtype) -> None:
+    for problem in LARGE:
+        pattern = problem.pattern
+        operands = product.draw(pattern, problem.batch, gaussian(4, dtype))
+        avx2, avx512 = (product.run(kernels.backends()[n], pattern, operands) for n in ("cpu:avx2", "cpu:avx512"))
+        assert torch.equal(avx2, avx512)
+
+
+def _operands() -> dict[str, torch.Tensor]:
+    pattern = patterns.random((6, 8), 12, torch.Generator().manual_seed(0))
+    return {
+        "crow_indices": pattern.crow_indices,
+        "col_indices": pattern.col_indices,
+        "values": torch.randn(12),
+        "x": torch.randn(8, 5),
+    }
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.randn(8, 5, dtype=torch.float64)},
+        {"x": torch.randn(8)},
+        {"x": torch.randn(8, 5, device="meta")},
+        {"x": torch.randn(8, 5).to_sparse()},
+        {"values": torch.randn(11)},
+        {"values": torch.randn(12).bfloat16(), "x": torch.randn(8, 5).bfloat16()},
+        {"values": torch.randn(24)[::2]},
+        {"col_indices": torch.zeros(12, dtype=torch.int64)},
+        {"crow_indices": torch.zeros(7, dtype=torch.int64)},
+        {"crow_indices": torch.zeros(0, dtype=torch.int32)},
+        {"bias": torch.randn(5)},
+        {"bias": torch.randn(6).double()},
+    ],
+    ids=lambda change: " and ".join(f"{k} {v.dtype} {tuple(v.shape)} {v.device}" for k, v in change.items()),
+)
+def test_misfitting_operands_are_refused(name: str, change: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(KernelError, match="got"):
+        kernels.backends()[name].spmm(**(_operands() | change))
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize(
+    "change", [{"dy": torch.randn(6, 4)}, {"dy": torch.randn(7, 5)}, {"dy": torch.randn(6, 5).half()}]
+)
+def test_misfitting_gradients_are_refused(name: str, change: dict[str, torch.Tensor]) -> None:
+    operands = _operands() | {"dy": torch.randn(6, 5)} | change
+    del operands["values"]
+    with pytest.raises(KernelError, match="got"):
+        kernels.backends()[name].sddmm(**operands)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_any_strides_give_the_same_result(name: str) -> None:
+    operands = _operands()
+    expected = kernels.backends()[name].spmm(**operands)
+    x = operands["x"]
+    wide = torch.randn(16, 10)
+    wide[::2, ::2] = x
+    padded = torch.randn(8, 9)
+    padded[:, :5] = x
+    column_major = torch.randn(9, 8).t()
+    column_major[:, :5] = x
+    for variant in (wide[::2, ::2], padded[:, :5], column_major[:, :5]):
+        assert torch.equal(kernels.backends()[name].spmm(**(operands | {"x": variant})), expected)
+    same_everywhere = x[:, :1].expand(8, 5)
+    repeated = kernels.backends()[name].spmm(**(operands | {"x": same_everywhere}))
+    assert torch.equal(repeated, expected[:, :1].expand(6, 5))
+
+
+def test_no_kernel_for_a_dtype_raises_instead_of_falling_back() -> None:
+    with pytest.raises(KernelError, match="OFFPATH_BACKEND=reference"):
+        kernels.select("cpu", torch.bfloat16)
+    with pytest.raises(KernelError, match="no kernels for"):
+        kernels.select("cuda", torch.float32)
+
+
+def test_unknown_backend_is_refused() -> None:
+    with pytest.raises(KernelError, match="expected one of reference"), kernels.forced("gpu"):
+        pass
+
+
+def test_unknown_isa_is_refused() -> None:
+    with pytest.raises(KernelError, match="it was not built"):
+        cpu.make_backend("avx1024")
+
+
+PRINT_BACKEND = "import torch, offpath; print(offpath.kernels.select('cpu', torch.float32).name)"
+
+
+def _in_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_forced_isa_is_the_one_that_runs(name: str) -> None:
+    code = (
+        "import torch, offpath; from offpath.kernels import cpu\n"
+        "offpath.SparseLinear(64, 64)(torch.randn(8, 64))\n"
+        "print(*[isa for isa in cpu.isas() if cpu.calls(isa)])"
+    )
+    isa = name.removeprefix("cpu:")
+    assert _in_process(code, OFFPATH_ISA=isa).stdout.strip() == isa
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"OFFPATH_ISA": "sve2"}, "got 'sve2': it was not built"),
+        ({"OFFPATH_BACKEND": "gpu"}, "expected OFFPATH_BACKEND to be 'cpu' or 'reference', got 'gpu'"),
+        ({"OFFPATH_BACKEND": "reference", "OFFPATH_ISA": "avx2"}, "has no ISA"),
+    ],
+)
+def test_forced_choice_that_cannot_be_met_raises(environment: dict[str, str], message: str) -> None:
+    finished = _in_process(PRINT_BACKEND, **environment)
+    assert finished.returncode == 1 and message in finished.stderr
+
+
+def test_forced_reference_runs() -> None:
+    assert _in_process(PRINT_BACKEND, OFFPATH_BACKEND="reference").stdout.strip() == "reference"

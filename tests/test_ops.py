@@ -1,0 +1,160 @@
+"""The ops: gradients, registration, compilation, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.library import opcheck
+
+from cases import PROBLEMS, WIDTHS, Problem, gaussian
+from checkers import gamma
+from offpath import kernels, pattern as patterns
+from offpath.kernels import Backend, KernelError
+from offpath.ops import sparse_linear
+from offpath.pattern import Pattern, PatternError
+
+SMALL = [p for p in (*WIDTHS[:4], *PROBLEMS) if not p.name.startswith(("several", "batch over", "strips"))]
+OPS = torch.ops.offpath
+
+pytestmark = pytest.mark.usefixtures("threads")
+
+
+def _operands(problem: Problem, dtype: torch.dtype, bias: bool = True) -> tuple[Tensor, Tensor, Tensor | None, Pattern]:
+    pattern = problem.pattern
+    draw = gaussian(11, dtype)
+    x = draw((problem.batch, pattern.shape[1])).requires_grad_()
+    values = draw((pattern.nnz,)).requires_grad_()
+    return x, values, draw((pattern.shape[0],)).requires_grad_() if bias else None, pattern
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("problem", SMALL, ids=lambda p: p.name)
+def test_gradcheck_in_float64(backend: Backend, problem: Problem, bias: bool) -> None:
+    x, values, b, p = _operands(problem, torch.float64, bias)
+    assert gradcheck(lambda *a: sparse_linear(*a, p.crow_indices, p.col_indices), (x, values, b))
+
+
+@pytest.mark.parametrize("problem", (*WIDTHS[:17], *PROBLEMS), ids=lambda p: p.name)
+def test_float32_gradients_are_within_the_bound_of_the_float64_reference(backend: Backend, problem: Problem) -> None:
+    x, values, bias, pattern = _operands(problem, torch.float32)
+    y = sparse_linear(x, values, bias, pattern.crow_indices, pattern.col_indices)
+    dy = gaussian(12, torch.float32)(tuple(y.shape))
+    results = torch.autograd.grad(y, (x, values, bias), dy)
+
+    def reference_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+        """Autograd of the definition, in float64."""
+        x64, values64, bias64, dy64 = (t.detach().double() for t in tensors)
+        leaves = [t.requires_grad_() for t in (x64, values64, bias64)]
+        y64 = kernels.backends()["reference"].spmm(
+            pattern.crow_indices, pattern.col_indices, leaves[1], leaves[0].t(), leaves[2]
+        )
+        return torch.autograd.grad(y64.t(), leaves, dy64)
+
+    exact = reference_gradients(x, values, bias, dy)
+    # Each gradient is a sum of products of two operands, so absolute operands give its bound's |A| |x|.
+    size = reference_gradients(x.abs(), values.abs(), bias.abs(), dy.abs())
+    batch = torch.tensor(problem.batch)
+    terms = (pattern.transpose().crow_indices.diff(), batch, batch)
+    for result, e, s, k in zip(results, exact, size, terms, strict=True):
+        assert bool(((result.double() - e).abs() <= gamma(k, torch.float32) * s).all())
+
+
+OPCHECKED = [p for p in PROBLEMS if p.name in ("one connection", "no connections", "rows of one to eight connections")]
+
+
+@pytest.mark.parametrize("problem", OPCHECKED, ids=lambda p: p.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_opcheck(problem: Problem, dtype: torch.dtype) -> None:
+    x, values, bias, p = _operands(problem, dtype)
+    opcheck(OPS.sparse_linear.default, (x, values, bias, p.crow_indices, p.col_indices))
+    opcheck(OPS.sparse_linear.default, (x, values, None, p.crow_indices, p.col_indices))
+    dy = torch.randn(problem.batch, p.shape[0], dtype=dtype)
+    # Without requires_grad: differentiating these two is what they refuse.
+    opcheck(OPS.sparse_linear_dx.default, (dy, values.detach(), p.crow_indices, p.col_indices, p.shape[1]))
+    opcheck(OPS.sparse_linear_dvalues.default, (dy, x.detach(), p.crow_indices, p.col_indices))
+
+
+def test_compile_without_graph_breaks_gives_the_same_numbers(one_thread: None) -> None:
+    pattern = patterns.random((24, 40), 96, torch.Generator().manual_seed(0))
+    x, values, bias = (gaussian(i, torch.float32)(s).requires_grad_() for i, s in enumerate([(7, 40), (96,), (24,)]))
+
+    def run(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        return sparse_linear(x, values, bias, pattern.crow_indices, pattern.col_indices) * 2
+
+    compiled = torch.compile(run, fullgraph=True)
+    for batch in (7, 3):
+        x = x.detach()[:batch].requires_grad_()
+        expected = run(x, values, bias)
+        result = compiled(x, values, bias)
+        assert torch.equal(result, expected)
+        dy = torch.randn_like(result)
+        dx, dvalues, dbias = torch.autograd.grad(result, (x, values, bias), dy)
+        expected_dx, expected_dvalues, expected_dbias = torch.autograd.grad(expected, (x, values, bias), dy)
+        assert torch.equal(dx, expected_dx) and torch.equal(dvalues, expected_dvalues)
+        # The compiler sums dbias itself, in an order of its own.
+        bound = 2 * gamma(torch.tensor(batch), torch.float32) * (2 * dy).abs().sum(0)
+        assert bool(((dbias - expected_dbias).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("wanted", ["x", "values", "bias"])
+def test_only_the_gradients_asked_for_are_computed(wanted: str) -> None:
+    x, values, bias, pattern = _operands(PROBLEMS[7], torch.float64)
+    operands = {"x": x, "values": values, "bias": bias}
+    for name, tensor in operands.items():
+        tensor.requires_grad_(name == wanted)
+    y = sparse_linear(**operands, crow_indices=pattern.crow_indices, col_indices=pattern.col_indices)
+    y.sum().backward()
+    assert [name for name, tensor in operands.items() if tensor.grad is not None] == [wanted]
+
+
+def test_double_backward_says_that_it_is_not_there() -> None:
+    x, values, bias, pattern = _operands(PROBLEMS[7], torch.float64)
+    y = sparse_linear(x, values, bias, pattern.crow_indices, pattern.col_indices)
+    dx, dvalues = torch.autograd.grad(y.square().sum(), (x, values), create_graph=True)
+    for gradient in (dx, dvalues):
+        with pytest.raises(RuntimeError, match="double backward is not implemented"):
+            gradient.sum().backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (3,), (2, 3), (2, 0, 3), (0,)])
+def test_leading_dimensions(backend: Backend, leading: tuple[int, ...]) -> None:
+    pattern = patterns.random((4, 6), 10, torch.Generator().manual_seed(0))
+    x = torch.randn(*leading, 6, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(10, dtype=torch.float64, requires_grad=True)
+    y = sparse_linear(x, values, None, pattern.crow_indices, pattern.col_indices)
+    expected = torch.nn.functional.linear(x, pattern.to_dense(values))
+    assert y.shape == expected.shape and y.is_contiguous()
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
+def test_indices_that_are_not_canonical_are_refused_before_any_kernel_runs() -> None:
+    crow = torch.tensor([0, 1, 2], dtype=torch.int32)
+    out_of_range = torch.tensor([0, 1_000_000], dtype=torch.int32)
+    with pytest.raises(PatternError, match="got 1000000"):
+        OPS.sparse_linear(torch.randn(3, 4), torch.randn(2), None, crow, out_of_range)
+    fine = torch.tensor([0, 3], dtype=torch.int32)
+    OPS.sparse_linear(torch.randn(3, 4), torch.randn(2), None, crow, fine)
+    with pytest.raises(PatternError, match="got 3"):
+        OPS.sparse_linear(torch.randn(3, 2), torch.randn(2), None, crow, fine)
+
+
+def test_operands_of_different_dtypes_are_refused() -> None:
+    pattern = patterns.full((2, 3))
+    with pytest.raises(KernelError, match="operands of one dtype"):
+        sparse_linear(torch.randn(1, 3), torch.randn(6).double(), None, pattern.crow_indices, pattern.col_indices)
+    with pytest.raises(KernelError, match=r"no kernels for torch\.bfloat16"):
+        sparse_linear(
+            torch.randn(1, 3).bfloat16(), torch.randn(6).bfloat16(), None, pattern.crow_indices, pattern.col_indices
+        )
+
+
+def test_inference_mode() -> None:
+    pattern = patterns.full((2, 3))
+    x, values = torch.randn(4, 3), torch.randn(6)
+    with torch.inference_mode():
+        result = sparse_linear(x, values, None, pattern.crow_indices, pattern.col_indices)
+    assert torch.equal(result, sparse_linear(x, values, None, pattern.crow_indices, pattern.col_indices))

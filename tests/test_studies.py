@@ -1,0 +1,342 @@
+"""Runs: they learn, they stop and go on to the same numbers, and bad files are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from torch import nn
+
+from offpath import SparseLinear
+from offpath.studies import RunConfig, RunError, race, train
+from offpath.studies.checkpoint import load_checkpoint
+from offpath.studies.data import load
+from offpath.studies.folder import RunFolder
+from offpath.studies.report import write_report
+from offpath.studies.run import Run
+from offpath.studies.tables import race_rows
+
+SMALL = RunConfig(data="digits", model="mlp-small", epochs=3, batch_size=64, seed=1)
+
+
+class Watcher:
+    """Counts what it is told, and can ask for the end as Ctrl-C does."""
+
+    def __init__(self, stop_after_steps: int | None = None) -> None:
+        self.steps = 0
+        self.epochs: list[Any] = []
+        self.stop_after_steps = stop_after_steps
+
+    def on_start(self, run: Any) -> None:
+        pass
+
+    def on_step(self, run: Any) -> None:
+        self.steps += 1
+        if self.steps == self.stop_after_steps:
+            import signal
+
+            signal.raise_signal(signal.SIGINT)
+
+    on_chunk = on_step
+
+    def on_epoch(self, *records: Any) -> None:
+        self.epochs.append(records[-1])
+
+    def on_measuring(self) -> None:
+        pass
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """All numbers of a run's folder but the clock's."""
+    run = Run(RunFolder(path).resumed_config(), load("digits"))
+    load_checkpoint(run, path / "checkpoint.safetensors")
+    clock = {"train_seconds", "samples_per_second", "step_seconds"}
+    return {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "rng": run.rng_state,
+        "step": run.step,
+        "metrics": [{k: v for k, v in r.items() if k not in clock} for r in RunFolder(path).metrics()],
+    }
+
+
+def _assert_same(a: Any, b: Any) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            _assert_same(a[key], b[key])
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("sparsity", [0.9, 0.0], ids=["sparse", "dense"])
+def test_digits_are_learned_to_the_stated_accuracy(tmp_path: Path, one_thread: None, sparsity: float) -> None:
+    config = RunConfig(data="digits", model="mlp", sparsity=sparsity, epochs=15, batch_size=64, seed=0)
+    watcher = Watcher()
+    assert train(config, tmp_path / "run", watcher)
+    assert watcher.epochs[-1]["test_accuracy"] >= 0.95
+    assert watcher.steps == 15 * 23
+
+
+@pytest.mark.parametrize("stop_after_steps", [1, 23, 30], ids=["first step", "end of an epoch", "inside an epoch"])
+def test_stopped_and_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, one_thread: None, stop_after_steps: int
+) -> None:
+    assert train(SMALL, tmp_path / "whole", Watcher())
+    assert not train(SMALL, tmp_path / "parts", Watcher(stop_after_steps))
+    assert RunFolder(tmp_path / "parts").checkpoint_file.exists()
+    assert train(SMALL, tmp_path / "parts", Watcher(), resume=True)
+    _assert_same(_state(tmp_path / "parts"), _state(tmp_path / "whole"))
+
+
+def test_killed_run_resumes_from_its_last_checkpoint_to_the_same_numbers(tmp_path: Path, one_thread: None) -> None:
+    assert train(SMALL, tmp_path / "whole", Watcher())
+    assert train(replace(SMALL, epochs=2), tmp_path / "killed", Watcher())
+    # As a kill would leave it: a record of an epoch that the checkpoint does not hold, and half a line.
+    folder = RunFolder(tmp_path / "killed")
+    folder.append_metrics(folder.metrics()[-1] | {"epoch": 3, "step": 69})
+    with folder.metrics_file.open("a") as file:
+        file.write('{"epoch": 4, "st')
+    config = folder.resumed_config(epochs=3)
+    assert train(config, folder.path, Watcher(), resume=True)
+    _assert_same(_state(folder.path), _state(tmp_path / "whole"))
+
+
+def test_run_stopped_before_its_first_checkpoint_starts_again(tmp_path: Path, one_thread: None) -> None:
+    assert train(SMALL, tmp_path / "whole", Watcher())
+    RunFolder(tmp_path / "new").path.mkdir()
+    RunFolder(tmp_path / "new").start(SMALL)
+    assert train(SMALL, tmp_path / "new", Watcher(), resume=True)
+    _assert_same(_state(tmp_path / "new"), _state(tmp_path / "whole"))
+
+
+def test_finished_run_can_be_given_more_epochs_but_not_fewer(tmp_path: Path, one_thread: None) -> None:
+    assert train(replace(SMALL, epochs=5), tmp_path / "five", Watcher())
+    assert train(SMALL, tmp_path / "run", Watcher())
+    config = RunFolder(tmp_path / "run").resumed_config(epochs=5)
+    assert train(config, tmp_path / "run", Watcher(), resume=True)
+    _assert_same(_state(tmp_path / "run"), _state(tmp_path / "five"))
+    with pytest.raises(RunError, match="expected at least the 5 epochs"):
+        RunFolder(tmp_path / "run").resumed_config(epochs=2)
+
+
+def test_two_runs_in_one_process_do_not_disturb_each_other(one_thread: None) -> None:
+    dataset = load("digits")
+    alone, first, second = (Run(replace(SMALL, seed=s), dataset) for s in (1, 1, 2))
+    torch.manual_seed(123)
+    for _ in range(5):
+        first.advance()
+        second.advance(2)
+        torch.rand(3)
+    alone.advance(5)
+    _assert_same(first.model.state_dict(), alone.model.state_dict())
+
+
+def test_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
+    train(SMALL, tmp_path / "run", Watcher())
+    files = {p.name for p in (tmp_path / "run").iterdir()}
+    assert files == {".lock", "config.json", "metrics.jsonl", "checkpoint.safetensors"}
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert RunConfig.from_json(json.loads((tmp_path / "run" / "config.json").read_text())) == SMALL
+
+
+def test_second_process_is_kept_out(tmp_path: Path) -> None:
+    with (
+        RunFolder(tmp_path / "run").locked(),
+        pytest.raises(RunError, match="another process is working in it"),
+        RunFolder(tmp_path / "run").locked(),
+    ):
+        pass
+
+
+def test_existing_run_is_not_overwritten(tmp_path: Path) -> None:
+    train(SMALL, tmp_path / "run", Watcher())
+    before = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(RunError, match="already holds a run; go on with it by --resume"):
+        train(SMALL, tmp_path / "run", Watcher())
+    assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("finished") / "run"
+    train(replace(SMALL, epochs=1), path, Watcher())
+    return path
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda c: b"",
+        lambda c: c[:5],
+        lambda c: c[: len(c) // 2],
+        lambda c: c[:-1],
+        lambda c: b"\xff" * 8 + c[8:],
+        lambda c: c[:20] + b"\x00" * 40 + c[60:],
+        lambda c: b"not a checkpoint at all" * 10,
+        lambda c: c.replace(b"offpath_run", b"offpath_nur"),
+        lambda c: c.replace(b'\\"version\\": 1', b'\\"version\\": 9'),
+    ],
+    ids=["empty", "5 bytes", "half", "one byte short", "huge header", "zeroed", "text", "foreign", "future version"],
+)
+def test_damaged_checkpoint_is_refused_and_left_alone(finished_run: Path, tmp_path: Path, damage) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(finished_run, path)
+    checkpoint = path / "checkpoint.safetensors"
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    damaged = checkpoint.read_bytes()
+    with pytest.raises(RunError, match="expected"):
+        train(replace(SMALL, epochs=2), path, Watcher(), resume=True)
+    assert checkpoint.read_bytes() == damaged
+
+
+@given(st.data())
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_one_flipped_bit_anywhere_is_noticed(finished_run: Path, tmp_path: Path, data: st.DataObject) -> None:
+    content = bytearray((finished_run / "checkpoint.safetensors").read_bytes())
+    offset = data.draw(st.integers(0, 4000) | st.integers(0, len(content) - 1), label="offset")
+    content[offset] ^= 1 << data.draw(st.integers(0, 7), label="bit")
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(content)
+    run = Run(replace(SMALL, epochs=1), load("digits"))
+    with pytest.raises(RunError):
+        load_checkpoint(run, path)
+
+
+def test_checkpoint_of_another_run_is_refused(finished_run: Path) -> None:
+    run = Run(replace(SMALL, seed=5), load("digits"))
+    with pytest.raises(RunError, match="has seed=1, not 5"):
+        load_checkpoint(run, finished_run / "checkpoint.safetensors")
+
+
+def test_resuming_nothing_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"config\.json is missing; start it without --resume"):
+        RunFolder(tmp_path).resumed_config()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"data": "digits"}', '{"seed": "x"}'])
+def test_broken_config_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(RunError, match="expected"):
+        RunFolder(tmp_path).resumed_config()
+
+
+def test_full_disk_leaves_the_last_checkpoint_and_no_litter(finished_run: Path, tmp_path: Path) -> None:
+    import resource
+
+    path = tmp_path / "run"
+    shutil.copytree(finished_run, path)
+    before = (path / "checkpoint.safetensors").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    import signal
+
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit then fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"expected to write .*checkpoint"):
+            train(replace(SMALL, epochs=2), path, Watcher(), resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (path / "checkpoint.safetensors").read_bytes() == before
+    assert {p.name for p in path.iterdir()} == {".lock", "config.json", "metrics.jsonl", "checkpoint.safetensors"}
+
+
+def test_unwritable_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="choose another --out"):
+        train(SMALL, tmp_path / "file" / "run", Watcher())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": "imagenet"}, "digits, mnist-5k, mnist, fashion-mnist"),
+        ({"model": "gpt"}, "mlp-small, mlp, mlp-wide"),
+        ({"sparsity": 1.0}, r"sparsity in \[0, 1\)"),
+        ({"sparsity": float("nan")}, r"sparsity in \[0, 1\)"),
+        ({"epochs": 0}, "epochs of at least 1"),
+        ({"batch_size": 0}, "batch_size of at least 1"),
+        ({"learning_rate": float("nan")}, "positive, finite learning rate"),
+        ({"seed": -1}, "seed in"),
+        ({"device": "tpu"}, "tpu"),
+        ({"distribution": "equal"}, "uniform, erk"),
+    ],
+)
+def test_config_that_cannot_be_run_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        replace(SMALL, **change)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_absent_device_is_refused() -> None:
+    with pytest.raises(RunError, match="torch sees none here; use --device cpu"):
+        replace(SMALL, device="cuda")
+
+
+def test_diverging_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"expected a finite loss.*smaller --learning-rate"):
+        train(replace(SMALL, learning_rate=1e30), tmp_path / "run", Watcher())
+
+
+def test_only_the_hidden_layers_become_sparse() -> None:
+    model = Run(SMALL, load("digits")).model
+    assert [type(m) for m in model if not isinstance(m, nn.ReLU)] == [SparseLinear, SparseLinear, nn.Linear]
+    dense = Run(replace(SMALL, sparsity=0.0), load("digits")).model
+    assert not any(isinstance(m, SparseLinear) for m in dense.modules())
+
+
+def test_race_measures_both_twins_and_writes_a_page(tmp_path: Path) -> None:
+    watcher = Watcher()
+    result = race(SMALL, tmp_path / "race", watcher)
+    assert result is not None and len(watcher.epochs) == 3
+    assert result.dense.sparsity == 0 and result.sparse.sparsity == 0.9
+    hidden = 64 * 256 + 256 * 256
+    others = 256 + 256 + 256 * 10 + 10
+    kept = round(0.1 * 64 * 256) + round(0.1 * 256 * 256)
+    assert result.dense.bytes.parameters == 4 * (hidden + others)
+    assert result.sparse.bytes.parameters == 4 * (kept + others)
+    assert result.sparse.bytes.gradients == result.sparse.bytes.parameters
+    # Adam keeps two moments an entry and a step count (4 bytes) for each of the six parameters.
+    assert result.sparse.bytes.optimizer == 2 * result.sparse.bytes.parameters + 6 * 4
+    assert result.dense.peak_memory_bytes > 0 and result.step_speedup > 0
+    assert json.loads((tmp_path / "race" / "race.json").read_text())["sparse"]["name"] == "sparse"
+    write_report(result, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 2 and "src=" not in page and "http-equiv" not in page
+    for row in race_rows(result):
+        assert all(cell in page for cell in row)
+
+
+def test_stopped_race_resumes_to_the_same_numbers(tmp_path: Path, one_thread: None) -> None:
+    assert race(SMALL, tmp_path / "whole", Watcher())
+    assert race(SMALL, tmp_path / "parts", Watcher(stop_after_steps=4)) is None
+    assert race(SMALL, tmp_path / "parts", Watcher(), resume=True)
+    for lane in ("dense", "sparse"):
+        _assert_same(_state(tmp_path / "parts" / lane), _state(tmp_path / "whole" / lane))
+
+
+def test_race_killed_between_the_two_checkpoints_catches_up(tmp_path: Path, one_thread: None) -> None:
+    assert race(SMALL, tmp_path / "whole", Watcher())
+    assert race(replace(SMALL, epochs=1), tmp_path / "parts", Watcher())
+    dense = RunFolder(tmp_path / "parts" / "dense")
+    assert train(dense.resumed_config(epochs=2), dense.path, Watcher(), resume=True)
+    for lane in ("dense", "sparse"):
+        RunFolder(tmp_path / "parts" / lane).resumed_config(epochs=3)
+    assert race(SMALL, tmp_path / "parts", Watcher(), resume=True)
+    for lane in ("dense", "sparse"):
+        _assert_same(_state(tmp_path / "parts" / lane), _state(tmp_path / "whole" / lane))
+
+
+def test_race_needs_a_sparse_twin(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="above 0"):
+        race(replace(SMALL, sparsity=0.0), tmp_path / "race", Watcher())
