@@ -19,4 +19,7 @@ shutil.copyfile(MADE, KEPT / "race.json")
 (KEPT / "race.svg").write_text(to_svg(race_figure(result)))
 readme = ROOT / "README.md"
 marked = re.compile(r"(<!-- demo -->\n).*?(\n<!-- /demo -->)", re.S)
-readme.write_text(marked.sub(lambda m: m[1] + demo_block(result) + m[2], readme.read_text()))
+text, replaced = marked.subn(lambda m: m[1] + demo_block(result) + m[2], readme.read_text())
+if replaced != 1:
+    raise SystemExit(f"expected one block between <!-- demo --> and <!-- /demo --> in {readme}, got {replaced}")
+readme.write_text(text)

@@ -162,8 +162,9 @@ def test_one_openmp_runtime_in_the_process() -> None:
 
 def test_thread_count_of_torch_is_honoured() -> None:
     code = (
-        "import os, torch, offpath; torch.set_num_threads({})\n"
+        "import os, torch, offpath; torch.set_num_threads(1)\n"
         "layer, x = offpath.SparseLinear(512, 512), torch.ones(256, 512)\n"
+        "torch.set_num_threads({})\n"
         "before = len(os.listdir('/proc/self/task')); layer(x)\n"
         "print(len(os.listdir('/proc/self/task')) - before)"
     )

@@ -38,7 +38,6 @@ def test_mask_round_trip(mask: Tensor) -> None:
     assert torch.equal(pattern.row_counts, mask.sum(1).int())
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @given(masks())
 def test_csr_round_trip_against_torch(mask: Tensor) -> None:
     csr = mask.float().to_sparse_csr()
