@@ -1,5 +1,6 @@
 // The Python face of the kernels, and the only file that knows Python. It takes raw addresses: kernels/cpu.py is
 // its only caller and has checked device, dtype, shape, strides and the pattern before.
+#include "digest.h"
 #include "isa.h"
 #include "parallel.h"
 #include "transpose.h"
@@ -108,6 +109,10 @@ NB_MODULE(_native, m) {
     });
     m.def("calls", &calls);
     m.def("pool_library", &pool_library);
+    m.def("digest", [](int64_t rows, int64_t nnz, Address crow_indices, Address col_indices) {
+        const uint64_t first = digest(at<const int32_t>(crow_indices), rows + 1, 0);
+        return digest(at<const int32_t>(col_indices), nnz, first);
+    });
 #define OFFPATH_KERNEL(op, suffix, T) m.def(#op "_" #suffix, &op<T, &KernelTable::op##_##suffix>);
 #include "kernels.def"
 #undef OFFPATH_KERNEL

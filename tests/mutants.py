@@ -29,28 +29,28 @@ def _drops_last_connection(crow, col, values, x, bias=None):
 
 
 def _off_by_one_row(crow, col, values, x, bias=None):
-    return REFERENCE.spmm(crow, col, values, x, bias).roll(1, 0)
+    return REFERENCE.spmm(crow, col, values, x, bias).roll(1, 1)
 
 
 def _wrong_column(crow, col, values, x, bias=None):
-    return REFERENCE.spmm(crow, (col + 1) % max(x.shape[0], 1), values, x, bias)
+    return REFERENCE.spmm(crow, (col + 1) % max(x.shape[1], 1), values, x, bias)
 
 
 def _ignores_the_tail(crow, col, values, x, bias=None):
-    y = x.new_empty(crow.numel() - 1, x.shape[1])
-    whole = x.shape[1] // 16 * 16
-    y[:, :whole] = REFERENCE.spmm(crow, col, values, x[:, :whole], bias)
+    y = x.new_empty(x.shape[0], crow.numel() - 1)
+    whole = x.shape[0] // 16 * 16
+    y[:whole] = REFERENCE.spmm(crow, col, values, x[:whole], bias)
     return y
 
 
 def _accumulates_into_stale_output(crow, col, values, x, bias=None):
-    return x.new_empty(crow.numel() - 1, x.shape[1]) + REFERENCE.spmm(crow, col, values, x, bias)
+    return x.new_empty(x.shape[0], crow.numel() - 1) + REFERENCE.spmm(crow, col, values, x, bias)
 
 
 def _skips_empty_rows(crow, col, values, x, bias=None):
-    y = x.new_empty(crow.numel() - 1, x.shape[1])
+    y = x.new_empty(x.shape[0], crow.numel() - 1)
     live = crow.diff() > 0
-    y[live] = REFERENCE.spmm(crow, col, values, x, bias)[live]
+    y[:, live] = REFERENCE.spmm(crow, col, values, x, bias)[:, live]
     return y
 
 
@@ -82,11 +82,11 @@ def _shifts_the_gradient(crow, col, dy, x) -> Tensor:
 
 
 def _swaps_the_gradients_operands(crow, col, dy, x) -> Tensor:
-    return REFERENCE.sddmm(crow, col, dy, x.flip(1))
+    return REFERENCE.sddmm(crow, col, dy, x.flip(0))
 
 
 def _gradient_drops_the_last_sample(crow, col, dy, x) -> Tensor:
-    return REFERENCE.sddmm(crow, col, dy[:, :-1], x[:, :-1])
+    return REFERENCE.sddmm(crow, col, dy[:-1], x[:-1])
 
 
 def _gradient_accumulates_into_stale_memory(crow, col, dy, x) -> Tensor:

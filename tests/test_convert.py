@@ -108,10 +108,55 @@ def test_layers_that_cannot_be_swapped_are_left_and_named() -> None:
     prune.random_unstructured(pruned[0], "weight", 0.5)
     report = sparsify(pruned, 0.5)
     assert report.skipped[0][0] == "0" and "computed by a mask" in report.skipped[0][1]
-    assert "left dense: 0" in str(report)
+    assert "left as it was: 0" in str(report)
     hooked = _model()
     hooked[0].register_forward_hook(lambda *_: None)
     assert "hooks" in sparsify(hooked, 0.5).skipped[0][1]
+
+
+def test_transformer_encoder_keeps_what_its_fast_path_reads_and_still_runs() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+    report = sparsify(model, 0.5)
+    assert report.layers == () and all("TransformerEncoderLayer" in r or "owner" in r for _, r in report.skipped)
+    with torch.no_grad():
+        assert model.eval()(torch.randn(2, 3, 16)).shape == (2, 3, 16)
+
+
+def _hook(*_: object) -> None:
+    return None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.register_forward_pre_hook(_hook),
+        lambda m: m.register_full_backward_hook(_hook),
+        lambda m: m.register_full_backward_pre_hook(_hook),
+        lambda m: next(m.parameters()).register_hook(_hook),
+        lambda m: next(m.parameters()).register_post_accumulate_grad_hook(_hook),
+        lambda m: setattr(m, "forward", lambda x: x),
+    ],
+    ids=["forward pre", "backward", "backward pre", "tensor", "post accumulate", "forward"],
+)
+@pytest.mark.parametrize("convert", [lambda m: sparsify(m, 0.5), densify], ids=["sparsify", "densify"])
+def test_layer_with_anything_attached_is_left_alone(convert, change) -> None:
+    model = _model()
+    if convert is densify:
+        sparsify(model, 0.5)
+    kind = type(model[0])
+    change(model[0])
+    report = convert(model)
+    assert [name for name, _ in report.skipped] == ["0"] and type(model[0]) is kind
+    assert len(report.layers) == 2
+
+
+def test_tied_bias_and_tied_values_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].bias = model[1].bias
+    assert [reason for _, reason in sparsify(model, 0.5).skipped] == ["its bias is tied to another module"] * 2
+    tied = nn.Sequential(SparseLinear(4, 4), SparseLinear(4, 4))
+    tied[1].values = tied[0].values
+    assert len(densify(tied).skipped) == 2
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def _operands() -> dict[str, torch.Tensor]:
         "crow_indices": pattern.crow_indices,
         "col_indices": pattern.col_indices,
         "values": torch.randn(12),
-        "x": torch.randn(8, 5),
+        "x": torch.randn(5, 8),
     }
 
 
@@ -59,12 +60,12 @@ def _operands() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "change",
     [
-        {"x": torch.randn(8, 5, dtype=torch.float64)},
+        {"x": torch.randn(5, 8, dtype=torch.float64)},
         {"x": torch.randn(8)},
-        {"x": torch.randn(8, 5, device="meta")},
-        {"x": torch.randn(8, 5).to_sparse()},
+        {"x": torch.randn(5, 8, device="meta")},
+        {"x": torch.randn(5, 8).to_sparse()},
         {"values": torch.randn(11)},
-        {"values": torch.randn(12).bfloat16(), "x": torch.randn(8, 5).bfloat16()},
+        {"values": torch.randn(12).bfloat16(), "x": torch.randn(5, 8).bfloat16()},
         {"values": torch.randn(24)[::2]},
         {"col_indices": torch.zeros(12, dtype=torch.int64)},
         {"crow_indices": torch.zeros(7, dtype=torch.int64)},
@@ -81,10 +82,10 @@ def test_misfitting_operands_are_refused(name: str, change: dict[str, torch.Tens
 
 @pytest.mark.parametrize("name", NATIVE)
 @pytest.mark.parametrize(
-    "change", [{"dy": torch.randn(6, 4)}, {"dy": torch.randn(7, 5)}, {"dy": torch.randn(6, 5).half()}]
+    "change", [{"dy": torch.randn(4, 6)}, {"dy": torch.randn(5, 7)}, {"dy": torch.randn(5, 6).half()}]
 )
 def test_misfitting_gradients_are_refused(name: str, change: dict[str, torch.Tensor]) -> None:
-    operands = _operands() | {"dy": torch.randn(6, 5)} | change
+    operands = _operands() | {"dy": torch.randn(5, 6)} | change
     del operands["values"]
     with pytest.raises(KernelError, match="got"):
         kernels.backends()[name].sddmm(**operands)
@@ -95,17 +96,17 @@ def test_any_strides_give_the_same_result(name: str) -> None:
     operands = _operands()
     expected = kernels.backends()[name].spmm(**operands)
     x = operands["x"]
-    wide = torch.randn(16, 10)
+    wide = torch.randn(10, 16)
     wide[::2, ::2] = x
-    padded = torch.randn(8, 9)
-    padded[:, :5] = x
-    column_major = torch.randn(9, 8).t()
-    column_major[:, :5] = x
-    for variant in (wide[::2, ::2], padded[:, :5], column_major[:, :5]):
+    padded = torch.randn(5, 9)
+    padded[:, :8] = x
+    feature_major = torch.randn(9, 5).t()
+    feature_major[:, :8] = x
+    for variant in (wide[::2, ::2], padded[:, :8], feature_major[:, :8]):
         assert torch.equal(kernels.backends()[name].spmm(**(operands | {"x": variant})), expected)
-    same_everywhere = x[:, :1].expand(8, 5)
+    same_everywhere = x[:1].expand(5, 8)
     repeated = kernels.backends()[name].spmm(**(operands | {"x": same_everywhere}))
-    assert torch.equal(repeated, expected[:, :1].expand(6, 5))
+    assert torch.equal(repeated, expected[:1].expand(5, 6))
 
 
 def test_no_kernel_for_a_dtype_raises_instead_of_falling_back() -> None:
@@ -113,6 +114,11 @@ def test_no_kernel_for_a_dtype_raises_instead_of_falling_back() -> None:
         kernels.select("cpu", torch.bfloat16)
     with pytest.raises(KernelError, match="no kernels for"):
         kernels.select("cuda", torch.float32)
+
+
+def test_forced_backend_holds_in_every_thread() -> None:
+    with kernels.forced("reference"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(kernels.select, "cpu", torch.float32).result().name == "reference"
 
 
 def test_unknown_backend_is_refused() -> None:

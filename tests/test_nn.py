@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from offpath import SparseLinear, pattern as patterns
 from offpath.nn.linear import DEFAULT_SPARSITY
@@ -263,6 +264,61 @@ def test_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(change, mes
             layer.load_state_dict(change(_layer(0.5, seed=9).state_dict()), strict=strict)
         after = layer.state_dict()
         assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_checkpoint_without_data_is_refused_and_changes_nothing() -> None:
+    layer = _layer()
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match="meta device"):
+        layer.load_state_dict(SparseLinear(12, 10, sparsity=0.5, device="meta").state_dict())
+    assert all(torch.equal(layer.state_dict()[key], value) for key, value in before.items())
+
+
+def test_training_goes_on_after_loading_another_nnz_while_an_old_graph_lives() -> None:
+    layer, x = _layer(0.8), torch.randn(4, 12)
+    old_loss = layer(x).sum()
+    layer.load_state_dict(_layer(0.5, seed=3).state_dict())
+    layer(x).sum().backward()
+    assert layer.values.grad.shape == (60,)
+    del old_loss
+
+
+def test_checkpoint_of_model_and_optimizer_resumes_into_a_layer_of_another_nnz() -> None:
+    def step(layer: SparseLinear, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        layer(torch.ones(4, 12)).square().sum().backward()
+        optimizer.step()
+
+    source, target = _layer(0.5, seed=3), _layer(0.8)
+    optimizers = [torch.optim.Adam(layer.parameters(), fused=True) for layer in (source, target)]
+    for layer, optimizer in zip((source, target), optimizers, strict=True):
+        step(layer, optimizer)
+    target.load_state_dict(source.state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))  # torch shares what it can
+    for layer, optimizer in zip((source, target), optimizers, strict=True):
+        step(layer, optimizer)
+    assert _same(source, target)
+
+
+def test_layers_made_from_one_pattern_share_nothing(tmp_path: Path) -> None:
+    pattern = patterns.random((10, 12), 24)
+    model = nn.Sequential(SparseLinear(12, 10, pattern=pattern), SparseLinear(12, 10, pattern=pattern))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")  # refuses tensors that share memory
+    model[0].col_indices.zero_()
+    assert model[1].pattern.equals(pattern)
+
+
+def test_pruned_layer_saves_and_loads_as_torch_does() -> None:
+    layer = _layer()
+    prune.l1_unstructured(layer, "values", 0.5)
+    layer.load_state_dict(layer.state_dict())
+    assert int(layer.values.count_nonzero()) == layer.nnz // 2
+
+
+@pytest.mark.parametrize("features", [(-1, 3), (3, -1)])
+def test_negative_sizes_are_refused(features: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="sizes of at least 0"):
+        SparseLinear(*features)
 
 
 def test_absent_layer_is_a_missing_key_as_everywhere_in_torch() -> None:

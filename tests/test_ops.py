@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +17,7 @@ from checkers import gamma
 from offpath import kernels, pattern as patterns
 from offpath.kernels import Backend, KernelError
 from offpath.ops import sparse_linear
+from offpath.ops.prepared import _entries
 from offpath.pattern import Pattern, PatternError
 
 SMALL = [p for p in (*WIDTHS[:4], *PROBLEMS) if not p.name.startswith(("several", "batch over", "strips"))]
@@ -48,9 +53,9 @@ def test_float32_gradients_are_within_the_bound_of_the_float64_reference(backend
         x64, values64, bias64, dy64 = (t.detach().double() for t in tensors)
         leaves = [t.requires_grad_() for t in (x64, values64, bias64)]
         y64 = kernels.backends()["reference"].spmm(
-            pattern.crow_indices, pattern.col_indices, leaves[1], leaves[0].t(), leaves[2]
+            pattern.crow_indices, pattern.col_indices, leaves[1], leaves[0], leaves[2]
         )
-        return torch.autograd.grad(y64.t(), leaves, dy64)
+        return torch.autograd.grad(y64, leaves, dy64)
 
     exact = reference_gradients(x, values, bias, dy)
     # Each gradient is a sum of products of two operands, so absolute operands give its bound's |A| |x|.
@@ -144,12 +149,132 @@ def test_indices_that_are_not_canonical_are_refused_before_any_kernel_runs() -> 
 
 def test_operands_of_different_dtypes_are_refused() -> None:
     pattern = patterns.full((2, 3))
-    with pytest.raises(KernelError, match="operands of one dtype"):
+    with pytest.raises(KernelError, match="expected x and values of one dtype"):
         sparse_linear(torch.randn(1, 3), torch.randn(6).double(), None, pattern.crow_indices, pattern.col_indices)
     with pytest.raises(KernelError, match=r"no kernels for torch\.bfloat16"):
         sparse_linear(
             torch.randn(1, 3).bfloat16(), torch.randn(6).bfloat16(), None, pattern.crow_indices, pattern.col_indices
         )
+
+
+def _overwritten_by_data(tensor: Tensor, new: Tensor) -> None:
+    tensor.data.copy_(new)
+
+
+def _overwritten_by_numpy(tensor: Tensor, new: Tensor) -> None:
+    tensor.numpy()[:] = new.numpy()
+
+
+def _overwritten_in_place(tensor: Tensor, new: Tensor) -> None:
+    tensor.copy_(new)
+
+
+def _replaced_data(tensor: Tensor, new: Tensor) -> None:
+    tensor.data = new
+
+
+OVERWRITES = [_overwritten_by_data, _overwritten_by_numpy, _overwritten_in_place, _replaced_data]
+
+
+@pytest.mark.parametrize("overwrite", OVERWRITES)
+def test_topology_that_was_overwritten_is_noticed_however_it_was_done(backend: Backend, overwrite) -> None:
+    """torch's version counter sees one of these four; a broadcast of DistributedDataParallel is another it misses."""
+    before, after = (patterns.random((6, 8), 24, torch.Generator().manual_seed(s)) for s in (0, 1))
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(24, dtype=torch.float64, requires_grad=True)
+    crow, col = before.crow_indices.clone(), before.col_indices.clone()
+    sparse_linear(x, values, None, crow, col).sum().backward()
+    overwrite(crow, after.crow_indices.clone())
+    overwrite(col, after.col_indices.clone())
+    x.grad = values.grad = None
+    y = sparse_linear(x, values, None, crow, col)
+    y.square().sum().backward()
+    expected_x, expected_values = x.detach().requires_grad_(), values.detach().requires_grad_()
+    expected = torch.nn.functional.linear(expected_x, after.to_dense(expected_values))
+    expected.square().sum().backward()
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(x.grad, expected_x.grad)
+    torch.testing.assert_close(values.grad, expected_values.grad)
+
+
+@pytest.mark.parametrize("overwrite", OVERWRITES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+def test_topology_overwritten_with_garbage_is_refused_instead_of_read(overwrite, mode) -> None:
+    with mode():
+        pattern = patterns.random((6, 8), 24, torch.Generator().manual_seed(0))
+        x, values, col = torch.randn(5, 8), torch.randn(24), pattern.col_indices.clone()
+        sparse_linear(x, values, None, pattern.crow_indices, col)
+        overwrite(col, torch.full_like(col, 2**30))
+        with pytest.raises(PatternError, match="got 1073741824"):
+            sparse_linear(x, values, None, pattern.crow_indices, col)
+
+
+def test_what_is_prepared_dies_with_the_tensors() -> None:
+    gc.collect()
+    before = len(_entries)
+    for seed in range(50):
+        pattern = patterns.random((5, 6), 7, torch.Generator().manual_seed(seed))
+        sparse_linear(torch.randn(2, 6), torch.randn(7), None, pattern.crow_indices, pattern.col_indices)
+    del pattern
+    gc.collect()
+    assert len(_entries) == before
+
+
+@pytest.mark.parametrize(
+    ("op", "change"),
+    [
+        ("sparse_linear", {"values": torch.randn(23)}),
+        ("sparse_linear", {"values": torch.randn(1)}),
+        ("sparse_linear", {"values": torch.randn(24).double()}),
+        ("sparse_linear", {"bias": torch.randn(1)}),
+        ("sparse_linear", {"bias": torch.randn(6).double()}),
+        ("sparse_linear_dx", {"values": torch.randn(25)}),
+        ("sparse_linear_dx", {"dy": torch.randn(30, 1)}),
+        ("sparse_linear_dx", {"dy": torch.randn(5, 6).double()}),
+        ("sparse_linear_dvalues", {"dy": torch.randn(1, 6)}),
+        ("sparse_linear_dvalues", {"dy": torch.randn(5, 7)}),
+        ("sparse_linear_dvalues", {"dy": torch.randn(5, 6).double()}),
+    ],
+)
+def test_misfitting_operands_are_refused_by_every_backend(backend: Backend, op: str, change: dict) -> None:
+    pattern = patterns.random((6, 8), 24, torch.Generator().manual_seed(0))
+    indices = {"crow_indices": pattern.crow_indices, "col_indices": pattern.col_indices}
+    operands = {
+        "sparse_linear": {"x": torch.randn(5, 8), "values": torch.randn(24), "bias": torch.randn(6)},
+        "sparse_linear_dx": {"dy": torch.randn(5, 6), "values": torch.randn(24), "in_features": 8},
+        "sparse_linear_dvalues": {"dy": torch.randn(5, 6), "x": torch.randn(5, 8)},
+    }[op] | indices
+    getattr(OPS, op)(**operands)  # as it stands it fits
+    with pytest.raises(KernelError, match="expected"):
+        getattr(OPS, op)(**(operands | change))
+
+
+def test_freed_storage_is_refused_instead_of_read() -> None:
+    pattern = patterns.full((2, 3))
+    x, values = torch.randn(4, 3), torch.randn(6)
+    values.untyped_storage().resize_(0)
+    with pytest.raises(KernelError, match="storage was freed"):
+        sparse_linear(x, values, None, pattern.crow_indices, pattern.col_indices)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_differentiation_is_refused_instead_of_giving_zero(grad: bool) -> None:
+    pattern = patterns.full((2, 3))
+    x, values = torch.randn(4, 3), torch.randn(6)
+    with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(lambda x: sparse_linear(x, values, None, pattern.crow_indices, pattern.col_indices), (x,), (x,))
+
+
+def test_threads_that_compute_at_once_do_not_disturb_each_other() -> None:
+    pattern = patterns.random((64, 96), 600, torch.Generator().manual_seed(0))
+    values, inputs = torch.randn(600), [torch.randn(128, 96) for _ in range(8)]
+    expected = [sparse_linear(x, values, None, pattern.crow_indices, pattern.col_indices) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            col = pattern.col_indices.clone()  # so that the threads also race to prepare it
+            run = functools.partial(sparse_linear, values=values, bias=None, crow_indices=pattern.crow_indices)
+            results = list(pool.map(lambda x, run=run, col=col: run(x, col_indices=col), inputs))
+            assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 def test_inference_mode() -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import nn
 
 from offpath.convert.report import ConversionReport, LayerReport, module_bytes
-from offpath.convert.swap import swap_modules
+from offpath.convert.swap import obstacles, swap_modules
 from offpath.nn import SparseLinear
 
 
 def densify(model: nn.Module) -> ConversionReport:
     """Swap the `SparseLinear` layers of `model` for `nn.Linear` that compute the same, in place.
 
-    The zeros are written out. Build the optimizer afterwards. Raises `ValueError` when the model is itself a
-    `SparseLinear`.
+    The zeros are written out. Build the optimizer afterwards. Layers that cannot be swapped without changing what the
+    model computes stay sparse and stand in the report. Raises `ValueError` when the model is itself a `SparseLinear`.
 
     >>> from offpath.convert import sparsify
     >>> model = nn.Sequential(nn.Linear(8, 4))
@@ -28,12 +28,15 @@ def densify(model: nn.Module) -> ConversionReport:
     if isinstance(model, SparseLinear):
         raise ValueError("expected a model that contains SparseLinear layers, got one; use its to_dense()")
     replacements: dict[nn.Module, nn.Module] = {}
-    layers = []
+    layers, skipped = [], []
+    blocked = obstacles(model, SparseLinear, "values")
     for name, layer in model.named_modules():
-        if isinstance(layer, SparseLinear):
+        if layer in blocked:
+            skipped.append((name, blocked[layer]))
+        elif isinstance(layer, SparseLinear):
             linear = layer.to_dense()
             replacements[layer] = linear
             shape = (layer.out_features, layer.in_features)
             layers.append(LayerReport(name, shape, layer.nnz, module_bytes(layer), module_bytes(linear)))
     swap_modules(model, replacements)
-    return ConversionReport(tuple(layers))
+    return ConversionReport(tuple(layers), tuple(skipped))

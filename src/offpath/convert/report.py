@@ -85,7 +85,7 @@ class ConversionReport:
             )
             for row in rows
         ]
-        lines += [f"left dense: {name} ({reason})" for name, reason in self.skipped]
+        lines += [f"left as it was: {name} ({reason})" for name, reason in self.skipped]
         return "\n".join(lines)
 
 

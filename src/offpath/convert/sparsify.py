@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from offpath import pattern as patterns
 from offpath.convert.report import ConversionReport, LayerReport, module_bytes
-from offpath.convert.swap import swap_modules
+from offpath.convert.swap import obstacles, swap_modules
 from offpath.nn import SparseLinear
 from offpath.topology import layer_densities
 
@@ -76,36 +75,17 @@ def sparsify(
 
 
 def _choose(model: nn.Module, filter_fn: FilterFn | None) -> tuple[dict[str, nn.Linear], list[tuple[str, str]]]:
-    owners = Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
+    blocked = obstacles(model, nn.Linear, "weight")
     chosen: dict[str, nn.Linear] = {}
     skipped = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or (filter_fn is not None and not filter_fn(module, name)):
             continue
-        reason = _obstacle(module, owners)
-        if reason:
-            skipped.append((name, reason))
+        if module in blocked:
+            skipped.append((name, blocked[module]))
         else:
             chosen[name] = module
     return chosen, skipped
-
-
-def _obstacle(linear: nn.Linear, owners: Counter[int]) -> str | None:
-    """Why swapping this layer would change what the model computes, or None."""
-    if "weight" not in linear._parameters:
-        return "its weight is computed by a mask or parametrization; remove that first"
-    if type(linear) is not nn.Linear:
-        return f"it is a {type(linear).__name__}, whose owner may read its weight"
-    if owners[id(linear.weight)] > 1:
-        return "its weight is tied to another module"
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
-        return "it carries hooks, which a new layer would lose"
-    return None
 
 
 def _random(linear: nn.Linear, nnz: int, generator: torch.Generator | None) -> SparseLinear:

@@ -13,7 +13,7 @@ from offpath.pattern import Pattern
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """Bytes by what they are for. `pattern` holds the index arrays of the sparse layers, transposes included."""
+    """Bytes by what they are for; `pattern` is the sparse layers' index arrays, copies and transposes included."""
 
     parameters: int
     gradients: int
@@ -38,12 +38,13 @@ def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> Traini
     parameters = list(model.parameters())
     patterns = [p for m in model.modules() if isinstance(p := getattr(m, "pattern", None), Pattern)]
     for pattern in patterns:
-        pattern.transpose()  # the backward pass keeps it; here it may not have run yet
+        pattern.transpose()
     return TrainingBytes(
         parameters=_bytes(parameters),
         gradients=_bytes(p for p in parameters if p.requires_grad),
         optimizer=_bytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)),
-        pattern=sum(pattern.index_bytes for pattern in patterns),
+        # Once as the layer's buffers, and once as the private copy with its transpose that the kernels work on.
+        pattern=sum(pattern.index_bytes + _bytes((pattern.crow_indices, pattern.col_indices)) for pattern in patterns),
     )
 
 

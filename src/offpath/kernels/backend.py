@@ -15,7 +15,10 @@ class KernelError(ValueError):
 
 
 class Spmm(Protocol):
-    """y[r, :] = bias[r] + sum over row r's slots s of values[s] * x[col_indices[s], :], for x [in, batch]."""
+    """y[:, r] = bias[r] + sum over row r's slots s of values[s] * x[:, col_indices[s]].
+
+    `x` [batch, columns] with any strides, `y` [batch, rows], contiguous.
+    """
 
     def __call__(
         self, crow_indices: Tensor, col_indices: Tensor, values: Tensor, x: Tensor, bias: Tensor | None = None
@@ -23,7 +26,10 @@ class Spmm(Protocol):
 
 
 class Sddmm(Protocol):
-    """dvalues[s] = <dy[r, :], x[col_indices[s], :]> for the slots s of row r, dy [out, batch], x [in, batch]."""
+    """dvalues[s] = <dy[:, r], x[:, col_indices[s]]> for the slots s of row r.
+
+    `dy` [batch, rows] and `x` [batch, columns] with any strides.
+    """
 
     def __call__(self, crow_indices: Tensor, col_indices: Tensor, dy: Tensor, x: Tensor) -> Tensor: ...
 
@@ -33,10 +39,12 @@ class Backend:
     """One implementation of every product.
 
     `name` is what `OFFPATH_BACKEND` and reports call it. `computes` says whether it has kernels for a device type
-    and dtype. The products expect a canonical pattern: whoever calls them has checked it.
+    and dtype. The products expect a canonical pattern: whoever calls them has checked it. `digest` fingerprints the
+    contents of (crow_indices, col_indices) at a small part of a product's cost; None where there is no such thing.
     """
 
     name: str
     computes: Callable[[str, torch.dtype], bool]
     spmm: Spmm
     sddmm: Sddmm
+    digest: Callable[[Tensor, Tensor], int] | None = None

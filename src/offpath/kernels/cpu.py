@@ -2,7 +2,7 @@
 
 The native module is handed raw addresses, so this file checks everything that could make it read or write outside
 a tensor: device, dtype, shape, strides. The contents of the index tensors are the caller's to check (`Pattern`
-does, once per pattern): looking at them here would cost as much as a small product.
+does, once per pattern; the ops see to it).
 """
 
 from __future__ import annotations
@@ -72,23 +72,23 @@ def make_backend(isa: str) -> Backend:
         ):
             _refuse(_SPMM, crow_indices, col_indices, values=values, x=x, bias=bias)
         x, x_strides = _one_unit_stride(x)
-        columns, batch = x.shape
+        batch, columns = x.shape
         y = values.new_empty((batch, rows))
         _SPMM[dtype](
             index,
             rows,
             columns,
             batch,
-            crow_indices.data_ptr(),
-            col_indices.data_ptr(),
-            values.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            x.data_ptr(),
+            _address(crow_indices),
+            _address(col_indices),
+            _address(values),
+            0 if bias is None else _address(bias),
+            _address(x),
             *x_strides,
-            y.data_ptr(),
+            _address(y),
             torch.get_num_threads(),
         )
-        return y.t()
+        return y
 
     def sddmm(crow_indices: Tensor, col_indices: Tensor, dy: Tensor, x: Tensor) -> Tensor:
         rows = crow_indices.shape[0] - 1
@@ -101,34 +101,48 @@ def make_backend(isa: str) -> Backend:
             and x.is_cpu
             and dy.layout is x.layout is torch.strided
             and x.dim() == 2
-            and dy.shape == (rows, x.shape[1])
+            and dy.shape == (x.shape[0], rows)
         ):
             _refuse(_SDDMM, crow_indices, col_indices, dy=dy, x=x)
         dy, dy_strides = _one_unit_stride(dy)
         x, x_strides = _one_unit_stride(x)
-        columns, batch = x.shape
+        batch, columns = x.shape
         dvalues = dy.new_empty(col_indices.shape)
         _SDDMM[dtype](
             index,
             rows,
             columns,
             batch,
-            crow_indices.data_ptr(),
-            col_indices.data_ptr(),
-            dy.data_ptr(),
+            _address(crow_indices),
+            _address(col_indices),
+            _address(dy),
             *dy_strides,
-            x.data_ptr(),
+            _address(x),
             *x_strides,
-            dvalues.data_ptr(),
+            _address(dvalues),
             torch.get_num_threads(),
         )
         return dvalues
 
-    return Backend(f"cpu:{isa}", _computes, spmm, sddmm)
+    return Backend(f"cpu:{isa}", _computes, spmm, sddmm, _digest)
 
 
 def _computes(device_type: str, dtype: torch.dtype) -> bool:
     return device_type == "cpu" and dtype in _SPMM
+
+
+def _digest(crow_indices: Tensor, col_indices: Tensor) -> int:
+    if not _are_indices(crow_indices, col_indices):
+        _refuse({}, crow_indices, col_indices)
+    rows, nnz = crow_indices.shape[0] - 1, col_indices.shape[0]
+    return _native.digest(rows, nnz, _address(crow_indices), _address(col_indices))
+
+
+def _address(tensor: Tensor) -> int:
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel():
+        raise KernelError(f"expected a tensor with memory behind it, got {tuple(tensor.shape)} whose storage was freed")
+    return address
 
 
 def _are_indices(crow_indices: Tensor, col_indices: Tensor) -> bool:
@@ -153,15 +167,16 @@ def _refuse(kernels: dict, crow_indices: Tensor, col_indices: Tensor, **operands
         for name, tensor in given.items()
         if tensor is not None
     )
+    dtypes = ", ".join(map(str, kernels)) or "any dtype"
     raise KernelError(
-        f"expected dense CPU tensors: int32 indices, and operands of one dtype among {', '.join(map(str, kernels))} "
-        f"whose shapes fit, vectors contiguous; got {got}. Cast or move the module or its input so that all agree"
+        f"expected dense CPU tensors: contiguous int32 indices, and operands of one dtype among {dtypes} whose shapes "
+        f"fit, vectors contiguous; got {got}. Cast or move the module or its input so that all agree"
     )
 
 
 def _one_unit_stride(matrix: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """`matrix` and its strides, one of them 1; a copy only when the tensor has no such stride."""
+    """`matrix` with its (feature, batch) strides, one of them 1; a copy only when the tensor has no such stride."""
     if 1 not in matrix.stride():
         matrix = matrix.contiguous()
-    feature_stride, batch_stride = matrix.stride()
+    batch_stride, feature_stride = matrix.stride()
     return matrix, (feature_stride, batch_stride)

@@ -12,22 +12,21 @@ from offpath.kernels.backend import Backend
 
 
 def spmm(crow_indices: Tensor, col_indices: Tensor, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y[r, :] = bias[r] + sum over row r's slots s of values[s] * x[col_indices[s], :].
+    """y[:, r] = bias[r] + sum over row r's slots s of values[s] * x[:, col_indices[s]].
 
     >>> import torch
     >>> crow_indices, col_indices = torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1])
-    >>> spmm(crow_indices, col_indices, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[1.0], [10.0], [100.0]]))
-    tensor([[201.],
-            [ 30.]])
+    >>> spmm(crow_indices, col_indices, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[1.0, 10.0, 100.0]]))
+    tensor([[201.,  30.]])
     """
-    products = values[:, None] * x[col_indices]
-    y = x.new_zeros(crow_indices.numel() - 1, x.shape[1]).index_add(0, _rows(crow_indices), products)
-    return y if bias is None else y + bias[:, None]
+    products = values * x[:, col_indices]
+    y = x.new_zeros(x.shape[0], crow_indices.numel() - 1).index_add(1, _rows(crow_indices), products)
+    return y if bias is None else y + bias
 
 
 def sddmm(crow_indices: Tensor, col_indices: Tensor, dy: Tensor, x: Tensor) -> Tensor:
-    """dvalues[s] = <dy[r, :], x[col_indices[s], :]> for the slots s of row r."""
-    return (dy[_rows(crow_indices)] * x[col_indices]).sum(1)
+    """dvalues[s] = <dy[:, r], x[:, col_indices[s]]> for the slots s of row r."""
+    return (dy[:, _rows(crow_indices)] * x[:, col_indices]).sum(0)
 
 
 def _rows(crow_indices: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from offpath.kernels import cpu, reference
 from offpath.kernels.backend import Backend, KernelError
 
-_forced: ContextVar[Backend | None] = ContextVar("offpath_forced_backend", default=None)
+_forced: list[Backend] = []
 
 
 @cache
@@ -55,7 +54,7 @@ def select(device_type: str, dtype: torch.dtype) -> Backend:
 
     Raises `KernelError` when it has no kernels for them: there is no silent fallback to a slower one.
     """
-    backend = _forced.get() or default_backend()[0]
+    backend = _forced[-1] if _forced else default_backend()[0]
     if not backend.computes(device_type, dtype):
         raise KernelError(
             f"backend {backend.name!r} has no kernels for {dtype} on {device_type!r} "
@@ -67,7 +66,7 @@ def select(device_type: str, dtype: torch.dtype) -> Backend:
 
 @contextmanager
 def forced(backend: str | Backend) -> Iterator[Backend]:
-    """Compute everything inside the block with one backend, by name or as an object.
+    """Compute everything in the process with one backend while the block runs, by name or as an object.
 
     >>> with forced("reference") as backend:
     ...     select("cpu", torch.bfloat16).name
@@ -77,8 +76,8 @@ def forced(backend: str | Backend) -> Iterator[Backend]:
         if backend not in backends():
             raise KernelError(f"expected one of {', '.join(backends())}, got {backend!r}")
         backend = backends()[backend]
-    token = _forced.set(backend)
+    _forced.append(backend)
     try:
         yield backend
     finally:
-        _forced.reset(token)
+        _forced.remove(backend)

@@ -52,6 +52,10 @@ class SparseLinear(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        if in_features < 0 or out_features < 0:
+            raise ValueError(
+                f"expected sizes of at least 0, got in_features={in_features}, out_features={out_features}"
+            )
         self.in_features = in_features
         self.out_features = out_features
         device = torch.get_default_device() if device is None else device
@@ -63,9 +67,9 @@ class SparseLinear(nn.Module):
             pattern = patterns.random(shape, nnz, generator, device)
         elif pattern.shape != shape:
             raise ValueError(f"expected a pattern of shape (out, in) = {shape}, got {pattern.shape}")
-        pattern = pattern.to(device)
-        self.register_buffer("crow_indices", pattern.crow_indices)
-        self.register_buffer("col_indices", pattern.col_indices)
+        # Copies: two layers made from one pattern must not share buffers that a checkpoint is loaded into.
+        self.register_buffer("crow_indices", pattern.crow_indices.to(device, copy=True))
+        self.register_buffer("col_indices", pattern.col_indices.to(device, copy=True))
         self.values = nn.Parameter(torch.empty(pattern.nnz, device=device, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
@@ -82,9 +86,10 @@ class SparseLinear(nn.Module):
         """
         if self.values.is_meta:
             return
-        fan_in = self.pattern.row_counts.double()
+        pattern = self.pattern
+        fan_in = pattern.row_counts.double()
         bound = torch.where(fan_in > 0, fan_in.rsqrt(), 0.0)
-        per_slot = bound[self.pattern.row_indices().long()]
+        per_slot = bound[pattern.row_indices().long()]
         for parameter, scale in ((self.values, per_slot), (self.bias, bound)):
             if parameter is not None:
                 # Drawn on the CPU so that a seed gives the same numbers on every device.
@@ -101,8 +106,9 @@ class SparseLinear(nn.Module):
 
     @property
     def pattern(self) -> Pattern:
-        """The connections, as a frozen `Pattern` over this layer's index buffers."""
-        return Pattern((self.out_features, self.in_features), self.crow_indices, self.col_indices)
+        """The connections, as a frozen `Pattern`: a copy, made and checked in every call."""
+        shape = (self.out_features, self.in_features)
+        return Pattern(shape, self.crow_indices.clone(), self.col_indices.clone())
 
     @property
     def nnz(self) -> int:
@@ -139,7 +145,7 @@ class SparseLinear(nn.Module):
         pattern = pattern.to(weight.device)
         # Built on meta so that no initial values are drawn: converting a layer must not move the global RNG.
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta", weight.dtype, density=1)
-        layer._set_topology(pattern.crow_indices.clone(), pattern.col_indices.clone())
+        layer.crow_indices, layer.col_indices = pattern.crow_indices.clone(), pattern.col_indices.clone()
         values = weight[pattern.row_indices().long(), pattern.col_indices.long()]
         layer.values = nn.Parameter(values, requires_grad=linear.weight.requires_grad)
         if linear.bias is not None:
@@ -163,11 +169,6 @@ class SparseLinear(nn.Module):
             f"nnz={self.nnz}, sparsity={self.sparsity:.4g}"
         )
 
-    def _set_topology(self, crow_indices: Tensor, col_indices: Tensor) -> None:
-        # Always new tensors, never written into the old ones: a Pattern that somebody holds stays what it was.
-        self.crow_indices = crow_indices
-        self.col_indices = col_indices
-
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -180,24 +181,33 @@ class SparseLinear(nn.Module):
     ) -> None:
         """Take over the topology, whatever its nnz, before the default loading copies the numbers in.
 
-        Nothing of this layer is touched when the checkpoint does not fit.
+        Nothing of this layer is touched when the checkpoint does not fit. An optimizer that holds `values` goes on
+        holding it, but what it remembers has the old nnz: load the optimizer's state as well, or build a new one.
         """
-        problem = self._load_problem(state_dict, prefix)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        problem = self._load_problem(state_dict, prefix, assign)
         if problem:
             error_msgs.append(f"SparseLinear {prefix.rstrip('.') or '(root)'}: {problem}")
             return
-        if prefix + "values" in state_dict:
-            nnz = state_dict[prefix + "values"].numel()
-            self._set_topology(torch.empty_like(self.crow_indices), self.col_indices.new_empty(nnz))
-            if self.values.numel() != nnz:
-                # The same Parameter object, so that an optimizer that holds it goes on holding it.
-                self.values.data = self.values.data.new_empty(nnz)
-                self.values.grad = None
+        values = state_dict.get(prefix + "values")
+        if values is not None and "values" in self._parameters and values.numel() != self.nnz:
+            self.col_indices = self.col_indices.new_empty(values.numel())
+            self._resize_values(values.numel())
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _load_problem(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+    def _resize_values(self, nnz: int) -> None:
+        # The same Parameter object, so that an optimizer that holds it goes on holding it. Autograd remembers the
+        # shape of a leaf's gradient until its data changes type: hence the detour.
+        data = self.values.data
+        self.values.grad = None
+        self.values.data = data.new_empty(0, dtype=torch.float16)
+        self.values.data = data.new_empty(nnz)
+
+    def _load_problem(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> str | None:
+        if "values" not in self._parameters:
+            return None  # torch.nn.utils.prune or a parametrization has taken the parameter over
         names = ("values", "crow_indices", "col_indices")
         missing = [name for name in names if prefix + name not in state_dict]
         if prefix + "weight" in state_dict and missing:
@@ -213,6 +223,8 @@ class SparseLinear(nn.Module):
                 "mean nothing, so save the whole state_dict() and load that"
             )
         values, crow_indices, col_indices = (state_dict[prefix + name] for name in names)
+        if values.is_meta and not (assign or self.values.is_meta):
+            return "expected tensors with data, got a checkpoint on the meta device"
         if values.dim() != 1 or values.numel() != col_indices.numel():
             return f"expected one value a column, got shapes {tuple(values.shape)} and {tuple(col_indices.shape)}"
         bias = state_dict.get(prefix + "bias")

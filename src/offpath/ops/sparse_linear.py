@@ -1,7 +1,7 @@
 """`offpath::sparse_linear` and its two gradients, as ops that autograd, `torch.compile` and `opcheck` know.
 
 The ops are pure functions of plain tensors (the canonical CSR arrays among them), so a compiled graph needs to know
-nothing of `Pattern`. What was already derived from the index tensors is found through the tensors themselves.
+nothing of `Pattern`.
 
 Autograd is an `autograd.Function` below the dispatcher's Autograd key instead of `torch.library.register_autograd`,
 which costs about 15 us more a call: as much as a small layer itself.
@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from offpath import kernels
-from offpath.pattern import Pattern, ensure_canonical
+from offpath.kernels import KernelError
+from offpath.ops.prepared import prepared_pattern
 
 _library = torch.library.Library("offpath", "DEF")
 _library.define(
@@ -47,25 +49,53 @@ def sparse_linear(x: Tensor, values: Tensor, bias: Tensor | None, crow_indices: 
 
 def _forward(x: Tensor, values: Tensor, bias: Tensor | None, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     out_features = crow_indices.shape[0] - 1
-    ensure_canonical(crow_indices, col_indices, (out_features, x.shape[-1]))
-    spmm = kernels.select(x.device.type, x.dtype).spmm
-    y = spmm(crow_indices, col_indices, values, _rows(x).t(), bias).t().contiguous()
+    _check("x", x, values, col_indices)
+    if bias is not None and (bias.shape != (out_features,) or bias.dtype is not x.dtype):
+        raise KernelError(
+            f"expected bias of shape ({out_features},) and {x.dtype}, got {tuple(bias.shape)} {bias.dtype}"
+        )
+    backend = kernels.select(x.device.type, x.dtype)
+    pattern = prepared_pattern(crow_indices, col_indices, (out_features, x.shape[-1]), backend.digest)
+    y = backend.spmm(pattern.crow_indices, pattern.col_indices, values, _rows(x), bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
 def _dx(dy: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, in_features: int) -> Tensor:
-    pattern = Pattern((crow_indices.shape[0] - 1, in_features), crow_indices, col_indices)
-    transpose = pattern.transpose()
-    spmm = kernels.select(dy.device.type, dy.dtype).spmm
+    _check("dy", dy, values, col_indices)
+    _check_width(dy, crow_indices)
+    backend = kernels.select(dy.device.type, dy.dtype)
+    shape = (crow_indices.shape[0] - 1, in_features)
+    transpose = prepared_pattern(crow_indices, col_indices, shape, backend.digest).transpose()
     values = values.index_select(0, transpose.permutation)
-    dx = spmm(transpose.crow_indices, transpose.col_indices, values, _rows(dy).t()).t().contiguous()
+    dx = backend.spmm(transpose.crow_indices, transpose.col_indices, values, _rows(dy))
     return dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], in_features)
 
 
 def _dvalues(dy: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
-    ensure_canonical(crow_indices, col_indices, (crow_indices.shape[0] - 1, x.shape[-1]))
-    sddmm = kernels.select(dy.device.type, dy.dtype).sddmm
-    return sddmm(crow_indices, col_indices, _rows(dy).t(), _rows(x).t())
+    _check_width(dy, crow_indices)
+    if dy.dtype is not x.dtype or dy.shape[:-1] != x.shape[:-1]:
+        raise KernelError(
+            f"expected dy and x of one dtype and the same leading dimensions, got {dy.dtype} {tuple(dy.shape)} "
+            f"and {x.dtype} {tuple(x.shape)}"
+        )
+    backend = kernels.select(dy.device.type, dy.dtype)
+    shape = (crow_indices.shape[0] - 1, x.shape[-1])
+    pattern = prepared_pattern(crow_indices, col_indices, shape, backend.digest)
+    return backend.sddmm(pattern.crow_indices, pattern.col_indices, _rows(dy), _rows(x))
+
+
+def _check(name: str, operand: Tensor, values: Tensor, col_indices: Tensor) -> None:
+    if operand.dtype is not values.dtype or values.shape != col_indices.shape or values.dim() != 1:
+        raise KernelError(
+            f"expected {name} and values of one dtype, and one value for each of the {col_indices.numel()} "
+            f"connections; got {name} {operand.dtype}, values {values.dtype} {tuple(values.shape)}. "
+            "Cast the module or its input"
+        )
+
+
+def _check_width(dy: Tensor, crow_indices: Tensor) -> None:
+    if dy.shape[-1] != crow_indices.shape[0] - 1:
+        raise KernelError(f"expected dy of {crow_indices.shape[0] - 1} features, got shape {tuple(dy.shape)}")
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -81,7 +111,7 @@ def _feature_major(x: Tensor) -> Tensor:
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, values, bias, crow_indices, col_indices):
-        wants_dx, wants_dvalues = ctx.needs_input_grad[:2]
+        wants_dx, wants_dvalues, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if wants_dvalues else None, values if wants_dx else None, crow_indices, col_indices)
         ctx.in_features = x.shape[-1]
         with torch._C._AutoDispatchBelowAutograd():
@@ -91,13 +121,14 @@ class _SparseLinear(torch.autograd.Function):
     def backward(ctx, *grad_outputs):
         (dy,) = grad_outputs
         x, values, crow_indices, col_indices = ctx.saved_tensors
-        dx = dvalues = dbias = None
-        if ctx.needs_input_grad[2]:
-            dbias = _rows(dy).sum(0)
-        dy = _feature_major(dy)  # once, for both products
-        if ctx.needs_input_grad[0]:
+        wants_dx, wants_dvalues, wants_dbias, *_ = ctx.needs_input_grad
+        dx = dvalues = None
+        dbias = _rows(dy).sum(0) if wants_dbias else None
+        if wants_dx or wants_dvalues:
+            dy = _feature_major(dy)  # once, for both products
+        if wants_dx:
             dx = _ops.sparse_linear_dx.default(dy, values, crow_indices, col_indices, ctx.in_features)
-        if ctx.needs_input_grad[1]:
+        if wants_dvalues:
             dvalues = _ops.sparse_linear_dvalues.default(dy, x, crow_indices, col_indices)
         return dx, dvalues, dbias, None, None
 
@@ -119,7 +150,8 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 def _autograd_forward(x, values, bias, crow_indices, col_indices):
-    if torch.is_grad_enabled():
+    # Forward-mode differentiation does not mind no_grad; autograd.Function then says that it is not supported.
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return _SparseLinear.apply(x, values, bias, crow_indices, col_indices)
     with torch._C._AutoDispatchBelowAutograd():
         return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices)

@@ -13,5 +13,4 @@ from offpath.pattern.pattern import (
     Pattern as Pattern,
     PatternError as PatternError,
     Transpose as Transpose,
-    ensure_canonical as ensure_canonical,
 )

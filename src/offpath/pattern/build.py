@@ -9,7 +9,7 @@ from offpath.pattern.pattern import INT32_MAX, Pattern, PatternError
 
 
 def from_csr(crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]) -> Pattern:
-    """The pattern of a CSR matrix of `shape`; integer index tensors of any width are converted to int32.
+    """The pattern of a CSR matrix of `shape`; index tensors of any integer width are copied to int32.
 
     Raises `PatternError` for unsorted, duplicate or out-of-range columns and for 2^31 or more connections.
 
@@ -119,7 +119,7 @@ def _distinct(upper: int, count: int, generator: torch.Generator | None) -> Tens
 
 def _to_int32(name: str, indices: Tensor) -> Tensor:
     if indices.dtype == torch.int32:
-        return indices.contiguous()
+        return indices.clone(memory_format=torch.contiguous_format)
     if indices.dtype not in (torch.int8, torch.int16, torch.uint8, torch.int64):
         raise PatternError(f"expected {name} to hold integers, got {indices.dtype}")
     if indices.numel() and int(indices.max()) > INT32_MAX:

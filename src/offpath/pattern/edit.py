@@ -97,6 +97,8 @@ def _grown_positions(pattern: Pattern, kept: Tensor, rows: Tensor, columns: Tens
             f"expected as many rows as columns to grow, got shapes {tuple(rows.shape)} and {tuple(columns.shape)}"
         )
     for name, index, size in (("rows", rows, pattern.shape[0]), ("columns", columns, pattern.shape[1])):
+        if index.dtype not in (torch.int32, torch.int64):
+            raise PatternError(f"expected integer {name} to grow, got {index.dtype}")
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < size):
             raise PatternError(f"expected {name} in [0, {size}) to grow, got {int(index.min())} to {int(index.max())}")
     grown = (rows.long() * pattern.shape[1] + columns.long()).unique()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from offpath.pattern.derived import Derived, derived_for
 
 INT32_MAX = 2**31 - 1
 
@@ -35,7 +34,8 @@ class Pattern:
 
     `crow_indices` is int32 [out_features + 1], `col_indices` int32 [nnz], ascending and without duplicates inside
     each row. A connection's position in `col_indices` is its *slot*; values and optimizer state are stored in the
-    order of the slots. A pattern never changes: an edit returns a new one.
+    order of the slots. A pattern never changes: an edit returns a new one, and the tensors belong to the pattern
+    (whoever writes into them breaks it; `from_csr` copies).
 
     Raises `PatternError` when the arrays are not canonical.
 
@@ -50,16 +50,11 @@ class Pattern:
     shape: tuple[int, int]
     crow_indices: Tensor
     col_indices: Tensor
-    _derived: Derived = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         rows, columns = self.shape
         object.__setattr__(self, "shape", (int(rows), int(columns)))
-        derived = derived_for(self.crow_indices, self.col_indices, self.shape)
-        object.__setattr__(self, "_derived", derived)
-        if not derived.checked:
-            self.check()
-            derived.checked = True
+        self.check()
 
     def check(self) -> None:
         """Raise `PatternError` naming the first thing that is not canonical CSR; O(nnz + rows)."""
@@ -110,7 +105,7 @@ class Pattern:
     @property
     def index_bytes(self) -> int:
         """Bytes of the index arrays, those of the transpose included once it has been asked for."""
-        transpose = self._derived.transpose or ()
+        transpose = self.__dict__.get("_transposed", ())
         return sum(t.numel() * t.element_size() for t in (self.crow_indices, self.col_indices, *transpose))
 
     def row_indices(self) -> Tensor:
@@ -120,9 +115,15 @@ class Pattern:
 
     def transpose(self) -> Transpose:
         """The transposed pattern with its permutation; computed once and kept."""
-        if self._derived.transpose is None:
-            self._derived.transpose = _transpose(self)
-        return self._derived.transpose
+        return self._transposed
+
+    @cached_property
+    def _transposed(self) -> Transpose:
+        # A stable sort by column keeps the rows ascending, so the result is canonical again.
+        col_indices, permutation = torch.sort(self.col_indices, stable=True)
+        boundaries = torch.arange(self.shape[1] + 1, dtype=torch.int32, device=self.device)
+        crow_indices = torch.searchsorted(col_indices, boundaries, out_int32=True)
+        return Transpose(crow_indices, self.row_indices()[permutation], permutation.int())
 
     def to_mask(self) -> Tensor:
         """Boolean (out_features, in_features) mask; O(out_features * in_features) memory by its nature."""
@@ -155,14 +156,8 @@ class Pattern:
         return f"Pattern({rows} x {columns}, nnz={self.nnz}, sparsity={self.sparsity:.4g})"
 
     def __reduce__(self) -> tuple:
-        # What is derived belongs to this process; the reader derives it again.
+        # Without the transpose: the reader can make it again, and checks what it reads.
         return Pattern, (self.shape, self.crow_indices, self.col_indices)
-
-
-def ensure_canonical(crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]) -> None:
-    """Raise `PatternError` unless the arrays are canonical CSR; O(1) when these very tensors were found so before."""
-    if not derived_for(crow_indices, col_indices, shape).checked:
-        Pattern(shape, crow_indices, col_indices)
 
 
 def _check_contents(crow: Tensor, col: Tensor, columns: int) -> None:
@@ -194,12 +189,3 @@ def _check_contents(crow: Tensor, col: Tensor, columns: int) -> None:
             f"expected ascending columns without duplicates in each row, got {kind} in row {row} "
             f"({int(col[slot])} then {int(col[slot + 1])}); sort and merge them first, or build the pattern from a mask"
         )
-
-
-def _transpose(pattern: Pattern) -> Transpose:
-    columns = pattern.shape[1]
-    # A stable sort by column keeps the rows ascending, so the result is canonical again.
-    col_indices, permutation = torch.sort(pattern.col_indices, stable=True)
-    boundaries = torch.arange(columns + 1, dtype=torch.int32, device=pattern.device)
-    crow_indices = torch.searchsorted(col_indices, boundaries, out_int32=True)
-    return Transpose(crow_indices, pattern.row_indices()[permutation], permutation.int())
