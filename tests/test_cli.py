@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,32 @@ def test_resume_refuses_an_option_that_contradicts_the_run(tmp_path: Path) -> No
     assert "go on with sparsity=0.9 as the run was started, got 0.5" in finished.stderr
 
 
+def test_resume_takes_more_epochs_but_not_fewer_and_no_quick(tmp_path: Path) -> None:
+    assert _offpath("train", *SMALL, "--out", tmp_path / "run").returncode == 0
+    fewer = _offpath("train", "--out", tmp_path / "run", "--resume", "--epochs", "1")
+    assert fewer.returncode == 1 and "at least the 2 epochs" in fewer.stderr
+    quick = _offpath("train", "--out", tmp_path / "run", "--resume", "--quick")
+    assert quick.returncode == 1 and "--quick on a new run only" in quick.stderr
+
+
+def test_paths_are_shown_as_they_are_and_can_be_pasted(tmp_path: Path) -> None:
+    out = tmp_path / "a [bold] [/b] :smile: folder"
+    finished = _offpath("train", *SMALL, "--out", out)
+    assert finished.returncode == 0 and f"the run is in {out}" in finished.stdout
+    again = _offpath("train", *SMALL, "--out", out)
+    assert again.returncode == 1 and f"{out} already holds a run" in again.stderr
+
+
+def test_reader_that_leaves_gets_no_traceback() -> None:
+    command = f"{sys.executable} -c 'from offpath_cli import main; main()' info | true"
+    finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert "Traceback" not in finished.stderr
+
+
+def test_version() -> None:
+    assert _offpath("--version").stdout.strip() == version("offpath")
+
+
 def test_quick_caps_the_epochs(tmp_path: Path) -> None:
     finished = _offpath("train", "--data", "digits", "--model", "mlp-small", "--quick", "--out", tmp_path / "run")
     assert finished.returncode == 0
@@ -81,7 +109,14 @@ def test_race_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr
     for text in ("test accuracy", "time a training step", "optimizer bytes", "peak memory", "report.html"):
         assert text in finished.stdout
-    assert {p.name for p in (tmp_path / "race").iterdir()} == {"dense", "sparse", "race.json", "report.html"}
+    assert {p.name for p in (tmp_path / "race").iterdir()} == {
+        ".lock",
+        "config.json",
+        "dense",
+        "race.json",
+        "report.html",
+        "sparse",
+    }
 
 
 @pytest.mark.parametrize(
@@ -122,11 +157,10 @@ def test_stopping_leaves_a_usable_checkpoint(tmp_path: Path, number: signal.Sign
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"offpath train --out {out} --resume" in output
+    assert f"offpath train --out {shlex.quote(str(out))} --resume" in output
     epochs = len((out / "metrics.jsonl").read_text().splitlines())
-    (out / "config.json").write_text(
-        (out / "config.json").read_text().replace('"epochs": 100000', f'"epochs": {epochs + 1}')
-    )
+    config = json.loads((out / "config.json").read_text()) | {"epochs": epochs + 1}
+    (out / "config.json").write_text(json.dumps(config))
     resumed = _offpath("train", "--out", out, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert f"epoch {epochs + 1:>3}" in resumed.stdout

@@ -13,6 +13,9 @@ def main() -> None:
     """Run the command line; without the `cli` extra, say how to get it."""
     try:
         from offpath_cli.commands import app  # late: the extra may not be installed
+
+        app()
     except ModuleNotFoundError as error:
         sys.exit(f"error: the offpath command needs {error.name}; install it with: pip install 'offpath[cli]'")
-    app()
+    except KeyboardInterrupt:
+        sys.exit(130)  # Ctrl-C while torch is still being imported: nothing has begun

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
+import os
+import shlex
+import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 app = typer.Typer(
     help="Dynamic, unstructured sparsity for PyTorch that pays on the hardware people own.",
@@ -45,13 +50,25 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:  # whoever read our output has gone: nothing to tell, and nobody to tell it to
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except ModuleNotFoundError as error:
+            raise _shown(
+                f"the offpath command needs {error.name}; install it with: pip install 'offpath[cli]'"
+            ) from None
         except Exception as error:
             if not _is_for_the_user(error):
                 raise
-            Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {_escaped(error)}", highlight=False)
-            raise typer.Exit(1) from None
+            raise _shown(str(error)) from None
 
     return run
+
+
+def _shown(message: str) -> typer.Exit:
+    console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+    console.print(Text("error: ", style="red") + message)
+    return typer.Exit(1)
 
 
 def _is_for_the_user(error: Exception) -> bool:
@@ -59,13 +76,22 @@ def _is_for_the_user(error: Exception) -> bool:
     from offpath.studies import RunError
     from offpath.studies.data import DataError
 
-    return isinstance(error, (KernelError, RunError, DataError))
+    return isinstance(error, (KernelError, RunError, DataError, OSError))
 
 
-def _escaped(error: Exception) -> str:
-    from rich.markup import escape
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(version("offpath"))
+        raise typer.Exit
 
-    return escape(str(error))
+
+@app.callback()
+def offpath(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Dynamic, unstructured sparsity for PyTorch that pays on the hardware people own."""
 
 
 @app.command()
@@ -105,9 +131,9 @@ def train(
     with TrainDisplay() as display:
         finished = train_run(config, out, display, resume)
     if not finished:
-        display.console.print(f"stopped; go on with: offpath train --out {out} --resume", highlight=False)
+        display.say(f"stopped; go on with: offpath train --out {shlex.quote(str(out))} --resume")
         raise typer.Exit(INTERRUPTED)
-    display.console.print(f"the run is in {out}", highlight=False)
+    display.say(f"the run is in {out}")
 
 
 @app.command()
@@ -134,15 +160,15 @@ def race(
     from offpath_cli.display import RaceDisplay, print_race
 
     out = out or Path("runs") / f"race-{data}-{model}-s{sparsity:g}-seed{seed}"
-    config = _config(context, out / "sparse", resume, quick)
+    config = _config(context, out, resume, quick)
     with RaceDisplay() as display:
         result = run_race(config, out, display, resume)
     if result is None:
-        display.console.print(f"stopped; go on with: offpath race --out {out} --resume", highlight=False)
+        display.say(f"stopped; go on with: offpath race --out {shlex.quote(str(out))} --resume")
         raise typer.Exit(INTERRUPTED)
     write_report(result, out / "report.html")
-    print_race(result, display.console)
-    display.console.print(f"plots: {out / 'report.html'}   numbers: {out / 'race.json'}", highlight=False)
+    print_race(result, display)
+    display.say(f"plots: {out / 'report.html'}   numbers: {out / 'race.json'}")
 
 
 @app.command()
@@ -154,12 +180,12 @@ def data(
     """Download a data set from its own home and verify it."""
     from offpath.studies.data import download
 
-    Console().print(f"{name} is in {download(name, data_dir, progress=True)}", highlight=False)
+    print(f"{name} is in {download(name, data_dir, progress=True)}")
 
 
 def _config(context: typer.Context, folder: Path, resume: bool, quick: bool):
     """The config that the options ask for; with --resume the one in the folder, which options may not contradict."""
-    from dataclasses import fields
+    from dataclasses import fields, replace
 
     from offpath.studies import RunConfig, RunError
     from offpath.studies.folder import RunFolder
@@ -167,17 +193,22 @@ def _config(context: typer.Context, folder: Path, resume: bool, quick: bool):
     names = [field.name for field in fields(RunConfig)]
     asked = {name: context.params[name] for name in names}
     if asked["data_dir"] is not None:
-        asked["data_dir"] = str(asked["data_dir"].resolve())  # a resumed run may start from another folder
-    if quick:
-        asked["epochs"] = min(asked["epochs"], QUICK_EPOCHS)
+        # Absolute: a resumed run may start from another folder.
+        asked["data_dir"] = str(asked["data_dir"].expanduser().resolve())
     if not resume:
-        return RunConfig(**asked)
+        return RunConfig(**asked | ({"epochs": min(asked["epochs"], QUICK_EPOCHS)} if quick else {}))
+    if quick:
+        raise RunError("expected --quick on a new run only; with --resume, say how many --epochs")
     given = {n for n in names if getattr(context.get_parameter_source(n), "name", "DEFAULT") != "DEFAULT"}
-    config = RunFolder(folder).resumed_config(asked["epochs"] if "epochs" in given and not quick else None)
-    for name in sorted(given - {"epochs"}):
+    config = RunFolder(folder).config()
+    for name in sorted(given - {"epochs", "data_dir"}):
         if asked[name] != getattr(config, name):
             raise RunError(
                 f"expected --resume to go on with {name}={getattr(config, name)!r} as the run was started, "
                 f"got {asked[name]!r}; leave the option out, or start a new run"
             )
+    config = replace(config, **{name: asked[name] for name in given & {"epochs", "data_dir"}})
+    started_with = RunFolder(folder).config().epochs
+    if config.epochs < started_with:
+        raise RunError(f"expected at least the {started_with} epochs that the run has, got {config.epochs}")
     return config

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from offpath.cost import Machine
 from offpath.studies import RaceResult
@@ -22,13 +23,14 @@ class _Display:
     """A progress bar that lives as long as its block."""
 
     def __init__(self, *columns: str) -> None:
-        self.console = Console()
+        # What is shown may hold paths, which are no markup.
+        self.console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             *(TextColumn("{task.fields[" + column + "]}") for column in columns),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             console=self.console,
         )
         self.task: TaskID | None = None
@@ -41,6 +43,10 @@ class _Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text)
 
     def _show(self, completed: int, **fields: Any) -> None:
         assert self.task is not None
@@ -55,8 +61,8 @@ class TrainDisplay(_Display):
 
     def on_start(self, run: Run) -> None:
         config = run.config
-        kind = "dense" if config.sparsity == 0 else f"{config.sparsity:.4g} sparse"
-        self.console.print(f"{config.model} ({kind}) on {config.data}, seed {config.seed}", highlight=False)
+        kind = "dense" if config.sparsity == 0 else f"{100 * config.sparsity:.4g}% sparse"
+        self.say(f"{config.model} ({kind}) on {config.data}, seed {config.seed}")
         self.task = self.progress.add_task(
             "training", total=run.total_steps, completed=run.step, loss="", accuracy="", rate=""
         )
@@ -66,15 +72,14 @@ class TrainDisplay(_Display):
         self._show(
             run.step,
             loss=f"loss {meter.loss_sum / meter.samples:.4f}",
-            accuracy=f"accuracy {meter.correct / meter.samples:.1%}",
+            accuracy=f"acc {meter.correct / meter.samples:.1%}",
             rate=f"{_samples_per_second(run):,.0f} samples/s",
         )
 
     def on_epoch(self, run: Run, record: dict[str, Any]) -> None:
-        self.console.print(
+        self.say(
             f"epoch {record['epoch']:>3}  loss {record['train_loss']:.4f}  test loss {record['test_loss']:.4f}  "
-            f"test accuracy {record['test_accuracy']:.2%}  {record['samples_per_second']:>7,.0f} samples/s",
-            highlight=False,
+            f"test acc {record['test_accuracy']:.2%}  {record['samples_per_second']:>7,.0f}/s"
         )
 
 
@@ -87,9 +92,8 @@ class RaceDisplay(_Display):
 
     def on_start(self, runs: dict[str, Run]) -> None:
         config = runs["sparse"].config
-        self.console.print(
-            f"{config.model} on {config.data}: dense against {config.sparsity:.4g} sparse, seed {config.seed}",
-            highlight=False,
+        self.say(
+            f"{config.model} on {config.data}: dense against {100 * config.sparsity:.4g}% sparse, seed {config.seed}"
         )
         total = sum(run.total_steps for run in runs.values())
         done = sum(run.step for run in runs.values())
@@ -108,22 +112,20 @@ class RaceDisplay(_Display):
 
     def on_measuring(self) -> None:
         assert self.task is not None
-        self.progress.update(self.task, description="measuring peak memory", speedup="", accuracy="")
+        self.progress.remove_task(self.task)
+        self.task = self.progress.add_task("measuring peak memory", total=None, speedup="", accuracy="")
 
 
-def print_race(result: RaceResult, console: Console) -> None:
+def print_race(result: RaceResult, display: RaceDisplay) -> None:
     """The table at the end of a race."""
     machine = result.machine
-    table = Table("", title=f"{result.config['model']} on {result.config['data']} ({result.data_source})")
+    table = Table("", title=Text(f"{result.config['model']} on {result.config['data']} ({result.data_source})"))
     for heading in ("dense", "sparse", "dense / sparse"):
         table.add_column(heading, justify="right")
     for row in race_rows(result):
         table.add_row(*row)
-    console.print(table)
-    console.print(
-        f"{machine['processor']}, {machine['threads']} threads, {machine['backend']}, torch {machine['torch']}",
-        highlight=False,
-    )
+    display.console.print(table)
+    display.say(f"{machine['processor']}, {machine['threads']} threads, {machine['backend']}, torch {machine['torch']}")
 
 
 def print_machine(machine: Machine) -> None:
@@ -148,4 +150,4 @@ def print_machine(machine: Machine) -> None:
 
 def _samples_per_second(run: Run) -> float:
     seconds = run.meter.step_seconds[-SHOWN_STEPS:]
-    return run.config.batch_size * len(seconds) / sum(seconds) if seconds else 0.0
+    return run.samples_per_step * len(seconds) / sum(seconds) if seconds else 0.0

@@ -23,6 +23,8 @@ from offpath.studies.files import write_whole
 from offpath.studies.run import Meter, Run
 
 FORMAT_VERSION = 1
+# What may differ when a run goes on: it can be given more epochs, and its data may have moved.
+CHANGEABLE = {"epochs", "data_dir"}
 
 
 def save_checkpoint(run: Run, path: Path) -> None:
@@ -57,7 +59,7 @@ def load_checkpoint(run: Run, path: Path) -> None:
     """
     tensors, header = _read(path)
     saved, current = RunConfig.from_json(header["config"]).to_json(), run.config.to_json()
-    differing = [key for key in saved if key != "epochs" and saved[key] != current[key]]
+    differing = [key for key in saved if key not in CHANGEABLE and saved[key] != current[key]]
     if differing:
         key = differing[0]
         raise RunError(f"expected a checkpoint of this run, but {path} has {key}={saved[key]!r}, not {current[key]!r}")
@@ -109,14 +111,3 @@ def _optimizer_state(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict
             _, index, name = key.split("/", 2)
             state.setdefault(int(index), {})[name] = tensor
     return {"state": state, "param_groups": header["param_groups"]}
-
-
-def read_config(path: Path) -> RunConfig:
-    """The config of the run saved in the folder `path`. Raises `RunError` when there is none or it is broken."""
-    file = path / "config.json"
-    try:
-        return RunConfig.from_json(json.loads(file.read_text()))
-    except FileNotFoundError as error:
-        raise RunError(f"expected a run in {path}, but {file.name} is missing; start it without --resume") from error
-    except (OSError, ValueError) as error:
-        raise RunError(f"expected a readable {file}, got: {error}") from error

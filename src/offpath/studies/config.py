@@ -19,7 +19,7 @@ class RunError(Exception):
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run, complete: the same config gives the same numbers.
+    """One training run, complete: the same config gives the same numbers on the same backend, ISA and thread count.
 
     `sparsity` 0 trains the dense model. Raises `RunError` for a value that cannot be run, `KernelError` for a device
     that the sparse layers have no kernels for.
@@ -64,9 +64,13 @@ class RunConfig:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunConfig:
         """The config that `to_json` gave. Raises `RunError` for keys that this version does not know."""
-        known = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or set(values) != known:
+        known = {field.name: field.default for field in fields(cls)}
+        if not isinstance(values, dict) or set(values) != set(known):
             raise RunError(f"expected a config with the keys {sorted(known)}, got {values!r}")
+        for name, default in known.items():
+            kinds = {float: (int, float), type(None): (str, type(None))}.get(type(default), (type(default),))
+            if not isinstance(values[name], kinds) or isinstance(values[name], bool):
+                raise RunError(f"expected {name} as {type(default).__name__} in the config, got {values[name]!r}")
         return cls(**values)
 
 

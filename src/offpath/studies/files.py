@@ -6,21 +6,24 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from offpath.studies.config import RunError
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then rename it there: `path` is the old file or the whole new one.
 
-    Raises `RunError` when it cannot be written (a full disk, a folder without permission); nothing is left behind.
+    Raises `RunError` when it cannot be written (a full disk, a folder without permission). The file beside has one
+    name, so that what a killed process left is overwritten; its folder is locked.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.tmp")
     try:
         write(beside)
         with beside.open("rb") as file:
             os.fsync(file.fileno())  # or a crash could leave the new name on unwritten blocks
         beside.replace(path)
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
         raise RunError(f"expected to write {path}, got: {error}; free space or choose another --out") from error
     finally:
         beside.unlink(missing_ok=True)

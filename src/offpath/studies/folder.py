@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from offpath.studies.checkpoint import load_checkpoint, read_config, save_checkpoint
+from offpath.studies.checkpoint import load_checkpoint, save_checkpoint
 from offpath.studies.config import RunConfig, RunError
 from offpath.studies.files import write_text
 from offpath.studies.run import Run
@@ -42,33 +41,53 @@ class RunFolder:
         finally:
             lock.release()
 
-    def start(self, config: RunConfig) -> None:
-        """Begin a new run here. Raises `RunError` when the folder already holds one: nothing is overwritten."""
-        if self.config_file.exists():
-            raise RunError(f"{self.path} already holds a run; go on with it by --resume, or choose another --out")
-        write_text(self.metrics_file, "")
-        write_text(self.config_file, json.dumps(config.to_json(), indent=2) + "\n")
+    def refuse_existing(self, started: bool = True) -> None:
+        """Raise `RunError` when the folder already holds a run: nothing is overwritten.
 
-    def resumed_config(self, epochs: int | None = None) -> RunConfig:
-        """The config of the run that is here, with its number of epochs raised when `epochs` says so."""
-        config = read_config(self.path)
-        if epochs is None or epochs == config.epochs:
-            return config
-        if epochs < config.epochs:
-            raise RunError(f"expected at least the {config.epochs} epochs that the run was started with, got {epochs}")
-        config = replace(config, epochs=epochs)
-        write_text(self.config_file, json.dumps(config.to_json(), indent=2) + "\n")
-        return config
+        With `started` False, one that was merely started and has nothing to lose does not count.
+        """
+        if self.checkpoint_file.exists() or (started and self.config_file.exists()):
+            raise RunError(f"{self.path} already holds a run; go on with it by --resume, or choose another --out")
+
+    def start(self, config: RunConfig) -> None:
+        """Begin a new run here."""
+        write_text(self.metrics_file, "")
+        self.write_config(config)
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write what the run is asked to do."""
+        text = json.dumps(config.to_json(), indent=2) + "\n"
+        if not self.config_file.exists() or self.config_file.read_text() != text:
+            write_text(self.config_file, text)
+
+    def config(self) -> RunConfig:
+        """The config of the run that is here. Raises `RunError` when there is none or it is broken."""
+        try:
+            return RunConfig.from_json(json.loads(self.config_file.read_text()))
+        except FileNotFoundError as error:
+            raise RunError(
+                f"expected a run in {self.path}, but {self.config_file.name} is missing; start it without --resume"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise RunError(f"expected a readable {self.config_file}, got: {error}; restore it from a copy") from error
 
     def restore(self, run: Run) -> None:
         """Put `run` at the folder's checkpoint, and drop the metrics of epochs that it does not contain.
 
-        A run that was stopped before its first checkpoint starts from the beginning.
+        A run that was stopped before its first checkpoint starts from the beginning. Raises `RunError` when the
+        checkpoint or the metrics are damaged, or when the checkpoint has gone while its metrics are there.
         """
+        records = self.metrics()
         if self.checkpoint_file.exists():
             load_checkpoint(run, self.checkpoint_file)
-        kept = [record for record in self.metrics() if record["step"] <= run.step]
+        elif records:
+            raise RunError(
+                f"expected a checkpoint beside the metrics of {len(records)} epochs in {self.path}, found none; "
+                "restore it from a copy, or start again with another --out"
+            )
+        kept = [record for record in records if record["step"] <= run.step]
         write_text(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+        self.write_config(run.config)
 
     def save(self, run: Run) -> None:
         """Write the checkpoint."""
@@ -83,12 +102,21 @@ class RunFolder:
             raise RunError(f"expected to write {self.metrics_file}, got: {error}; free space") from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The records written so far; a last line that was cut off is not one."""
+        """The records written so far; a last line that a kill cut off is not one.
+
+        Raises `RunError` for a broken line before the last.
+        """
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_text(errors="replace").splitlines()
         records = []
-        if self.metrics_file.exists():
-            for line in self.metrics_file.read_text().splitlines():
-                try:
-                    records.append(json.loads(line))
-                except ValueError:
-                    break
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict) and "step" in record:
+                records.append(record)
+            elif number < len(lines):
+                raise RunError(f"expected a record in line {number} of {self.metrics_file}, got {line[:60]!r}; mend it")
         return records

@@ -1,15 +1,22 @@
-"""The peak memory of a training run, measured in a process of its own."""
+"""The peak memory of a training run, measured in a process of its own.
+
+A fresh process, because memory that an earlier run gave back to the allocator would not show. Run as a module it
+reads a config from its argument and prints the bytes.
+"""
 
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
-from multiprocessing import get_context
+import ctypes
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from offpath.studies.config import RunConfig
+from offpath.nn import SparseLinear
+from offpath.studies.config import RunConfig, RunError
 from offpath.studies.data import load
 from offpath.studies.run import Run
 
@@ -19,17 +26,21 @@ STEPS = 5
 def peak_memory_bytes(config: RunConfig, threads: int) -> int:
     """Peak resident bytes that building the model and a few training steps add to a process with torch and the data.
 
-    A fresh process, because memory that an earlier run gave back to the allocator would not show. Linux only.
+    Linux only. Raises `RunError` when the process fails.
     """
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_measure, config, threads).result()
+    command = [sys.executable, "-m", __name__, json.dumps(config.to_json()), str(threads)]
+    # A session of its own: Ctrl-C on the terminal is for the race, which waits the few seconds that this takes.
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+    if finished.returncode != 0:
+        reason = (finished.stderr.strip().splitlines() or [f"exit status {finished.returncode}"])[-1]
+        raise RunError(f"expected to measure the peak memory, got: {reason}; the run itself is saved, try --resume")
+    return int(finished.stdout)
 
 
-def _measure(config: RunConfig, threads: int) -> int:
-    torch.set_num_threads(threads)
+def _measure(config: RunConfig) -> int:
     dataset = load(config.data, Path(config.data_dir) if config.data_dir else None)
-    # A small run first: the code of torch that training touches is resident only once it has run.
-    Run(replace(config, model="mlp-small"), dataset).advance(STEPS)
+    _warm_up()
+    ctypes.CDLL(None).malloc_trim(0)  # or the run would reuse what loading the data has freed
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
     before = _resident_bytes("VmRSS")
     run = Run(config, dataset)
@@ -37,8 +48,23 @@ def _measure(config: RunConfig, threads: int) -> int:
     return _resident_bytes("VmHWM") - before
 
 
+def _warm_up() -> None:
+    """A tiny network, the same for every run: the code that training touches is resident only once it has run."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), SparseLinear(8, 8))
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.ones(64, 8)), torch.zeros(64, dtype=torch.long)).backward()
+        optimizer.step()
+
+
 def _resident_bytes(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {field}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[2]))
+    print(_measure(RunConfig.from_json(json.loads(sys.argv[1]))))

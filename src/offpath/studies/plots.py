@@ -6,8 +6,10 @@ import io
 from collections.abc import Callable
 from itertools import accumulate
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from offpath.studies.race import Lane, RaceResult
 
@@ -19,36 +21,51 @@ MIB = 2**20
 def race_figure(result: RaceResult) -> Figure:
     """Test accuracy over training time, time a step, and the bytes that training keeps: one row of three plots."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    accuracy, step, memory = figure.subplots(1, 3)
-    _accuracy_over_time(accuracy, result)
-    _step_time(step, result)
-    _bytes_kept(memory, result)
+    for axes, draw in zip(figure.subplots(1, 3), (_accuracy_over_time, _step_time, _bytes_kept), strict=True):
+        draw(axes, result)
     return figure
 
 
-def epochs_figure(result: RaceResult) -> Figure:
-    """Loss and accuracy, on training and test data, over epochs."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for lane in (result.dense, result.sparse):
-            epochs = [record["epoch"] for record in lane.epochs]
-            for split, style in (("train", ":"), ("test", "-")):
-                values = [record[f"{split}_{quantity}"] for record in lane.epochs]
-                axes.plot(epochs, values, style, color=COLORS[lane.name], label=f"{lane.name}, {split}")
-        axes.set(xlabel="epoch", ylabel=quantity, title=f"{quantity} over epochs")
-        if quantity == "loss":
-            axes.set_yscale("log")
-        axes.legend(frameon=False)
-        _clean(axes)
-    return figure
+def report_figures(result: RaceResult) -> dict[str, Figure]:
+    """The plots of the report, one figure each so that a narrow page can stack them; by what they show."""
+    draws = (_accuracy_over_time, _step_time, _bytes_kept, _loss_over_epochs, _accuracy_over_epochs)
+    figures = {}
+    for draw in draws:
+        figure = Figure(figsize=(5, 3.6), layout="constrained")
+        axes = figure.subplots()
+        draw(axes, result)
+        figures[axes.get_title()] = figure
+    return figures
 
 
-def to_svg(figure: Figure) -> str:
-    """The figure as an `<svg>` element that can stand inside a page."""
+def to_svg(figure: Figure, salt: str = "offpath") -> str:
+    """The figure as an `<svg>` element that can stand inside a page; `salt` keeps its ids apart from others'."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": salt}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def _loss_over_epochs(axes: Axes, result: RaceResult) -> None:
+    _over_epochs(axes, result, "loss")
+    axes.set_yscale("log")
+
+
+def _accuracy_over_epochs(axes: Axes, result: RaceResult) -> None:
+    _over_epochs(axes, result, "accuracy")
+
+
+def _over_epochs(axes: Axes, result: RaceResult, quantity: str) -> None:
+    for lane in (result.dense, result.sparse):
+        epochs = [record["epoch"] for record in lane.epochs]
+        for split, style in (("train", ":"), ("test", "-")):
+            values = [record[f"{split}_{quantity}"] for record in lane.epochs]
+            axes.plot(epochs, values, style, color=COLORS[lane.name], label=f"{lane.name}, {split}")
+    axes.set(xlabel="epoch", ylabel=quantity, title=f"{quantity} over epochs")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize="small")
+    _clean(axes)
 
 
 def _accuracy_over_time(axes: Axes, result: RaceResult) -> None:
@@ -98,7 +115,7 @@ def _bars(axes: Axes, result: RaceResult, value: Callable[[Lane], float], text: 
 
 
 def _label(lane: Lane) -> str:
-    return "dense" if lane.sparsity == 0 else f"{lane.sparsity:.0%} sparse"
+    return "dense" if lane.sparsity == 0 else f"{100 * lane.sparsity:.4g}% sparse"
 
 
 def _clean(axes: Axes) -> None:

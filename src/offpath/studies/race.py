@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +15,7 @@ from offpath.studies.config import RunConfig, RunError
 from offpath.studies.data import load
 from offpath.studies.files import write_text
 from offpath.studies.folder import RunFolder
-from offpath.studies.interrupt import stop_on_signal
+from offpath.studies.interrupt import StopRequest, stop_on_signal
 from offpath.studies.peak_memory import peak_memory_bytes
 from offpath.studies.run import Run
 
@@ -98,52 +97,62 @@ def race(config: RunConfig, out: Path, observer: RaceObserver, resume: bool = Fa
     if config.sparsity == 0:
         raise RunError("expected a sparsity above 0 for the sparse twin, got 0")
     dataset = load(config.data, Path(config.data_dir) if config.data_dir else None)
-    with ExitStack() as stack:
-        lanes = {}
-        for name, lane_config in (("dense", replace(config, sparsity=0.0)), ("sparse", config)):
-            run, folder = Run(lane_config, dataset), RunFolder(out / name)
-            stack.enter_context(folder.locked())
+    root = RunFolder(out)
+    with root.locked():
+        lanes = {
+            name: (Run(lane_config, dataset), RunFolder(out / name))
+            for name, lane_config in (("dense", replace(config, sparsity=0.0)), ("sparse", config))
+        }
+        if not resume:
+            root.refuse_existing()
+        for run, folder in lanes.values():
+            folder.path.mkdir(exist_ok=True)
             if resume:
                 folder.restore(run)
             else:
-                folder.start(lane_config)
-            lanes[name] = run, folder
-        if not _take_turns(lanes, observer):
-            return None
-        observer.on_measuring()
-        dense, sparse = (_lane(name, *lane) for name, lane in lanes.items())
+                folder.refuse_existing(started=False)  # a start that was cut off has left one
+        for run, folder in lanes.values():
+            if not resume:
+                folder.start(run.config)
+        root.write_config(config)
+        with stop_on_signal() as stop:
+            if not _take_turns(lanes, observer, stop):
+                return None
+            observer.on_measuring()
+            dense, sparse = (_lane(name, *lane) for name, lane in lanes.items())
         result = RaceResult(dense, sparse, config.to_json(), asdict(this_machine()), dataset.source)
         write_text(out / "race.json", json.dumps(result.to_json(), indent=1) + "\n")
         return result
 
 
-def _take_turns(lanes: dict[str, tuple[Run, RunFolder]], observer: RaceObserver) -> bool:
+def _take_turns(lanes: dict[str, tuple[Run, RunFolder]], observer: RaceObserver, stop: StopRequest) -> bool:
     """Advance whoever is behind until all are done; False when Ctrl-C ended it."""
     runs = {name: run for name, (run, _) in lanes.items()}
     observer.on_start(runs)
-    with stop_on_signal() as stop:
-        while any(run.step < run.total_steps for run in runs.values()) and not stop.made:
-            behind = min(run.step for run in runs.values())
-            for run, folder in lanes.values():
-                if run.step == behind:
-                    run.advance(CHUNK_STEPS)
-                    if run.at_epoch_end:
-                        folder.append_metrics(run.finish_epoch())
-                        folder.save(run)
-            observer.on_chunk(runs)
-            if len({run.step for run in runs.values()}) == 1 and runs["dense"].at_epoch_end:
-                observer.on_epoch({name: folder.metrics()[-1] for name, (_, folder) in lanes.items()})
+    while any(run.step < run.total_steps for run in runs.values()) and not stop.made:
+        behind = min(run.step for run in runs.values())
         for run, folder in lanes.values():
-            if not run.at_epoch_end:
-                folder.save(run)
+            if run.step == behind:
+                run.advance(CHUNK_STEPS)
+                if run.at_epoch_end:
+                    folder.append_metrics(run.finish_epoch())
+                    folder.save(run)
+        observer.on_chunk(runs)
+        if len({run.step for run in runs.values()}) == 1 and runs["dense"].at_epoch_end:
+            observer.on_epoch({name: folder.metrics()[-1] for name, (_, folder) in lanes.items()})
+    for run, folder in lanes.values():
+        if not run.at_epoch_end:
+            folder.save(run)
     return all(run.step == run.total_steps for run in runs.values())
 
 
 def _lane(name: str, run: Run, folder: RunFolder) -> Lane:
     epochs = folder.metrics()
+    if len(epochs) != run.config.epochs:
+        raise RunError(f"expected {run.config.epochs} records in {folder.metrics_file}, got {len(epochs)}; race again")
     timed = epochs[WARM_UP_EPOCHS:] or epochs
     steps = [seconds for record in timed for seconds in record["step_seconds"]]
-    lower, median, upper = statistics.quantiles(steps, n=4) if len(steps) > 1 else steps * 3
+    lower, median, upper = statistics.quantiles(steps, n=4, method="inclusive") if len(steps) > 1 else steps * 3
     return Lane(
         name=name,
         sparsity=run.config.sparsity,
@@ -151,7 +160,7 @@ def _lane(name: str, run: Run, folder: RunFolder) -> Lane:
         best_test_accuracy=max(record["test_accuracy"] for record in epochs),
         step_seconds_median=median,
         step_seconds_quartiles=(lower, upper),
-        samples_per_second=run.config.batch_size / median,
+        samples_per_second=run.samples_per_step / median,
         train_seconds=sum(record["train_seconds"] for record in epochs),
         bytes=training_bytes(run.model, run.optimizer),
         peak_memory_bytes=peak_memory_bytes(run.config, torch.get_num_threads()),

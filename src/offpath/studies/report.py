@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from offpath.studies.files import write_text
-from offpath.studies.plots import epochs_figure, race_figure, to_svg
+from offpath.studies.plots import report_figures, to_svg
 from offpath.studies.race import RaceResult
 from offpath.studies.tables import race_rows
 
@@ -21,6 +21,7 @@ def write_report(result: RaceResult, path: Path) -> None:
         result=result,
         header=("", "dense", "sparse", "dense / sparse"),
         rows=race_rows(result),
-        figures=[to_svg(race_figure(result)), to_svg(epochs_figure(result))],
+        figures={title: to_svg(figure, salt=title) for title, figure in report_figures(result).items()},
+        machine=result.machine | {"isas": ", ".join(name for name, runs in result.machine["isas"].items() if runs)},
     )
     write_text(path, html)

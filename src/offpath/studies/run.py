@@ -62,6 +62,11 @@ class Run:
         return self.config.epochs * self.steps_per_epoch
 
     @property
+    def samples_per_step(self) -> float:
+        """Samples of a step on average; the last step of an epoch may hold fewer than a batch."""
+        return self.samples / self.steps_per_epoch
+
+    @property
     def epoch(self) -> int:
         """Whole epochs done."""
         return self.step // self.steps_per_epoch
@@ -98,7 +103,8 @@ class Run:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise RunError(
-                f"expected a finite loss, got {value} at step {self.step + 1}; try a smaller --learning-rate"
+                f"expected a finite loss, got {value} at step {self.step + 1}; start again with a smaller "
+                "--learning-rate and another --out"
             )
         self.meter.loss_sum += value * len(batch)
         self.meter.correct += int((logits.detach().argmax(1) == labels).sum())

@@ -29,7 +29,8 @@ def train(config: RunConfig, out: Path, observer: Observer, resume: bool = False
     """Train `config` in the folder `out`; True when it ran to its end, False when Ctrl-C stopped it.
 
     A checkpoint is written after every epoch and when the run is stopped. With `resume`, the run in `out` goes on
-    from its checkpoint, to the same numbers as if it had never stopped. Raises `RunError` or `DataError`.
+    from its checkpoint, to the same numbers as if it had never stopped (on the same backend, ISA and number of
+    threads; bit for bit on one thread). Raises `RunError` or `DataError`.
     """
     folder = RunFolder(out)
     run = Run(config, load(config.data, Path(config.data_dir) if config.data_dir else None))
@@ -37,6 +38,7 @@ def train(config: RunConfig, out: Path, observer: Observer, resume: bool = False
         if resume:
             folder.restore(run)
         else:
+            folder.refuse_existing()
             folder.start(config)
         observer.on_start(run)
         with stop_on_signal() as stop:
