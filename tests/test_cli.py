@@ -58,7 +58,7 @@ def test_forced_isa_that_cannot_be_met_is_one_line() -> None:
 def test_train_prints_writes_and_resumes(tmp_path: Path) -> None:
     first = _offpath("train", *SMALL, "--out", tmp_path / "run", "--sparsity", "0.8")
     assert first.returncode == 0, first.stderr
-    assert "epoch   2" in first.stdout and "test accuracy" in first.stdout
+    assert "epoch   2" in first.stdout and "test acc" in first.stdout
     assert json.loads((tmp_path / "run" / "config.json").read_text())["sparsity"] == 0.8
     again = _offpath("train", "--out", tmp_path / "run", "--resume", "--epochs", "3")
     assert again.returncode == 0, again.stderr

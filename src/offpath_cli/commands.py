@@ -54,9 +54,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except ModuleNotFoundError as error:
-            raise _shown(
-                f"the offpath command needs {error.name}; install it with: pip install 'offpath[cli]'"
-            ) from None
+            raise _shown(f"this command needs {error.name}; install it with: pip install 'offpath[cli]'") from None
         except Exception as error:
             if not _is_for_the_user(error):
                 raise

@@ -40,7 +40,8 @@ def demo_block(result: RaceResult) -> str:
     """The table with the machine that it was measured on, as it stands in the README."""
     machine, config = result.machine, result.config
     return (
-        f"`{config['model']}` on `{config['data']}`, {100 * config['sparsity']:.4g}% sparse, batch {config['batch_size']}; "
+        f"`{config['model']}` on `{config['data']}`, {100 * config['sparsity']:.4g}% sparse, "
+        f"batch {config['batch_size']}; "
         f"{machine['processor']}, {machine['threads']} threads, {machine['backend']}, torch {machine['torch']}:\n\n"
         + to_markdown(result)
     )

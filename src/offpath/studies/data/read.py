@@ -35,8 +35,7 @@ def _read(spec: IdxSpec, folder: Path, file_name: str, dimensions: int) -> NDArr
     path = find_file(folder, file_name)
     if path is None:
         raise DataNotFoundError(f"{file_name} in {folder}", "it has just been removed", spec.next_step)
-    next_step = (
-        f"point to a folder with an intact {spec.name} (another set has files of the same names); {spec.next_step}"
-    )
+    # Not "delete it": another set has files of the same names, and this may be an intact one of those.
+    next_step = f"name a folder with an intact {spec.name}: {spec.next_step}"
     content = read_verified(path, spec.sha256[file_name], str(path), next_step)
     return parse_idx(content, dimensions, str(path), next_step)
