@@ -2,12 +2,12 @@
 // its only caller and has checked device, dtype, shape, strides and the pattern before.
 #include "digest.h"
 #include "isa.h"
-#include "parallel.h"
-#include "transpose.h"
+#include "products.h"
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
@@ -25,76 +25,48 @@ Csr csr_at(Address crow_indices, Address col_indices, int64_t rows) {
     return {at<const int32_t>(crow_indices), at<const int32_t>(col_indices), rows};
 }
 
-// A [features, batch] matrix as torch hands it over: any strides, one of which is 1.
-template <class T> struct Matrix {
-    T *data;
-    int64_t feature_stride, batch_stride;
-};
-
-// The feature-major form of a matrix: itself, or a packed copy when its features are what lies side by side.
-template <class T> class FeatureMajor {
-  public:
-    FeatureMajor(const Matrix<const T> &matrix, int64_t features, int64_t batch, int threads)
-        : data(matrix.data), stride(matrix.feature_stride) {
-        if (matrix.batch_stride == 1 || batch == 1)
-            return;
-        copy = std::make_unique_for_overwrite<T[]>(features * batch);
-        transpose(matrix.data, matrix.batch_stride, copy.get(), batch, batch, features, threads);
-        data = copy.get();
-        stride = batch;
-    }
-    const T *data;
-    int64_t stride;
-
-  private:
-    std::unique_ptr<T[]> copy;
-};
-
-template <class Args>
-void run(int64_t isa, void (*KernelTable::*kernel)(const Args &, const Block &), const Args &args,
-         int64_t batch_quantum, int threads) {
-    struct Call {
-        void (*kernel)(const Args &, const Block &);
-        const Args &args;
-        const Blocks blocks;
-    } call{use_table(isa).*kernel, args, Blocks(args.csr, args.batch, batch_quantum, threads)};
-    const auto run_block = [](const void *data, int64_t i) {
-        const Call &c = *static_cast<const Call *>(data);
-        c.kernel(c.args, c.blocks[i]);
-    };
-    parallel_for(call.blocks.count(), threads, run_block, &call);
+// The kernels for T in the variant `isa`, counted as one call of it.
+template <class T> Kernels<T> kernels_of(int64_t isa) {
+    const KernelTable &table = use_table(isa);
+    const int64_t width = table.panel_bytes / static_cast<int64_t>(sizeof(T));
+    if constexpr (sizeof(T) == 4)
+        return {table.spmm_f32, table.sddmm_f32, table.transpose_f32, table.pack_f32, table.bucketed_f32, width};
+    else
+        return {table.spmm_f64, table.sddmm_f64, table.transpose_f64, table.pack_f64, table.bucketed_f64, width};
 }
 
-// x is [columns, batch] with the strides given; y is written token-major: [batch, rows], contiguous.
-template <class T, auto kernel>
-void spmm(int64_t isa, int64_t rows, int64_t columns, int64_t batch, Address crow_indices, Address col_indices,
-          Address values, Address bias, Address x, int64_t x_feature_stride, int64_t x_batch_stride, Address y,
-          int threads) {
+template <class T>
+void call_spmm(int64_t isa, int64_t rows, int64_t columns, int64_t batch, Address crow_indices, Address col_indices,
+               Address values, Address bias, Address x, int64_t x_feature_stride, int64_t x_batch_stride, Address y,
+               int threads) {
     nb::gil_scoped_release release;
-    const FeatureMajor<T> packed({at<const T>(x), x_feature_stride, x_batch_stride}, columns, batch, threads);
-    const auto result = std::make_unique_for_overwrite<T[]>(rows * batch);
-    // A strip that keeps eight of the widest registers busy; splitting the batch there leaves no tails inside.
-    constexpr int64_t batch_quantum = 8 * 64 / sizeof(T);
-    run(isa, kernel,
-        spmm_args<T>{csr_at(crow_indices, col_indices, rows), at<const T>(values), at<const T>(bias), packed.data,
-                     packed.stride, result.get(), batch, batch},
-        batch_quantum, threads);
-    transpose(result.get(), batch, at<T>(y), rows, rows, batch, threads);
+    spmm<T>(kernels_of<T>(isa), csr_at(crow_indices, col_indices, rows), columns, at<const T>(values),
+            at<const T>(bias), {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(y), threads);
 }
 
-template <class T, auto kernel>
-void sddmm(int64_t isa, int64_t rows, int64_t columns, int64_t batch, Address crow_indices, Address col_indices,
-           Address dy, int64_t dy_feature_stride, int64_t dy_batch_stride, Address x, int64_t x_feature_stride,
-           int64_t x_batch_stride, Address dvalues, int threads) {
+template <class T>
+void call_sddmm(int64_t isa, int64_t rows, int64_t columns, int64_t batch, Address crow_indices, Address col_indices,
+                Address dy, int64_t dy_feature_stride, int64_t dy_batch_stride, Address x, int64_t x_feature_stride,
+                int64_t x_batch_stride, Address dvalues, int threads) {
     nb::gil_scoped_release release;
-    const FeatureMajor<T> packed_dy({at<const T>(dy), dy_feature_stride, dy_batch_stride}, rows, batch, threads);
-    const FeatureMajor<T> packed_x({at<const T>(x), x_feature_stride, x_batch_stride}, columns, batch, threads);
-    // The batch is not split: a connection's sum must not depend on the number of threads.
-    constexpr int64_t batch_quantum = 0;
-    run(isa, kernel,
-        sddmm_args<T>{csr_at(crow_indices, col_indices, rows), packed_dy.data, packed_dy.stride, packed_x.data,
-                      packed_x.stride, at<T>(dvalues), batch},
-        batch_quantum, threads);
+    sddmm<T>(kernels_of<T>(isa), csr_at(crow_indices, col_indices, rows), columns,
+             {at<const T>(dy), dy_feature_stride, dy_batch_stride}, {at<const T>(x), x_feature_stride, x_batch_stride},
+             batch, at<T>(dvalues), threads);
+}
+
+std::unique_ptr<Plan> make_plan(int64_t rows, int64_t columns, Address crow_indices, Address col_indices,
+                                Address permutation, int threads) {
+    nb::gil_scoped_release release;
+    return std::make_unique<Plan>(csr_at(crow_indices, col_indices, rows), columns, at<const int32_t>(permutation),
+                                  threads);
+}
+
+template <class T>
+void call_planned_spmm(int64_t isa, const Plan &plan, int64_t batch, Address values, Address bias, Address x,
+                       int64_t x_feature_stride, int64_t x_batch_stride, Address y, int threads) {
+    nb::gil_scoped_release release;
+    planned_spmm<T>(kernels_of<T>(isa), plan, at<const T>(values), at<const T>(bias),
+                    {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(y), threads);
 }
 
 } // namespace
@@ -109,11 +81,18 @@ NB_MODULE(_native, m) {
     });
     m.def("calls", &calls);
     m.def("pool_library", &pool_library);
+    m.def("kept_scratch_bytes", &kept_scratch_bytes);
     m.def("digest", [](int64_t rows, int64_t nnz, Address crow_indices, Address col_indices) {
         const uint64_t first = digest(at<const int32_t>(crow_indices), rows + 1, 0);
         return digest(at<const int32_t>(col_indices), nnz, first);
     });
-#define OFFPATH_KERNEL(op, suffix, T) m.def(#op "_" #suffix, &op<T, &KernelTable::op##_##suffix>);
-#include "kernels.def"
-#undef OFFPATH_KERNEL
+    nb::class_<Plan>(m, "Plan").def_prop_ro("bytes", &Plan::bytes);
+    m.def("make_plan", &make_plan);
+#define OFFPATH_PRODUCTS(suffix, T)                                                                                    \
+    m.def("spmm_" #suffix, &call_spmm<T>);                                                                             \
+    m.def("sddmm_" #suffix, &call_sddmm<T>);                                                                           \
+    m.def("planned_spmm_" #suffix, &call_planned_spmm<T>);
+    OFFPATH_PRODUCTS(f32, float)
+    OFFPATH_PRODUCTS(f64, double)
+#undef OFFPATH_PRODUCTS
 }

@@ -17,6 +17,12 @@ std::string pool_library();
 // one: with a fixed share per thread, all would wait for the slowest whenever another process takes a core.
 void parallel_for(int64_t count, int threads, void (*run)(const void *context, int64_t i), const void *context);
 
+// The same for anything that can be called with i.
+template <class Body> void parallel_for(int64_t count, int threads, const Body &body) {
+    const auto call = [](const void *context, int64_t i) { (*static_cast<const Body *>(context))(i); };
+    parallel_for(count, threads, call, &body);
+}
+
 // Blocks that cover rows x batch exactly once. Rows are split so that blocks hold about the same number of
 // connections; the batch is split at multiples of `batch_quantum`, or not at all when that is 0.
 class Blocks {

@@ -1,7 +1,8 @@
 // The only file with intrinsics: a vector of T as wide as the ISA this translation unit is compiled for.
 //
 // Simd<T> offers: V (the register type), lanes, zero, set1, load, store, fma, load_first / store_first (the first
-// n lanes, the rest reads as zero / is left alone) and sum (a fixed tree over the lanes).
+// n lanes, the rest reads as zero / is left alone), add, and interleave_low / interleave_high (a0 b0 a1 b1 ... of the
+// lower / upper halves).
 // Everything is in an anonymous namespace so that no variant exports code to another one.
 #pragma once
 
@@ -15,14 +16,6 @@ namespace {
 
 template <class T> struct Simd;
 
-// A pairwise tree, so that the order of summation depends on the lane count alone.
-template <class T, int lanes> T sum_lanes(T (&x)[lanes]) {
-    for (int width = lanes / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i)
-            x[i] += x[i + width];
-    return x[0];
-}
-
 #if defined(__AVX512F__)
 
 template <> struct Simd<float> {
@@ -32,9 +25,17 @@ template <> struct Simd<float> {
     static V set1(float a) { return _mm512_set1_ps(a); }
     static V load(const float *p) { return _mm512_loadu_ps(p); }
     static void store(float *p, V a) { _mm512_storeu_ps(p, a); }
+    static V add(V a, V b) { return _mm512_add_ps(a, b); }
     static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
     static V load_first(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(mask(n), p); }
     static void store_first(float *p, V a, int64_t n) { _mm512_mask_storeu_ps(p, mask(n), a); }
+    static V interleave_low(V a, V b) {
+        return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
+    }
+    static V interleave_high(V a, V b) {
+        return _mm512_permutex2var_ps(
+            a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b);
+    }
     static __mmask16 mask(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 };
 
@@ -45,9 +46,16 @@ template <> struct Simd<double> {
     static V set1(double a) { return _mm512_set1_pd(a); }
     static V load(const double *p) { return _mm512_loadu_pd(p); }
     static void store(double *p, V a) { _mm512_storeu_pd(p, a); }
+    static V add(V a, V b) { return _mm512_add_pd(a, b); }
     static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
     static V load_first(const double *p, int64_t n) { return _mm512_maskz_loadu_pd(mask(n), p); }
     static void store_first(double *p, V a, int64_t n) { _mm512_mask_storeu_pd(p, mask(n), a); }
+    static V interleave_low(V a, V b) {
+        return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);
+    }
+    static V interleave_high(V a, V b) {
+        return _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b);
+    }
     static __mmask8 mask(int64_t n) { return static_cast<__mmask8>((1u << n) - 1); }
 };
 
@@ -60,9 +68,17 @@ template <> struct Simd<float> {
     static V set1(float a) { return _mm256_set1_ps(a); }
     static V load(const float *p) { return _mm256_loadu_ps(p); }
     static void store(float *p, V a) { _mm256_storeu_ps(p, a); }
+    static V add(V a, V b) { return _mm256_add_ps(a, b); }
     static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
     static V load_first(const float *p, int64_t n) { return _mm256_maskload_ps(p, mask(n)); }
     static void store_first(float *p, V a, int64_t n) { _mm256_maskstore_ps(p, mask(n), a); }
+    // The unpack instructions work inside 128-bit halves; the permutation puts the halves where they belong.
+    static V interleave_low(V a, V b) {
+        return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+    }
+    static V interleave_high(V a, V b) {
+        return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+    }
     static __m256i mask(int64_t n) {
         return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     }
@@ -75,9 +91,16 @@ template <> struct Simd<double> {
     static V set1(double a) { return _mm256_set1_pd(a); }
     static V load(const double *p) { return _mm256_loadu_pd(p); }
     static void store(double *p, V a) { _mm256_storeu_pd(p, a); }
+    static V add(V a, V b) { return _mm256_add_pd(a, b); }
     static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
     static V load_first(const double *p, int64_t n) { return _mm256_maskload_pd(p, mask(n)); }
     static void store_first(double *p, V a, int64_t n) { _mm256_maskstore_pd(p, mask(n), a); }
+    static V interleave_low(V a, V b) {
+        return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x20);
+    }
+    static V interleave_high(V a, V b) {
+        return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x31);
+    }
     static __m256i mask(int64_t n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
 };
 
@@ -96,6 +119,7 @@ template <class T> struct Simd {
         return a;
     }
     static void store(T *p, V a) { __builtin_memcpy(p, &a, sizeof a); }
+    static V add(V a, V b) { return a + b; }
     static V fma(V a, V b, V c) { return a * b + c; }
     static V load_first(const T *p, int64_t n) {
         T a[lanes] = {};
@@ -107,14 +131,25 @@ template <class T> struct Simd {
         for (int64_t i = 0; i < n; ++i)
             p[i] = a[i];
     }
+    static V interleave_low(V a, V b) { return interleave(a, b, 0); }
+    static V interleave_high(V a, V b) { return interleave(a, b, lanes / 2); }
+    static V interleave(V a, V b, int from) {
+        V mixed;
+        for (int i = 0; i < lanes; ++i)
+            mixed[i] = (i % 2 ? b : a)[from + i / 2];
+        return mixed;
+    }
 };
 
 #endif
 
-template <class T> T sum(typename Simd<T>::V a) {
-    T x[Simd<T>::lanes];
-    Simd<T>::store(x, a);
-    return sum_lanes<T, Simd<T>::lanes>(x);
+// Lane i of the result is the sum over the lanes of a[i], by a tree that is the same for every i. Destroys a.
+template <class T> typename Simd<T>::V sum_each(typename Simd<T>::V (&a)[Simd<T>::lanes]) {
+    using S = Simd<T>;
+    for (int half = S::lanes / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i)
+            a[i] = S::add(S::interleave_low(a[i], a[i + half]), S::interleave_high(a[i], a[i + half]));
+    return a[0];
 }
 
 } // namespace

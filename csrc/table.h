@@ -42,8 +42,51 @@ template <class T> struct sddmm_args {
     int64_t batch;
 };
 
+// destination[c, r] = source[r, c]; the block's rows are those of the source, its batch the source's columns.
+template <class T> struct transpose_args {
+    const T *source;
+    int64_t source_stride;
+    T *destination;
+    int64_t destination_stride;
+};
+
+// Rows that share the loads of x in the bucketed product. Each accumulates in registers of its own.
+constexpr int group_rows = 6;
+constexpr int group_masks = 1 << group_rows;
+
+// A pattern prepared for the bucketed product. The rows are taken in groups; in a group, a column's mask says which
+// of the rows have a connection to it. The columns of a group stand sorted by mask, the values in the order in which
+// the product uses them: column by column, inside a column by row.
+struct BucketPlan {
+    const int32_t *mask_counts;  // [groups, group_masks]: how many columns of the group have each mask
+    const int32_t *column_order; // the columns of group g start at group_begin[g]
+    const int32_t *slots;        // [nnz]: which of the caller's values stands here; group g starts at group_begin[g]
+    const int32_t *group_begin;  // [groups + 1]
+    int64_t rows, columns, groups;
+};
+
+// The activations as panels: panel p holds `panel_width` neighbours of the batch, column by column; the last panel
+// is as wide as the vectors that it fills.
+template <class T> struct pack_args {
+    const T *x; // [columns, batch] with these strides, one of which is 1
+    int64_t x_feature_stride, x_batch_stride;
+    T *panels;
+    int64_t columns, batch;
+};
+
+// y[b, r] = bias[r] + sum over the connections of row r of value * x[column, b], for a block of groups x panels.
+template <class T> struct bucketed_args {
+    BucketPlan plan;
+    const T *values; // [nnz], in the plan's order
+    const T *bias;   // [rows], or null for zero
+    const T *panels;
+    T *y; // [batch, rows], contiguous
+    int64_t batch;
+};
+
 struct KernelTable {
     const char *isa;
+    int32_t panel_bytes; // width of a panel in bytes of one column
 #define OFFPATH_KERNEL(op, suffix, T) void (*op##_##suffix)(const op##_args<T> &, const Block &);
 #include "kernels.def"
 #undef OFFPATH_KERNEL

@@ -1,8 +1,11 @@
 // Compiled once per ISA, with that ISA's flags. It exports one symbol: its table. No std::, no statics, no
 // allocation, no threads: whatever else it emitted could be linked into another ISA's path.
+#include "bucketed-inl.h"
+#include "pack-inl.h"
 #include "sddmm-inl.h"
 #include "spmm-inl.h"
 #include "table.h"
+#include "transpose-inl.h"
 
 #define OFFPATH_STRING_OF(x) #x
 #define OFFPATH_STRING(x) OFFPATH_STRING_OF(x)
@@ -13,6 +16,7 @@ extern "C" const offpath::KernelTable OFFPATH_JOIN(offpath_table_, OFFPATH_ISA);
 
 extern "C" const offpath::KernelTable OFFPATH_JOIN(offpath_table_, OFFPATH_ISA) = {
     OFFPATH_STRING(OFFPATH_ISA),
+    panel_vectors * static_cast<int32_t>(sizeof(Simd<float>::V)),
 #define OFFPATH_KERNEL(op, suffix, T) op<T>,
 #include "kernels.def"
 #undef OFFPATH_KERNEL

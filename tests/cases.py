@@ -30,6 +30,15 @@ def _spmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
     return backend.spmm(pattern.crow_indices, pattern.col_indices, **operands)
 
 
+def _planned_spmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
+    return backend.planned_spmm(backend.plan(pattern.crow_indices, pattern.col_indices, pattern.shape[1]), **operands)
+
+
+def _transposed_spmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
+    crow_indices, col_indices, permutation = pattern.transpose()
+    return backend.planned_spmm(backend.plan(crow_indices, col_indices, pattern.shape[0], permutation), **operands)
+
+
 def _sddmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
     return backend.sddmm(pattern.crow_indices, pattern.col_indices, **operands)
 
@@ -56,6 +65,28 @@ PRODUCTS = (
         lambda p, batch, draw: {"values": draw((p.nnz,)), "x": draw((p.shape[1], batch)).t()},
         _spmm,
         lambda p, batch: p.row_counts,
+    ),
+    Product(
+        "planned spmm",
+        lambda p, batch, draw: {"values": draw((p.nnz,)), "x": draw((batch, p.shape[1]))},
+        _planned_spmm,
+        lambda p, batch: p.row_counts,
+    ),
+    Product(
+        "planned spmm with bias, feature-major",
+        lambda p, batch, draw: {
+            "values": draw((p.nnz,)),
+            "x": draw((p.shape[1], batch)).t(),
+            "bias": draw((p.shape[0],)),
+        },
+        _planned_spmm,
+        lambda p, batch: p.row_counts,
+    ),
+    Product(
+        "planned spmm of the transpose",
+        lambda p, batch, draw: {"values": draw((p.nnz,)), "x": draw((batch, p.shape[0]))},
+        _transposed_spmm,
+        lambda p, batch: p.transpose().crow_indices.diff(),
     ),
     Product(
         "sddmm",

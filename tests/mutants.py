@@ -17,8 +17,8 @@ class Mutant:
     rejected_by: tuple[str, ...] = ("exact", "bounded")
 
 
-def _wrong(name: str, spmm=None, sddmm=None) -> Backend:
-    return replace(REFERENCE, name=f"mutant: {name}", spmm=spmm or REFERENCE.spmm, sddmm=sddmm or REFERENCE.sddmm)
+def _wrong(name: str, **products) -> Backend:
+    return replace(REFERENCE, name=f"mutant: {name}", **products)
 
 
 def _drops_last_connection(crow, col, values, x, bias=None):
@@ -93,19 +93,38 @@ def _gradient_accumulates_into_stale_memory(crow, col, dy, x) -> Tensor:
     return dy.new_empty(col.numel()) + REFERENCE.sddmm(crow, col, dy, x)
 
 
+def _plan_ignores_the_permutation(plan, values, x, bias=None):
+    return REFERENCE.planned_spmm(replace(plan, permutation=None), values, x, bias)
+
+
+def _plan_skips_the_last_group(plan, values, x, bias=None):
+    y = REFERENCE.planned_spmm(plan, values, x, bias)
+    y[:, y.shape[1] // 6 * 6 :] = 0
+    return y
+
+
+def _plan_pads_the_batch_with_its_first_sample(plan, values, x, bias=None):
+    y = REFERENCE.planned_spmm(plan, values, x, bias)
+    y[y.shape[0] // 16 * 16 :] = y[:1]
+    return y
+
+
 MUTANTS = (
-    Mutant(_wrong("drops the last connection", _drops_last_connection)),
-    Mutant(_wrong("off by one row", _off_by_one_row)),
-    Mutant(_wrong("wrong column", _wrong_column)),
-    Mutant(_wrong("ignores the tail", _ignores_the_tail)),
-    Mutant(_wrong("accumulates into stale output", _accumulates_into_stale_output)),
-    Mutant(_wrong("skips empty rows", _skips_empty_rows)),
-    Mutant(_wrong("forgets the bias", _forgets_the_bias)),
+    Mutant(_wrong("plan ignores the permutation", planned_spmm=_plan_ignores_the_permutation)),
+    Mutant(_wrong("plan skips the last group", planned_spmm=_plan_skips_the_last_group)),
+    Mutant(_wrong("plan pads with the first sample", planned_spmm=_plan_pads_the_batch_with_its_first_sample)),
+    Mutant(_wrong("drops the last connection", spmm=_drops_last_connection)),
+    Mutant(_wrong("off by one row", spmm=_off_by_one_row)),
+    Mutant(_wrong("wrong column", spmm=_wrong_column)),
+    Mutant(_wrong("ignores the tail", spmm=_ignores_the_tail)),
+    Mutant(_wrong("accumulates into stale output", spmm=_accumulates_into_stale_output)),
+    Mutant(_wrong("skips empty rows", spmm=_skips_empty_rows)),
+    Mutant(_wrong("forgets the bias", spmm=_forgets_the_bias)),
     # Sums of small integers are exact in bfloat16 as well.
-    Mutant(_wrong("sums in bfloat16", _sums_in_bfloat16), rejected_by=("bounded",)),
-    Mutant(_wrong("scales its input", _scales_its_input)),
-    Mutant(_wrong("returns minus one", _returns_minus_one)),
-    Mutant(_wrong("reads x transposed", _reads_x_transposed)),
+    Mutant(_wrong("sums in bfloat16", spmm=_sums_in_bfloat16), rejected_by=("bounded",)),
+    Mutant(_wrong("scales its input", spmm=_scales_its_input)),
+    Mutant(_wrong("returns minus one", spmm=_returns_minus_one)),
+    Mutant(_wrong("reads x transposed", spmm=_reads_x_transposed)),
     Mutant(_wrong("shifts the gradient", sddmm=_shifts_the_gradient)),
     Mutant(_wrong("swaps the gradient's operands", sddmm=_swaps_the_gradients_operands)),
     Mutant(_wrong("gradient drops the last sample", sddmm=_gradient_drops_the_last_sample)),

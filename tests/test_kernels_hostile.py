@@ -12,7 +12,7 @@ import torch
 
 from cases import PROBLEMS, PRODUCTS, Problem, Product, gaussian
 from offpath import kernels, pattern as patterns
-from offpath.kernels import KernelError, cpu
+from offpath.kernels import KernelError, _native, cpu
 
 NATIVE = [name for name in kernels.backends() if name.startswith("cpu:")]
 LARGE = [p for p in PROBLEMS if p.name.startswith("several threads")]
@@ -37,7 +37,7 @@ def test_result_does_not_depend_on_the_thread_count(name: str, product: Product,
     not {"cpu:avx2", "cpu:avx512"} <= set(NATIVE), reason="needs a machine that runs both AVX2 and AVX-512"
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("product", [p for p in PRODUCTS if p.name.startswith("spmm")], ids=lambda p: p.name)
+@pytest.mark.parametrize("product", [p for p in PRODUCTS if "spmm" in p.name], ids=lambda p: p.name)
 def test_spmm_has_the_same_bits_on_every_isa_with_fma(product: Product, dtype: torch.dtype) -> None:
     for problem in LARGE:
         pattern = problem.pattern
@@ -89,6 +89,45 @@ def test_misfitting_gradients_are_refused(name: str, change: dict[str, torch.Ten
     del operands["values"]
     with pytest.raises(KernelError, match="got"):
         kernels.backends()[name].sddmm(**operands)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.randn(5, 7)},
+        {"x": torch.randn(5, 8).double()},
+        {"values": torch.randn(11)},
+        {"values": torch.randn(24)[::2]},
+        {"bias": torch.randn(5)},
+    ],
+    ids=lambda change: " and ".join(f"{k} {v.dtype} {tuple(v.shape)}" for k, v in change.items()),
+)
+def test_operands_that_do_not_fit_the_plan_are_refused(name: str, change: dict[str, torch.Tensor]) -> None:
+    backend, operands = kernels.backends()[name], _operands()
+    plan = backend.plan(operands.pop("crow_indices"), operands.pop("col_indices"), 8)
+    with pytest.raises(KernelError, match="got"):
+        backend.planned_spmm(plan, **(operands | change))
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_plan_does_not_follow_later_writes_into_its_pattern(name: str) -> None:
+    backend, operands = kernels.backends()[name], _operands()
+    crow, col = operands.pop("crow_indices").clone(), operands.pop("col_indices").clone()
+    plan = backend.plan(crow, col, 8)
+    before = backend.planned_spmm(plan, **operands)
+    col.fill_(2**30)
+    crow.fill_(2**30)
+    assert torch.equal(backend.planned_spmm(plan, **operands), before)
+
+
+def test_scratch_memory_is_kept_within_its_limit() -> None:
+    pattern = patterns.random((64, 4096), 4096, torch.Generator().manual_seed(0))
+    for batch in (1024, 3000, 6000, 512):
+        kernels.backends()[NATIVE[-1]].spmm(
+            pattern.crow_indices, pattern.col_indices, torch.ones(4096), torch.ones(batch, 4096)
+        )
+        assert _native.kept_scratch_bytes() <= 64 * 2**20
 
 
 @pytest.mark.parametrize("name", NATIVE)

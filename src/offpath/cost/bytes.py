@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from offpath.pattern import Pattern
+from offpath.ops import prepared_bytes
 
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """Bytes by what they are for; `pattern` is the sparse layers' index arrays, copies and transposes included."""
+    """Bytes by what they are for; `pattern` is all that the topology takes: indices, copies, transposes, plans."""
 
     parameters: int
     gradients: int
@@ -29,22 +29,20 @@ class TrainingBytes:
 def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingBytes:
     """Count what training `model` with `optimizer` keeps between steps, gradients of every trained parameter included.
 
-    Optimizers make their state in the first step: call this after it.
+    Optimizer state and plans are made in the first step: call this after it.
 
     >>> model = nn.Linear(3, 2)
     >>> training_bytes(model, torch.optim.SGD(model.parameters(), lr=0.1))
     TrainingBytes(parameters=32, gradients=32, optimizer=0, pattern=0)
     """
-    parameters = list(model.parameters())
-    patterns = [p for m in model.modules() if isinstance(p := getattr(m, "pattern", None), Pattern)]
-    for pattern in patterns:
-        pattern.transpose()
+    parameters, buffers = list(model.parameters()), dict(model.named_buffers())
+    columns = [tensor for name, tensor in buffers.items() if name.split(".")[-1] == "col_indices"]
     return TrainingBytes(
         parameters=_bytes(parameters),
         gradients=_bytes(p for p in parameters if p.requires_grad),
         optimizer=_bytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)),
-        # Once as the layer's buffers, and once as the private copy with its transpose that the kernels work on.
-        pattern=sum(pattern.index_bytes + _bytes((pattern.crow_indices, pattern.col_indices)) for pattern in patterns),
+        pattern=_bytes(t for name, t in buffers.items() if name.split(".")[-1] in ("crow_indices", "col_indices"))
+        + sum(prepared_bytes(tensor) for tensor in columns),
     )
 
 

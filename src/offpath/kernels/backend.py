@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,24 @@ class Spmm(Protocol):
     ) -> Tensor: ...
 
 
+class PlannedSpmm(Protocol):
+    """The product of `Spmm` over a plan that the same backend made."""
+
+    def __call__(self, plan: Any, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+
+class MakePlan(Protocol):
+    """What a backend wants to know of a canonical pattern that many products will use.
+
+    With a `permutation`, slot s of this pattern has the value `values[permutation[s]]`: so the transpose of a
+    pattern is planned over the values of the original. The plan has an attribute `bytes`.
+    """
+
+    def __call__(
+        self, crow_indices: Tensor, col_indices: Tensor, columns: int, permutation: Tensor | None = None
+    ) -> Any: ...
+
+
 class Sddmm(Protocol):
     """dvalues[s] = <dy[:, r], x[:, col_indices[s]]> for the slots s of row r.
 
@@ -41,10 +59,14 @@ class Backend:
     `name` is what `OFFPATH_BACKEND` and reports call it. `computes` says whether it has kernels for a device type
     and dtype. The products expect a canonical pattern: whoever calls them has checked it. `digest` fingerprints the
     contents of (crow_indices, col_indices) at a small part of a product's cost; None where there is no such thing.
+    From a batch of `planned_from_batch` on, the product over a plan is the faster one.
     """
 
     name: str
     computes: Callable[[str, torch.dtype], bool]
     spmm: Spmm
     sddmm: Sddmm
+    plan: MakePlan
+    planned_spmm: PlannedSpmm
     digest: Callable[[Tensor, Tensor], int] | None = None
+    planned_from_batch: int = 1

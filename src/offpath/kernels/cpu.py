@@ -7,6 +7,7 @@ does, once per pattern; the ops see to it).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NoReturn
 
 import torch  # first: the native module joins the OpenMP pool that torch has loaded
@@ -16,6 +17,9 @@ from offpath.kernels import _native
 from offpath.kernels.backend import Backend, KernelError
 
 _SPMM = {torch.float32: _native.spmm_f32, torch.float64: _native.spmm_f64}
+# Below this batch the plan's panels are mostly padding, and the row-wise product is the faster one.
+PLANNED_FROM_BATCH = 8
+_PLANNED_SPMM = {torch.float32: _native.planned_spmm_f32, torch.float64: _native.planned_spmm_f64}
 _SDDMM = {torch.float32: _native.sddmm_f32, torch.float64: _native.sddmm_f64}
 
 
@@ -66,11 +70,9 @@ def make_backend(isa: str) -> Backend:
             and x.dim() == 2
             and values.shape == col_indices.shape
             and values.is_contiguous()
-            and (
-                bias is None or (bias.dtype is dtype and bias.is_cpu and bias.shape == (rows,) and bias.is_contiguous())
-            )
+            and _is_bias(bias, dtype, rows)
         ):
-            _refuse(_SPMM, crow_indices, col_indices, values=values, x=x, bias=bias)
+            _refuse(_SPMM, crow_indices=crow_indices, col_indices=col_indices, values=values, x=x, bias=bias)
         x, x_strides = _one_unit_stride(x)
         batch, columns = x.shape
         y = values.new_empty((batch, rows))
@@ -103,7 +105,7 @@ def make_backend(isa: str) -> Backend:
             and x.dim() == 2
             and dy.shape == (x.shape[0], rows)
         ):
-            _refuse(_SDDMM, crow_indices, col_indices, dy=dy, x=x)
+            _refuse(_SDDMM, crow_indices=crow_indices, col_indices=col_indices, dy=dy, x=x)
         dy, dy_strides = _one_unit_stride(dy)
         x, x_strides = _one_unit_stride(x)
         batch, columns = x.shape
@@ -124,16 +126,85 @@ def make_backend(isa: str) -> Backend:
         )
         return dvalues
 
-    return Backend(f"cpu:{isa}", _computes, spmm, sddmm, _digest)
+    def planned_spmm(plan: Plan, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        dtype = values.dtype
+        if not (
+            dtype in _PLANNED_SPMM
+            and dtype is x.dtype
+            and values.is_cpu
+            and x.is_cpu
+            and x.layout is torch.strided
+            and x.dim() == 2
+            and x.shape[1] == plan.columns
+            and values.shape == (plan.nnz,)
+            and values.is_contiguous()
+            and _is_bias(bias, dtype, plan.rows)
+        ):
+            _refuse(_PLANNED_SPMM, values=values, x=x, bias=bias)
+        x, x_strides = _one_unit_stride(x)
+        batch = x.shape[0]
+        y = values.new_empty((batch, plan.rows))
+        _PLANNED_SPMM[dtype](
+            index,
+            plan.native,
+            batch,
+            _address(values),
+            0 if bias is None else _address(bias),
+            _address(x),
+            *x_strides,
+            _address(y),
+            torch.get_num_threads(),
+        )
+        return y
+
+    return Backend(f"cpu:{isa}", _computes, spmm, sddmm, make_plan, planned_spmm, _digest, PLANNED_FROM_BATCH)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pattern in the order in which the bucketed product goes through it; holds its own copy of the columns."""
+
+    native: _native.Plan
+    rows: int
+    columns: int
+    nnz: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the plan takes."""
+        return self.native.bytes
+
+
+def make_plan(crow_indices: Tensor, col_indices: Tensor, columns: int, permutation: Tensor | None = None) -> Plan:
+    """Plan a canonical pattern, natively and on all threads; O(nnz + rows + columns)."""
+    rows, nnz = crow_indices.shape[0] - 1, col_indices.shape[0]
+    if not (
+        _are_indices(crow_indices, col_indices)
+        and (permutation is None or (_are_indices(crow_indices, permutation) and permutation.shape[0] == nnz))
+    ):
+        _refuse({}, crow_indices=crow_indices, col_indices=col_indices, permutation=permutation)
+    native = _native.make_plan(
+        rows,
+        columns,
+        _address(crow_indices),
+        _address(col_indices),
+        0 if permutation is None else _address(permutation),
+        torch.get_num_threads(),
+    )
+    return Plan(native, rows, columns, nnz)
 
 
 def _computes(device_type: str, dtype: torch.dtype) -> bool:
     return device_type == "cpu" and dtype in _SPMM
 
 
+def _is_bias(bias: Tensor | None, dtype: torch.dtype, rows: int) -> bool:
+    return bias is None or (bias.dtype is dtype and bias.is_cpu and bias.shape == (rows,) and bias.is_contiguous())
+
+
 def _digest(crow_indices: Tensor, col_indices: Tensor) -> int:
     if not _are_indices(crow_indices, col_indices):
-        _refuse({}, crow_indices, col_indices)
+        _refuse({}, crow_indices=crow_indices, col_indices=col_indices)
     rows, nnz = crow_indices.shape[0] - 1, col_indices.shape[0]
     return _native.digest(rows, nnz, _address(crow_indices), _address(col_indices))
 
@@ -159,8 +230,7 @@ def _are_indices(crow_indices: Tensor, col_indices: Tensor) -> bool:
     )
 
 
-def _refuse(kernels: dict, crow_indices: Tensor, col_indices: Tensor, **operands: Tensor | None) -> NoReturn:
-    given = {"crow_indices": crow_indices, "col_indices": col_indices, **operands}
+def _refuse(kernels: dict, **given: Tensor | None) -> NoReturn:
     got = ", ".join(
         f"{name} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
         + ("" if tensor.dim() != 1 or tensor.is_contiguous() else " (not contiguous)")

@@ -5,6 +5,8 @@ Slow and memory-hungry (nnz x batch) on purpose: short enough to be read as the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,23 @@ def sddmm(crow_indices: Tensor, col_indices: Tensor, dy: Tensor, x: Tensor) -> T
     return (dy[:, _rows(crow_indices)] * x[:, col_indices]).sum(0)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Nothing but the arguments: the definition prepares nothing."""
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    columns: int
+    permutation: Tensor | None = None
+    bytes: int = 0
+
+
+def planned_spmm(plan: Plan, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`spmm` over the arguments of the plan."""
+    values = values if plan.permutation is None else values[plan.permutation]
+    return spmm(plan.crow_indices, plan.col_indices, values, x, bias)
+
+
 def _rows(crow_indices: Tensor) -> Tensor:
     rows = torch.arange(crow_indices.numel() - 1, device=crow_indices.device)
     return rows.repeat_interleave(crow_indices.diff())
@@ -38,4 +57,4 @@ def _computes(device_type: str, dtype: torch.dtype) -> bool:
     return dtype.is_floating_point
 
 
-BACKEND = Backend("reference", _computes, spmm, sddmm)
+BACKEND = Backend("reference", _computes, spmm, sddmm, Plan, planned_spmm)

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from offpath import kernels
 from offpath.kernels import KernelError
-from offpath.ops.prepared import prepared_pattern
+from offpath.ops.prepared import prepare
 
 _library = torch.library.Library("offpath", "DEF")
 _library.define(
@@ -55,8 +55,8 @@ def _forward(x: Tensor, values: Tensor, bias: Tensor | None, crow_indices: Tenso
             f"expected bias of shape ({out_features},) and {x.dtype}, got {tuple(bias.shape)} {bias.dtype}"
         )
     backend = kernels.select(x.device.type, x.dtype)
-    pattern = prepared_pattern(crow_indices, col_indices, (out_features, x.shape[-1]), backend.digest)
-    y = backend.spmm(pattern.crow_indices, pattern.col_indices, values, _rows(x), bias)
+    prepared = prepare(backend, crow_indices, col_indices, (out_features, x.shape[-1]))
+    y = prepared.spmm(backend, values, _rows(x), bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
@@ -65,9 +65,7 @@ def _dx(dy: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, i
     _check_width(dy, crow_indices)
     backend = kernels.select(dy.device.type, dy.dtype)
     shape = (crow_indices.shape[0] - 1, in_features)
-    transpose = prepared_pattern(crow_indices, col_indices, shape, backend.digest).transpose()
-    values = values.index_select(0, transpose.permutation)
-    dx = backend.spmm(transpose.crow_indices, transpose.col_indices, values, _rows(dy))
+    dx = prepare(backend, crow_indices, col_indices, shape).spmm_transposed(backend, values, _rows(dy))
     return dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], in_features)
 
 
@@ -80,7 +78,7 @@ def _dvalues(dy: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor) -
         )
     backend = kernels.select(dy.device.type, dy.dtype)
     shape = (crow_indices.shape[0] - 1, x.shape[-1])
-    pattern = prepared_pattern(crow_indices, col_indices, shape, backend.digest)
+    pattern = prepare(backend, crow_indices, col_indices, shape).pattern
     return backend.sddmm(pattern.crow_indices, pattern.col_indices, _rows(dy), _rows(x))
 
 
@@ -103,11 +101,6 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _feature_major(x: Tensor) -> Tensor:
-    """`x` with the strides that the kernels read without a copy: entries of one feature beside each other."""
-    return _rows(x).t().contiguous().t().view(x.shape)
-
-
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, values, bias, crow_indices, col_indices):
@@ -124,8 +117,6 @@ class _SparseLinear(torch.autograd.Function):
         wants_dx, wants_dvalues, wants_dbias, *_ = ctx.needs_input_grad
         dx = dvalues = None
         dbias = _rows(dy).sum(0) if wants_dbias else None
-        if wants_dx or wants_dvalues:
-            dy = _feature_major(dy)  # once, for both products
         if wants_dx:
             dx = _ops.sparse_linear_dx.default(dy, values, crow_indices, col_indices, ctx.in_features)
         if wants_dvalues:

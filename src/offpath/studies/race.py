@@ -10,13 +10,13 @@ from typing import Any, Protocol
 
 import torch
 
-from offpath.cost import TrainingBytes, this_machine, training_bytes
+from offpath.cost import TrainingBytes, this_machine
 from offpath.studies.config import RunConfig, RunError
 from offpath.studies.data import load
 from offpath.studies.files import write_text
 from offpath.studies.folder import RunFolder
 from offpath.studies.interrupt import StopRequest, stop_on_signal
-from offpath.studies.peak_memory import peak_memory_bytes
+from offpath.studies.memory import training_memory
 from offpath.studies.run import Run
 
 # The twins take turns in short chunks: whatever disturbs the machine then hits both.
@@ -153,6 +153,7 @@ def _lane(name: str, run: Run, folder: RunFolder) -> Lane:
     timed = epochs[WARM_UP_EPOCHS:] or epochs
     steps = [seconds for record in timed for seconds in record["step_seconds"]]
     lower, median, upper = statistics.quantiles(steps, n=4, method="inclusive") if len(steps) > 1 else steps * 3
+    memory = training_memory(run.config, torch.get_num_threads())
     return Lane(
         name=name,
         sparsity=run.config.sparsity,
@@ -162,7 +163,7 @@ def _lane(name: str, run: Run, folder: RunFolder) -> Lane:
         step_seconds_quartiles=(lower, upper),
         samples_per_second=run.samples_per_step / median,
         train_seconds=sum(record["train_seconds"] for record in epochs),
-        bytes=training_bytes(run.model, run.optimizer),
-        peak_memory_bytes=peak_memory_bytes(run.config, torch.get_num_threads()),
+        bytes=memory.kept,
+        peak_memory_bytes=memory.peak,
         epochs=epochs,
     )

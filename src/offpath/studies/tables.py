@@ -23,7 +23,7 @@ def race_rows(result: RaceResult) -> list[Row]:
     add("parameter bytes", lambda lane: lane.bytes.parameters, _bytes)
     add("gradient bytes", lambda lane: lane.bytes.gradients, _bytes)
     add("optimizer bytes", lambda lane: lane.bytes.optimizer, _bytes)
-    rows.append(("pattern bytes (indices, transpose)", "0", _bytes(result.sparse.bytes.pattern), ""))
+    rows.append(("pattern bytes (indices, plans)", "0", _bytes(result.sparse.bytes.pattern), ""))
     add("sum of these bytes", lambda lane: lane.bytes.total, _bytes)
     add("peak memory of training", lambda lane: lane.peak_memory_bytes, _bytes)
     return rows

@@ -1,7 +1,7 @@
-"""The peak memory of a training run, measured in a process of its own.
+"""The memory of a training run, measured in a process of its own.
 
 A fresh process, because memory that an earlier run gave back to the allocator would not show. Run as a module it
-reads a config from its argument and prints the bytes.
+reads a config from its argument and prints what it measured.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import ctypes
 import json
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from offpath.cost import TrainingBytes, training_bytes
 from offpath.nn import SparseLinear
 from offpath.studies.config import RunConfig, RunError
 from offpath.studies.data import load
@@ -23,8 +25,16 @@ from offpath.studies.run import Run
 STEPS = 5
 
 
-def peak_memory_bytes(config: RunConfig, threads: int) -> int:
-    """Peak resident bytes that building the model and a few training steps add to a process with torch and the data.
+@dataclass(frozen=True)
+class Memory:
+    """`peak` resident bytes that building the model and a few training steps add, and what is `kept` between steps."""
+
+    peak: int
+    kept: TrainingBytes
+
+
+def training_memory(config: RunConfig, threads: int) -> Memory:
+    """Measure a few training steps of `config` in a process that holds torch and the data already.
 
     Linux only. Raises `RunError` when the process fails.
     """
@@ -34,10 +44,11 @@ def peak_memory_bytes(config: RunConfig, threads: int) -> int:
     if finished.returncode != 0:
         reason = (finished.stderr.strip().splitlines() or [f"exit status {finished.returncode}"])[-1]
         raise RunError(f"expected to measure the peak memory, got: {reason}; the run itself is saved, try --resume")
-    return int(finished.stdout)
+    measured = json.loads(finished.stdout)
+    return Memory(measured["peak"], TrainingBytes(**measured["kept"]))
 
 
-def _measure(config: RunConfig) -> int:
+def _measure(config: RunConfig) -> Memory:
     dataset = load(config.data, Path(config.data_dir) if config.data_dir else None)
     _warm_up()
     ctypes.CDLL(None).malloc_trim(0)  # or the run would reuse what loading the data has freed
@@ -45,7 +56,7 @@ def _measure(config: RunConfig) -> int:
     before = _resident_bytes("VmRSS")
     run = Run(config, dataset)
     run.advance(STEPS)
-    return _resident_bytes("VmHWM") - before
+    return Memory(_resident_bytes("VmHWM") - before, training_bytes(run.model, run.optimizer))
 
 
 def _warm_up() -> None:
@@ -67,4 +78,4 @@ def _resident_bytes(field: str) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[2]))
-    print(_measure(RunConfig.from_json(json.loads(sys.argv[1]))))
+    print(json.dumps(asdict(_measure(RunConfig.from_json(json.loads(sys.argv[1]))))))
