@@ -136,7 +136,7 @@ template <class T> struct Simd {
     static V interleave(V a, V b, int from) {
         V mixed;
         for (int i = 0; i < lanes; ++i)
-            mixed[i] = (i % 2 ? b : a)[from + i / 2];
+            mixed[i] = i % 2 ? b[from + i / 2] : a[from + i / 2];
         return mixed;
     }
 };
