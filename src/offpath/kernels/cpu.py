@@ -17,8 +17,9 @@ from offpath.kernels import _native
 from offpath.kernels.backend import Backend, KernelError
 
 _SPMM = {torch.float32: _native.spmm_f32, torch.float64: _native.spmm_f64}
-# Below this batch the plan's panels are mostly padding, and the row-wise product is the faster one.
-PLANNED_FROM_BATCH = 8
+# Below this batch, gathering the values and packing the panels cost more than the plan saves
+# (benchmarks/planned_from_batch.py).
+PLANNED_FROM_BATCH = 64
 _PLANNED_SPMM = {torch.float32: _native.planned_spmm_f32, torch.float64: _native.planned_spmm_f64}
 _SDDMM = {torch.float32: _native.sddmm_f32, torch.float64: _native.sddmm_f64}
 

@@ -2,8 +2,8 @@
 
 A layer's topology is its two index buffers, and anyone may write into them: `load_state_dict`, `.data`, NumPy, a
 broadcast of `DistributedDataParallel`. torch counts only some of these writes. So every call takes a digest of the
-contents (a fraction of a percent of a training step) and everything O(nnz) that follows from them - the check, a
-private copy that nobody else can write into, the transpose, the plans - is made anew when it differs. Kernels read
+contents (about 3 % of a training step at 90 % and batch 256), and all that follows from them - the check, a private
+copy that nobody else can write into, the transpose, the plans - is made anew when it differs. Kernels read
 the private copy and the plans alone: a write between digest and kernel cannot lead them outside a tensor.
 """
 
