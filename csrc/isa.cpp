@@ -10,6 +10,7 @@ extern const offpath::KernelTable offpath_table_baseline;
 #if defined(__x86_64__)
 extern const offpath::KernelTable offpath_table_avx2;
 extern const offpath::KernelTable offpath_table_avx512;
+extern const offpath::KernelTable offpath_table_avx512bf16;
 #endif
 }
 
@@ -22,6 +23,10 @@ const std::array all_isas = {
 #if defined(__x86_64__)
     Isa{&offpath_table_avx2, __builtin_cpu_supports("x86-64-v3") != 0},
     Isa{&offpath_table_avx512, __builtin_cpu_supports("x86-64-v4") != 0},
+    // Products of pairs of bfloat16, and the expansion of 16-bit values that their bitmap product needs.
+    Isa{&offpath_table_avx512bf16, __builtin_cpu_supports("x86-64-v4") != 0 &&
+                                       __builtin_cpu_supports("avx512bf16") != 0 &&
+                                       __builtin_cpu_supports("avx512vbmi2") != 0},
 #endif
 };
 

@@ -5,6 +5,7 @@
 #include "products.h"
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -27,12 +28,16 @@ Csr csr_at(Address crow_indices, Address col_indices, int64_t rows) {
 
 // The kernels for T in the variant `isa`, counted as one call of it.
 template <class T> Kernels<T> kernels_of(int64_t isa) {
-    const KernelTable &table = use_table(isa);
-    const int64_t width = table.panel_bytes / static_cast<int64_t>(sizeof(T));
-    if constexpr (sizeof(T) == 4)
-        return {table.spmm_f32, table.sddmm_f32, table.transpose_f32, table.pack_f32, table.bucketed_f32, width};
+    const KernelTable &t = use_table(isa);
+    if constexpr (std::is_same_v<T, float>)
+        return {t.spmm_f32,  t.to_features_f32, t.to_tokens_f32, t.gather_f32,   t.pack_f32,  t.bucketed_f32,
+                t.sddmm_f32, t.bitmap_f32,      t.expand_f32,    t.compress_f32, t.layout_f32};
+    else if constexpr (std::is_same_v<T, double>)
+        return {t.spmm_f64,  t.to_features_f64, t.to_tokens_f64, t.gather_f64,   t.pack_f64,  t.bucketed_f64,
+                t.sddmm_f64, t.bitmap_f64,      t.expand_f64,    t.compress_f64, t.layout_f64};
     else
-        return {table.spmm_f64, table.sddmm_f64, table.transpose_f64, table.pack_f64, table.bucketed_f64, width};
+        return {t.spmm_f32,   t.to_features_bf16, t.to_tokens_bf16, t.gather_bf16,   t.pack_bf16,  t.bucketed_bf16,
+                t.sddmm_bf16, t.bitmap_bf16,      t.expand_bf16,    t.compress_bf16, t.layout_bf16};
 }
 
 template <class T>
@@ -55,18 +60,55 @@ void call_sddmm(int64_t isa, int64_t rows, int64_t columns, int64_t batch, Addre
 }
 
 std::unique_ptr<Plan> make_plan(int64_t rows, int64_t columns, Address crow_indices, Address col_indices,
-                                Address permutation, int threads) {
+                                Address permutation, int64_t columns_per_step, int threads) {
     nb::gil_scoped_release release;
     return std::make_unique<Plan>(csr_at(crow_indices, col_indices, rows), columns, at<const int32_t>(permutation),
-                                  threads);
+                                  columns_per_step, threads);
 }
 
 template <class T>
 void call_planned_spmm(int64_t isa, const Plan &plan, int64_t batch, Address values, Address bias, Address x,
                        int64_t x_feature_stride, int64_t x_batch_stride, Address y, int threads) {
+    const Kernels<T> kernels = kernels_of<T>(isa);
+    if (plan.columns_per_step != kernels.layout.columns_per_step)
+        throw std::invalid_argument("the plan was made for another dtype or ISA");
     nb::gil_scoped_release release;
-    planned_spmm<T>(kernels_of<T>(isa), plan, at<const T>(values), at<const T>(bias),
+    planned_spmm<T>(kernels, plan, at<const T>(values), at<const T>(bias),
                     {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(y), threads);
+}
+
+std::unique_ptr<BitMatrix> make_bitmap(int64_t rows, int64_t columns, Address crow_indices, Address col_indices,
+                                       int threads) {
+    nb::gil_scoped_release release;
+    return std::make_unique<BitMatrix>(csr_at(crow_indices, col_indices, rows), columns, threads);
+}
+
+template <class T>
+void call_bitmap_spmm(int64_t isa, const BitMatrix &matrix, int64_t batch, Address values, Address bias, Address x,
+                      int64_t x_feature_stride, int64_t x_batch_stride, Address y, int threads) {
+    nb::gil_scoped_release release;
+    bitmap_spmm<T>(kernels_of<T>(isa), matrix, at<const T>(values), at<const T>(bias),
+                   {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(y), threads);
+}
+
+template <class T> void call_expand(int64_t isa, const BitMatrix &matrix, Address values, Address dense, int threads) {
+    nb::gil_scoped_release release;
+    expand<T>(kernels_of<T>(isa), matrix, at<const T>(values), at<T>(dense), threads);
+}
+
+template <class T>
+void call_compress(int64_t isa, const BitMatrix &matrix, Address dense, Address values, int threads) {
+    nb::gil_scoped_release release;
+    compress<T>(kernels_of<T>(isa), matrix, at<const T>(dense), at<T>(values), threads);
+}
+
+// A torch tensor [rows, columns] over a kept block, which comes back when the tensor dies.
+template <class T> nb::ndarray<nb::pytorch> take_output(size_t rows, size_t columns) {
+    void *block = take_scratch(rows * columns * sizeof(T));
+    const nb::capsule owner(block, [](void *p) noexcept { give_back_scratch(p); });
+    constexpr auto code = std::is_same_v<T, bfloat16> ? nb::dlpack::dtype_code::Bfloat : nb::dlpack::dtype_code::Float;
+    constexpr nb::dlpack::dtype dtype{static_cast<uint8_t>(code), 8 * sizeof(T), 1};
+    return nb::ndarray<nb::pytorch>(block, {rows, columns}, owner, {}, dtype, nb::device::cpu::value);
 }
 
 } // namespace
@@ -86,13 +128,21 @@ NB_MODULE(_native, m) {
         const uint64_t first = digest(at<const int32_t>(crow_indices), rows + 1, 0);
         return digest(at<const int32_t>(col_indices), nnz, first);
     });
+    m.def("bf16_columns_per_step", [](int64_t isa) { return isas()[isa].table->layout_bf16.columns_per_step; });
     nb::class_<Plan>(m, "Plan").def_prop_ro("bytes", &Plan::bytes);
     m.def("make_plan", &make_plan);
+    nb::class_<BitMatrix>(m, "Bitmap").def_prop_ro("bytes", &BitMatrix::bytes);
+    m.def("make_bitmap", &make_bitmap);
 #define OFFPATH_PRODUCTS(suffix, T)                                                                                    \
     m.def("spmm_" #suffix, &call_spmm<T>);                                                                             \
     m.def("sddmm_" #suffix, &call_sddmm<T>);                                                                           \
-    m.def("planned_spmm_" #suffix, &call_planned_spmm<T>);
+    m.def("planned_spmm_" #suffix, &call_planned_spmm<T>);                                                             \
+    m.def("bitmap_spmm_" #suffix, &call_bitmap_spmm<T>);                                                               \
+    m.def("expand_" #suffix, &call_expand<T>);                                                                         \
+    m.def("compress_" #suffix, &call_compress<T>);                                                                     \
+    m.def("take_output_" #suffix, &take_output<T>);
     OFFPATH_PRODUCTS(f32, float)
     OFFPATH_PRODUCTS(f64, double)
+    OFFPATH_PRODUCTS(bf16, bfloat16)
 #undef OFFPATH_PRODUCTS
 }

@@ -9,21 +9,19 @@
 namespace offpath {
 namespace {
 
-// Groups that a thread plans or gathers in one go.
+// Groups that a thread plans in one go.
 constexpr int64_t groups_per_task = 16;
-
-int64_t tasks_for(int64_t groups) { return (groups + groups_per_task - 1) / groups_per_task; }
 
 } // namespace
 
-// What a thread needs to plan a group: the mask of every column and where its connections are. Clean again after
-// each group, so that a group costs no more than its own connections.
+// What a thread needs to plan a group. Clean again after each group, so that a group costs no more than its own
+// connections.
 struct Plan::Workspace {
-    explicit Workspace(int64_t columns) : masks(columns), slots(columns * group_rows) {}
-    std::vector<uint8_t> masks;   // [columns], zero between groups
-    std::vector<int32_t> slots;   // [columns, group_rows]
-    std::vector<int32_t> touched; // the columns of the group
-    int32_t next_column[group_masks], next_slot[group_masks];
+    explicit Workspace(int64_t columns) : masks(columns), next_slot_of(columns), touched(columns) {}
+    std::vector<uint8_t> masks;        // [columns], zero between groups
+    std::vector<int32_t> next_slot_of; // [columns]: where the next value of this column goes
+    std::vector<int32_t> touched;      // the columns of the group
+    int64_t touched_count = 0;
 };
 
 namespace {
@@ -51,74 +49,110 @@ template <class Workspace> class Pool {
 
 } // namespace
 
-Plan::Plan(const Csr &csr, int64_t columns, const int32_t *permutation, int threads)
-    : rows(csr.rows), columns(columns), groups((csr.rows + group_rows - 1) / group_rows) {
-    const int64_t nnz = csr.crow_indices[csr.rows];
+Plan::Plan(const Csr &csr, int64_t columns, const int32_t *permutation, int64_t columns_per_step, int threads)
+    : rows(csr.rows), columns(columns), columns_per_step(columns_per_step),
+      groups((csr.rows + group_rows - 1) / group_rows), connections(csr.crow_indices[csr.rows]) {
     mask_counts = std::make_unique<int32_t[]>(groups * group_masks);
-    column_order = std::make_unique_for_overwrite<int32_t[]>(nnz);
-    slots = std::make_unique_for_overwrite<int32_t[]>(nnz);
-    group_begin = std::make_unique_for_overwrite<int32_t[]>(groups + 1);
-    for (int64_t g = 0; g <= groups; ++g)
-        group_begin[g] = csr.crow_indices[std::min(rows, g * group_rows)];
+    column_begin = std::make_unique<int32_t[]>(groups + 1);
+    slot_begin = std::make_unique<int32_t[]>(groups + 1);
     Pool<Workspace> pool;
-    parallel_for(tasks_for(groups), nnz < serial_work ? 1 : threads, [&](int64_t task) {
-        auto workspace = pool.take(columns);
-        const int64_t end = std::min(groups, (task + 1) * groups_per_task);
-        for (int64_t g = task * groups_per_task; g < end; ++g)
-            plan_group(g, csr, permutation, *workspace);
-        pool.give_back(std::move(workspace));
-    });
+    const auto each_group = [&](const auto &body) {
+        parallel_for((groups + groups_per_task - 1) / groups_per_task, connections < serial_work ? 1 : threads,
+                     [&](int64_t task) {
+                         auto workspace = pool.take(columns);
+                         const int64_t end = std::min(groups, (task + 1) * groups_per_task);
+                         for (int64_t g = task * groups_per_task; g < end; ++g)
+                             body(g, *workspace);
+                         pool.give_back(std::move(workspace));
+                     });
+    };
+    each_group([&](int64_t g, Workspace &work) { count_group(g, csr, work); });
+    for (int64_t g = 0; g < groups; ++g) {
+        column_begin[g + 1] += column_begin[g];
+        slot_begin[g + 1] += slot_begin[g];
+    }
+    column_order = std::make_unique_for_overwrite<int32_t[]>(column_begin[groups]);
+    slots = std::make_unique_for_overwrite<int32_t[]>(slot_begin[groups]);
+    each_group([&](int64_t g, Workspace &work) { fill_group(g, csr, permutation, work); });
 }
 
-void Plan::plan_group(int64_t group, const Csr &csr, const int32_t *permutation, Workspace &work) {
-    work.touched.clear();
+void Plan::find_masks(int64_t group, const Csr &csr, Workspace &work) const {
+    uint8_t *masks = work.masks.data();
+    int32_t *touched = work.touched.data();
+    int64_t count = 0;
     for (int64_t row = 0; row < group_rows && group * group_rows + row < rows; ++row) {
         const int64_t r = group * group_rows + row;
         for (int32_t s = csr.crow_indices[r]; s < csr.crow_indices[r + 1]; ++s) {
             const int32_t column = csr.col_indices[s];
-            if (work.masks[column] == 0)
-                work.touched.push_back(column);
-            work.masks[column] |= 1 << row;
-            work.slots[static_cast<int64_t>(column) * group_rows + row] = permutation ? permutation[s] : s;
+            // Written always and kept only when new: whether a column is new is a coin toss for the predictor.
+            if (count < columns)
+                touched[count] = column;
+            count += masks[column] == 0;
+            masks[column] |= 1 << row;
         }
     }
+    work.touched_count = count;
+}
+
+// Leaves the group's counts in place, and its sizes one further, where the running sums are taken.
+void Plan::count_group(int64_t group, const Csr &csr, Workspace &work) {
+    find_masks(group, csr, work);
     int32_t *counts = &mask_counts[group * group_masks];
-    for (const int32_t column : work.touched)
-        ++counts[work.masks[column]];
-    int32_t next_column = group_begin[group], next_slot = group_begin[group];
-    for (int mask = 1; mask < group_masks; ++mask) {
-        work.next_column[mask] = next_column;
-        work.next_slot[mask] = next_slot;
-        next_column += counts[mask];
-        next_slot += counts[mask] * std::popcount(static_cast<unsigned>(mask));
+    for (int64_t i = 0; i < work.touched_count; ++i) {
+        uint8_t &mask = work.masks[work.touched[i]];
+        ++counts[mask];
+        mask = 0;
     }
-    for (const int32_t column : work.touched) {
-        const int mask = work.masks[column];
-        column_order[work.next_column[mask]++] = column;
-        for (int row = 0; row < group_rows; ++row)
-            if (mask >> row & 1)
-                slots[work.next_slot[mask]++] = work.slots[static_cast<int64_t>(column) * group_rows + row];
-        work.masks[column] = 0;
+    const int32_t step = static_cast<int32_t>(columns_per_step);
+    for (int mask = 1; mask < group_masks; ++mask) {
+        counts[mask] = (counts[mask] + step - 1) / step * step;
+        column_begin[group + 1] += counts[mask];
+        slot_begin[group + 1] += counts[mask] * std::popcount(static_cast<unsigned>(mask));
+    }
+}
+
+void Plan::fill_group(int64_t group, const Csr &csr, const int32_t *permutation, Workspace &work) {
+    find_masks(group, csr, work);
+    const int32_t *counts = &mask_counts[group * group_masks];
+    int32_t next_column[group_masks], next_slot[group_masks];
+    int32_t column = column_begin[group], slot = slot_begin[group];
+    for (int mask = 1; mask < group_masks; ++mask) {
+        next_column[mask] = column;
+        next_slot[mask] = slot;
+        column += counts[mask];
+        slot += counts[mask] * std::popcount(static_cast<unsigned>(mask));
+    }
+    for (int64_t i = 0; i < work.touched_count; ++i) {
+        const int32_t c = work.touched[i];
+        const uint8_t mask = work.masks[c];
+        column_order[next_column[mask]++] = c;
+        work.next_slot_of[c] = next_slot[mask];
+        next_slot[mask] += std::popcount(mask);
+        work.masks[c] = 0;
+    }
+    for (int64_t r = group * group_rows; r < std::min(rows, (group + 1) * group_rows); ++r)
+        for (int32_t s = csr.crow_indices[r]; s < csr.crow_indices[r + 1]; ++s)
+            slots[work.next_slot_of[csr.col_indices[s]]++] = permutation ? permutation[s] : s;
+    // What is left of a mask's places is padding.
+    column = column_begin[group], slot = slot_begin[group];
+    for (int mask = 1; mask < group_masks; ++mask) {
+        column += counts[mask];
+        slot += counts[mask] * std::popcount(static_cast<unsigned>(mask));
+        std::fill(&column_order[next_column[mask]], &column_order[column], static_cast<int32_t>(columns));
+        std::fill(&slots[next_slot[mask]], &slots[slot], -1);
     }
 }
 
 BucketPlan Plan::view() const {
-    return {mask_counts.get(), column_order.get(), slots.get(), group_begin.get(), rows, columns, groups};
+    return {mask_counts.get(), column_order.get(),
+            slots.get(),       column_begin.get(),
+            slot_begin.get(),  rows,
+            columns,           groups};
 }
 
 int64_t Plan::bytes() const {
-    return static_cast<int64_t>(sizeof(int32_t)) * (groups * group_masks + 2 * nnz() + groups + 1);
+    return static_cast<int64_t>(sizeof(int32_t)) *
+           (groups * group_masks + column_begin[groups] + slot_begin[groups] + 2 * (groups + 1));
 }
-
-int64_t Plan::gather_tasks() const { return tasks_for(groups); }
-
-template <class T> void Plan::gather(const T *values, T *ordered, int64_t task) const {
-    const int64_t end = std::min(groups, (task + 1) * groups_per_task);
-    for (int64_t i = group_begin[task * groups_per_task]; i < group_begin[end]; ++i)
-        ordered[i] = values[slots[i]];
-}
-
-template void Plan::gather(const float *, float *, int64_t) const;
-template void Plan::gather(const double *, double *, int64_t) const;
 
 } // namespace offpath

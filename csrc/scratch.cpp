@@ -8,8 +8,8 @@
 namespace offpath {
 namespace {
 
-// Enough for the activations of one large layer; what exceeds it goes back to the system.
-constexpr size_t kept_limit_bytes = size_t{64} << 20;
+// Enough for what a step of a mid-sized model takes and gives back; what exceeds it goes back to the system.
+constexpr size_t kept_limit_bytes = size_t{256} << 20;
 constexpr size_t alignment = 64;
 
 // Stands before each block that is handed out.

@@ -28,18 +28,34 @@ void spmm_strip(const offpath::spmm_args<T> &args, const offpath::Block &block, 
     }
 }
 
-// The last n < lanes columns of the batch.
+// The last n <= lanes columns of the batch. Four rows take turns, so that no addition waits for the one before it.
 template <class T>
 void spmm_tail(const offpath::spmm_args<T> &args, const offpath::Block &block, int64_t b, int64_t n) {
     using S = Simd<T>;
-    for (int64_t row = block.row_begin; row < block.row_end; ++row) {
-        typename S::V acc = args.bias ? S::set1(args.bias[row]) : S::zero();
-        const int64_t end = args.csr.crow_indices[row + 1];
-        for (int64_t s = args.csr.crow_indices[row]; s < end; ++s) {
-            const T *x = args.x + args.csr.col_indices[s] * args.x_stride + b;
-            acc = S::fma(S::set1(args.values[s]), S::load_first(x, n), acc);
+    constexpr int together = 4;
+    const auto add = [&](typename S::V acc, int64_t s) {
+        const T *x = args.x + args.csr.col_indices[s] * args.x_stride + b;
+        return S::fma(S::set1(args.values[s]), S::load_first(x, n), acc);
+    };
+    for (int64_t first = block.row_begin; first < block.row_end; first += together) {
+        const int rows = block.row_end - first < together ? static_cast<int>(block.row_end - first) : together;
+        typename S::V acc[together];
+        int64_t next[together] = {}, shortest = rows == together ? INT32_MAX : 0;
+        for (int i = 0; i < rows; ++i) {
+            acc[i] = args.bias ? S::set1(args.bias[first + i]) : S::zero();
+            next[i] = args.csr.crow_indices[first + i];
+            const int64_t count = args.csr.crow_indices[first + i + 1] - next[i];
+            shortest = count < shortest ? count : shortest;
         }
-        S::store_first(args.y + row * args.y_stride + b, acc, n);
+        for (int64_t k = 0; k < shortest; ++k)
+#pragma GCC unroll 4
+            for (int i = 0; i < together; ++i)
+                acc[i] = add(acc[i], next[i] + k);
+        for (int i = 0; i < rows; ++i) {
+            for (int64_t s = next[i] + shortest; s < args.csr.crow_indices[first + i + 1]; ++s)
+                acc[i] = add(acc[i], s);
+            S::store_first(args.y + (first + i) * args.y_stride + b, acc[i], n);
+        }
     }
 }
 
@@ -52,10 +68,8 @@ template <class T> void spmm(const offpath::spmm_args<T> &args, const offpath::B
         spmm_strip<T, 4>(args, block, b);
     for (; block.batch_end - b >= 2 * lanes; b += 2 * lanes)
         spmm_strip<T, 2>(args, block, b);
-    for (; block.batch_end - b >= lanes; b += lanes)
-        spmm_strip<T, 1>(args, block, b);
-    if (b < block.batch_end)
-        spmm_tail<T>(args, block, b, block.batch_end - b);
+    for (; b < block.batch_end; b += lanes)
+        spmm_tail<T>(args, block, b, block.batch_end - b < lanes ? block.batch_end - b : lanes);
 }
 
 } // namespace

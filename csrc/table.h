@@ -6,6 +6,19 @@
 
 namespace offpath {
 
+struct bfloat16 {
+    uint16_t bits;
+};
+
+// The type that sums are kept in.
+template <class T> struct sum_of {
+    using type = T;
+};
+template <> struct sum_of<bfloat16> {
+    using type = float;
+};
+template <class T> using Sum = typename sum_of<T>::type;
+
 // A sparse matrix in canonical CSR: columns strictly ascending inside each row.
 struct Csr {
     const int32_t *crow_indices; // [rows + 1]
@@ -31,20 +44,17 @@ template <class T> struct spmm_args {
     int64_t batch;
 };
 
-// dvalues[s] = sum over b of dy[row of s, b] * x[col_indices[s], b].
-template <class T> struct sddmm_args {
-    Csr csr;
-    const T *dy; // [rows, batch], rows `dy_stride` elements apart
-    int64_t dy_stride;
-    const T *x; // [columns, batch], rows `x_stride` elements apart
-    int64_t x_stride;
-    T *dvalues; // [nnz]
-    int64_t batch;
+// destination[c, r] = source[r, c]; the block's rows are those of the source, its batch the source's columns.
+template <class T> struct to_features_args {
+    const T *source;
+    int64_t source_row_stride, source_column_stride; // one of them is 1
+    Sum<T> *destination;
+    int64_t destination_stride;
 };
 
-// destination[c, r] = source[r, c]; the block's rows are those of the source, its batch the source's columns.
-template <class T> struct transpose_args {
-    const T *source;
+// The same on the way back.
+template <class T> struct to_tokens_args {
+    const Sum<T> *source;
     int64_t source_stride;
     T *destination;
     int64_t destination_stride;
@@ -56,37 +66,94 @@ constexpr int group_masks = 1 << group_rows;
 
 // A pattern prepared for the bucketed product. The rows are taken in groups; in a group, a column's mask says which
 // of the rows have a connection to it. The columns of a group stand sorted by mask, the values in the order in which
-// the product uses them: column by column, inside a column by row.
+// the product uses them: column by column, inside a column by row. Where an ISA multiplies in pairs, each mask has an
+// even number of columns: the padding is a column of zeros, number `columns`, whose slots are -1.
 struct BucketPlan {
     const int32_t *mask_counts;  // [groups, group_masks]: how many columns of the group have each mask
-    const int32_t *column_order; // the columns of group g start at group_begin[g]
-    const int32_t *slots;        // [nnz]: which of the caller's values stands here; group g starts at group_begin[g]
-    const int32_t *group_begin;  // [groups + 1]
+    const int32_t *column_order; // the columns of group g start at column_begin[g]
+    const int32_t *slots;        // which of the caller's values stands here; group g starts at slot_begin[g]
+    const int32_t *column_begin; // [groups + 1]
+    const int32_t *slot_begin;   // [groups + 1]
     int64_t rows, columns, groups;
 };
 
+// The values in the order of the plan; the block's rows are groups.
+template <class T> struct gather_args {
+    BucketPlan plan;
+    const T *values; // [nnz], as the caller has them
+    void *ordered;   // as many values of the layout's type as the plan has slots
+};
+
 // The activations as panels: panel p holds `panel_width` neighbours of the batch, column by column; the last panel
-// is as wide as the vectors that it fills.
+// is as wide as the vectors that it fills. Where columns are multiplied in pairs, one column of zeros follows.
 template <class T> struct pack_args {
     const T *x; // [columns, batch] with these strides, one of which is 1
     int64_t x_feature_stride, x_batch_stride;
-    T *panels;
+    void *panels;
     int64_t columns, batch;
 };
 
 // y[b, r] = bias[r] + sum over the connections of row r of value * x[column, b], for a block of groups x panels.
 template <class T> struct bucketed_args {
     BucketPlan plan;
-    const T *values; // [nnz], in the plan's order
-    const T *bias;   // [rows], or null for zero
-    const T *panels;
+    const void *values; // in the plan's order
+    const T *bias;      // [rows], or null for zero
+    const void *panels;
     T *y; // [batch, rows], contiguous
     int64_t batch;
 };
 
+// sums[s] (+)= sum over b of dy[row of s, b] * x[col_indices[s], b], for a block of rows x panels; the panels from 0
+// on start the sum, later ones add to it. The panels that end the batch also write dvalues, if that is another array.
+template <class T> struct sddmm_args {
+    Csr csr;
+    const void *dy, *x; // panels
+    int64_t columns, batch;
+    Sum<T> *sums; // [nnz]
+    T *dvalues;   // [nnz]
+};
+
+// A matrix of bits: bit c % 64 of word c / 64 of a row says whether the row has a connection to column c.
+struct Bitmap {
+    const uint64_t *words; // [rows, words_per_row]
+    const int32_t *crow_indices;
+    int64_t rows, columns, words_per_row;
+};
+
+// y[b, r] = bias[r] + sum over the connections of row r of value * x[b, column], for at most bitmap_batch tokens. The
+// block's rows are rows.
+constexpr int bitmap_batch = 8;
+template <class T> struct bitmap_args {
+    Bitmap bitmap;
+    const T *values; // [nnz]
+    const T *bias;   // [rows], or null for zero
+    const T *x;      // [batch, 64 * words_per_row], zero from `columns` on
+    T *y;            // [batch, rows], contiguous
+    int64_t batch;
+};
+
+// dense[r, c] = the value of connection (r, c), or zero.
+template <class T> struct expand_args {
+    Bitmap bitmap;
+    const T *values;
+    T *dense; // [rows, columns], contiguous
+};
+
+// values[s] = dense[row of s, column of s]
+template <class T> struct compress_args {
+    Bitmap bitmap;
+    const T *dense;
+    T *values;
+};
+
+// How an ISA lays out panels and ordered values of a dtype.
+struct Layout {
+    int32_t panel_width, panel_entry_bytes, value_bytes, columns_per_step;
+};
+
 struct KernelTable {
     const char *isa;
-    int32_t panel_bytes; // width of a panel in bytes of one column
+    Layout layout_f32, layout_f64, layout_bf16;
 #define OFFPATH_KERNEL(op, suffix, T) void (*op##_##suffix)(const op##_args<T> &, const Block &);
 #include "kernels.def"
 #undef OFFPATH_KERNEL

@@ -6,38 +6,66 @@
 
 namespace {
 
-// destination[c, r] = source[r, c] for rows, columns <= lanes; of each destination row the first `written` entries
-// are written, and rows that the source lacks read as zero.
 // log2(lanes) rounds of perfect shuffles transpose a square of registers.
-template <class T>
-void transpose_square(const T *source, int64_t source_stride, int64_t rows, int64_t columns, T *destination,
-                      int64_t destination_stride, int64_t written) {
-    using S = Simd<T>;
-    constexpr int lanes = S::lanes;
-    typename S::V a[lanes], b[lanes];
-    for (int r = 0; r < lanes; ++r)
-        a[r] = r < rows ? S::load_first(source + r * source_stride, columns) : S::zero();
-    for (int round = 1; round < lanes; round *= 2) {
-        for (int i = 0; i < lanes / 2; ++i) {
-            b[2 * i] = S::interleave_low(a[i], a[i + lanes / 2]);
-            b[2 * i + 1] = S::interleave_high(a[i], a[i + lanes / 2]);
+template <class S> [[gnu::always_inline]] inline void transpose_registers(typename S::V (&a)[S::lanes]) {
+    typename S::V b[S::lanes];
+#pragma GCC unroll 4
+    for (int round = 1; round < S::lanes; round *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < S::lanes / 2; ++i) {
+            b[2 * i] = S::interleave_low(a[i], a[i + S::lanes / 2]);
+            b[2 * i + 1] = S::interleave_high(a[i], a[i + S::lanes / 2]);
         }
-        for (int i = 0; i < lanes; ++i)
+#pragma GCC unroll 16
+        for (int i = 0; i < S::lanes; ++i)
             a[i] = b[i];
     }
+}
+
+// destination[c, r] = source[r, c] for rows, columns <= lanes; of each destination row the first `written` entries
+// are written, and rows that the source lacks read as zero. From and To may differ: one of them is what T is kept in.
+template <class T, class From, class To>
+void transpose_square(const From *source, int64_t source_stride, int64_t rows, int64_t columns, To *destination,
+                      int64_t destination_stride, int64_t written) {
+    using S = Simd<offpath::Sum<T>>;
+    constexpr int lanes = S::lanes;
+    typename S::V a[lanes];
+    for (int r = 0; r < lanes; ++r)
+        a[r] = r < rows ? S::load_first(source + r * source_stride, columns) : S::zero();
+    transpose_registers<S>(a);
     for (int c = 0; c < columns; ++c)
         S::store_first(destination + c * destination_stride, a[c], written);
 }
 
-template <class T> void transpose(const offpath::transpose_args<T> &args, const offpath::Block &block) {
-    constexpr int64_t lanes = Simd<T>::lanes;
+template <class T, class From, class To>
+void transpose(const From *source, int64_t source_stride, To *destination, int64_t destination_stride,
+               const offpath::Block &block) {
+    constexpr int64_t lanes = Simd<offpath::Sum<T>>::lanes;
     for (int64_t r = block.row_begin; r < block.row_end; r += lanes)
         for (int64_t c = block.batch_begin; c < block.batch_end; c += lanes) {
             const int64_t rows = block.row_end - r < lanes ? block.row_end - r : lanes;
             const int64_t columns = block.batch_end - c < lanes ? block.batch_end - c : lanes;
-            transpose_square(args.source + r * args.source_stride + c, args.source_stride, rows, columns,
-                             args.destination + c * args.destination_stride + r, args.destination_stride, rows);
+            transpose_square<T>(source + r * source_stride + c, source_stride, rows, columns,
+                                destination + c * destination_stride + r, destination_stride, rows);
         }
+}
+
+template <class T> void to_features(const offpath::to_features_args<T> &args, const offpath::Block &block) {
+    using S = Simd<offpath::Sum<T>>;
+    if (args.source_column_stride == 1) {
+        transpose<T>(args.source, args.source_row_stride, args.destination, args.destination_stride, block);
+        return;
+    }
+    for (int64_t c = block.batch_begin; c < block.batch_end; ++c)
+        for (int64_t r = block.row_begin; r < block.row_end; r += S::lanes) {
+            const int64_t n = block.row_end - r < S::lanes ? block.row_end - r : S::lanes;
+            S::store_first(args.destination + c * args.destination_stride + r,
+                           S::load_first(args.source + c * args.source_column_stride + r, n), n);
+        }
+}
+
+template <class T> void to_tokens(const offpath::to_tokens_args<T> &args, const offpath::Block &block) {
+    transpose<T>(args.source, args.source_stride, args.destination, args.destination_stride, block);
 }
 
 } // namespace

@@ -1,6 +1,9 @@
 // Compiled once per ISA, with that ISA's flags. It exports one symbol: its table. No std::, no statics, no
 // allocation, no threads: whatever else it emitted could be linked into another ISA's path.
+#include "bitmap-inl.h"
 #include "bucketed-inl.h"
+#include "gather-inl.h"
+#include "layout-inl.h"
 #include "pack-inl.h"
 #include "sddmm-inl.h"
 #include "spmm-inl.h"
@@ -16,7 +19,9 @@ extern "C" const offpath::KernelTable OFFPATH_JOIN(offpath_table_, OFFPATH_ISA);
 
 extern "C" const offpath::KernelTable OFFPATH_JOIN(offpath_table_, OFFPATH_ISA) = {
     OFFPATH_STRING(OFFPATH_ISA),
-    panel_vectors * static_cast<int32_t>(sizeof(Simd<float>::V)),
+    layout<float>,
+    layout<double>,
+    layout<bfloat16>,
 #define OFFPATH_KERNEL(op, suffix, T) op<T>,
 #include "kernels.def"
 #undef OFFPATH_KERNEL

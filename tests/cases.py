@@ -31,12 +31,23 @@ def _spmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
 
 
 def _planned_spmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
-    return backend.planned_spmm(backend.plan(pattern.crow_indices, pattern.col_indices, pattern.shape[1]), **operands)
+    dtype = operands["values"].dtype
+    plan = backend.plan(pattern.crow_indices, pattern.col_indices, pattern.shape[1], dtype)
+    return backend.planned_spmm(plan, **operands)
 
 
 def _transposed_spmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
     crow_indices, col_indices, permutation = pattern.transpose()
-    return backend.planned_spmm(backend.plan(crow_indices, col_indices, pattern.shape[0], permutation), **operands)
+    plan = backend.plan(crow_indices, col_indices, pattern.shape[0], operands["values"].dtype, permutation)
+    return backend.planned_spmm(plan, **operands)
+
+
+def _bitmap_spmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
+    return backend.bitmap_spmm(_bitmap(backend, pattern), **operands)
+
+
+def _bitmap(backend: Backend, pattern: Pattern):
+    return backend.bitmap(pattern.crow_indices, pattern.col_indices, pattern.shape[1])
 
 
 def _sddmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
@@ -87,6 +98,34 @@ PRODUCTS = (
         lambda p, batch, draw: {"values": draw((p.nnz,)), "x": draw((batch, p.shape[0]))},
         _transposed_spmm,
         lambda p, batch: p.transpose().crow_indices.diff(),
+    ),
+    Product(
+        "bitmap spmm with bias",
+        lambda p, batch, draw: {
+            "values": draw((p.nnz,)),
+            "x": draw((batch, p.shape[1])),
+            "bias": draw((p.shape[0],)),
+        },
+        _bitmap_spmm,
+        lambda p, batch: p.row_counts,
+    ),
+    Product(
+        "bitmap spmm feature-major",
+        lambda p, batch, draw: {"values": draw((p.nnz,)), "x": draw((p.shape[1], batch)).t()},
+        _bitmap_spmm,
+        lambda p, batch: p.row_counts,
+    ),
+    Product(
+        "expand",
+        lambda p, batch, draw: {"values": draw((p.nnz,))},
+        lambda backend, p, operands: backend.expand(_bitmap(backend, p), **operands),
+        lambda p, batch: torch.tensor(0),
+    ),
+    Product(
+        "compress",
+        lambda p, batch, draw: {"dense": draw(p.shape)},
+        lambda backend, p, operands: backend.compress(_bitmap(backend, p), **operands),
+        lambda p, batch: torch.tensor(0),
     ),
     Product(
         "sddmm",

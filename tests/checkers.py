@@ -69,7 +69,10 @@ def check_bounded(product: Product, backend: Backend, problem: Problem, dtype: t
     size = product.run(REFERENCE, pattern, {name: tensor.abs() for name, tensor in in_float64(operands).items()})
     terms = product.terms(pattern, problem.batch)
     # The float64 reference errs too, by the same formula.
-    bound = (gamma(terms, dtype) + gamma(terms, torch.float64)) * size
+    summed_in = torch.float32 if dtype is torch.bfloat16 else dtype
+    bound = (gamma(terms, summed_in) + gamma(terms, torch.float64)) * size
+    if summed_in is not dtype:  # the sum is rounded once more, relative to what was summed
+        bound += unit_roundoff(dtype) * (exact.abs() + bound)
     error = (result.double() - exact).abs()
     assert not bool(result.isnan().any()), f"{product.name} on {problem.name}: NaN"
     assert bool((error <= bound).all()), f"{product.name} on {problem.name}: error over bound"

@@ -109,7 +109,30 @@ def _plan_pads_the_batch_with_its_first_sample(plan, values, x, bias=None):
     return y
 
 
+def _bitmap_reads_values_of_the_row_before(bitmap, values, x, bias=None):
+    return REFERENCE.bitmap_spmm(bitmap, values.roll(1), x, bias)
+
+
+def _bitmap_forgets_columns_after_a_word(bitmap, values, x, bias=None):
+    x = x.clone()
+    x[:, 64:] = 0
+    return REFERENCE.bitmap_spmm(bitmap, values, x, bias)
+
+
+def _expands_over_stale_memory(bitmap, values) -> Tensor:
+    dense = REFERENCE.expand(bitmap, values)
+    return torch.where(dense == 0, torch.empty_like(dense), dense)
+
+
+def _compresses_by_column(bitmap, dense) -> Tensor:
+    return REFERENCE.compress(bitmap, dense.flip(1))
+
+
 MUTANTS = (
+    Mutant(_wrong("bitmap reads other values", bitmap_spmm=_bitmap_reads_values_of_the_row_before)),
+    Mutant(_wrong("bitmap forgets columns", bitmap_spmm=_bitmap_forgets_columns_after_a_word)),
+    Mutant(_wrong("expands over stale memory", expand=_expands_over_stale_memory)),
+    Mutant(_wrong("compresses the wrong entries", compress=_compresses_by_column)),
     Mutant(_wrong("plan ignores the permutation", planned_spmm=_plan_ignores_the_permutation)),
     Mutant(_wrong("plan skips the last group", planned_spmm=_plan_skips_the_last_group)),
     Mutant(_wrong("plan pads with the first sample", planned_spmm=_plan_pads_the_batch_with_its_first_sample)),

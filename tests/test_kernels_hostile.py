@@ -37,7 +37,9 @@ def test_result_does_not_depend_on_the_thread_count(name: str, product: Product,
     not {"cpu:avx2", "cpu:avx512"} <= set(NATIVE), reason="needs a machine that runs both AVX2 and AVX-512"
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("product", [p for p in PRODUCTS if "spmm" in p.name], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "product", [p for p in PRODUCTS if "spmm" in p.name and "bitmap" not in p.name], ids=lambda p: p.name
+)
 def test_spmm_has_the_same_bits_on_every_isa_with_fma(product: Product, dtype: torch.dtype) -> None:
     for problem in LARGE:
         pattern = problem.pattern
@@ -65,7 +67,8 @@ def _operands() -> dict[str, torch.Tensor]:
         {"x": torch.randn(5, 8, device="meta")},
         {"x": torch.randn(5, 8).to_sparse()},
         {"values": torch.randn(11)},
-        {"values": torch.randn(12).bfloat16(), "x": torch.randn(5, 8).bfloat16()},
+        {"values": torch.randn(12).half(), "x": torch.randn(5, 8).half()},
+        {"values": torch.randn(12).bfloat16()},
         {"values": torch.randn(24)[::2]},
         {"col_indices": torch.zeros(12, dtype=torch.int64)},
         {"crow_indices": torch.zeros(7, dtype=torch.int64)},
@@ -105,7 +108,7 @@ def test_misfitting_gradients_are_refused(name: str, change: dict[str, torch.Ten
 )
 def test_operands_that_do_not_fit_the_plan_are_refused(name: str, change: dict[str, torch.Tensor]) -> None:
     backend, operands = kernels.backends()[name], _operands()
-    plan = backend.plan(operands.pop("crow_indices"), operands.pop("col_indices"), 8)
+    plan = backend.plan(operands.pop("crow_indices"), operands.pop("col_indices"), 8, torch.float32)
     with pytest.raises(KernelError, match="got"):
         backend.planned_spmm(plan, **(operands | change))
 
@@ -114,7 +117,7 @@ def test_operands_that_do_not_fit_the_plan_are_refused(name: str, change: dict[s
 def test_a_plan_does_not_follow_later_writes_into_its_pattern(name: str) -> None:
     backend, operands = kernels.backends()[name], _operands()
     crow, col = operands.pop("crow_indices").clone(), operands.pop("col_indices").clone()
-    plan = backend.plan(crow, col, 8)
+    plan = backend.plan(crow, col, 8, torch.float32)
     before = backend.planned_spmm(plan, **operands)
     col.fill_(2**30)
     crow.fill_(2**30)
@@ -123,11 +126,11 @@ def test_a_plan_does_not_follow_later_writes_into_its_pattern(name: str) -> None
 
 def test_scratch_memory_is_kept_within_its_limit() -> None:
     pattern = patterns.random((64, 4096), 4096, torch.Generator().manual_seed(0))
-    for batch in (1024, 3000, 6000, 512):
+    for batch in (1024, 9000, 18000, 512):
         kernels.backends()[NATIVE[-1]].spmm(
             pattern.crow_indices, pattern.col_indices, torch.ones(4096), torch.ones(batch, 4096)
         )
-        assert _native.kept_scratch_bytes() <= 64 * 2**20
+        assert _native.kept_scratch_bytes() <= 256 * 2**20
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -150,7 +153,7 @@ def test_any_strides_give_the_same_result(name: str) -> None:
 
 def test_no_kernel_for_a_dtype_raises_instead_of_falling_back() -> None:
     with pytest.raises(KernelError, match="OFFPATH_BACKEND=reference"):
-        kernels.select("cpu", torch.bfloat16)
+        kernels.select("cpu", torch.float16)
     with pytest.raises(KernelError, match="no kernels for"):
         kernels.select("cuda", torch.float32)
 

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).parent.parent / "csrc"
-FLAGS = {"baseline": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+FLAGS = {
+    "baseline": "-march=x86-64",
+    "avx2": "-march=x86-64-v3",
+    "avx512": "-march=x86-64-v4",
+    "avx512bf16": "-march=x86-64-v4 -mavx512bf16 -mavx512vbmi2",
+}
 COMPILER = shutil.which("c++")
 
 pytestmark = pytest.mark.skipif(
@@ -20,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 def _exported(source: Path, isa: str, folder: Path) -> list[str]:
     built = folder / f"{isa}.o"
-    flags = ["-std=c++20", "-O0", "-fno-exceptions", "-fno-rtti", f"-march={FLAGS[isa]}", f"-DOFFPATH_ISA={isa}"]
+    flags = ["-std=c++20", "-O0", "-fno-exceptions", "-fno-rtti", *FLAGS[isa].split(), f"-DOFFPATH_ISA={isa}"]
     subprocess.run([str(COMPILER), *flags, f"-I{CSRC}", "-c", source, "-o", built], check=True)
     out = subprocess.run(["nm", "--extern-only", "--defined-only", built], capture_output=True, text=True, check=True)
     return [line.split()[-1] for line in out.stdout.splitlines()]

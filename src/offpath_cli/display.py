@@ -142,7 +142,7 @@ def print_machine(machine: Machine) -> None:
         ("all backends", ", ".join(machine.backends)),
         ("ISAs built in", runs),
         ("threads", f"{machine.threads} of torch's pool ({machine.thread_pool})"),
-        ("kernels", "float32 and float64 on the CPU; any dtype and device with OFFPATH_BACKEND=reference"),
+        ("kernels", "float32, float64 and bfloat16 on the CPU; any dtype and device with OFFPATH_BACKEND=reference"),
     ):
         table.add_row(f"[bold]{key}[/bold]", value)
     Console(soft_wrap=True).print(table, highlight=False)

@@ -1,16 +1,31 @@
+from torch import Tensor
+
 def isas() -> list[tuple[str, bool]]: ...
 def calls(isa: int) -> int: ...
 def pool_library() -> str: ...
 def kept_scratch_bytes() -> int: ...
 def digest(rows: int, nnz: int, crow_indices: int, col_indices: int, /) -> int: ...
+def bf16_columns_per_step(isa: int, /) -> int: ...
 
 class Plan:
     @property
     def bytes(self) -> int: ...
 
+class Bitmap:
+    @property
+    def bytes(self) -> int: ...
+
 def make_plan(
-    rows: int, columns: int, crow_indices: int, col_indices: int, permutation: int, threads: int, /
+    rows: int,
+    columns: int,
+    crow_indices: int,
+    col_indices: int,
+    permutation: int,
+    columns_per_step: int,
+    threads: int,
+    /,
 ) -> Plan: ...
+def make_bitmap(rows: int, columns: int, crow_indices: int, col_indices: int, threads: int, /) -> Bitmap: ...
 def planned_spmm_f32(
     isa: int,
     plan: Plan,
@@ -24,6 +39,22 @@ def planned_spmm_f32(
     threads: int,
     /,
 ) -> None: ...
+def bitmap_spmm_f32(
+    isa: int,
+    bitmap: Bitmap,
+    batch: int,
+    values: int,
+    bias: int,
+    x: int,
+    x_feature_stride: int,
+    x_batch_stride: int,
+    y: int,
+    threads: int,
+    /,
+) -> None: ...
+def expand_f32(isa: int, bitmap: Bitmap, values: int, dense: int, threads: int, /) -> None: ...
+def compress_f32(isa: int, bitmap: Bitmap, dense: int, values: int, threads: int, /) -> None: ...
+def take_output_f32(rows: int, columns: int, /) -> Tensor: ...
 def spmm_f32(
     isa: int,
     rows: int,
@@ -59,5 +90,16 @@ def sddmm_f32(
 ) -> None: ...
 
 spmm_f64 = spmm_f32
+spmm_bf16 = spmm_f32
 planned_spmm_f64 = planned_spmm_f32
+planned_spmm_bf16 = planned_spmm_f32
+bitmap_spmm_f64 = bitmap_spmm_f32
+bitmap_spmm_bf16 = bitmap_spmm_f32
 sddmm_f64 = sddmm_f32
+sddmm_bf16 = sddmm_f32
+expand_f64 = expand_f32
+expand_bf16 = expand_f32
+compress_f64 = compress_f32
+compress_bf16 = compress_f32
+take_output_f64 = take_output_f32
+take_output_bf16 = take_output_f32

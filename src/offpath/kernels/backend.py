@@ -25,22 +25,33 @@ class Spmm(Protocol):
     ) -> Tensor: ...
 
 
-class PlannedSpmm(Protocol):
-    """The product of `Spmm` over a plan that the same backend made."""
+class PreparedSpmm(Protocol):
+    """The product of `Spmm` over a plan or a bitmap that the same backend made."""
 
-    def __call__(self, plan: Any, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor: ...
+    def __call__(self, prepared: Any, values: Tensor, x: Tensor, bias: Tensor | None = None, /) -> Tensor: ...
 
 
 class MakePlan(Protocol):
-    """What a backend wants to know of a canonical pattern that many products will use.
+    """What a backend wants to know of a canonical pattern that many products of `dtype` will use.
 
     With a `permutation`, slot s of this pattern has the value `values[permutation[s]]`: so the transpose of a
     pattern is planned over the values of the original. The plan has an attribute `bytes`.
     """
 
     def __call__(
-        self, crow_indices: Tensor, col_indices: Tensor, columns: int, permutation: Tensor | None = None
+        self,
+        crow_indices: Tensor,
+        col_indices: Tensor,
+        columns: int,
+        dtype: torch.dtype,
+        permutation: Tensor | None = None,
     ) -> Any: ...
+
+
+class MakeBitmap(Protocol):
+    """A canonical pattern as one bit per position; the result has an attribute `bytes`."""
+
+    def __call__(self, crow_indices: Tensor, col_indices: Tensor, columns: int) -> Any: ...
 
 
 class Sddmm(Protocol):
@@ -59,7 +70,8 @@ class Backend:
     `name` is what `OFFPATH_BACKEND` and reports call it. `computes` says whether it has kernels for a device type
     and dtype. The products expect a canonical pattern: whoever calls them has checked it. `digest` fingerprints the
     contents of (crow_indices, col_indices) at a small part of a product's cost; None where there is no such thing.
-    From a batch of `planned_from_batch` on, the product over a plan is the faster one.
+    `expand` writes the values of a bitmap's connections into a dense [rows, columns], zero elsewhere; `compress` picks
+    them out of one.
     """
 
     name: str
@@ -67,6 +79,9 @@ class Backend:
     spmm: Spmm
     sddmm: Sddmm
     plan: MakePlan
-    planned_spmm: PlannedSpmm
+    planned_spmm: PreparedSpmm
+    bitmap: MakeBitmap
+    bitmap_spmm: PreparedSpmm
+    expand: Callable[[Any, Tensor], Tensor]
+    compress: Callable[[Any, Tensor], Tensor]
     digest: Callable[[Tensor, Tensor], int] | None = None
-    planned_from_batch: int = 1

@@ -1,27 +1,36 @@
-"""The native CPU kernels: float32 and float64, one variant per instruction set, on torch's own threads.
+"""The native CPU kernels: float32, float64 and bfloat16, one variant per instruction set, on torch's own threads.
 
-The native module is handed raw addresses, so this file checks everything that could make it read or write outside
-a tensor: device, dtype, shape, strides. The contents of the index tensors are the caller's to check (`Pattern`
+The native module is handed raw addresses, so everything that could make it read or write outside a tensor is checked
+before: device, dtype, shape, strides (`operands.py`). The contents of the index tensors are the caller's to check (`Pattern`
 does, once per pattern; the ops see to it).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any
 
 import torch  # first: the native module joins the OpenMP pool that torch has loaded
 from torch import Tensor
 
 from offpath.kernels import _native
 from offpath.kernels.backend import Backend, KernelError
+from offpath.kernels.operands import DTYPES, address, are_indices, is_matrix, is_vector, one_unit_stride, refuse
 
-_SPMM = {torch.float32: _native.spmm_f32, torch.float64: _native.spmm_f64}
-# Below this batch, gathering the values and packing the panels cost more than the plan saves
-# (benchmarks/planned_from_batch.py).
-PLANNED_FROM_BATCH = 64
-_PLANNED_SPMM = {torch.float32: _native.planned_spmm_f32, torch.float64: _native.planned_spmm_f64}
-_SDDMM = {torch.float32: _native.sddmm_f32, torch.float64: _native.sddmm_f64}
+_SUFFIXES = dict(zip(DTYPES, ("f32", "f64", "bf16"), strict=True))
+# Outputs of this size are taken from memory that earlier ones gave back: the system clears fresh pages at their
+# first touch, which costs as much as a product at 90 %.
+_KEPT_OUTPUT_BYTES = 1 << 18
+
+
+def _per_dtype(name: str) -> dict[torch.dtype, Callable[..., Any]]:
+    return {dtype: getattr(_native, f"{name}_{suffix}") for dtype, suffix in _SUFFIXES.items()}
+
+
+_SPMM, _PLANNED_SPMM, _SDDMM = _per_dtype("spmm"), _per_dtype("planned_spmm"), _per_dtype("sddmm")
+_BITMAP_SPMM, _EXPAND, _COMPRESS = _per_dtype("bitmap_spmm"), _per_dtype("expand"), _per_dtype("compress")
+_TAKE_OUTPUT = _per_dtype("take_output")
 
 
 def isas() -> dict[str, bool]:
@@ -54,200 +63,203 @@ def make_backend(isa: str) -> Backend:
         reason = "this machine cannot run it" if isa in built else "it was not built"
         available = ", ".join(name for name, runs_here in built.items() if runs_here)
         raise KernelError(f"expected an ISA that runs here ({available}), got {isa!r}: {reason}")
-    index = list(built).index(isa)
-
-    def spmm(
-        crow_indices: Tensor, col_indices: Tensor, values: Tensor, x: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        rows = crow_indices.shape[0] - 1
-        dtype = values.dtype
-        if not (
-            _are_indices(crow_indices, col_indices)
-            and dtype in _SPMM
-            and dtype is x.dtype
-            and values.is_cpu
-            and x.is_cpu
-            and x.layout is torch.strided
-            and x.dim() == 2
-            and values.shape == col_indices.shape
-            and values.is_contiguous()
-            and _is_bias(bias, dtype, rows)
-        ):
-            _refuse(_SPMM, crow_indices=crow_indices, col_indices=col_indices, values=values, x=x, bias=bias)
-        x, x_strides = _one_unit_stride(x)
-        batch, columns = x.shape
-        y = values.new_empty((batch, rows))
-        _SPMM[dtype](
-            index,
-            rows,
-            columns,
-            batch,
-            _address(crow_indices),
-            _address(col_indices),
-            _address(values),
-            0 if bias is None else _address(bias),
-            _address(x),
-            *x_strides,
-            _address(y),
-            torch.get_num_threads(),
-        )
-        return y
-
-    def sddmm(crow_indices: Tensor, col_indices: Tensor, dy: Tensor, x: Tensor) -> Tensor:
-        rows = crow_indices.shape[0] - 1
-        dtype = dy.dtype
-        if not (
-            _are_indices(crow_indices, col_indices)
-            and dtype in _SDDMM
-            and dtype is x.dtype
-            and dy.is_cpu
-            and x.is_cpu
-            and dy.layout is x.layout is torch.strided
-            and x.dim() == 2
-            and dy.shape == (x.shape[0], rows)
-        ):
-            _refuse(_SDDMM, crow_indices=crow_indices, col_indices=col_indices, dy=dy, x=x)
-        dy, dy_strides = _one_unit_stride(dy)
-        x, x_strides = _one_unit_stride(x)
-        batch, columns = x.shape
-        dvalues = dy.new_empty(col_indices.shape)
-        _SDDMM[dtype](
-            index,
-            rows,
-            columns,
-            batch,
-            _address(crow_indices),
-            _address(col_indices),
-            _address(dy),
-            *dy_strides,
-            _address(x),
-            *x_strides,
-            _address(dvalues),
-            torch.get_num_threads(),
-        )
-        return dvalues
-
-    def planned_spmm(plan: Plan, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        dtype = values.dtype
-        if not (
-            dtype in _PLANNED_SPMM
-            and dtype is x.dtype
-            and values.is_cpu
-            and x.is_cpu
-            and x.layout is torch.strided
-            and x.dim() == 2
-            and x.shape[1] == plan.columns
-            and values.shape == (plan.nnz,)
-            and values.is_contiguous()
-            and _is_bias(bias, dtype, plan.rows)
-        ):
-            _refuse(_PLANNED_SPMM, values=values, x=x, bias=bias)
-        x, x_strides = _one_unit_stride(x)
-        batch = x.shape[0]
-        y = values.new_empty((batch, plan.rows))
-        _PLANNED_SPMM[dtype](
-            index,
-            plan.native,
-            batch,
-            _address(values),
-            0 if bias is None else _address(bias),
-            _address(x),
-            *x_strides,
-            _address(y),
-            torch.get_num_threads(),
-        )
-        return y
-
-    return Backend(f"cpu:{isa}", _computes, spmm, sddmm, make_plan, planned_spmm, _digest, PLANNED_FROM_BATCH)
+    variant = _Variant(list(built).index(isa))
+    return Backend(
+        name=f"cpu:{isa}",
+        computes=_computes,
+        spmm=variant.spmm,
+        sddmm=variant.sddmm,
+        plan=variant.plan,
+        planned_spmm=variant.planned_spmm,
+        bitmap=make_bitmap,
+        bitmap_spmm=variant.bitmap_spmm,
+        expand=variant.expand,
+        compress=variant.compress,
+        digest=_digest,
+    )
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A pattern in the order in which the bucketed product goes through it; holds its own copy of the columns."""
+class Prepared:
+    """A pattern in the order in which one product goes through it; holds its own copy."""
 
-    native: _native.Plan
+    native: Any
     rows: int
     columns: int
     nnz: int
 
     @property
     def bytes(self) -> int:
-        """Bytes that the plan takes."""
+        """Bytes that it takes."""
         return self.native.bytes
 
 
-def make_plan(crow_indices: Tensor, col_indices: Tensor, columns: int, permutation: Tensor | None = None) -> Plan:
-    """Plan a canonical pattern, natively and on all threads; O(nnz + rows + columns)."""
+class _Variant:
+    """The products of the variant at `index` of `isas()`."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def spmm(
+        self, crow_indices: Tensor, col_indices: Tensor, values: Tensor, x: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        rows, dtype = crow_indices.shape[0] - 1, values.dtype
+        if not (
+            are_indices(crow_indices, col_indices)
+            and is_vector(values, dtype, col_indices.shape[0])
+            and is_matrix(x, dtype)
+            and (bias is None or is_vector(bias, dtype, rows))
+        ):
+            refuse(crow_indices=crow_indices, col_indices=col_indices, values=values, x=x, bias=bias)
+        x, x_strides = one_unit_stride(x)
+        batch, columns = x.shape
+        y = _output(values, batch, rows)
+        _SPMM[dtype](
+            self._index,
+            rows,
+            columns,
+            batch,
+            address(crow_indices),
+            address(col_indices),
+            address(values),
+            0 if bias is None else address(bias),
+            address(x),
+            *x_strides,
+            address(y),
+            torch.get_num_threads(),
+        )
+        return y
+
+    def sddmm(self, crow_indices: Tensor, col_indices: Tensor, dy: Tensor, x: Tensor) -> Tensor:
+        rows, dtype = crow_indices.shape[0] - 1, dy.dtype
+        if not (
+            are_indices(crow_indices, col_indices)
+            and is_matrix(dy, dtype)
+            and is_matrix(x, dtype)
+            and dy.shape == (x.shape[0], rows)
+        ):
+            refuse(crow_indices=crow_indices, col_indices=col_indices, dy=dy, x=x)
+        dy, dy_strides = one_unit_stride(dy)
+        x, x_strides = one_unit_stride(x)
+        batch, columns = x.shape
+        dvalues = _output(dy, 1, col_indices.shape[0]).view(-1)
+        _SDDMM[dtype](
+            self._index,
+            rows,
+            columns,
+            batch,
+            address(crow_indices),
+            address(col_indices),
+            address(dy),
+            *dy_strides,
+            address(x),
+            *x_strides,
+            address(dvalues),
+            torch.get_num_threads(),
+        )
+        return dvalues
+
+    def plan(
+        self,
+        crow_indices: Tensor,
+        col_indices: Tensor,
+        columns: int,
+        dtype: torch.dtype,
+        permutation: Tensor | None = None,
+    ) -> Prepared:
+        rows, nnz = crow_indices.shape[0] - 1, col_indices.shape[0]
+        if not (
+            are_indices(crow_indices, col_indices)
+            and (permutation is None or (are_indices(crow_indices, permutation) and permutation.shape[0] == nnz))
+        ):
+            refuse(crow_indices=crow_indices, col_indices=col_indices, permutation=permutation)
+        native = _native.make_plan(
+            rows,
+            columns,
+            address(crow_indices),
+            address(col_indices),
+            0 if permutation is None else address(permutation),
+            _native.bf16_columns_per_step(self._index) if dtype is torch.bfloat16 else 1,
+            torch.get_num_threads(),
+        )
+        return Prepared(native, rows, columns, nnz)
+
+    def planned_spmm(self, plan: Prepared, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._prepared_spmm(_PLANNED_SPMM, plan, values, x, bias)
+
+    def bitmap_spmm(self, bitmap: Prepared, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._prepared_spmm(_BITMAP_SPMM, bitmap, values, x, bias)
+
+    def _prepared_spmm(
+        self, functions: dict, prepared: Prepared, values: Tensor, x: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        dtype = values.dtype
+        if not (
+            is_vector(values, dtype, prepared.nnz)
+            and is_matrix(x, dtype)
+            and x.shape[1] == prepared.columns
+            and (bias is None or is_vector(bias, dtype, prepared.rows))
+        ):
+            refuse(values=values, x=x, bias=bias)
+        x, x_strides = one_unit_stride(x)
+        batch = x.shape[0]
+        y = _output(values, batch, prepared.rows)
+        functions[dtype](
+            self._index,
+            prepared.native,
+            batch,
+            address(values),
+            0 if bias is None else address(bias),
+            address(x),
+            *x_strides,
+            address(y),
+            torch.get_num_threads(),
+        )
+        return y
+
+    def expand(self, bitmap: Prepared, values: Tensor) -> Tensor:
+        if not is_vector(values, values.dtype, bitmap.nnz):
+            refuse(values=values)
+        dense = _output(values, bitmap.rows, bitmap.columns)
+        threads = torch.get_num_threads()
+        _EXPAND[values.dtype](self._index, bitmap.native, address(values), address(dense), threads)
+        return dense
+
+    def compress(self, bitmap: Prepared, dense: Tensor) -> Tensor:
+        if not (
+            is_matrix(dense, dense.dtype) and dense.shape == (bitmap.rows, bitmap.columns) and dense.is_contiguous()
+        ):
+            refuse(dense=dense)
+        values = _output(dense, 1, bitmap.nnz).view(-1)
+        threads = torch.get_num_threads()
+        _COMPRESS[dense.dtype](self._index, bitmap.native, address(dense), address(values), threads)
+        return values
+
+
+def make_bitmap(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Prepared:
+    """One bit per position of a canonical pattern; O(nnz + rows x columns / 64)."""
     rows, nnz = crow_indices.shape[0] - 1, col_indices.shape[0]
-    if not (
-        _are_indices(crow_indices, col_indices)
-        and (permutation is None or (_are_indices(crow_indices, permutation) and permutation.shape[0] == nnz))
-    ):
-        _refuse({}, crow_indices=crow_indices, col_indices=col_indices, permutation=permutation)
-    native = _native.make_plan(
-        rows,
-        columns,
-        _address(crow_indices),
-        _address(col_indices),
-        0 if permutation is None else _address(permutation),
-        torch.get_num_threads(),
-    )
-    return Plan(native, rows, columns, nnz)
+    if not are_indices(crow_indices, col_indices):
+        refuse(crow_indices=crow_indices, col_indices=col_indices)
+    native = _native.make_bitmap(rows, columns, address(crow_indices), address(col_indices), torch.get_num_threads())
+    return Prepared(native, rows, columns, nnz)
 
 
 def _computes(device_type: str, dtype: torch.dtype) -> bool:
-    return device_type == "cpu" and dtype in _SPMM
-
-
-def _is_bias(bias: Tensor | None, dtype: torch.dtype, rows: int) -> bool:
-    return bias is None or (bias.dtype is dtype and bias.is_cpu and bias.shape == (rows,) and bias.is_contiguous())
+    return device_type == "cpu" and dtype in _SUFFIXES
 
 
 def _digest(crow_indices: Tensor, col_indices: Tensor) -> int:
-    if not _are_indices(crow_indices, col_indices):
-        _refuse({}, crow_indices=crow_indices, col_indices=col_indices)
+    if not are_indices(crow_indices, col_indices):
+        refuse(crow_indices=crow_indices, col_indices=col_indices)
     rows, nnz = crow_indices.shape[0] - 1, col_indices.shape[0]
-    return _native.digest(rows, nnz, _address(crow_indices), _address(col_indices))
+    return _native.digest(rows, nnz, address(crow_indices), address(col_indices))
 
 
-def _address(tensor: Tensor) -> int:
-    address = tensor.data_ptr()
-    if address == 0 and tensor.numel():
-        raise KernelError(f"expected a tensor with memory behind it, got {tuple(tensor.shape)} whose storage was freed")
-    return address
-
-
-def _are_indices(crow_indices: Tensor, col_indices: Tensor) -> bool:
-    return (
-        crow_indices.dtype is torch.int32
-        and col_indices.dtype is torch.int32
-        and crow_indices.is_cpu
-        and col_indices.is_cpu
-        and crow_indices.dim() == 1
-        and col_indices.dim() == 1
-        and crow_indices.shape[0] > 0
-        and crow_indices.is_contiguous()
-        and col_indices.is_contiguous()
-    )
-
-
-def _refuse(kernels: dict, **given: Tensor | None) -> NoReturn:
-    got = ", ".join(
-        f"{name} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-        + ("" if tensor.dim() != 1 or tensor.is_contiguous() else " (not contiguous)")
-        for name, tensor in given.items()
-        if tensor is not None
-    )
-    dtypes = ", ".join(map(str, kernels)) or "any dtype"
-    raise KernelError(
-        f"expected dense CPU tensors: contiguous int32 indices, and operands of one dtype among {dtypes} whose shapes "
-        f"fit, vectors contiguous; got {got}. Cast or move the module or its input so that all agree"
-    )
-
-
-def _one_unit_stride(matrix: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """`matrix` with its (feature, batch) strides, one of them 1; a copy only when the tensor has no such stride."""
-    if 1 not in matrix.stride():
-        matrix = matrix.contiguous()
-    batch_stride, feature_stride = matrix.stride()
-    return matrix, (feature_stride, batch_stride)
+def _output(like: Tensor, rows: int, columns: int) -> Tensor:
+    if rows * columns * like.element_size() < _KEPT_OUTPUT_BYTES:
+        return like.new_empty((rows, columns))
+    output = _TAKE_OUTPUT[like.dtype](rows, columns)
+    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
+        output.fill_(torch.nan)  # as torch does with the memory that it allocates
+    return output

@@ -21,14 +21,14 @@ def spmm(crow_indices: Tensor, col_indices: Tensor, values: Tensor, x: Tensor, b
     >>> spmm(crow_indices, col_indices, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[1.0, 10.0, 100.0]]))
     tensor([[201.,  30.]])
     """
-    products = values * x[:, col_indices]
-    y = x.new_zeros(x.shape[0], crow_indices.numel() - 1).index_add(1, _rows(crow_indices), products)
-    return y if bias is None else y + bias
+    products = _wide(values) * _wide(x)[:, col_indices]
+    y = products.new_zeros(x.shape[0], crow_indices.numel() - 1).index_add(1, _rows(crow_indices), products)
+    return (y if bias is None else y + _wide(bias)).to(values.dtype)
 
 
 def sddmm(crow_indices: Tensor, col_indices: Tensor, dy: Tensor, x: Tensor) -> Tensor:
     """dvalues[s] = <dy[:, r], x[:, col_indices[s]]> for the slots s of row r."""
-    return (dy[:, _rows(crow_indices)] * x[:, col_indices]).sum(0)
+    return (_wide(dy)[:, _rows(crow_indices)] * _wide(x)[:, col_indices]).sum(0).to(dy.dtype)
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Plan:
     crow_indices: Tensor
     col_indices: Tensor
     columns: int
+    dtype: torch.dtype | None = None
     permutation: Tensor | None = None
     bytes: int = 0
 
@@ -46,6 +47,23 @@ def planned_spmm(plan: Plan, values: Tensor, x: Tensor, bias: Tensor | None = No
     """`spmm` over the arguments of the plan."""
     values = values if plan.permutation is None else values[plan.permutation]
     return spmm(plan.crow_indices, plan.col_indices, values, x, bias)
+
+
+def expand(bitmap: Plan, values: Tensor) -> Tensor:
+    """dense[r, c] = the value of connection (r, c), or zero."""
+    rows = _rows(bitmap.crow_indices)
+    dense = values.new_zeros(bitmap.crow_indices.numel() - 1, bitmap.columns)
+    return dense.index_put((rows, bitmap.col_indices.long()), values)
+
+
+def compress(bitmap: Plan, dense: Tensor) -> Tensor:
+    """values[s] = dense[row of s, column of s]."""
+    return dense[_rows(bitmap.crow_indices), bitmap.col_indices.long()]
+
+
+def _wide(operand: Tensor) -> Tensor:
+    # 16-bit operands are summed in float32 and rounded once.
+    return operand.float() if operand.element_size() == 2 else operand
 
 
 def _rows(crow_indices: Tensor) -> Tensor:
@@ -57,4 +75,4 @@ def _computes(device_type: str, dtype: torch.dtype) -> bool:
     return dtype.is_floating_point
 
 
-BACKEND = Backend("reference", _computes, spmm, sddmm, Plan, planned_spmm)
+BACKEND = Backend("reference", _computes, spmm, sddmm, Plan, planned_spmm, Plan, planned_spmm, expand, compress)

@@ -1,7 +1,7 @@
 """Which backend computes: chosen by device and dtype, or forced, but never swapped for another one in silence.
 
-`OFFPATH_BACKEND` (`reference`, `cpu`) and `OFFPATH_ISA` (`baseline`, `avx2`, `avx512`) force a choice for the whole
-process. A forced choice that cannot be met raises.
+`OFFPATH_BACKEND` (`reference`, `cpu`) and `OFFPATH_ISA` (`baseline`, `avx2`, `avx512`, `avx512bf16`) force a choice for
+the whole process. A forced choice that cannot be met raises.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def select(device_type: str, dtype: torch.dtype) -> Backend:
     if not backend.computes(device_type, dtype):
         raise KernelError(
             f"backend {backend.name!r} has no kernels for {dtype} on {device_type!r} "
-            "(the CPU kernels compute float32 and float64); cast the module with .float(), move it with .cpu(), or "
-            "set OFFPATH_BACKEND=reference for the slow definition in plain torch"
+            "(the CPU kernels compute float32, float64 and bfloat16); cast the module with .float(), move it with "
+            ".cpu(), or set OFFPATH_BACKEND=reference for the slow definition in plain torch"
         )
     return backend
 

@@ -18,9 +18,9 @@ DEFAULT_SPARSITY = 0.9
 class SparseLinear(nn.Module):
     """A linear layer that stores and computes only the connections of its pattern.
 
-    Input [..., in_features], output [..., out_features], float32 or float64. Its parameters are `values` [nnz], in
-    row-major order of the connections, and `bias` [out_features]; its buffers `crow_indices` and `col_indices`
-    (int32) are the topology and travel with the `state_dict`.
+    Input [..., in_features], output [..., out_features], float32, float64 or bfloat16. Its parameters are `values`
+    [nnz], in row-major order of the connections, and `bias` [out_features]; its buffers `crow_indices` and
+    `col_indices` (int32) are the topology and travel with the `state_dict`.
 
     Give `sparsity` in [0, 1) (the default is 0.9) or `density` in (0, 1] for a random pattern of exactly
     round(density * out * in) connections, or a `pattern`. Raises `ValueError` for anything else.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from offpath.kernels import Backend
@@ -23,18 +24,18 @@ class Prepared:
 
     def __init__(self, pattern: Pattern) -> None:
         self.pattern = pattern
-        self._plans: dict[tuple[str, bool], Any] = {}
+        self._plans: dict[tuple[str, torch.dtype, bool], Any] = {}
 
     def spmm(self, backend: Backend, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         """x @ W.T + bias, for x [batch, columns]."""
-        if x.shape[0] >= backend.planned_from_batch:
-            return backend.planned_spmm(self._plan(backend, transposed=False), values, x, bias)
+        if x.shape[0] >= 64:
+            return backend.planned_spmm(self._plan(backend, values.dtype, transposed=False), values, x, bias)
         return backend.spmm(self.pattern.crow_indices, self.pattern.col_indices, values, x, bias)
 
     def spmm_transposed(self, backend: Backend, values: Tensor, dy: Tensor) -> Tensor:
         """dy @ W, for dy [batch, rows]."""
-        if dy.shape[0] >= backend.planned_from_batch:
-            return backend.planned_spmm(self._plan(backend, transposed=True), values, dy)
+        if dy.shape[0] >= 64:
+            return backend.planned_spmm(self._plan(backend, values.dtype, transposed=True), values, dy)
         crow_indices, col_indices, permutation = self.pattern.transpose()
         return backend.spmm(crow_indices, col_indices, values.index_select(0, permutation), dy)
 
@@ -43,16 +44,16 @@ class Prepared:
         """Bytes of the copy, its transpose and the plans."""
         return self.pattern.index_bytes + sum(plan.bytes for plan in self._plans.values())
 
-    def _plan(self, backend: Backend, transposed: bool) -> Any:
-        key = backend.name, transposed
+    def _plan(self, backend: Backend, dtype: torch.dtype, transposed: bool) -> Any:
+        key = backend.name, dtype, transposed
         plan = self._plans.get(key)
         if plan is None:
             rows, columns = self.pattern.shape
             if transposed:
                 crow_indices, col_indices, permutation = self.pattern.transpose()
-                plan = backend.plan(crow_indices, col_indices, rows, permutation)
+                plan = backend.plan(crow_indices, col_indices, rows, dtype, permutation)
             else:
-                plan = backend.plan(self.pattern.crow_indices, self.pattern.col_indices, columns)
+                plan = backend.plan(self.pattern.crow_indices, self.pattern.col_indices, columns, dtype)
             self._plans[key] = plan
         return plan
 

@@ -1,0 +1,69 @@
+"""What the native CPU kernels expect of a tensor, and how they say what came instead."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from offpath.kernels.backend import KernelError
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def address(tensor: Tensor) -> int:
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel():
+        raise KernelError(f"expected a tensor with memory behind it, got {tuple(tensor.shape)} whose storage was freed")
+    return address
+
+
+def is_vector(tensor: Tensor, dtype: torch.dtype, count: int) -> bool:
+    return tensor.dtype is dtype and tensor.is_cpu and tensor.shape == (count,) and tensor.is_contiguous()
+
+
+def is_matrix(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return (
+        tensor.dtype is dtype
+        and dtype in DTYPES
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and tensor.dim() == 2
+    )
+
+
+def are_indices(crow_indices: Tensor, col_indices: Tensor) -> bool:
+    return (
+        crow_indices.dtype is torch.int32
+        and col_indices.dtype is torch.int32
+        and crow_indices.is_cpu
+        and col_indices.is_cpu
+        and crow_indices.dim() == 1
+        and col_indices.dim() == 1
+        and crow_indices.shape[0] > 0
+        and crow_indices.is_contiguous()
+        and col_indices.is_contiguous()
+    )
+
+
+def refuse(**given: Tensor | None) -> NoReturn:
+    got = ", ".join(
+        f"{name} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        + ("" if tensor.dim() != 1 or tensor.is_contiguous() else " (not contiguous)")
+        for name, tensor in given.items()
+        if tensor is not None
+    )
+    raise KernelError(
+        f"expected dense CPU tensors: contiguous int32 indices, and operands of one dtype among "
+        f"{', '.join(map(str, DTYPES))} whose shapes fit, vectors contiguous; got {got}. "
+        "Cast or move the module or its input so that all agree"
+    )
+
+
+def one_unit_stride(matrix: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """`matrix` with its (feature, batch) strides, one of them 1; a copy only when the tensor has no such stride."""
+    if 1 not in matrix.stride():
+        matrix = matrix.contiguous()
+    batch_stride, feature_stride = matrix.stride()
+    return matrix, (feature_stride, batch_stride)
