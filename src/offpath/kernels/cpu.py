@@ -1,8 +1,8 @@
 """The native CPU kernels: float32, float64 and bfloat16, one variant per instruction set, on torch's own threads.
 
 The native module is handed raw addresses, so everything that could make it read or write outside a tensor is checked
-before: device, dtype, shape, strides (`operands.py`). The contents of the index tensors are the caller's to check (`Pattern`
-does, once per pattern; the ops see to it).
+before: device, dtype, shape, strides (`operands.py`). The contents of the index tensors are the caller's to check
+(`Pattern` does, once per pattern; the ops see to it).
 """
 
 from __future__ import annotations
