@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from contenders import Contender
 from offpath.cost import this_machine
 
+Key = TypeVar("Key", bound=Hashable)
 MAX_REPEATS = 1000
 
 
@@ -44,8 +46,12 @@ class Speedup:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], rounds: int, sample_seconds: float = 0.01, own_pools: bool = False
-) -> dict[str, Timing]:
+    calls: Mapping[Key, Callable[[], object]],
+    rounds: int,
+    sample_seconds: float = 0.01,
+    own_pools: bool = False,
+    after_round: Callable[[], object] = lambda: None,
+) -> dict[Key, Timing]:
     """Time every call once a round, in an order that turns with the round, after two calls to warm up.
 
     Interleaved, so that a slower spell of the machine meets every contender. A sample repeats its call for about
@@ -56,7 +62,7 @@ def interleaved(
     for name, call in calls.items():
         call()
         repeats[name] = min(MAX_REPEATS, max(1, math.ceil(sample_seconds / max(_sample(call, 1), 1e-9))))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[Key, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for turn in range(rounds):
         first = turn % len(names)
@@ -64,6 +70,7 @@ def interleaved(
             if own_pools:
                 calls[name]()
             samples[name].append(_sample(calls[name], repeats[name]))
+        after_round()
     return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
 
 
@@ -111,12 +118,12 @@ def check_gradients(contender: Contender, x: Tensor, y: Tensor, dy: Tensor) -> N
     weight, x64, dy64 = contender.weight().double(), x.double(), dy.double()
     if x.grad is not None:
         terms = (weight != 0).sum(0)
-        _check(f"{contender.name}: dX", x.grad, dy64 @ weight, dy64.abs() @ weight.abs(), terms)
+        check_product(f"{contender.name}: dX", x.grad, dy64 @ weight, dy64.abs() @ weight.abs(), terms)
     rows, columns, gradient = contender.weight_gradient()
     batch = torch.tensor(x.shape[0])
     exact, size = dy64.t() @ x64, dy64.abs().t() @ x64.abs()
-    _check(f"{contender.name}: dW", gradient, exact[rows, columns], size[rows, columns], batch)
-    _check(f"{contender.name}: db", contender.layer.bias.grad, dy64.sum(0), dy64.abs().sum(0), batch)
+    check_product(f"{contender.name}: dW", gradient, exact[rows, columns], size[rows, columns], batch)
+    check_product(f"{contender.name}: db", contender.layer.bias.grad, dy64.sum(0), dy64.abs().sum(0), batch)
 
 
 @torch.no_grad()
@@ -124,10 +131,10 @@ def _check_y(contender: Contender, x: Tensor, y: Tensor) -> None:
     weight, bias, x64 = contender.weight().double(), contender.layer.bias.double(), x.double()
     exact = nn.functional.linear(x64, weight, bias)
     size = nn.functional.linear(x64.abs(), weight.abs(), bias.abs())
-    _check(f"{contender.name}: y", y, exact, size, (weight != 0).sum(1) + 1)
+    check_product(f"{contender.name}: y", y, exact, size, (weight != 0).sum(1) + 1)
 
 
-def _check(name: str, result: Tensor, exact: Tensor, size: Tensor, terms: Tensor) -> None:
+def check_product(name: str, result: Tensor, exact: Tensor, size: Tensor, terms: Tensor) -> None:
     if result.shape != exact.shape:
         raise WrongResult(f"{name} should have shape {tuple(exact.shape)}, has {tuple(result.shape)}")
     wrong = ~((result.double() - exact).abs() <= error_bound(exact, size, terms, result.dtype))  # NaN is wrong, too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -63,15 +64,16 @@ def break_even(ratios: Iterable[tuple[float, float]]) -> float | None:
 
 
 def in_words(value: float | None, unit: str = "x") -> str:
-    """A value as the tables print it: "2.41x", "12.6x", "35 %", or "never"."""
+    """A value as the tables print it: "2.41x", "12.6x", "35.2 %", or "never".
+
+    Rounded to the worse side, so that a missed bar is not printed as the bar.
+    """
     if value is None:
         return "never"
     if unit == "%":
-        return f"{value:.0%}".replace("%", " %")
-    # Never rounded up over a bar: 0.949 is not 0.95.
+        return f"{math.ceil(value * 1000 - 1e-9) / 10:.1f} %"
     digits = 1 if value >= 10 else 2
-    scale = 10**digits
-    return f"{int(value * scale + 1e-9) / scale:.{digits}f}x"
+    return f"{math.floor(value * 10**digits + 1e-9) / 10**digits:.{digits}f}x"
 
 
 def cell(figure: Figure) -> str:
@@ -84,7 +86,7 @@ def cell(figure: Figure) -> str:
     if figure.bar is None:
         return first
     limit = "at most" if figure.at_most else "bar"
-    bar = f"{figure.bar:.0%}".replace("%", " %") if figure.unit == "%" else f"{figure.bar:g}"
+    bar = f"{figure.bar * 100:g} %" if figure.unit == "%" else f"{figure.bar:g}"
     return f"[bold]{first}[/]\n{limit} {bar} [{COLORS[str(verdict)]}]{verdict}[/]"
 
 
