@@ -12,7 +12,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -35,9 +35,30 @@ LINES = {"fp32": "-", "bf16": "--"}
 # Every size up to 128, then those around each multiple of a vector of float32.
 BATCHES = (*range(1, 129), *(b + d for b in range(144, 1025, 16) for d in (-1, 0, 1) if b + d <= 1024))
 NEIGHBOURS = 8
-VECTOR_BYTES, ACCUMULATOR_BYTES = 64, 4
+VECTOR = 16  # float32 lanes of the widest vector: what a tail is rounded up to
 ROUNDS, SAMPLE_SECONDS = 9, 0.002
-Calls = dict[tuple[str, int], Callable[[], object]]
+INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C has ended
+
+
+@dataclass(frozen=True)
+class Cliff:
+    """The largest step above the trend, from size number `place` to the next, and the costliest tail of a vector.
+
+    Both as shares of what was to be expected; `typical_step`, the median without its sign, shows the noise.
+    """
+
+    place: int
+    largest_step: float
+    typical_step: float
+    tail_batch: int
+    tail_ratio: float
+
+    def in_words(self, batches: Sequence[int]) -> str:
+        return (
+            f"largest step {self.largest_step:+.0%} above the trend, from {batches[self.place]} to "
+            f"{batches[self.place + 1]} (typical: {self.typical_step:.0%}); costliest tail "
+            f"{self.tail_ratio:.2f}x of the batch rounded up to {VECTOR}, at {self.tail_batch}"
+        )
 
 
 def excess_steps(batches: Sequence[int], seconds: Sequence[float]) -> np.ndarray:
@@ -63,6 +84,7 @@ def worst_tail(batches: Sequence[int], seconds: Sequence[float], vector: int) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and draw. Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--inputs", type=int, default=1024)
     parser.add_argument("--outputs", type=int, default=1024)
@@ -78,15 +100,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what = f"{'training step' if options.step else 'forward'}, {layer}"
 
     print(f"{machine_line()}\n{what}, batch {batches[0]} to {batches[-1]}")
+    try:
+        lines = _median_seconds(batches, options)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written")
+        return INTERRUPTED
+    cliffs = {line: _cliff(batches, seconds) for line, seconds in lines.items()}
+    for line, cliff in cliffs.items():
+        print(f"{line:<13}{cliff.in_words(batches)}")
+    figure = _plot(what, batches, lines, cliffs)
+    write_whole(options.out, partial(figure.savefig, format=options.out.suffix.removeprefix(".")))
+    content = {
+        "machine": asdict(this_machine()),
+        "what": what,
+        "batches": batches,
+        "seconds": lines,
+        "cliffs": {line: asdict(cliff) for line, cliff in cliffs.items()},
+    }
+    write_text(options.out.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+def _median_seconds(batches: Sequence[int], options: argparse.Namespace) -> dict[str, list[float]]:
+    """A line of medians for each dtype and layer; what is refused is said, and left out."""
+    calls: dict[tuple[str, int], Callable[[], object]] = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        calls: Calls = {}
         for dtype, name in itertools.product(DTYPES, ("dense", "offpath")):
             line = f"{dtype_name(dtype)} {name}"
+            sizes = progress.track(batches, description=f"checking {line}")
             try:
                 contender = CONTENDERS[name](options.inputs, options.outputs, options.sparsity, dtype)
-                checked = _checked_calls(
-                    contender, progress.track(batches, description=f"checking {line}"), dtype, options
-                )
+                checked = _checked_calls(contender, sizes, dtype, options)
             except KernelError as error:
                 print(f"{line}: refused: {error}")
                 continue
@@ -95,15 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         calls = {key: calls[key] for key in sorted(calls, key=lambda key: key[1])}
         task = progress.add_task("measuring", total=options.rounds)
         times = interleaved(calls, options.rounds, SAMPLE_SECONDS, after_round=lambda: progress.advance(task))
-    lines = {line: [times[line, batch].median_seconds for batch in batches] for line, _ in calls}
-
-    found = {line: _cliffs(batches, seconds, line) for line, seconds in lines.items()}
-    for line, cliffs in found.items():
-        print(f"{line:<13}{cliffs['in_words']}")
-    write_whole(options.out, partial(_plot(what, batches, lines).savefig, format=options.out.suffix.removeprefix(".")))
-    content = {"machine": asdict(this_machine()), "what": what, "batches": batches, "seconds": lines, "cliffs": found}
-    write_text(options.out.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
-    return 0
+    lines = dict.fromkeys(line for line, _ in calls)
+    return {line: [times[line, batch].median_seconds for batch in batches] for line in lines}
 
 
 def _checked_calls(
@@ -128,31 +165,29 @@ def _checked_calls(
     return calls
 
 
-def _cliffs(batches: Sequence[int], seconds: Sequence[float], line: str) -> dict[str, object]:
+def _cliff(batches: Sequence[int], seconds: Sequence[float]) -> Cliff:
     steps = excess_steps(batches, seconds)
-    at = int(steps.argmax())
-    vector = VECTOR_BYTES // ACCUMULATOR_BYTES
-    tail, ratio = worst_tail(batches, seconds, vector)
-    return {
-        "from_batch": batches[at],
-        "largest_step": float(steps[at]),
-        "typical_step": float(np.median(np.abs(steps))),
-        "worst_tail_batch": tail,
-        "worst_tail": ratio,
-        "in_words": f"largest step {steps[at]:+.0%} above the trend, from {batches[at]} to {batches[at + 1]} "
-        f"(typical: {np.median(np.abs(steps)):.0%}); costliest tail {ratio:.2f}x of the batch rounded up to {vector}, "
-        f"at {tail}",
-    }
+    tail_batch, tail_ratio = worst_tail(batches, seconds, VECTOR)
+    place = int(steps.argmax())
+    return Cliff(place, float(steps[place]), float(np.median(np.abs(steps))), tail_batch, tail_ratio)
 
 
-def _plot(what: str, batches: Sequence[int], lines: dict[str, list[float]]) -> Figure:
+def _plot(what: str, batches: Sequence[int], lines: dict[str, list[float]], cliffs: dict[str, Cliff]) -> Figure:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for line, seconds in lines.items():
         dtype, name = line.split()
         color = COLORS["dense" if name == "dense" else "sparse"]
         axes.plot(batches, np.array(seconds) * 1e3, LINES[dtype], color=color, label=line, linewidth=1.2)
-    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="milliseconds", title=f"{what}\n{machine_line()}")
+        edge = slice(cliffs[line].place, cliffs[line].place + 2)
+        axes.plot(batches[edge], np.array(seconds[edge]) * 1e3, "o", color=color, markersize=4)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="batch",
+        ylabel="milliseconds",
+        title=f"{what}; dots: the largest step\n{machine_line()}",
+    )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+import any_batch
 import bars
 from any_batch import excess_steps, worst_tail
 from bar_jobs import BREAK_EVEN, JOBS, Effort, Job, break_even_figures
@@ -265,6 +266,20 @@ def test_a_cliff_is_found_where_it_is() -> None:
     steps = excess_steps(batches, cliff)
     assert batches[int(steps.argmax())] == 64
     assert 0.3 < steps.max() < 0.7  # the trend through the neighbours takes a part of the 60 % for its own
+
+
+def test_the_plot_over_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plots" / "any_batch.svg"
+    size = ["--inputs", "24", "--outputs", "16", "--max-batch", "20", "--rounds", "2"]
+    for what, options in (("forward", []), ("training step", ["--step"])):
+        assert any_batch.main([*size, *options, "--out", str(out)]) == 0
+        content = json.loads(out.with_suffix(".json").read_text())
+        assert content["what"] == f"{what}, 24 -> 16, 90%"
+        assert content["batches"] == list(range(1, 21))
+        assert all(len(seconds) == 20 and min(seconds) > 0 for seconds in content["seconds"].values())
+        assert {"fp32 dense", "fp32 offpath", "bf16 dense"} <= set(content["cliffs"])
+        assert "<svg" in out.read_text()
+        assert "fp32 offpath largest step" in capsys.readouterr().out
 
 
 def test_the_costliest_tail() -> None:
