@@ -26,7 +26,7 @@ Shape = tuple[int, int, int]
 Pair = tuple[Timing, Timing]  # of the slower (dense, or the rival), and of offpath
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
-FORWARD, STEP = "forward", "training step"
+FORWARD, STEP = "forward", "training"
 LAYER_BARS = {
     (FP32, FORWARD): (1.7, 2.5, 3.2, 5, 8),
     (FP32, STEP): (1.3, 2.0, 2.7, 4.5, 7),
@@ -74,7 +74,7 @@ class Job:
 
 
 def layer_jobs(effort: Effort) -> Iterator[Job]:
-    """Forward and training step of one layer against `nn.Linear` of the same dtype, called the same way."""
+    """Forward and training step (y, dX, dW, db) of one layer against `nn.Linear` of the same dtype, called the same way."""
     for dtype, shape, sparsity in itertools.product((FP32, BF16), effort.shapes, effort.sparsities):
         figures = []
         for what in (FORWARD, STEP):
@@ -85,7 +85,10 @@ def layer_jobs(effort: Effort) -> Iterator[Job]:
 
 
 def batch_1_jobs(effort: Effort) -> Iterator[Job]:
-    """Forward of one sample, against the better of dense fp32 and dense bf16."""
+    """Forward of one sample, against the better of dense fp32 and dense bf16.
+
+    Called again and again, so that weights which fit into a cache stay there, as those of a small model do.
+    """
     size = effort.batch_1_size
     for dtype, bars in BATCH_1_BARS.items():
         for sparsity, bar in bars.items():
@@ -136,8 +139,8 @@ def break_even_figures(effort: Effort, measured: Sequence[Figure]) -> list[Figur
     for dtype, shape in itertools.product((FP32, BF16), effort.shapes):
         row = f"{dtype_name(dtype)} {in_words(shape)}"
         wanted = (
-            (STEP, "break-even, step", BREAK_EVEN_BARS[dtype], True),
-            (STEP, "lowest, step", LOWEST_RATIO_BAR, False),
+            (STEP, "break-even, training", BREAK_EVEN_BARS[dtype], True),
+            (STEP, "lowest, training", LOWEST_RATIO_BAR, False),
             (FORWARD, "lowest, forward", LOWEST_RATIO_BAR, False),
         )
         for what, column, bar, at_most in wanted:

@@ -29,7 +29,7 @@ from offpath.studies.files import write_text
 from verdicts import Figure, reasons, summary, table
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C has ended
-LINE_LENGTH = 110
+LINE_LENGTH = 120
 
 
 def filled(job: Job) -> list[Figure]:

@@ -90,8 +90,8 @@ def test_break_even_figures_need_every_sparsity_and_pass_a_refusal_on() -> None:
     fp32 = [replace(f, value=1.5 if f.column == "50 %" else 0.5) for f in empty if f.row.startswith("fp32")]
     bf16 = [replace(f, refused="no kernel") for f in empty if f.row.startswith("bf16")]
     found = {(f.row[:4], f.column): f for f in break_even_figures(effort, fp32 + bf16)}
-    assert found["fp32", "break-even, step"].value == 0.25
-    assert found["fp32", "break-even, step"].verdict == "met"
+    assert found["fp32", "break-even, training"].value == 0.25
+    assert found["fp32", "break-even, training"].verdict == "met"
     assert found["fp32", "lowest, forward"].value == 0.5
     assert {f.refused for key, f in found.items() if key[0] == "bf16"} == {"no kernel"}
     assert {f.row[:4] for f in break_even_figures(effort, fp32 + bf16[:-1])} == {"fp32", "bf16"}
