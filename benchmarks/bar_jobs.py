@@ -74,7 +74,7 @@ class Job:
 
 
 def layer_jobs(effort: Effort) -> Iterator[Job]:
-    """Forward and training step (y, dX, dW, db) of one layer against `nn.Linear` of the same dtype, called the same way."""
+    """Forward and training step (y, dX, dW, db) against `nn.Linear` of the same dtype, called the same way."""
     for dtype, shape, sparsity in itertools.product((FP32, BF16), effort.shapes, effort.sparsities):
         figures = []
         for what in (FORWARD, STEP):
