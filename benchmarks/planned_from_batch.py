@@ -6,29 +6,20 @@ Prints the row-wise time over the planned one (above 1: the plan is faster), med
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from measure import interleaved, machine_line, speedup
 from offpath import kernels, pattern
-from offpath.cost import this_machine
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
-CALLS, ROUNDS = 20, 9
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    for _ in range(CALLS):
-        call()
-    return (time.perf_counter() - start) / CALLS
+ROUNDS, SAMPLE_SECONDS = 9, 0.01
 
 
 def main() -> None:
-    backend, machine = kernels.select("cpu", torch.float32), this_machine()
-    print(f"{machine.processor}, {machine.threads} threads, {machine.backend}, torch {machine.torch}")
+    backend = kernels.select("cpu", torch.float32)
+    print(machine_line())
     print("batch                     " + "".join(f"{batch:>7}" for batch in BATCHES))
     for inputs, outputs in ((1024, 1024), (768, 3072)):
         for sparsity in (0.5, 0.9, 0.95):
@@ -37,13 +28,12 @@ def main() -> None:
             ratios = []
             for batch in BATCHES:
                 x = torch.randn(batch, inputs)
-                calls = (
-                    lambda v=values, x=x, p=p: backend.spmm(p.crow_indices, p.col_indices, v, x),
-                    lambda v=values, x=x, plan=plan: backend.planned_spmm(plan, v, x),
-                )
-                times = [[_seconds(call) for call in calls] for _ in range(ROUNDS)]
-                row_wise, planned = (statistics.median(column) for column in zip(*times, strict=True))
-                ratios.append(row_wise / planned)
+                calls = {
+                    "row-wise": partial(backend.spmm, p.crow_indices, p.col_indices, values, x),
+                    "planned": partial(backend.planned_spmm, plan, values, x),
+                }
+                times = interleaved(calls, ROUNDS, SAMPLE_SECONDS)
+                ratios.append(speedup(times["row-wise"], times["planned"]).ratio)
             print(
                 f"{inputs} -> {outputs}, {sparsity:.0%}".ljust(26) + "".join(f"{r:>6.2f}x" for r in ratios), flush=True
             )
