@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich import box
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -75,9 +78,7 @@ def print_crossover(result: CrossoverResult, display: CrossoverDisplay) -> None:
             table.add_row(*(_styled(cell) for cell in (row[0] if row[0] != before else "", *row[1:])))
             before = row[0]
         display.console.print(Text(block.title, style="bold"))
-        # On a narrow terminal its lines wrap: better than figures cut short.
-        wide = display.console.options.update(width=1000)
-        display.console.print(table, width=display.console.measure(table, options=wide).maximum, crop=False)
+        _print_whole(table, display.console)
         for note in block.notes:
             display.say(note)
         display.say("")
@@ -86,6 +87,12 @@ def print_crossover(result: CrossoverResult, display: CrossoverDisplay) -> None:
     display.say(f"\n{measured_on(result)}")
     for warning in warnings(result):
         display.console.print(Text(warning, style="bold red"), soft_wrap=True)
+
+
+def _print_whole(table: Table, console: Console) -> None:
+    """Print `table` at its full width: on a narrow terminal its lines wrap, which is better than figures cut short."""
+    needed = console.measure(table, options=console.options.update(width=sys.maxsize)).maximum
+    Console(file=console.file, width=max(needed, console.width)).print(table)
 
 
 def _styled(cell: str) -> Text:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from offpath.cost.crossover import DENSE, OFFPATH, PRODUCTS, TORCH_SPARSE, Case, Point
@@ -53,7 +54,7 @@ def main_figure(result: CrossoverResult) -> Figure:
     dtypes = [dtype for dtype in result.config.dtypes if dtype in computed] or list(
         dict.fromkeys(c.dtype for c in cases)
     )
-    figure = Figure(figsize=(1.2 + 4.2 * len(shapes), 0.9 + 3.5 * len(dtypes)), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 1.2 + 4.0 * len(shapes)), 1.0 + 3.4 * len(dtypes)), layout="constrained")
     panels = figure.subplots(len(dtypes), len(shapes), squeeze=False, sharey=True)
     for row, dtype in zip(panels, dtypes, strict=True):
         for axes, (in_features, out_features) in zip(row, shapes, strict=True):
@@ -122,7 +123,12 @@ def _line(
     )
     found = result.break_even(case, method)
     if found is not None and found.found == "between" and found.sparsity is not None:
-        axes.plot(_place(found.sparsity), 1, "o", color=color, markersize=6, markeredgecolor="white", zorder=5)
+        place = _place(found.sparsity)
+        axes.plot(place, 1, "o", color=color, markersize=6, markeredgecolor="white", zorder=5)
+        if linestyle == "-":
+            axes.annotate(
+                str(found), (place, 1), (3, -4), textcoords="offset points", va="top", fontsize="small", color=color
+            )
 
 
 def _limits(axes: Axes, result: CrossoverResult, case: Case) -> None:
@@ -139,13 +145,13 @@ def _limits(axes: Axes, result: CrossoverResult, case: Case) -> None:
         ":",
         color=LIMIT_COLOR,
         linewidth=1.2,
-        label="1/(1-s) at the best rate seen in this dtype",
+        label="that limit at the best rate seen here",
     )
 
 
 def _limit(axes: Axes, result: CrossoverResult) -> None:
     places = _span(result)
-    axes.plot(places, [math.exp(p) for p in places], color=LIMIT_COLOR, linewidth=1, label="limit 1/(1-s), dense rate")
+    axes.plot(places, [math.exp(p) for p in places], color=LIMIT_COLOR, linewidth=1, label="limit 1/(1-s)")
 
 
 def _finish(axes: Axes, result: CrossoverResult, title: str) -> None:
@@ -167,8 +173,15 @@ def _share_legend(figure: Figure, panels: Iterable[Axes]) -> None:
     entries = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
+    entries["break-even"] = Line2D([], [], linestyle="", marker="o", color="#8a8f98", markeredgecolor="white")
+    labels = sorted(entries, key=lambda label: ("offpath" not in label, "torch" not in label))
     figure.legend(
-        list(entries.values()), list(entries), loc="outside lower center", ncols=3, frameon=False, fontsize="small"
+        [entries[label] for label in labels],
+        labels,
+        loc="outside lower center",
+        ncols=int(figure.get_figwidth() // 2.3),
+        frameon=False,
+        fontsize="small",
     )
 
 
