@@ -13,10 +13,15 @@ HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Expected:
-    """A result in float64, and how far from it a right one may be, element by element."""
+    """A result in float64, and how far from it a right one may be, element by element.
+
+    Where only a part is known, it is `result[index]` of a result of `shape`.
+    """
 
     exact: Tensor
     bound: Tensor
+    index: tuple[slice | Tensor, ...] = ()
+    shape: tuple[int, ...] | None = None
 
 
 def gamma(terms: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,9 +55,9 @@ def expected(exact: Tensor, size: Tensor, terms: Tensor, dtype: torch.dtype) -> 
 
 def excess(result: Tensor, right: Expected) -> float | None:
     """None for a result within the bound; else how many times the bound it is off (NaN, a wrong shape: infinity)."""
-    if result.shape != right.exact.shape:
+    if result.shape != (right.exact.shape if right.shape is None else right.shape):
         return float("inf")
-    error = (result.double() - right.exact).abs()
+    error = (result[right.index].double() - right.exact).abs()
     if bool((error <= right.bound).all()):
         return None
     ratio = torch.where(error <= right.bound, 0.0, error / right.bound)

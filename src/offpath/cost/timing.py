@@ -11,7 +11,9 @@ from typing import TypeVar
 
 # A burst has to be long beside the clock's resolution and the cost of reading it.
 BURST_SECONDS = 1e-3
-MIN_ROUNDS, MAX_ROUNDS = 5, 31
+MIN_ROUNDS, MAX_ROUNDS = 3, 31
+# A call that takes as long as this needs no second one to warm up.
+LONG_SECONDS = 0.05
 
 Name = TypeVar("Name")
 
@@ -50,9 +52,9 @@ def interleaved(
 ) -> dict[Name, Timing]:
     """Time each of `calls` in turns, so that whatever disturbs the machine hits all of them alike.
 
-    Every call runs twice to warm up. Then come rounds, in which each runs in a burst of about a millisecond; every
-    other round goes backwards, so that none always follows the same one. It ends after `budget_seconds` of rounds,
-    but not before 5 of them, or after 31. Raises `TimingStopped` soon after `stop()` has become true.
+    Every call runs twice to warm up, a long one once. Then come rounds, in which each runs in a burst of about a
+    millisecond; every other round goes backwards, so that none always follows the same one. It ends after
+    `budget_seconds` of rounds, but not before 3 of them, or after 31. Raises `TimingStopped` soon after `stop()` has become true.
 
     >>> timings = interleaved({"sum": lambda: sum(range(100)), "nothing": lambda: None}, budget_seconds=0.01)
     >>> list(timings)
@@ -75,6 +77,8 @@ def _calls_a_burst(call: Callable[[], object], clock: Callable[[], float], stop:
         if stop():
             raise TimingStopped
         seconds = _seconds_a_call(call, 1, clock)
+        if seconds >= LONG_SECONDS:
+            break
     return max(1, math.ceil(BURST_SECONDS / max(seconds, 1e-7)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -19,6 +20,10 @@ from offpath.pattern import Pattern
 
 # What torch raises for a layout or dtype that it has no kernel for.
 TORCH_REFUSES = (RuntimeError,)
+# A float64 product takes longer than all that is timed: of a larger layer, so many features are checked.
+CHECKED_FEATURES = 1024
+# The first and the last are always among them: kernels go wrong at the edges.
+CHECKED_AT_EACH_END = 32
 
 
 class Layers:
@@ -39,11 +44,18 @@ class Layers:
         self.weight = self.dense.weight.detach()
         assert self.dense.bias is not None
         self.bias = self.dense.bias.detach()
-        self.exact_weight = self.weight.double()
-        self.absolute_weight = self.weight.float().abs()
+        self.rows = _checked(out_features, generator)
+        self.columns = _checked(in_features, generator)
         self.row_terms = pattern.row_counts
         self.column_terms = torch.bincount(pattern.col_indices, minlength=in_features)
-        self.positions = pattern.row_indices().long() * in_features + pattern.col_indices
+
+    @cached_property
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """The connections of the checked rows, and their positions in the matrix of these rows."""
+        place = torch.full((self.pattern.shape[0],), -1).index_put((self.rows,), torch.arange(len(self.rows)))
+        place_of_slot = place[self.pattern.row_indices().long()]
+        slots = (place_of_slot >= 0).nonzero().squeeze(1)
+        return slots, place_of_slot[slots] * self.pattern.shape[1] + self.pattern.col_indices[slots]
 
 
 class Workload:
@@ -142,31 +154,49 @@ class Workload:
 
     @cached_property
     def _y(self) -> Expected:
-        layers, x = self.layers, self.x
-        exact = linear(x.double(), layers.exact_weight, layers.bias.double())
-        size = linear(x.float().abs(), layers.absolute_weight, layers.bias.float().abs())
-        return expected(exact, size, layers.row_terms, x.dtype)
+        layers, x, rows = self.layers, self.x, self.layers.rows
+        weight, bias = layers.weight[rows], layers.bias[rows]
+        exact = linear(x.double(), weight.double(), bias.double())
+        size = linear(x.float().abs(), weight.float().abs(), bias.float().abs())
+        right = expected(exact, size, layers.row_terms[rows], x.dtype)
+        return replace(right, index=(slice(None), rows), shape=self.dy.shape)
 
     @cached_property
     def _dx_right(self) -> Expected:
-        exact = self.dy.double() @ self.layers.exact_weight
-        return expected(
-            exact, self.dy.float().abs() @ self.layers.absolute_weight, self.layers.column_terms, self.dy.dtype
-        )
+        layers, dy, columns = self.layers, self.dy, self.layers.columns
+        weight = layers.weight[:, columns]
+        size = dy.float().abs() @ weight.float().abs()
+        right = expected(dy.double() @ weight.double(), size, layers.column_terms[columns], dy.dtype)
+        return replace(right, index=(slice(None), columns), shape=self.x.shape)
 
     @cached_property
     def _dweight_right(self) -> Expected:
-        exact = self.dy.double().t() @ self.x.double()
-        return expected(exact, self.dy.float().abs().t() @ self.x.float().abs(), self.batch_terms, self.dy.dtype)
+        rows, x = self.layers.rows, self.x
+        dy = self.dy[:, rows]
+        right = expected(
+            dy.double().t() @ x.double(), dy.float().abs().t() @ x.float().abs(), self.batch_terms, x.dtype
+        )
+        return replace(right, index=(rows,), shape=self.layers.pattern.shape)
 
     @cached_property
     def _dvalues_right(self) -> Expected:
-        right, positions = self._dweight_right, self.layers.positions
-        return Expected(right.exact.view(-1)[positions], right.bound.view(-1)[positions])
+        right, (slots, positions) = self._dweight_right, self.layers.slots
+        exact, bound = right.exact.view(-1)[positions], right.bound.view(-1)[positions]
+        return Expected(exact, bound, index=(slots,), shape=(self.layers.pattern.nnz,))
 
     @cached_property
     def _dbias_right(self) -> Expected:
         return expected(self.dy.double().sum(0), self.dy.float().abs().sum(0), self.batch_terms, self.dy.dtype)
+
+
+def _checked(features: int, generator: torch.Generator) -> Tensor:
+    """All features of a small layer, a random part of a large one's; ascending."""
+    if features <= CHECKED_FEATURES:
+        return torch.arange(features)
+    inner = CHECKED_AT_EACH_END + torch.randperm(features - 2 * CHECKED_AT_EACH_END, generator=generator)
+    ends = torch.arange(CHECKED_AT_EACH_END)
+    chosen = inner[: CHECKED_FEATURES - 2 * CHECKED_AT_EACH_END]
+    return torch.cat([ends, chosen.sort().values, features - CHECKED_AT_EACH_END + ends])
 
 
 def _without_grad(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:

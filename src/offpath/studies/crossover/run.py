@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 
 from offpath import pattern as patterns
 from offpath.cost import this_machine
-from offpath.cost.crossover import PRODUCTS, Case, Point, measure
+from offpath.cost.crossover import PRODUCTS, Case, Contender, Point, measure
 from offpath.cost.timing import TimingStopped
 from offpath.studies.config import RunError
 from offpath.studies.crossover.config import DTYPES, CrossoverConfig
@@ -25,6 +25,10 @@ from offpath.studies.folder import RunFolder
 from offpath.studies.interrupt import StopRequest, stop_on_signal
 
 RESULT_FILE = "crossover.json"
+
+
+# A reference that would take longer than this for one call is left out: at low sparsity it would take most of the time.
+REFERENCE_PATIENCE_SECONDS = 2.0
 
 
 class CrossoverObserver(Protocol):
@@ -77,12 +81,44 @@ def _points(config: CrossoverConfig, observer: CrossoverObserver, stop: StopRequ
         draw = torch.rand(out_features, in_features, generator=generator)
         for dtype, sparsity in itertools.product(config.dtypes, config.sparsities):
             layers = Layers(patterns.from_mask(draw >= sparsity), DTYPES[dtype], generator)
+            known = _ReferenceTimes()
             for batch in config.batches:
                 workload = Workload(layers, batch, generator)
                 for product in PRODUCTS:
                     case = Case(in_features, out_features, dtype, product, batch)
                     observer.on_case(case, sparsity)
-                    outcomes = measure(workload.contenders(product), config.budget_seconds, lambda: stop.made)
-                    yield Point(case, sparsity, outcomes)
+                    contenders = [known.spare(contender, case) for contender in workload.contenders(product)]
+                    point = Point(case, sparsity, measure(contenders, config.budget_seconds, lambda: stop.made))
+                    known.learn(point)
+                    yield point
                 del workload
             del layers  # before the next ones are made: the largest take a gigabyte
+
+
+class _TooSlow(Exception):
+    """A reference would try everybody's patience."""
+
+
+class _ReferenceTimes:
+    """What a row of the batch took each reference in one layer, at the smaller batches that came before."""
+
+    def __init__(self) -> None:
+        self._seconds_a_row: dict[tuple[str, str], float] = {}
+
+    def learn(self, point: Point) -> None:
+        """Remember the times of `point`."""
+        for outcome in point.outcomes:
+            if outcome.timing:
+                seconds = outcome.timing.median_seconds / point.case.batch
+                self._seconds_a_row[point.case.product, outcome.way] = seconds
+
+    def spare(self, contender: Contender, case: Case) -> Contender:
+        """The contender; one that refuses in its place if it is a reference and known to be too slow."""
+        seconds = self._seconds_a_row.get((case.product, contender.way), 0.0) * case.batch
+        if not contender.only_for_reference or seconds <= REFERENCE_PATIENCE_SECONDS:
+            return contender
+
+        def refuse() -> NoReturn:
+            raise _TooSlow(f"left out where a call would take over {REFERENCE_PATIENCE_SECONDS:g} s")
+
+        return replace(contender, run=refuse, refusals=(_TooSlow,))

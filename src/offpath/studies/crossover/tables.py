@@ -13,7 +13,7 @@ NOT_COMPUTED, WRONG = "—", "WRONG"
 LEGEND = (
     "A ratio is the median time of nn.Linear in the same dtype (of the matrix product alone for the two gradients) "
     "over the sparse layer's: above 1, the sparse layer is faster. Both ran in turns, and every result was compared "
-    "with one in float64 before it was timed.",
+    "with one in float64 before it was timed (of a large layer, in 1024 of its features).",
     "training step: forward and backward with all three gradients, called as a layer is, contiguous input and output; "
     "without the optimizer.",
     "pays from: the smallest sparsity from which on the sparse layer is never slower, interpolated between the two "
@@ -141,7 +141,7 @@ def _notes(result: CrossoverResult, cases: list[Case]) -> list[str]:
                 notes[f"{NOT_COMPUTED} not computed here: {reason}"] = None
             if point.timing(TORCH_SPARSE) is None:
                 for reason in point.reasons(TORCH_SPARSE, "not computed"):
-                    notes[f"torch.sparse: unsupported: {reason}"] = None
+                    notes[f"torch.sparse: not computed here: {reason}"] = None
             for reason in point.reasons(TORCH_SPARSE, "wrong"):
                 notes[f"torch.sparse: wrong at {percent(point.sparsity)}, batch {case.batch}: {reason}"] = None
     return list(notes)
