@@ -54,7 +54,8 @@ def interleaved(
 
     Every call runs twice to warm up, a long one once. Then come rounds, in which each runs in a burst of about a
     millisecond; every other round goes backwards, so that none always follows the same one. It ends after
-    `budget_seconds` of rounds, but not before 3 of them, or after 31. Raises `TimingStopped` soon after `stop()` has become true.
+    `budget_seconds` of rounds, but not before 3 of them, or after 31. Raises `TimingStopped` soon after `stop()` has
+    become true.
 
     >>> timings = interleaved({"sum": lambda: sum(range(100)), "nothing": lambda: None}, budget_seconds=0.01)
     >>> list(timings)
