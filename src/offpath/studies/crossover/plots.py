@@ -1,4 +1,4 @@
-"""The plots of a crossover: speed-up over sparsity, on log scales, so that the limit 1/(1-s) is a straight line."""
+"""The plots of a crossover: speed-up over sparsity."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from offpath.studies.crossover.tables import NAMES, Block, percent
 
 SPARSE_COLOR, REFERENCE_COLOR, LIMIT_COLOR = "#d1495b", "#4a6fa5", "#1d2129"
 BATCH_COLORS = ("#f0a6ae", "#e0737f", "#d1495b", "#8f2334", "#5a1420", "#2e0a10")
+CURVE_STEPS = 100
 # One batch stands for all in the first figure: this one where it was measured.
 MAIN_BATCH = 256
 SPEEDUP_TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
@@ -38,7 +39,8 @@ def main_caption(result: CrossoverResult) -> str:
     """What the first figure shows, in words."""
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in _best_rates(result).items())
     return (
-        f"Batch {main_batch(result)}; speed-up over nn.Linear of the same dtype, bars: quartiles, dots: break-even. "
+        f"Batch {main_batch(result)}; speed-up over nn.Linear of the same dtype, bars: quartiles, dots: break-even "
+        "(a triangle: already at the lowest sparsity measured). "
         "The limit 1/(1-s) is dense speed with only the work that is left; the dotted line is that limit for a "
         f"training step at the best rate seen in any measurement of the dtype here ({rates}), dense or sparse. "
         "It is no theoretical peak."
@@ -63,6 +65,7 @@ def main_figure(result: CrossoverResult) -> Figure:
                 color = SPARSE_COLOR if method == OFFPATH else REFERENCE_COLOR
                 label = f"{'offpath' if method == OFFPATH else 'torch.sparse'}, {NAMES[product]}"
                 _line(axes, result, case, method, label=label, color=color, linestyle=style, linewidth=width)
+            _mark(axes, result, Case(in_features, out_features, dtype, "step", batch))
             _limits(axes, result, Case(in_features, out_features, dtype, "step", batch))
             _finish(axes, result, f"{in_features} → {out_features}, {dtype}, batch {batch}")
     _share_legend(figure, panels.flat)
@@ -72,7 +75,7 @@ def main_figure(result: CrossoverResult) -> Figure:
 
 def block_figure(result: CrossoverResult, block: Block) -> Figure:
     """One shape and dtype: a panel for each product, a line for each batch."""
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    figure = Figure(figsize=(15, 3.9), layout="constrained")
     panels = figure.subplots(1, len(PRODUCTS), squeeze=False, sharey=True)
     for axes, product in zip(panels.flat, PRODUCTS, strict=True):
         cases = sorted((case for case in block.cases if case.product == product), key=lambda case: case.batch)
@@ -122,12 +125,19 @@ def _line(
         capsize=1.5,
     )
     found = result.break_even(case, method)
-    if found is not None and found.found == "between" and found.sparsity is not None:
-        place = _place(found.sparsity)
-        axes.plot(place, 1, "o", color=color, markersize=6, markeredgecolor="white", zorder=5)
-        if linestyle == "-":
+    if found is not None and found.sparsity is not None:
+        marker = "o" if found.found == "between" else "<"  # the latter: here or further to the left
+        axes.plot(_place(found.sparsity), 1, marker, color=color, markersize=6, markeredgecolor="white", zorder=5)
+
+
+def _mark(axes: Axes, result: CrossoverResult, case: Case) -> None:
+    """Write the break-evens of one case beside their dots."""
+    for method, color in ((OFFPATH, SPARSE_COLOR), (TORCH_SPARSE, REFERENCE_COLOR)):
+        found = result.break_even(case, method)
+        if found is not None and found.sparsity is not None:
+            place = _place(found.sparsity), 1
             axes.annotate(
-                str(found), (place, 1), (3, -4), textcoords="offset points", va="top", fontsize="small", color=color
+                str(found), place, (3, -4), textcoords="offset points", va="top", fontsize="small", color=color
             )
 
 
@@ -138,10 +148,10 @@ def _limits(axes: Axes, result: CrossoverResult, case: Case) -> None:
     if not dense or not best:
         return
     dense_rate = _operations(case, 0.0) / statistics.median(timing.median_seconds for timing in dense)
-    places = _span(result)
+    sparsities = _all_sparsities(result)
     axes.plot(
-        places,
-        [best / dense_rate * math.exp(place) for place in places],
+        [_place(sparsity) for sparsity in sparsities],
+        [best / dense_rate / (1 - sparsity) for sparsity in sparsities],
         ":",
         color=LIMIT_COLOR,
         linewidth=1.2,
@@ -150,8 +160,9 @@ def _limits(axes: Axes, result: CrossoverResult, case: Case) -> None:
 
 
 def _limit(axes: Axes, result: CrossoverResult) -> None:
-    places = _span(result)
-    axes.plot(places, [math.exp(p) for p in places], color=LIMIT_COLOR, linewidth=1, label="limit 1/(1-s)")
+    sparsities = _all_sparsities(result)
+    limits = [1 / (1 - sparsity) for sparsity in sparsities]
+    axes.plot([_place(s) for s in sparsities], limits, color=LIMIT_COLOR, linewidth=1, label="limit 1/(1-s)")
 
 
 def _finish(axes: Axes, result: CrossoverResult, title: str) -> None:
@@ -186,13 +197,14 @@ def _share_legend(figure: Figure, panels: Iterable[Axes]) -> None:
 
 
 def _place(sparsity: float) -> float:
-    """Where a sparsity stands on the axis: log(1/(1-s))."""
-    return -math.log1p(-sparsity)
+    """Where a sparsity stands on the axis: nearly its logit, so that neither low nor high ones crowd; 0 has a place."""
+    return math.log((sparsity + 0.05) / (1 - sparsity))
 
 
-def _span(result: CrossoverResult) -> tuple[float, float]:
-    low, *_, high = (*result.config.sparsities, result.config.sparsities[-1])
-    return _place(low), _place(high)
+def _all_sparsities(result: CrossoverResult) -> list[float]:
+    """From the lowest to the highest of the config, close enough to draw a curve."""
+    low, high = result.config.sparsities[0], result.config.sparsities[-1]
+    return [low + (high - low) * step / CURVE_STEPS for step in range(CURVE_STEPS + 1)]
 
 
 def _batch_colors(count: int) -> Sequence[str]:

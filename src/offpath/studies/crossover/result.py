@@ -56,7 +56,8 @@ class CrossoverResult:
             "machine": self.machine,
             "config": self.config.to_json(),
         }
-        lists = {"break_evens": list(self._break_evens()), "points": [_point_to_json(point) for point in self.points]}
+        points = [_point_to_json(point) for point in self.points]
+        lists = {"break_evens": list(self._break_evens()), "points": points}
         text = json.dumps(head, indent=1)[:-2]
         for name, entries in lists.items():
             text += f',\n "{name}": [\n' + ",\n".join("  " + json.dumps(entry) for entry in entries) + "\n ]"
@@ -80,12 +81,21 @@ class CrossoverResult:
 
 
 def _point_to_json(point: Point) -> dict[str, Any]:
-    speedups = {method: point.speedup(method) for method in (OFFPATH, TORCH_SPARSE)}
+    speedups = {method: _rounded(point.speedup(method)) for method in (OFFPATH, TORCH_SPARSE)}
     return (
         asdict(point.case)
         | {"sparsity": point.sparsity, "speedups": speedups}
-        | {"outcomes": [asdict(outcome) for outcome in point.outcomes]}
+        | {"outcomes": [_rounded(asdict(outcome)) for outcome in point.outcomes]}
     )
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits of every number: more are noise, and make the file twice as large."""
+    if isinstance(value, dict):
+        return {name: _rounded(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(entry) for entry in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _point_from_json(values: dict[str, Any]) -> Point:

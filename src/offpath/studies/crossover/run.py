@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -58,10 +59,6 @@ def crossover(config: CrossoverConfig, out: Path, observer: CrossoverObserver, c
         machine = asdict(this_machine())
         points: list[Point] = []
 
-        def result() -> CrossoverResult:
-            seconds, complete = time.perf_counter() - start, len(points) == config.points
-            return CrossoverResult(config, tuple(points), machine, command, date, seconds, complete)
-
         observer.on_start(config)
         with stop_on_signal() as stop:
             try:
@@ -70,8 +67,11 @@ def crossover(config: CrossoverConfig, out: Path, observer: CrossoverObserver, c
                     observer.on_point(point)
             except (TimingStopped, KeyboardInterrupt):
                 pass  # what was measured until then is written all the same
-            write_text(out / RESULT_FILE, result().to_text())
-        return result()
+            seconds, complete = time.perf_counter() - start, len(points) == config.points
+            text = CrossoverResult(config, tuple(points), machine, command, date, seconds, complete).to_text()
+            write_text(out / RESULT_FILE, text)
+        # Read back, so that tables and plots show what the file says, to the last digit.
+        return CrossoverResult.from_json(json.loads(text))
 
 
 def _points(config: CrossoverConfig, observer: CrossoverObserver, stop: StopRequest) -> Iterator[Point]:
