@@ -136,7 +136,8 @@ def test_reference_known_to_be_slow_is_left_out_at_larger_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "REFERENCE_PATIENCE_SECONDS", 0.0)
-    result = crossover(SMALL, tmp_path / "run", Watcher(), "offpath crossover")
+    config = replace(SMALL, batches=(1, 8, 33))
+    result = crossover(config, tmp_path / "run", Watcher(), "offpath crossover")
     for point in result.points:
         told = point.reasons(TORCH_SPARSE, "not computed")
         has_reference = point.case.product in ("forward", "step")
@@ -144,6 +145,14 @@ def test_reference_known_to_be_slow_is_left_out_at_larger_batches(
         assert all("left out where a call would take over" in reason for reason in told)
         assert point.speedup(OFFPATH)
     assert any("left out" in note for note in blocks(result)[0].notes)
+
+
+def test_time_of_a_larger_batch_is_guessed_from_two_smaller_ones() -> None:
+    assert run._guess_seconds({16: 2.0, 256: 26.0, 4096: 9.0}, 1024) == pytest.approx(26.0 + 0.1 * 768)
+    assert run._guess_seconds({1: 9.0, 16: 8.0}, 256) == 8.0
+    assert run._guess_seconds({16: 0.001, 17: 17.0}, 34) == 34.0
+    # The fixed costs of batch 1 say nothing about batch 256.
+    assert run._guess_seconds({1: 9.0}, 256) == run._guess_seconds({}, 256) == 0.0
 
 
 def test_existing_result_or_run_is_not_overwritten(tmp_path: Path) -> None:

@@ -100,25 +100,36 @@ class _TooSlow(Exception):
 
 
 class _ReferenceTimes:
-    """What a row of the batch took each reference in one layer, at the smaller batches that came before."""
+    """The times of each reference in one layer, by the batch; from two of them, that of a larger batch is guessed."""
 
     def __init__(self) -> None:
-        self._seconds_a_row: dict[tuple[str, str], float] = {}
+        self._seconds: dict[tuple[str, str], dict[int, float]] = {}
 
     def learn(self, point: Point) -> None:
         """Remember the times of `point`."""
         for outcome in point.outcomes:
             if outcome.timing:
-                seconds = outcome.timing.median_seconds / point.case.batch
-                self._seconds_a_row[point.case.product, outcome.way] = seconds
+                times = self._seconds.setdefault((point.case.product, outcome.way), {})
+                times[point.case.batch] = outcome.timing.median_seconds
 
     def spare(self, contender: Contender, case: Case) -> Contender:
-        """The contender; one that refuses in its place if it is a reference and known to be too slow."""
-        seconds = self._seconds_a_row.get((case.product, contender.way), 0.0) * case.batch
-        if not contender.only_for_reference or seconds <= REFERENCE_PATIENCE_SECONDS:
+        """The contender; one that refuses in its place if it is a reference that would be too slow."""
+        times = self._seconds.get((case.product, contender.way), {})
+        if not contender.only_for_reference or _guess_seconds(times, case.batch) <= REFERENCE_PATIENCE_SECONDS:
             return contender
 
         def refuse() -> NoReturn:
             raise _TooSlow(f"left out where a call would take over {REFERENCE_PATIENCE_SECONDS:g} s")
 
         return replace(contender, run=refuse, refusals=(_TooSlow,))
+
+
+def _guess_seconds(times: dict[int, float], batch: int) -> float:
+    """Linear in the batch through the two largest ones below it; 0 where fewer are known: a call also has fixed costs."""
+    known = sorted(smaller for smaller in times if smaller < batch)[-2:]
+    if len(known) < 2:
+        return 0.0
+    low, high = known
+    slope = max(times[high] - times[low], 0.0) / (high - low)
+    # With fixed costs, time grows at most in proportion, whatever the noise of the two says.
+    return min(times[high] + slope * (batch - high), times[high] * batch / high)
