@@ -181,6 +181,31 @@ def test_large_layer_is_checked_in_part_and_at_both_ends(product: str, monkeypat
             assert excess(result[:-1], right) == math.inf
 
 
+def _summing_in_float32() -> Backend:
+    """The definition for bfloat16 operands as a kernel should compute it: summed in float32, rounded once."""
+    reference = kernels.backends()["reference"]
+
+    def planned_spmm(plan: Any, values: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None):
+        return reference.planned_spmm(plan, values.float(), x.float(), None if bias is None else bias.float()).to(
+            x.dtype
+        )
+
+    def sddmm(crow_indices: torch.Tensor, col_indices: torch.Tensor, dy: torch.Tensor, x: torch.Tensor):
+        return reference.sddmm(crow_indices, col_indices, dy.float(), x.float()).to(x.dtype)
+
+    return replace(reference, name="float32 sums", planned_spmm=planned_spmm, sddmm=sddmm)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_bfloat16_summed_in_float32_is_right_and_summed_in_bfloat16_is_wrong(product: str) -> None:
+    workload = _workload(70, torch.bfloat16)
+    for backend, status in ((_summing_in_float32(), "measured"), (kernels.backends()["reference"], "wrong")):
+        with kernels.forced(backend):
+            outcomes = measure(workload.contenders(product), 1e-4)
+        found = {o.method: o.status for o in outcomes if o.method != TORCH_SPARSE}
+        assert found == {DENSE: "measured", OFFPATH: status}
+
+
 # Which products a wrong kernel makes wrong; those of `spmm` are asked for by never using a plan.
 SPMM_ONLY = 2**31
 SEEN_IN = {

@@ -149,6 +149,12 @@ def measure(
 
     A contender that is only for reference and takes longer than the whole budget is timed by its one checked call.
     Raises `TimingStopped` soon after `stop()` has become true.
+
+    >>> import torch
+    >>> one = Expected(exact=torch.ones(1).double(), bound=torch.full((1,), 1e-6).double())
+    >>> right, wrong = (Contender("dense", "", lambda y=y: [torch.tensor([y])], [one]) for y in (1.0, 2.0))
+    >>> [outcome.status for outcome in measure([right, wrong], budget_seconds=0.01)]
+    ['measured', 'wrong']
     """
     contenders = list(contenders)
     outcomes: dict[int, Outcome] = {}

@@ -125,7 +125,10 @@ class _ReferenceTimes:
 
 
 def _guess_seconds(times: dict[int, float], batch: int) -> float:
-    """Linear in the batch through the two largest ones below it; 0 where fewer are known: a call also has fixed costs."""
+    """Linear in the batch, through the two largest ones below it; 0 where fewer are known.
+
+    One is not enough: what a call costs whatever its batch would be taken for a cost of each row.
+    """
     known = sorted(smaller for smaller in times if smaller < batch)[-2:]
     if len(known) < 2:
         return 0.0
