@@ -11,18 +11,19 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt README.md $(wildcard cs
 
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help demo readme test lint bars bench format dev clean
+.PHONY: help demo crossover readme test lint bars bench format dev clean
 
 help:
-	@echo "make demo    train a dense network and its sparse twin side by side, on real images (under 3 minutes)"
-	@echo "make readme  make demo, and put its numbers into the README and docs/demo"
-	@echo "make test    lint, types and all tests (under 10 minutes)"
-	@echo "make lint    formatting, lint and types alone"
-	@echo "make bars    every bar of speed beside what this machine reaches (under 12 minutes)"
-	@echo "make bench   every product and layer beside dense, torch.sparse and, where installed, SparseLab"
-	@echo "make format  rewrite the sources as the formatters want them"
-	@echo "make dev     an editable install in $(VENV): Python edits take effect at once, C++ edits at the next make dev"
-	@echo "make clean   remove everything that these commands made"
+	@echo "make demo       train a dense network and its sparse twin side by side, on real images (under 3 minutes)"
+	@echo "make readme     make demo, and put its numbers into the README and docs/demo"
+	@echo "make crossover  measure from which sparsity on a layer pays here, for docs/crossover and the README (8 minutes)"
+	@echo "make test       lint, types and all tests (under 10 minutes)"
+	@echo "make lint       formatting, lint and types alone"
+	@echo "make bars       every bar of speed beside what this machine reaches (under 12 minutes)"
+	@echo "make bench      every product and layer beside dense, torch.sparse and, where installed, SparseLab"
+	@echo "make format     rewrite the sources as the formatters want them"
+	@echo "make dev        an editable install in $(VENV): Python edits take effect at once, C++ edits at the next make dev"
+	@echo "make clean      remove everything that these commands made"
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -30,6 +31,11 @@ demo: $(VENV)/.installed
 
 readme: demo
 	$(BIN)/python docs/update_demo.py
+
+crossover: $(VENV)/.installed
+	rm -rf runs/crossover
+	$(BIN)/offpath crossover --out runs/crossover
+	$(BIN)/python docs/update_crossover.py
 
 test: lint
 	$(BIN)/python -m pytest

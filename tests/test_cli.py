@@ -33,7 +33,7 @@ def test_help_does_not_load_torch() -> None:
     code += "try:\n    main()\nexcept SystemExit: print(sorted({'torch', 'offpath'} & set(sys.modules)))"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert finished.stdout.rstrip().endswith("[]")
-    for command in ("info", "train", "race", "data"):
+    for command in ("info", "train", "race", "crossover", "data"):
         assert command in finished.stdout
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import offpath
+from offpath.studies.crossover import CrossoverResult
+from offpath.studies.crossover.tables import crossover_block
 from offpath.studies.race import RaceResult
 from offpath.studies.tables import demo_block
 
@@ -39,6 +41,13 @@ def test_python_blocks_of_the_pages(page: Path, tmp_path: Path, monkeypatch: pyt
 def test_numbers_of_the_readme_are_those_of_the_committed_demo() -> None:
     result = RaceResult.from_json(json.loads((ROOT / "docs" / "demo" / "race.json").read_text()))
     assert demo_block(result) in (ROOT / "README.md").read_text()
+
+
+def test_break_evens_of_the_readme_are_those_of_the_committed_crossover() -> None:
+    """Nothing stands there as long as no run is committed."""
+    made = ROOT / "docs" / "crossover" / "crossover.json"
+    block = crossover_block(CrossoverResult.from_json(json.loads(made.read_text()))) + "\n" if made.exists() else ""
+    assert f"<!-- crossover -->\n{block}<!-- /crossover -->" in (ROOT / "README.md").read_text()
 
 
 def test_public_functions_have_an_example() -> None:

@@ -39,6 +39,13 @@ Out = Annotated[Path | None, typer.Option(help="Where to write (default: runs/CO
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its checkpoint.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Two epochs at most: a first look.")]
 QUICK_EPOCHS = 2
+Shapes = Annotated[list[str] | None, typer.Option(help="A layer as INxOUT, such as 768x3072; repeatable.")]
+Batches = Annotated[list[int] | None, typer.Option(help="Rows of the input; repeatable.")]
+Dtypes = Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; repeatable.")]
+Sparsities = Annotated[list[float] | None, typer.Option(help="Share of the weights that do not exist; repeatable.")]
+CrossoverSeed = Annotated[int, typer.Option(help="Seed of the connections, the weights and the inputs.")]
+CrossoverQuick = Annotated[bool, typer.Option("--quick", help="A small grid in under a minute: a first look.")]
+CrossoverOut = Annotated[Path | None, typer.Option(help="Where to write (default: runs/crossover[-quick]-seedSEED).")]
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -167,6 +174,40 @@ def race(
     write_report(result, out / "report.html")
     print_race(result, display)
     display.say(f"plots: {out / 'report.html'}   numbers: {out / 'race.json'}")
+
+
+@app.command()
+@reports_errors
+def crossover(
+    shape: Shapes = None,
+    batch: Batches = None,
+    dtype: Dtypes = None,
+    sparsity: Sparsities = None,
+    out: CrossoverOut = None,
+    seed: CrossoverSeed = 0,
+    quick: CrossoverQuick = False,
+) -> None:
+    """Measure from which sparsity on a sparse layer is faster than the dense one on this machine."""
+    from offpath.studies.crossover import CrossoverConfig, crossover as run_crossover
+    from offpath.studies.crossover.config import QUICK, shapes_from
+    from offpath.studies.crossover.report import write_report
+    from offpath_cli.crossover_display import CrossoverDisplay, print_crossover
+
+    asked = {"shapes": shapes_from(shape or []), "batches": batch, "dtypes": dtype, "sparsities": sparsity}
+    given = {name: tuple(values) for name, values in asked.items() if values}
+    config = CrossoverConfig(**(QUICK if quick else {}) | given | {"seed": seed})
+    out = out or Path("runs") / f"crossover{'-quick' if quick else ''}-seed{seed}"
+    with CrossoverDisplay() as display:
+        result = run_crossover(config, out, display, shlex.join(["offpath", *sys.argv[1:]]))
+    if result.points:
+        print_crossover(result, display)
+        write_report(result, out)
+        display.say(f"plots: {out / 'report.html'}   numbers: {out / 'crossover.json'}")
+    if not result.complete:
+        display.say(f"stopped after {len(result.points)} of {config.points} measurements; {out} holds what there is")
+        raise typer.Exit(INTERRUPTED)
+    if result.wrong:
+        raise typer.Exit(1)
 
 
 @app.command()

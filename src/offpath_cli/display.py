@@ -19,7 +19,7 @@ from offpath.studies.tables import race_rows
 SHOWN_STEPS = 20
 
 
-class _Display:
+class Display:
     """A progress bar that lives as long as its block."""
 
     def __init__(self, *columns: str) -> None:
@@ -53,7 +53,7 @@ class _Display:
         self.progress.update(self.task, completed=completed, **fields)
 
 
-class TrainDisplay(_Display):
+class TrainDisplay(Display):
     """Watches one run."""
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class TrainDisplay(_Display):
         )
 
 
-class RaceDisplay(_Display):
+class RaceDisplay(Display):
     """Watches a dense run and its sparse twin."""
 
     def __init__(self) -> None:
