@@ -11,6 +11,14 @@ from offpath import kernels
 from offpath.kernels import Backend, cpu
 
 
+@pytest.fixture(scope="session", autouse=True)
+def measured_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cost table for all tests and the processes they start, and none left in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OFFPATH_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(params=[1, 2], ids=lambda n: f"{n} thread" + "s" * (n > 1))
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()

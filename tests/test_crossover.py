@@ -15,6 +15,7 @@ from offpath import kernels, pattern as patterns
 from offpath.cost.bounds import Expected, excess, expected
 from offpath.cost.crossover import DENSE, OFFPATH, PRODUCTS, TORCH_SPARSE, Contender, break_even, measure
 from offpath.kernels import Backend
+from offpath.ops import forced_methods
 from offpath.studies.crossover import contenders
 from offpath.studies.crossover.contenders import Layers, Workload
 from test_timing import Clock
@@ -181,33 +182,38 @@ def test_large_layer_is_checked_in_part_and_at_both_ends(product: str, monkeypat
             assert excess(result[:-1], right) == math.inf
 
 
-def _summing_in_float32() -> Backend:
-    """The definition for bfloat16 operands as a kernel should compute it: summed in float32, rounded once."""
-    reference = kernels.backends()["reference"]
+def _summing_in_bfloat16() -> Backend:
+    """A kernel that rounds each partial sum, as the definition does not."""
 
-    def planned_spmm(plan: Any, values: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None):
-        return reference.planned_spmm(plan, values.float(), x.float(), None if bias is None else bias.float()).to(
-            x.dtype
-        )
+    def rows(crow_indices: torch.Tensor) -> torch.Tensor:
+        return torch.arange(crow_indices.numel() - 1).repeat_interleave(crow_indices.diff())
+
+    def spmm(crow_indices: torch.Tensor, col_indices: torch.Tensor, values: torch.Tensor, x: torch.Tensor, bias=None):
+        y = x.new_zeros(x.shape[0], crow_indices.numel() - 1)
+        for slot, row in enumerate(rows(crow_indices).tolist()):
+            y[:, row] += values[slot] * x[:, col_indices[slot]]
+        return y if bias is None else y + bias
 
     def sddmm(crow_indices: torch.Tensor, col_indices: torch.Tensor, dy: torch.Tensor, x: torch.Tensor):
-        return reference.sddmm(crow_indices, col_indices, dy.float(), x.float()).to(x.dtype)
+        dvalues = torch.zeros(col_indices.numel(), dtype=dy.dtype)
+        for token in range(len(x)):
+            dvalues += dy[token, rows(crow_indices)] * x[token, col_indices]
+        return dvalues
 
-    return replace(reference, name="float32 sums", planned_spmm=planned_spmm, sddmm=sddmm)
+    return replace(kernels.backends()["reference"], name="bfloat16 sums", spmm=spmm, sddmm=sddmm)
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_bfloat16_summed_in_float32_is_right_and_summed_in_bfloat16_is_wrong(product: str) -> None:
     workload = _workload(70, torch.bfloat16)
-    for backend, status in ((_summing_in_float32(), "measured"), (kernels.backends()["reference"], "wrong")):
+    for backend, status in ((kernels.backends()["reference"], "measured"), (_summing_in_bfloat16(), "wrong")):
         with kernels.forced(backend):
             outcomes = measure(workload.contenders(product), 1e-4)
         found = {o.method: o.status for o in outcomes if o.method != TORCH_SPARSE}
         assert found == {DENSE: "measured", OFFPATH: status}
 
 
-# Which products a wrong kernel makes wrong; those of `spmm` are asked for by never using a plan.
-SPMM_ONLY = 2**31
+# Which products a wrong kernel makes wrong.
 SEEN_IN = {
     "drops the last connection": ("forward", "dx", "step"),
     "off by one row": ("forward", "dx", "step"),
@@ -225,13 +231,14 @@ SEEN_IN = {
 
 def wrong_backend(name: str) -> Backend:
     (backend,) = (m.backend for m in MUTANTS if m.backend.name == f"mutant: {name}")
-    return backend if name.startswith("plan") else replace(backend, planned_from_batch=SPMM_ONLY)
+    return backend
 
 
 @pytest.mark.parametrize("name", SEEN_IN)
 def test_wrong_kernel_gets_no_speed(name: str) -> None:
     workload = _workload(17)
-    with kernels.forced(wrong_backend(name)):
+    method = "bucketed" if name.startswith("plan") else "row-wise"
+    with kernels.forced(wrong_backend(name)), forced_methods(forward=method, dx=method):
         outcomes = {product: measure(workload.contenders(product), 1e-4) for product in PRODUCTS}
     wrong = {product for product, found in outcomes.items() for o in found if o.status == "wrong"}
     assert wrong == set(SEEN_IN[name])

@@ -308,8 +308,32 @@ def test_layers_made_from_one_pattern_share_nothing(tmp_path: Path) -> None:
     pattern = patterns.random((10, 12), 24)
     model = nn.Sequential(SparseLinear(12, 10, pattern=pattern), SparseLinear(12, 10, pattern=pattern))
     save_file(model.state_dict(), tmp_path / "model.safetensors")  # refuses tensors that share memory
-    model[0].col_indices.zero_()
+    model[0].load_state_dict(_layer(0.5, seed=3).state_dict())
     assert model[1].pattern.equals(pattern)
+
+
+def test_nothing_that_a_layer_hands_out_leads_to_its_topology() -> None:
+    layer, x = _layer(), torch.randn(4, 12)
+    expected = layer(x)
+    for tensor in (layer.col_indices, layer.pattern.col_indices, layer.state_dict()["col_indices"]):
+        tensor.fill_(2**30)
+    assert torch.equal(layer(x), expected) and torch.equal(copy.deepcopy(layer)(x), expected)
+
+
+def test_values_that_another_process_broadcast_over_its_own_topology_are_refused() -> None:
+    """What DistributedDataParallel does to a model that was not built from the same seed everywhere."""
+    ours, theirs = _layer(seed=0), _layer(seed=1)
+    assert ours.nnz == theirs.nnz
+    with torch.no_grad():
+        for mine, sent in zip(
+            (*ours.parameters(), *ours.buffers()), (*theirs.parameters(), *theirs.buffers()), strict=True
+        ):
+            mine.copy_(sent)
+    with pytest.raises(RuntimeError, match="the topologies differ"):
+        ours(torch.randn(2, 12))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 12)
+    assert torch.equal(ours(x), theirs(x))
 
 
 def test_pruned_layer_saves_and_loads_as_torch_does() -> None:

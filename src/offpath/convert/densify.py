@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from offpath.convert.report import ConversionReport, LayerReport, module_bytes
+from offpath.convert.report import ConversionReport, LayerReport
 from offpath.convert.swap import obstacles, swap_modules
+from offpath.cost import model_bytes
 from offpath.nn import SparseLinear
 
 
@@ -37,6 +38,6 @@ def densify(model: nn.Module) -> ConversionReport:
             linear = layer.to_dense()
             replacements[layer] = linear
             shape = (layer.out_features, layer.in_features)
-            layers.append(LayerReport(name, shape, layer.nnz, module_bytes(layer), module_bytes(linear)))
+            layers.append(LayerReport(name, shape, layer.nnz, model_bytes(layer), model_bytes(linear)))
     swap_modules(model, replacements)
     return ConversionReport(tuple(layers), tuple(skipped))

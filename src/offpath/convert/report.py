@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -87,9 +85,3 @@ class ConversionReport:
         ]
         lines += [f"left as it was: {name} ({reason})" for name, reason in self.skipped]
         return "\n".join(lines)
-
-
-def module_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters and buffers of `module`, each counted once."""
-    tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}.values()
-    return sum(t.numel() * t.element_size() for t in tensors)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from offpath import pattern as patterns
-from offpath.convert.report import ConversionReport, LayerReport, module_bytes
+from offpath.convert.report import ConversionReport, LayerReport
 from offpath.convert.swap import obstacles, swap_modules
+from offpath.cost import model_bytes
 from offpath.nn import SparseLinear
 from offpath.topology import layer_densities
 
@@ -39,9 +40,9 @@ def sparsify(
     >>> model = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
     >>> print(sparsify(model, sparsity=0.9, seed=0))
     layer  shape (out x in)    nnz  sparsity  bytes before  bytes after
-    0             100 x 784  7,840    90.00%       314,000       63,524
-    2              10 x 100    100    90.00%         4,040          884
-    total                    7,940    90.00%       318,040       64,408
+    0             100 x 784  7,840    90.00%       314,000       63,532
+    2              10 x 100    100    90.00%         4,040          892
+    total                    7,940    90.00%       318,040       64,424
     """
     if isinstance(model, nn.Linear):
         raise ValueError("expected a model that contains nn.Linear layers, got one; use SparseLinear.from_dense")
@@ -66,8 +67,8 @@ def sparsify(
                 name,
                 (linear.out_features, linear.in_features),
                 nnz,
-                module_bytes(linear),
-                module_bytes(layer),
+                model_bytes(linear),
+                model_bytes(layer),
             )
         )
     swap_modules(model, replacements)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from offpath.ops import prepared_bytes
+from offpath.ops import Connections
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,29 @@ def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> Traini
     >>> training_bytes(model, torch.optim.SGD(model.parameters(), lr=0.1))
     TrainingBytes(parameters=32, gradients=32, optimizer=0, pattern=0)
     """
-    parameters, buffers = list(model.parameters()), dict(model.named_buffers())
-    columns = [tensor for name, tensor in buffers.items() if name.split(".")[-1] == "col_indices"]
+    parameters = list(model.parameters())
     return TrainingBytes(
         parameters=_bytes(parameters),
         gradients=_bytes(p for p in parameters if p.requires_grad),
         optimizer=_bytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)),
-        pattern=_bytes(t for name, t in buffers.items() if name.split(".")[-1] in ("crow_indices", "col_indices"))
-        + sum(prepared_bytes(tensor) for tensor in columns),
+        pattern=sum(connections.bytes for connections in _connections(model)),
     )
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters, buffers and index arrays of `model`, each counted once.
+
+    >>> model_bytes(nn.Linear(3, 2))
+    32
+    """
+    tensors: dict[int, Tensor] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return _bytes(tensors.values()) + sum(
+        _bytes((connections.crow_indices, connections.col_indices)) for connections in _connections(model)
+    )
+
+
+def _connections(model: nn.Module) -> list[Connections]:
+    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Connections)]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from offpath import kernels
 from offpath.kernels import cpu
+from offpath.kernels.calibration import processor
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def this_machine() -> Machine:
         torch=torch.__version__,
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
-        processor=_processor(),
+        processor=processor(),
         logical_cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         backend=backend.name,
@@ -53,12 +54,3 @@ def this_machine() -> Machine:
         backends=list(kernels.backends()),
         thread_pool=Path(cpu.pool_library()).name,
     )
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"

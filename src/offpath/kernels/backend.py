@@ -71,7 +71,7 @@ class Backend:
     and dtype. The products expect a canonical pattern: whoever calls them has checked it. `digest` fingerprints the
     contents of (crow_indices, col_indices) at a small part of a product's cost; None where there is no such thing.
     `expand` writes the values of a bitmap's connections into a dense [rows, columns], zero elsewhere; `compress` picks
-    them out of one.
+    them out of one. What a `native` backend's methods cost is measured on the machine; others compute row by row.
     """
 
     name: str
@@ -85,3 +85,4 @@ class Backend:
     expand: Callable[[Any, Tensor], Tensor]
     compress: Callable[[Any, Tensor], Tensor]
     digest: Callable[[Tensor, Tensor], int] | None = None
+    native: bool = False

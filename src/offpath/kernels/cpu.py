@@ -48,6 +48,11 @@ def calls(isa: str) -> int:
     return _native.calls(list(isas()).index(isa))
 
 
+def native_file() -> str:
+    """The file of the native module."""
+    return str(_native.__file__)
+
+
 def pool_library() -> str:
     """The file of the OpenMP runtime whose threads the kernels run on."""
     return _native.pool_library()
@@ -76,6 +81,7 @@ def make_backend(isa: str) -> Backend:
         expand=variant.expand,
         compress=variant.compress,
         digest=_digest,
+        native=True,
     )
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from offpath import pattern as patterns
-from offpath.ops import sparse_linear
-from offpath.pattern import Pattern, PatternError
+from offpath.nn.loading import load_problem
+from offpath.ops import PREFERENCES, Connections, Explanation, explain, sparse_linear
+from offpath.pattern import Pattern
 
 DEFAULT_SPARSITY = 0.9
 
@@ -19,8 +21,12 @@ class SparseLinear(nn.Module):
     """A linear layer that stores and computes only the connections of its pattern.
 
     Input [..., in_features], output [..., out_features], float32, float64 or bfloat16. Its parameters are `values`
-    [nnz], in row-major order of the connections, and `bias` [out_features]; its buffers `crow_indices` and
-    `col_indices` (int32) are the topology and travel with the `state_dict`.
+    [nnz], in row-major order of the connections, and `bias` [out_features]. The topology travels with the `state_dict`
+    as `crow_indices` and `col_indices` (int32); as attributes these are copies, so that nothing but loading a
+    checkpoint changes which connections a layer has.
+
+    `prefer` "speed" computes each product in whichever way is the fastest on this machine (`explain` tells which),
+    "memory" never writes the weight out dense.
 
     Give `sparsity` in [0, 1) (the default is 0.9) or `density` in (0, 1] for a random pattern of exactly
     round(density * out * in) connections, or a `pattern`. Raises `ValueError` for anything else.
@@ -35,8 +41,7 @@ class SparseLinear(nn.Module):
 
     values: nn.Parameter
     bias: nn.Parameter | None
-    crow_indices: Tensor
-    col_indices: Tensor
+    topology_digest: Tensor
 
     def __init__(
         self,
@@ -50,8 +55,11 @@ class SparseLinear(nn.Module):
         density: float | None = None,
         pattern: Pattern | None = None,
         generator: torch.Generator | None = None,
+        prefer: str = "speed",
     ) -> None:
         super().__init__()
+        if prefer not in PREFERENCES:
+            raise ValueError(f"expected prefer to be 'speed' or 'memory', got {prefer!r}")
         if in_features < 0 or out_features < 0:
             raise ValueError(
                 f"expected sizes of at least 0, got in_features={in_features}, out_features={out_features}"
@@ -67,9 +75,8 @@ class SparseLinear(nn.Module):
             pattern = patterns.random(shape, nnz, generator, device)
         elif pattern.shape != shape:
             raise ValueError(f"expected a pattern of shape (out, in) = {shape}, got {pattern.shape}")
-        # Copies: two layers made from one pattern must not share buffers that a checkpoint is loaded into.
-        self.register_buffer("crow_indices", pattern.crow_indices.to(device, copy=True))
-        self.register_buffer("col_indices", pattern.col_indices.to(device, copy=True))
+        self.prefer = prefer
+        self._set_connections(pattern.to(device))
         self.values = nn.Parameter(torch.empty(pattern.nnz, device=device, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
@@ -102,13 +109,36 @@ class SparseLinear(nn.Module):
             raise ValueError(
                 f"expected an input of {self.in_features} features in its last dimension, got shape {tuple(x.shape)}"
             )
-        return sparse_linear(x, self.values, self.bias, self.crow_indices, self.col_indices)
+        if not torch.compiler.is_compiling():
+            self._check_digest()
+        connections = self._connections
+        return sparse_linear(x, self.values, self.bias, connections.crow_indices, connections.col_indices, self.prefer)
+
+    def explain(self, batch: int) -> Explanation:
+        """How this layer computes its products for a batch of so many tokens, and what the alternatives cost.
+
+        The first call on a machine measures its kernels, which takes seconds.
+
+        >>> layer = SparseLinear(64, 64)
+        >>> layer.explain(256).chosen["forward"] in ("bucketed", "row-wise", "bitmap", "dense")
+        True
+        """
+        return explain(self.values, (self.out_features, self.in_features), batch, self.prefer)
 
     @property
     def pattern(self) -> Pattern:
         """The connections, as a frozen `Pattern`: a copy, made and checked in every call."""
-        shape = (self.out_features, self.in_features)
-        return Pattern(shape, self.crow_indices.clone(), self.col_indices.clone())
+        return self._connections.pattern
+
+    @property
+    def crow_indices(self) -> Tensor:
+        """Where each row's connections begin, int32 [out_features + 1]: a copy."""
+        return self._connections.crow_indices.clone()
+
+    @property
+    def col_indices(self) -> Tensor:
+        """The input of each connection, int32 [nnz]: a copy."""
+        return self._connections.col_indices.clone()
 
     @property
     def nnz(self) -> int:
@@ -145,7 +175,7 @@ class SparseLinear(nn.Module):
         pattern = pattern.to(weight.device)
         # Built on meta so that no initial values are drawn: converting a layer must not move the global RNG.
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta", weight.dtype, density=1)
-        layer.crow_indices, layer.col_indices = pattern.crow_indices.clone(), pattern.col_indices.clone()
+        layer._set_connections(pattern)
         values = weight[pattern.row_indices().long(), pattern.col_indices.long()]
         layer.values = nn.Parameter(values, requires_grad=linear.weight.requires_grad)
         if linear.bias is not None:
@@ -169,6 +199,33 @@ class SparseLinear(nn.Module):
             f"nnz={self.nnz}, sparsity={self.sparsity:.4g}"
         )
 
+    def _set_connections(self, pattern: Pattern) -> None:
+        self._connections = Connections(pattern)
+        # DistributedDataParallel broadcasts the values of one process to all, and this number with them: where the
+        # topologies differ it no longer fits, instead of values landing on other connections in silence.
+        self._digest = self._connections.digest()
+        digest = torch.tensor(self._digest, device=pattern.device)
+        self.register_buffer("topology_digest", digest, persistent=False)
+
+    def _check_digest(self) -> None:
+        if not self.topology_digest.is_meta and self.topology_digest.item() != self._digest:
+            raise RuntimeError(
+                "expected values that belong to this layer's topology, but another process has broadcast its own: the "
+                "topologies differ. Build the model from one seed in every process, or load one checkpoint in all of "
+                "them, before wrapping it"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        super()._apply(fn, recurse)
+        if not self._connections.col_indices.is_meta or self.values.is_meta:
+            self._connections = self._connections.to(self.values.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "crow_indices"] = self.crow_indices
+        destination[prefix + "col_indices"] = self.col_indices
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -185,17 +242,27 @@ class SparseLinear(nn.Module):
         holding it, but what it remembers has the old nnz: load the optimizer's state as well, or build a new one.
         """
         assign = local_metadata.get("assign_to_params_buffers", False)
-        problem = self._load_problem(state_dict, prefix, assign)
+        problem = load_problem(self, state_dict, prefix, assign)
         if problem:
             error_msgs.append(f"SparseLinear {prefix.rstrip('.') or '(root)'}: {problem}")
             return
-        values = state_dict.get(prefix + "values")
-        if values is not None and "values" in self._parameters and values.numel() != self.nnz:
-            self.col_indices = self.col_indices.new_empty(values.numel())
-            self._resize_values(values.numel())
+        crow_indices, col_indices = (state_dict.get(prefix + name) for name in ("crow_indices", "col_indices"))
+        if crow_indices is None or col_indices is None:
+            if strict:
+                missing_keys += [prefix + name for name in ("crow_indices", "col_indices")]
+        elif "values" in self._parameters:
+            device = col_indices.device if assign else self.values.device
+            shape = (self.out_features, self.in_features)
+            pattern = Pattern(shape, crow_indices.detach().to(device), col_indices.detach().to(device))
+            self._set_connections(pattern)
+            if pattern.nnz != self.values.numel():
+                self._resize_values(pattern.nnz)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        for name in ("crow_indices", "col_indices"):
+            if prefix + name in unexpected_keys:  # torch knows parameters and buffers only
+                unexpected_keys.remove(prefix + name)
 
     def _resize_values(self, nnz: int) -> None:
         # The same Parameter object, so that an optimizer that holds it goes on holding it. Autograd remembers the
@@ -204,37 +271,6 @@ class SparseLinear(nn.Module):
         self.values.grad = None
         self.values.data = data.new_empty(0, dtype=torch.float16)
         self.values.data = data.new_empty(nnz)
-
-    def _load_problem(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> str | None:
-        if "values" not in self._parameters:
-            return None  # torch.nn.utils.prune or a parametrization has taken the parameter over
-        names = ("values", "crow_indices", "col_indices")
-        missing = [name for name in names if prefix + name not in state_dict]
-        if prefix + "weight" in state_dict and missing:
-            return (
-                "the checkpoint holds a dense weight here; load it into the dense model and convert that with "
-                "offpath.sparsify(model, method='magnitude') or SparseLinear.from_dense"
-            )
-        if len(missing) == len(names):
-            return None  # nothing about this layer: the default loading reports the missing keys
-        if missing:
-            return (
-                f"expected {', '.join(names)}, but {', '.join(missing)} is missing; values without their topology "
-                "mean nothing, so save the whole state_dict() and load that"
-            )
-        values, crow_indices, col_indices = (state_dict[prefix + name] for name in names)
-        if values.is_meta and not (assign or self.values.is_meta):
-            return "expected tensors with data, got a checkpoint on the meta device"
-        if values.dim() != 1 or values.numel() != col_indices.numel():
-            return f"expected one value a column, got shapes {tuple(values.shape)} and {tuple(col_indices.shape)}"
-        bias = state_dict.get(prefix + "bias")
-        if bias is not None and self.bias is not None and bias.shape != self.bias.shape:
-            return f"expected a bias of shape {tuple(self.bias.shape)}, got {tuple(bias.shape)}"
-        try:
-            Pattern((self.out_features, self.in_features), crow_indices, col_indices)
-        except PatternError as error:
-            return f"the topology does not fit a {self.out_features} x {self.in_features} layer: {error}"
-        return None
 
 
 def _density(sparsity: float | None, density: float | None) -> float:

@@ -1,69 +1,136 @@
-"""What the ops need to know of a pair of index tensors, found out once and recognised by content.
+"""What the ops need to know of a pair of index tensors, found out once.
 
-A layer's topology is its two index buffers, and anyone may write into them: `load_state_dict`, `.data`, NumPy, a
-broadcast of `DistributedDataParallel`. torch counts only some of these writes. So every call takes a digest of the
-contents (about 3 % of a training step at 90 % and batch 256), and all that follows from them - the check, a private
-copy that nobody else can write into, the transpose, the plans - is made anew when it differs. Kernels read
-the private copy and the plans alone: a write between digest and kernel cannot lead them outside a tensor.
+Whoever calls the ops with index tensors of his own may write into them: in place, through `.data`, with NumPy; torch
+counts only some of these writes. So such tensors are recognised by a digest of their contents in every call, and all
+that follows from them - the check, a private copy, the transpose, the plans - is made anew when it differs. Kernels
+read the private copy and the plans alone: a write between digest and kernel cannot lead them outside a tensor.
+
+A layer spares itself the digest (at batch 1 it would cost more than the product): it owns `Connections`, whose tensors
+nobody else gets to see.
 """
 
 from __future__ import annotations
 
+import hashlib
 import weakref
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from offpath.kernels import Backend
+from offpath.kernels.methods import PreparedMatrix, PreparedWeight
+from offpath.ops.choice import any_forced, choose
 from offpath.pattern import Pattern
 
 
 class Prepared:
-    """A private, checked copy of a pattern, and the plans that backends made of it and of its transpose."""
+    """A private, checked copy of a pattern, what backends made of it and of its transpose, and the methods chosen."""
 
     def __init__(self, pattern: Pattern) -> None:
         self.pattern = pattern
-        self._plans: dict[tuple[str, torch.dtype, bool], Any] = {}
+        self._chosen: dict[tuple[str, str, int, torch.dtype, str], str] = {}
 
-    def spmm(self, backend: Backend, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    @cached_property
+    def _weight(self) -> PreparedWeight:
+        rows, columns = self.pattern.shape
+        matrix = PreparedMatrix(self.pattern.crow_indices, self.pattern.col_indices, columns)
+        return PreparedWeight(
+            matrix, lambda: PreparedMatrix(*self.pattern.transpose()[:2], rows, self.pattern.transpose()[2])
+        )
+
+    def forward(self, backend: Backend, values: Tensor, x: Tensor, bias: Tensor | None, prefer: str) -> Tensor:
         """x @ W.T + bias, for x [batch, columns]."""
-        if x.shape[0] >= 64:
-            return backend.planned_spmm(self._plan(backend, values.dtype, transposed=False), values, x, bias)
-        return backend.spmm(self.pattern.crow_indices, self.pattern.col_indices, values, x, bias)
+        return self._weight.forward(backend, self._method(backend, "forward", x, prefer), values, x, bias)
 
-    def spmm_transposed(self, backend: Backend, values: Tensor, dy: Tensor) -> Tensor:
+    def dx(self, backend: Backend, values: Tensor, dy: Tensor, prefer: str) -> Tensor:
         """dy @ W, for dy [batch, rows]."""
-        if dy.shape[0] >= 64:
-            return backend.planned_spmm(self._plan(backend, values.dtype, transposed=True), values, dy)
-        crow_indices, col_indices, permutation = self.pattern.transpose()
-        return backend.spmm(crow_indices, col_indices, values.index_select(0, permutation), dy)
+        return self._weight.dx(backend, self._method(backend, "dx", dy, prefer), values, dy)
+
+    def dvalues(self, backend: Backend, dy: Tensor, x: Tensor, prefer: str) -> Tensor:
+        """The entries of dy.T @ x that are connections."""
+        return self._weight.dvalues(backend, self._method(backend, "dvalues", x, prefer), dy, x)
 
     @property
     def bytes(self) -> int:
-        """Bytes of the copy, its transpose and the plans."""
-        return self.pattern.index_bytes + sum(plan.bytes for plan in self._plans.values())
+        """Bytes of the copy, its transpose, the plans and the bitmaps."""
+        return self.pattern.index_bytes + self._weight.bytes
 
-    def _plan(self, backend: Backend, dtype: torch.dtype, transposed: bool) -> Any:
-        key = backend.name, dtype, transposed
-        plan = self._plans.get(key)
-        if plan is None:
-            rows, columns = self.pattern.shape
-            if transposed:
-                crow_indices, col_indices, permutation = self.pattern.transpose()
-                plan = backend.plan(crow_indices, col_indices, rows, dtype, permutation)
-            else:
-                plan = backend.plan(self.pattern.crow_indices, self.pattern.col_indices, columns, dtype)
-            self._plans[key] = plan
-        return plan
+    def _method(self, backend: Backend, product: str, operand: Tensor, prefer: str) -> str:
+        size = (*self.pattern.shape, self.pattern.nnz)
+        if any_forced():
+            return choose(backend, product, *size, operand.shape[0], operand.dtype, prefer)
+        key = backend.name, product, operand.shape[0], operand.dtype, prefer
+        method = self._chosen.get(key)
+        if method is None:
+            method = self._chosen[key] = choose(backend, product, *size, *key[2:])
+        return method
+
+
+class Connections:
+    """A pattern that only its owner can change: ops need not look whether it did.
+
+    Copies the pattern. `crow_indices` and `col_indices` are for the ops alone; who writes into them gets wrong numbers.
+    Copies and pickles are `Connections` of their own.
+
+    >>> from offpath import pattern as patterns
+    >>> connections = Connections(patterns.full((2, 3)))
+    >>> x, values = torch.ones(1, 3), torch.arange(6.0)
+    >>> torch.ops.offpath.sparse_linear(x, values, None, connections.crow_indices, connections.col_indices)
+    tensor([[ 3., 12.]])
+    """
+
+    def __init__(self, pattern: Pattern) -> None:
+        own = Pattern(pattern.shape, pattern.crow_indices.clone(), pattern.col_indices.clone())
+        self._prepared = Prepared(own)
+        # Other tensor objects over the same memory: what is remembered must not keep its own key alive.
+        self.crow_indices, self.col_indices = own.crow_indices.detach(), own.col_indices.detach()
+        _remember(self.col_indices, None, self._prepared)
+
+    @property
+    def nnz(self) -> int:
+        """Number of connections."""
+        return self.col_indices.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the index tensors are."""
+        return self.col_indices.device
+
+    @property
+    def pattern(self) -> Pattern:
+        """A copy as a frozen `Pattern`."""
+        return Pattern(self._prepared.pattern.shape, self.crow_indices.clone(), self.col_indices.clone())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the indices and of all that was prepared from them."""
+        return self._prepared.bytes
+
+    def digest(self) -> int:
+        """A fingerprint of the contents, the same in every process; 0 on the meta device."""
+        if self.col_indices.is_meta:
+            return 0
+        together = torch.cat([self.crow_indices, self.col_indices]).cpu().numpy().tobytes()
+        return int.from_bytes(hashlib.blake2b(together, digest_size=8).digest(), "little", signed=True)
+
+    def to(self, device: torch.device) -> Connections:
+        """These connections on `device`: the same object when they are there already."""
+        return self if self.device == device else Connections(self._prepared.pattern.to(device))
+
+    def __reduce__(self) -> tuple[type[Connections], tuple[Pattern]]:
+        return Connections, (self.pattern,)
+
+    def __deepcopy__(self, memo: dict) -> Connections:
+        return Connections(self._prepared.pattern)
 
 
 class _Entry:
     __slots__ = ("__weakref__", "col_indices", "digest", "prepared")
 
-    def __init__(self, col_indices: weakref.ref[Tensor], digest: int, prepared: Prepared) -> None:
+    def __init__(self, col_indices: weakref.ref[Tensor], digest: int | None, prepared: Prepared) -> None:
         self.col_indices = col_indices
-        self.digest = digest
+        self.digest = digest  # None: the tensors belong to `Connections`
         self.prepared = prepared
 
 
@@ -78,30 +145,30 @@ def prepare(backend: Backend, crow_indices: Tensor, col_indices: Tensor, shape: 
     A backend that cannot tell one content from another (the reference) has it made anew in every call.
     Raises `PatternError` when the tensors are not canonical CSR of `shape`.
     """
-    if backend.digest is None:
-        return Prepared(Pattern(shape, crow_indices, col_indices))
-    key = id(col_indices)
-    found = _entries.get(key)
-    now = backend.digest(crow_indices, col_indices)
+    found = _entries.get(id(col_indices))
+    if found is not None and (found.col_indices() is not col_indices or found.prepared.pattern.shape != shape):
+        found = None
     if (
         found is not None
-        and found.digest == now
-        and found.col_indices() is col_indices
-        and found.prepared.pattern.shape == shape
-        and found.prepared.pattern.nnz == col_indices.shape[0]
+        and found.digest is None
+        and found.prepared.pattern.crow_indices.data_ptr() == crow_indices.data_ptr()
     ):
         return found.prepared
+    if backend.digest is None:
+        return Prepared(Pattern(shape, crow_indices, col_indices))
+    now = backend.digest(crow_indices, col_indices)
+    if found is not None and found.digest == now and found.prepared.pattern.nnz == col_indices.shape[0]:
+        return found.prepared
     prepared = Prepared(Pattern(shape, crow_indices.clone(), col_indices.clone()))
-    entry = _Entry(weakref.ref(col_indices, lambda _: _forget(key, entry_ref)), now, prepared)
-    entry_ref = weakref.ref(entry)
-    _entries[key] = entry
+    _remember(col_indices, now, prepared)
     return prepared
 
 
-def prepared_bytes(col_indices: Tensor) -> int:
-    """Bytes that are kept beside these index tensors: the private copy, its transpose, the plans."""
-    found = _entries.get(id(col_indices))
-    return found.prepared.bytes if found is not None and found.col_indices() is col_indices else 0
+def _remember(col_indices: Tensor, digest: int | None, prepared: Prepared) -> None:
+    key = id(col_indices)
+    entry = _Entry(weakref.ref(col_indices, lambda _: _forget(key, entry_ref)), digest, prepared)
+    entry_ref = weakref.ref(entry)
+    _entries[key] = entry
 
 
 def _forget(key: int, entry: weakref.ref[_Entry]) -> None:

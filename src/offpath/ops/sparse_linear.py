@@ -19,20 +19,32 @@ from offpath.ops.prepared import prepare
 
 _library = torch.library.Library("offpath", "DEF")
 _library.define(
-    "sparse_linear(Tensor x, Tensor values, Tensor? bias, Tensor crow_indices, Tensor col_indices) -> Tensor"
+    "sparse_linear(Tensor x, Tensor values, Tensor? bias, Tensor crow_indices, Tensor col_indices, "
+    "str prefer='speed') -> Tensor"
 )
 _library.define(
-    "sparse_linear_dx(Tensor dy, Tensor values, Tensor crow_indices, Tensor col_indices, SymInt in_features) -> Tensor"
+    "sparse_linear_dx(Tensor dy, Tensor values, Tensor crow_indices, Tensor col_indices, SymInt in_features, "
+    "str prefer='speed') -> Tensor"
 )
-_library.define("sparse_linear_dvalues(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices) -> Tensor")
+_library.define(
+    "sparse_linear_dvalues(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices, str prefer='speed') -> Tensor"
+)
 _ops = torch.ops.offpath
 
 
-def sparse_linear(x: Tensor, values: Tensor, bias: Tensor | None, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
+def sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    prefer: str = "speed",
+) -> Tensor:
     """y = x @ W.T + bias for a sparse W of shape (out, in) in canonical CSR.
 
     `x` [..., in], `values` [nnz], `bias` [out] or None, all of one floating dtype; `crow_indices` int32 [out + 1],
     `col_indices` int32 [nnz]. Returns a contiguous [..., out]. Differentiable once in `x`, `values` and `bias`.
+    With `prefer="memory"`, the weight is never written out dense, not even where that is faster.
     Raises `PatternError` for index tensors that are not canonical and `KernelError` for operands without a kernel.
 
     >>> import torch
@@ -42,12 +54,19 @@ def sparse_linear(x: Tensor, values: Tensor, bias: Tensor | None, crow_indices: 
     tensor([[201.,  30.]])
     """
     if torch.compiler.is_compiling():
-        return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices)
+        return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices, prefer)
     # What the dispatcher would call first, without the trip through it: a fifth of a small layer's time.
-    return _autograd_forward(x, values, bias, crow_indices, col_indices)
+    return _autograd_forward(x, values, bias, crow_indices, col_indices, prefer)
 
 
-def _forward(x: Tensor, values: Tensor, bias: Tensor | None, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
+def _forward(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    prefer: str = "speed",
+) -> Tensor:
     out_features = crow_indices.shape[0] - 1
     _check("x", x, values, col_indices)
     if bias is not None and (bias.shape != (out_features,) or bias.dtype is not x.dtype):
@@ -56,20 +75,22 @@ def _forward(x: Tensor, values: Tensor, bias: Tensor | None, crow_indices: Tenso
         )
     backend = kernels.select(x.device.type, x.dtype)
     prepared = prepare(backend, crow_indices, col_indices, (out_features, x.shape[-1]))
-    y = prepared.spmm(backend, values, _rows(x), bias)
+    y = prepared.forward(backend, values, _rows(x), bias, prefer)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
-def _dx(dy: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, in_features: int) -> Tensor:
+def _dx(
+    dy: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, in_features: int, prefer: str = "speed"
+) -> Tensor:
     _check("dy", dy, values, col_indices)
     _check_width(dy, crow_indices)
     backend = kernels.select(dy.device.type, dy.dtype)
     shape = (crow_indices.shape[0] - 1, in_features)
-    dx = prepare(backend, crow_indices, col_indices, shape).spmm_transposed(backend, values, _rows(dy))
+    dx = prepare(backend, crow_indices, col_indices, shape).dx(backend, values, _rows(dy), prefer)
     return dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], in_features)
 
 
-def _dvalues(dy: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
+def _dvalues(dy: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, prefer: str = "speed") -> Tensor:
     _check_width(dy, crow_indices)
     if dy.dtype is not x.dtype or dy.shape[:-1] != x.shape[:-1]:
         raise KernelError(
@@ -78,8 +99,7 @@ def _dvalues(dy: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor) -
         )
     backend = kernels.select(dy.device.type, dy.dtype)
     shape = (crow_indices.shape[0] - 1, x.shape[-1])
-    pattern = prepare(backend, crow_indices, col_indices, shape).pattern
-    return backend.sddmm(pattern.crow_indices, pattern.col_indices, _rows(dy), _rows(x))
+    return prepare(backend, crow_indices, col_indices, shape).dvalues(backend, _rows(dy), _rows(x), prefer)
 
 
 def _check(name: str, operand: Tensor, values: Tensor, col_indices: Tensor) -> None:
@@ -103,12 +123,12 @@ def _rows(x: Tensor) -> Tensor:
 
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, values, bias, crow_indices, col_indices):
+    def forward(ctx, x, values, bias, crow_indices, col_indices, prefer):
         wants_dx, wants_dvalues, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if wants_dvalues else None, values if wants_dx else None, crow_indices, col_indices)
-        ctx.in_features = x.shape[-1]
+        ctx.in_features, ctx.prefer = x.shape[-1], prefer
         with torch._C._AutoDispatchBelowAutograd():
-            return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices)
+            return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices, prefer)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -118,10 +138,10 @@ class _SparseLinear(torch.autograd.Function):
         dx = dvalues = None
         dbias = _rows(dy).sum(0) if wants_dbias else None
         if wants_dx:
-            dx = _ops.sparse_linear_dx.default(dy, values, crow_indices, col_indices, ctx.in_features)
+            dx = _ops.sparse_linear_dx.default(dy, values, crow_indices, col_indices, ctx.in_features, ctx.prefer)
         if wants_dvalues:
-            dvalues = _ops.sparse_linear_dvalues.default(dy, x, crow_indices, col_indices)
-        return dx, dvalues, dbias, None, None
+            dvalues = _ops.sparse_linear_dvalues.default(dy, x, crow_indices, col_indices, ctx.prefer)
+        return dx, dvalues, dbias, None, None, None
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -140,12 +160,12 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-def _autograd_forward(x, values, bias, crow_indices, col_indices):
+def _autograd_forward(x, values, bias, crow_indices, col_indices, prefer="speed"):
     # Forward-mode differentiation does not mind no_grad; autograd.Function then says that it is not supported.
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return _SparseLinear.apply(x, values, bias, crow_indices, col_indices)
+        return _SparseLinear.apply(x, values, bias, crow_indices, col_indices, prefer)
     with torch._C._AutoDispatchBelowAutograd():
-        return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices)
+        return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices, prefer)
 
 
 def _autograd_dx(*args):
@@ -156,15 +176,15 @@ def _autograd_dvalues(*args):
     return _OnceDifferentiable.apply(_ops.sparse_linear_dvalues.default, *args)
 
 
-def _fake_forward(x, values, bias, crow_indices, col_indices):
+def _fake_forward(x, values, bias, crow_indices, col_indices, prefer="speed"):
     return x.new_empty(*x.shape[:-1], crow_indices.shape[0] - 1)
 
 
-def _fake_dx(dy, values, crow_indices, col_indices, in_features):
+def _fake_dx(dy, values, crow_indices, col_indices, in_features, prefer="speed"):
     return dy.new_empty(*dy.shape[:-1], in_features)
 
 
-def _fake_dvalues(dy, x, crow_indices, col_indices):
+def _fake_dvalues(dy, x, crow_indices, col_indices, prefer="speed"):
     return dy.new_empty(col_indices.shape[0])
 
 

@@ -1,0 +1,56 @@
+"""Seconds that each method takes, measured on a grid of sizes, densities and batches and interpolated between."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import product as combinations
+
+# Grid points: square matrices of this many rows, shares of positions that are connections, tokens.
+SIZES = (128, 1024)
+DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+BATCHES = (1, 4, 16, 64, 256)
+GRID = tuple(combinations(range(len(SIZES)), range(len(DENSITIES)), range(len(BATCHES))))
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """`seconds[product][method]` holds one entry per point of GRID, in its order."""
+
+    seconds: dict[str, dict[str, list[float]]]
+
+    def predict(self, product: str, method: str, rows: int, columns: int, nnz: int, batch: int) -> float:
+        """Seconds of one call.
+
+        Multilinear in the logarithms of positions, density and batch. Beyond the grid, time grows with the positions
+        and with the batch, and does not shrink below its edge.
+
+        >>> a_microsecond_a_token = [batch * 1e-6 for _, _, batch in combinations(SIZES, DENSITIES, BATCHES)]
+        >>> table = CostTable({"forward": {"dense": a_microsecond_a_token}})
+        >>> round(table.predict("forward", "dense", 128, 128, 1000, 64) * 1e6)
+        64
+        """
+        positions = max(rows * columns, 1)
+        measured = self.seconds[product][method]
+        axes = (
+            _place(math.sqrt(positions), SIZES),
+            _place(nnz / positions, DENSITIES),
+            _place(batch, BATCHES),
+        )
+        logarithm = 0.0
+        for corner in combinations((0, 1), repeat=3):
+            share = math.prod(part if side else 1 - part for side, (_, part) in zip(corner, axes, strict=True))
+            if share:
+                size, density, tokens = (low + side for side, (low, _) in zip(corner, axes, strict=True))
+                index = (size * len(DENSITIES) + density) * len(BATCHES) + tokens
+                logarithm += share * math.log(measured[index])
+        beyond = max(1.0, positions / SIZES[-1] ** 2) * max(1.0, batch / BATCHES[-1])
+        return math.exp(logarithm) * beyond
+
+
+def _place(value: float, grid: tuple[float, ...]) -> tuple[int, float]:
+    """The grid point at or below `value` and how far, in logarithms, it is on the way to the next one."""
+    value = min(max(value, grid[0]), grid[-1])
+    low = min(bisect_right(grid, value), len(grid) - 1) - 1
+    return low, math.log(value / grid[low]) / math.log(grid[low + 1] / grid[low])

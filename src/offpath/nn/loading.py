@@ -1,0 +1,43 @@
+"""Whether a checkpoint fits a sparse layer: asked before anything of the layer is touched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from offpath.pattern import Pattern, PatternError
+
+if TYPE_CHECKING:
+    from offpath.nn.linear import SparseLinear
+
+
+def load_problem(layer: SparseLinear, state_dict: dict[str, Any], prefix: str, assign: bool) -> str | None:
+    """What is wrong with the entries of a checkpoint that `layer` is to take, with the next step; None if they fit."""
+    if "values" not in layer._parameters:
+        return None  # torch.nn.utils.prune or a parametrization has taken the parameter over
+    names = ("values", "crow_indices", "col_indices")
+    missing = [name for name in names if prefix + name not in state_dict]
+    if prefix + "weight" in state_dict and missing:
+        return (
+            "the checkpoint holds a dense weight here; load it into the dense model and convert that with "
+            "offpath.sparsify(model, method='magnitude') or SparseLinear.from_dense"
+        )
+    if len(missing) == len(names):
+        return None  # nothing about this layer: the default loading reports the missing keys
+    if missing:
+        return (
+            f"expected {', '.join(names)}, but {', '.join(missing)} is missing; values without their topology "
+            "mean nothing, so save the whole state_dict() and load that"
+        )
+    values, crow_indices, col_indices = (state_dict[prefix + name] for name in names)
+    if values.is_meta and not (assign or layer.values.is_meta):
+        return "expected tensors with data, got a checkpoint on the meta device"
+    if values.dim() != 1 or values.numel() != col_indices.numel():
+        return f"expected one value a column, got shapes {tuple(values.shape)} and {tuple(col_indices.shape)}"
+    bias = state_dict.get(prefix + "bias")
+    if bias is not None and layer.bias is not None and bias.shape != layer.bias.shape:
+        return f"expected a bias of shape {tuple(layer.bias.shape)}, got {tuple(bias.shape)}"
+    try:
+        Pattern((layer.out_features, layer.in_features), crow_indices, col_indices)
+    except PatternError as error:
+        return f"the topology does not fit a {layer.out_features} x {layer.in_features} layer: {error}"
+    return None

@@ -1,0 +1,104 @@
+"""Which method computes a product: the cheapest that the machine's cost table knows, unless one is forced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offpath import kernels
+from offpath.kernels import Backend, KernelError
+from offpath.kernels.calibration import cost_table
+from offpath.kernels.methods import DENSE_METHODS, METHODS, PRODUCTS
+
+PREFERENCES = ("speed", "memory")
+_forced: list[dict[str, str]] = []
+
+
+@dataclass(frozen=True)
+class Option:
+    """One method of one product and the seconds it is expected to take; None where nothing is measured."""
+
+    product: str
+    method: str
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How the products of a layer are computed for a batch: what is chosen, and what else there is."""
+
+    backend: str
+    reason: str
+    chosen: dict[str, str]
+    options: tuple[Option, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend}: {self.reason}"]
+        for option in self.options:
+            mark = "*" if self.chosen[option.product] == option.method else " "
+            time = "not measured" if option.seconds is None else f"{option.seconds * 1e6:10.1f} us"
+            lines.append(f"{mark} {option.product:<8} {option.method:<9} {time}")
+        return "\n".join(lines)
+
+
+@contextmanager
+def forced_methods(**methods: str) -> Iterator[None]:
+    """Compute `forward`, `dx` and `dvalues` by the methods named here, everywhere in the process, inside the block.
+
+    Raises `KernelError` for a product or method that does not exist.
+
+    >>> with forced_methods(forward="bucketed", dx="row-wise"):
+    ...     pass
+    """
+    for product, method in methods.items():
+        if method not in METHODS.get(product, ()):
+            known = "; ".join(f"{p}: {', '.join(m)}" for p, m in METHODS.items())
+            raise KernelError(f"expected a product and one of its methods ({known}), got {product}={method!r}")
+    _forced.append(methods)
+    try:
+        yield
+    finally:
+        _forced.remove(methods)
+
+
+def choose(
+    backend: Backend, product: str, rows: int, columns: int, nnz: int, batch: int, dtype: torch.dtype, prefer: str
+) -> str:
+    """The method for one product; `prefer` "memory" leaves out those that write the weight out dense."""
+    for methods in reversed(_forced):
+        if product in methods:
+            return methods[product]
+    if not backend.native:
+        return "row-wise"
+    table = cost_table(backend, dtype)
+    return min(_allowed(product, prefer), key=lambda m: table.predict(product, m, rows, columns, nnz, batch))
+
+
+def any_forced() -> bool:
+    """Whether a choice must be made anew instead of remembered."""
+    return bool(_forced)
+
+
+def explain(values: Tensor, shape: tuple[int, int], batch: int, prefer: str = "speed") -> Explanation:
+    """How the products of a weight of `shape` (out, in) with these `values` are computed, and what they would cost."""
+    backend, dtype = kernels.select(values.device.type, values.dtype), values.dtype
+    size = (*shape, values.numel(), batch)
+    options = tuple(
+        Option(p, m, cost_table(backend, dtype).predict(p, m, *size) if backend.native else None)
+        for p in PRODUCTS
+        for m in _allowed(p, prefer)
+    )
+    reason = f'the cheapest for prefer="{prefer}"' if backend.native else "the definition has no choice"
+    if _forced:
+        reason = f"{reason}, except where forced: {', '.join(f'{p}={m}' for f in _forced for p, m in f.items())}"
+    return Explanation(backend.name, reason, {p: choose(backend, p, *size, dtype, prefer) for p in PRODUCTS}, options)
+
+
+def _allowed(product: str, prefer: str) -> list[str]:
+    if prefer not in PREFERENCES:
+        raise KernelError(f"expected prefer to be 'speed' or 'memory', got {prefer!r}")
+    return [m for m in METHODS[product] if prefer == "speed" or m not in DENSE_METHODS]

@@ -1,0 +1,199 @@
+"""Which method computes a product: what is measured, what is kept, what is chosen, and that every choice is right."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+from dataclasses import replace
+from itertools import product as combinations
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkers import gamma
+from offpath import SparseLinear, kernels
+from offpath.kernels import Backend, KernelError, calibration
+from offpath.kernels.costs import BATCHES, DENSITIES, GRID, SIZES, CostTable
+from offpath.kernels.methods import METHODS, PRODUCTS
+from offpath.ops import forced_methods, sparse_linear
+
+BEST = kernels.default_backend()[0]
+
+
+def _table(seconds_of) -> CostTable:
+    """A table whose entries `seconds_of(product, method, size, density, batch)` gives."""
+    grid = list(combinations(SIZES, DENSITIES, BATCHES))
+    return CostTable({p: {m: [seconds_of(p, m, *point) for point in grid] for m in METHODS[p]} for p in PRODUCTS})
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OFFPATH_CACHE_DIR", str(tmp_path / "cache"))
+    calibration.cost_table.cache_clear()
+    yield tmp_path / "cache"
+    calibration.cost_table.cache_clear()
+
+
+@pytest.fixture
+def quick_measure(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Instead of the measurement, a table by formula; the list says for which dtypes it was asked."""
+    asked: list[torch.dtype] = []
+
+    def measure(backend: Backend, dtype: torch.dtype) -> CostTable:
+        asked.append(dtype)
+        return _table(
+            lambda p, m, size, density, batch: 1e-9 * size * size * batch * (1 if m == "dense" else 4 * density)
+        )
+
+    monkeypatch.setattr(calibration, "measure", measure)
+    return asked
+
+
+def test_prediction_meets_the_measurement_on_the_grid_and_is_a_power_law_between() -> None:
+    table = _table(lambda p, m, size, density, batch: 1e-9 * size**2 * density * batch)
+    for size, density, batch in combinations((128, 300, 1024, 4096), (0.02, 0.07, 1.0), (1, 10, 256, 5000)):
+        nnz = math.ceil(size * size * density)
+        seconds = table.predict("forward", "dense", size, size, nnz, batch)
+        assert math.isclose(seconds, 1e-9 * nnz * batch, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize(("rows", "columns", "nnz", "batch"), [(0, 5, 0, 3), (5, 0, 0, 3), (5, 5, 0, 0), (1, 1, 1, 1)])
+def test_prediction_of_what_lies_below_the_grid_is_its_edge(rows: int, columns: int, nnz: int, batch: int) -> None:
+    table = _table(lambda p, m, size, density, batch: 1e-6 * size)
+    assert table.predict("dx", "bucketed", rows, columns, nnz, batch) == pytest.approx(1e-6 * SIZES[0])
+
+
+def test_the_cheapest_is_chosen_and_memory_never_writes_out_the_weight(own_cache, quick_measure) -> None:
+    with kernels.forced(BEST):
+        for sparsity, expected in ((0.5, "dense"), (0.9, "sparse")):
+            explanation = SparseLinear(256, 256, sparsity=sparsity).explain(64)
+            assert all((method == "dense") == (expected == "dense") for method in explanation.chosen.values())
+            assert str(explanation).count("*") == len(PRODUCTS)
+        thrifty = SparseLinear(256, 256, sparsity=0.5, prefer="memory").explain(64)
+        assert "dense" not in thrifty.chosen.values() and {o.method for o in thrifty.options} & {"dense"} == set()
+    with pytest.raises(ValueError, match="'speed' or 'memory', got 'fast'"):
+        SparseLinear(4, 4, prefer="fast")
+
+
+def test_memory_is_held_in_the_backward_pass_too(own_cache, quick_measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_):
+        raise AssertionError("the weight was written out")
+
+    with kernels.forced(replace(BEST, expand=refuse, compress=refuse)):
+        layer = SparseLinear(64, 64, sparsity=0.1, prefer="memory")
+        layer(torch.randn(32, 64, requires_grad=True)).sum().backward()
+
+
+def test_a_table_is_measured_once_and_found_by_the_next_process(own_cache, quick_measure) -> None:
+    first = calibration.cost_table(BEST, torch.float32)
+    assert calibration.cost_table(BEST, torch.float64) is not None
+    calibration.cost_table.cache_clear()
+    assert calibration.cost_table(BEST, torch.float32) == first
+    assert quick_measure == [torch.float32], "float64 follows float32, and the second look finds the file"
+    calibration.cost_table(BEST, torch.bfloat16)
+    assert quick_measure == [torch.float32, torch.bfloat16]
+    assert len(list(own_cache.glob("costs-*.json"))) == 2 and not list(own_cache.glob(".*"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"forward": {}}', '{"forward": {"dense": [1.0]}}'])
+def test_a_broken_table_is_measured_again(own_cache, quick_measure, content: str) -> None:
+    good = calibration.cost_table(BEST, torch.float32)
+    (path,) = own_cache.glob("costs-*.json")
+    path.write_text(content)
+    calibration.cost_table.cache_clear()
+    assert calibration.cost_table(BEST, torch.float32) == good and len(quick_measure) == 2
+    assert json.loads(path.read_text()) == good.seconds
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/self").exists(), reason="needs a path nobody can write to")
+def test_a_cache_that_cannot_be_written_costs_a_warning(quick_measure, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("OFFPATH_CACHE_DIR", "/proc/self/no-such-folder")
+    calibration.cost_table.cache_clear()
+    assert calibration.cost_table(BEST, torch.float32).seconds
+    calibration.cost_table.cache_clear()
+    assert "measures its kernels in every process" in caplog.text
+
+
+def _measure_in_a_process(folder: str) -> dict:
+    os.environ["OFFPATH_CACHE_DIR"] = folder
+    return calibration.cost_table(BEST, torch.float32).seconds
+
+
+def test_two_processes_at_once_share_one_measurement(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        first, second = pool.map(_measure_in_a_process, [str(tmp_path)] * 2)
+    assert first == second
+    assert all(len(seconds) == len(GRID) for methods in first.values() for seconds in methods.values())
+
+
+@pytest.mark.parametrize("batch", [1, 9, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS["forward"])
+def test_every_method_of_every_backend_gives_the_same_layer(
+    backend: Backend, method: str, dtype: torch.dtype, batch: int
+) -> None:
+    """A method is a way, not a result: outputs and gradients are within the bounds of the definition."""
+    layer = SparseLinear(70, 50, sparsity=0.6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(batch, 70, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    dy = torch.randn(batch, 50, generator=torch.Generator().manual_seed(2)).to(dtype)
+    with forced_methods(forward=method, dx=method, dvalues="dense" if method == "dense" else "row-wise"):
+        y = layer(x)
+        dx, dvalues = torch.autograd.grad(y, (x, layer.values), dy)
+    weight, rows = layer.pattern.to_dense(layer.values.detach().double()), layer.pattern.row_indices().long()
+    wide, sent = x.detach().double(), dy.double()
+
+    def check(result: torch.Tensor, exact: torch.Tensor, size: torch.Tensor, terms: int) -> None:
+        summed_in = torch.float32 if dtype is torch.bfloat16 else dtype
+        bound = gamma(torch.tensor(terms), summed_in) * size
+        if summed_in is not dtype:
+            bound += torch.finfo(dtype).eps / 2 * (exact.abs() + bound)
+        assert bool(((result.double() - exact).abs() <= bound).all())
+
+    # A dense product sums over the zeros as well: their number is what bounds it.
+    bias = layer.bias.detach().double()
+    check(y.detach(), wide @ weight.t() + bias, wide.abs() @ weight.t().abs() + bias.abs(), 71)
+    check(dx, sent @ weight, sent.abs() @ weight.abs(), 50)
+    columns = layer.col_indices.long()
+    exact, size = (sent.t() @ wide)[rows, columns], (sent.t().abs() @ wide.abs())[rows, columns]
+    check(dvalues, exact, size, batch)
+
+
+def test_forced_methods_are_the_ones_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = SparseLinear(64, 64), torch.randn(4, 64)
+    with forced_methods(forward="bitmap"):
+        assert layer.explain(4).chosen["forward"] == "bitmap" and "forced" in layer.explain(4).reason
+        with forced_methods(forward="row-wise"):
+            assert layer.explain(4).chosen["forward"] == "row-wise"
+        layer(x)
+    with pytest.raises(KernelError, match="expected a product and one of its methods"), forced_methods(forward="magic"):
+        pass
+    with pytest.raises(KernelError, match="expected a product"), forced_methods(backward="dense"):
+        pass
+
+
+def test_an_unknown_preference_is_refused_by_the_op() -> None:
+    pattern = SparseLinear(4, 4, density=1.0).pattern
+    with pytest.raises(KernelError, match="'speed' or 'memory'"), kernels.forced(BEST):
+        sparse_linear(torch.randn(2, 4), torch.randn(16), None, pattern.crow_indices, pattern.col_indices, "fast")
+
+
+def test_the_definition_has_no_choice() -> None:
+    with kernels.forced("reference"):
+        explanation = SparseLinear(8, 8).explain(3)
+    assert set(explanation.chosen.values()) == {"row-wise"} and "not measured" in str(explanation)
+
+
+@pytest.mark.parametrize("method", ["bucketed", "row-wise", "bitmap"])
+def test_an_infinite_input_reaches_only_what_is_connected_to_it(backend: Backend, method: str) -> None:
+    layer = SparseLinear(33, 20, sparsity=0.7, bias=False, generator=torch.Generator().manual_seed(0))
+    x = torch.zeros(3, 33)
+    x[1, 5] = torch.inf
+    connected = layer.pattern.to_mask()[:, 5]
+    for dtype in (torch.float32, torch.bfloat16):
+        with forced_methods(forward=method):
+            y = layer.to(dtype)(x.to(dtype))
+        assert not bool(y.isnan().any())
+        assert torch.equal(y.isinf(), torch.stack([connected & (i == 1) for i in range(3)]))
