@@ -15,6 +15,7 @@ template <class T> struct ColumnVector {
     static constexpr int columns = S::lanes;
     using V = typename S::V;
     static constexpr bool stored_as_summed = sizeof(T) == sizeof(offpath::Sum<T>);
+    static V load(const T *p) { return S::load_first(p, columns); }
     static V load_where(const T *p, uint32_t bits) {
         if constexpr (stored_as_summed) {
             return S::load_where(p, bits);
@@ -24,9 +25,9 @@ template <class T> struct ColumnVector {
             return S::load(selected);
         }
     }
-    static V expand(const T *packed, uint32_t bits) {
+    static V expand(const T *packed, uint32_t bits, bool whole) {
         if constexpr (stored_as_summed) {
-            return S::expand(packed, bits);
+            return S::expand(packed, bits, whole);
         } else {
             T spread[columns];
             expand_lanes(packed, bits, columns, spread);
@@ -50,40 +51,58 @@ template <> struct ColumnVector<bfloat16> : BfloatPairs {
 };
 #endif
 
-// Calls body(first column, bits, values of these columns) for each register full of columns of a row.
+// Calls body(part of the word, first column, bits, values of these columns, whether a whole register of values may be
+// read) for each register full of columns of a row.
 template <class T, class Value, class Body>
 [[gnu::always_inline]] inline void each_column_vector(const offpath::Bitmap &bitmap, int64_t row, Value *values,
                                                       const Body &body) {
-    constexpr int columns = ColumnVector<T>::columns;
+    constexpr int columns = ColumnVector<T>::columns, parts = 64 / columns;
+    const Value *end = values + bitmap.crow_indices[bitmap.rows];
     values += bitmap.crow_indices[row];
+    const bool whole = end - values >= bitmap.crow_indices[row + 1] - bitmap.crow_indices[row] + 64;
     for (int64_t w = 0; w < bitmap.words_per_row; ++w) {
         const uint64_t word = bitmap.words[row * bitmap.words_per_row + w];
-        for (int c = 0; c < 64; c += columns) {
-            const uint32_t bits = static_cast<uint32_t>(word >> c & ((uint64_t{1} << columns) - 1));
-            body(w * 64 + c, bits, values);
-            values += __builtin_popcount(bits);
+#pragma GCC unroll 32
+        for (int part = 0; part < parts; ++part) {
+            // Counted from the start of the word, so that the parts do not wait for one another.
+            const uint64_t before = word & ((uint64_t{1} << part * columns) - 1);
+            const uint32_t bits = static_cast<uint32_t>(word >> part * columns & ((uint64_t{1} << columns) - 1));
+            body(part, w * 64 + part * columns, bits, values + __builtin_popcountll(before), whole);
         }
+        values += __builtin_popcountll(word);
     }
 }
 
-template <class T, int tokens> void bitmap_rows(const offpath::bitmap_args<T> &args, const offpath::Block &block) {
+template <class T, int tokens, bool finite>
+void bitmap_rows(const offpath::bitmap_args<T> &args, const offpath::Block &block) {
     using S = Simd<offpath::Sum<T>>;
     using C = ColumnVector<T>;
+    // With few tokens, several sums take turns, so that no addition waits for the one before it.
+    constexpr int turns = tokens <= 2 && 64 / C::columns <= 4 ? 64 / C::columns : 1;
     const int64_t width = 64 * args.bitmap.words_per_row;
     for (int64_t row = block.row_begin; row < block.row_end; ++row) {
-        typename S::V acc[tokens];
-        for (int t = 0; t < tokens; ++t)
-            acc[t] = S::zero();
-        each_column_vector<T>(args.bitmap, row, args.values, [&](int64_t column, uint32_t bits, const T *values) {
-            const typename C::V spread = C::expand(values, bits);
+        typename S::V acc[turns][tokens];
+        for (int i = 0; i < turns; ++i)
+            for (int t = 0; t < tokens; ++t)
+                acc[i][t] = S::zero();
+        each_column_vector<T>(
+            args.bitmap, row, args.values,
+            [&] [[gnu::always_inline]] (int part, int64_t column, uint32_t bits, const T *values, bool whole) {
+                const typename C::V spread = C::expand(values, bits, whole);
 #pragma GCC unroll 8
-            for (int t = 0; t < tokens; ++t) // masked: an infinite input must not meet the zero of a missing weight
-                acc[t] = C::multiply_add(spread, C::load_where(args.x + t * width + column, bits), acc[t]);
-        });
+                for (int t = 0; t < tokens; ++t) { // masked where an infinite input would meet a missing weight's zero
+                    auto &sum = acc[part % turns][t];
+                    const T *x = args.x + t * width + column;
+                    sum = C::multiply_add(spread, finite ? C::load(x) : C::load_where(x, bits), sum);
+                }
+            });
+        for (int i = 1; i < turns; ++i)
+            for (int t = 0; t < tokens; ++t)
+                acc[0][t] = S::add(acc[0][t], acc[i][t]);
         typename S::V totals[S::lanes];
         for (int first = 0; first < tokens; first += S::lanes) {
             for (int i = 0; i < S::lanes; ++i)
-                totals[i] = first + i < tokens ? acc[first + i] : S::zero();
+                totals[i] = first + i < tokens ? acc[0][first + i] : S::zero();
             offpath::Sum<T> sums[S::lanes];
             S::store(sums, sum_each<offpath::Sum<T>>(totals));
             for (int i = 0; i < S::lanes && first + i < tokens; ++i) {
@@ -94,43 +113,48 @@ template <class T, int tokens> void bitmap_rows(const offpath::bitmap_args<T> &a
     }
 }
 
-template <class T> void bitmap(const offpath::bitmap_args<T> &args, const offpath::Block &block) {
+template <class T, bool finite> void bitmap_tokens(const offpath::bitmap_args<T> &args, const offpath::Block &block) {
     switch (args.batch) {
     case 1:
-        return bitmap_rows<T, 1>(args, block);
+        return bitmap_rows<T, 1, finite>(args, block);
     case 2:
-        return bitmap_rows<T, 2>(args, block);
+        return bitmap_rows<T, 2, finite>(args, block);
     case 3:
-        return bitmap_rows<T, 3>(args, block);
+        return bitmap_rows<T, 3, finite>(args, block);
     case 4:
-        return bitmap_rows<T, 4>(args, block);
+        return bitmap_rows<T, 4, finite>(args, block);
     case 5:
-        return bitmap_rows<T, 5>(args, block);
+        return bitmap_rows<T, 5, finite>(args, block);
     case 6:
-        return bitmap_rows<T, 6>(args, block);
+        return bitmap_rows<T, 6, finite>(args, block);
     case 7:
-        return bitmap_rows<T, 7>(args, block);
+        return bitmap_rows<T, 7, finite>(args, block);
     case 8:
-        return bitmap_rows<T, 8>(args, block);
+        return bitmap_rows<T, 8, finite>(args, block);
     }
+}
+
+template <class T> void bitmap(const offpath::bitmap_args<T> &args, const offpath::Block &block) {
+    args.x_is_finite ? bitmap_tokens<T, true>(args, block) : bitmap_tokens<T, false>(args, block);
 }
 
 template <class T> void expand(const offpath::expand_args<T> &args, const offpath::Block &block) {
     using C = ColumnVector<T>;
     const int64_t columns = args.bitmap.columns;
     for (int64_t row = block.row_begin; row < block.row_end; ++row)
-        each_column_vector<T>(args.bitmap, row, args.values, [&](int64_t column, uint32_t bits, const T *values) {
-            const int64_t n = columns - column < C::columns ? columns - column : C::columns;
-            if (n > 0)
-                C::store_first(args.dense + row * columns + column, C::expand(values, bits), n);
-        });
+        each_column_vector<T>(
+            args.bitmap, row, args.values, [&](int, int64_t column, uint32_t bits, const T *values, bool whole) {
+                const int64_t n = columns - column < C::columns ? columns - column : C::columns;
+                if (n > 0)
+                    C::store_first(args.dense + row * columns + column, C::expand(values, bits, whole), n);
+            });
 }
 
 template <class T> void compress(const offpath::compress_args<T> &args, const offpath::Block &block) {
     using C = ColumnVector<T>;
     const int64_t columns = args.bitmap.columns;
     for (int64_t row = block.row_begin; row < block.row_end; ++row)
-        each_column_vector<T>(args.bitmap, row, args.values, [&](int64_t column, uint32_t bits, T *values) {
+        each_column_vector<T>(args.bitmap, row, args.values, [&](int, int64_t column, uint32_t bits, T *values, bool) {
             if (columns - column >= C::columns)
                 C::compress(args.dense + row * columns + column, bits, values);
             else // the last register would be read beyond the row

@@ -208,6 +208,22 @@ void sddmm(const Kernels<T> &kernels, const Csr &csr, int64_t columns, const Mat
         });
 }
 
+// x - x is NaN for infinities and NaN, and zero else.
+template <class T> bool all_finite(const T *x, int64_t count) {
+    if constexpr (std::is_same_v<T, bfloat16>) {
+        constexpr uint16_t exponent = 0x7F80;
+        bool finite = true;
+        for (int64_t i = 0; i < count; ++i)
+            finite &= (x[i].bits & exponent) != exponent;
+        return finite;
+    } else {
+        T sum = 0;
+        for (int64_t i = 0; i < count; ++i)
+            sum += x[i] - x[i];
+        return sum == 0;
+    }
+}
+
 // The product of spmm for a few tokens, over bits.
 template <class T>
 void bitmap_spmm(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const T *bias, const Matrix<T> &x,
@@ -226,7 +242,8 @@ void bitmap_spmm(const Kernels<T> &kernels, const BitMatrix &matrix, const T *va
                     rows[t * width + c] = source[c * x.feature_stride];
             std::fill(&rows[t * width] + view.columns, &rows[t * width] + width, T{});
         }
-        const bitmap_args<T> args{view, values, bias, rows.get(), y + first * view.rows, tokens};
+        const bool finite = all_finite(rows.get(), tokens * width);
+        const bitmap_args<T> args{view, values, bias, rows.get(), y + first * view.rows, tokens, finite};
         by_rows(kernels.bitmap, args, view.rows, rows_per_task, threads_for(matrix.nnz() * tokens, threads));
     }
 }

@@ -2,7 +2,8 @@
 //
 // Simd<T> offers: V (the register type), lanes, zero, set1, load, store, fma, load_first / store_first (the first
 // n lanes, the rest reads as zero / is left alone), add, interleave_low / interleave_high (a0 b0 a1 b1 ... of the
-// lower / upper halves), expand (values that stand side by side into the lanes whose bit is set, zero elsewhere),
+// lower / upper halves), expand (values that stand side by side into the lanes whose bit is set, zero elsewhere; a
+// whole register may be read where `whole`),
 // compress (its inverse) and, for ISAs with masks, load_where (zero where the bit is not set). Simd<float> also loads
 // and stores bfloat16. BfloatPairs, where the CPU has it: registers of bfloat16 whose neighbours are multiplied and
 // added in pairs. Everything is in an anonymous namespace so that no variant exports code to another one.
@@ -41,9 +42,9 @@ template <> struct Simd<float> {
         return _mm512_permutex2var_ps(
             a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b);
     }
-    // Register forms: expanding from and compressing to memory is microcoded on some CPUs.
-    static V expand(const float *packed, uint32_t bits) {
-        return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), load_first(packed, __builtin_popcount(bits)));
+    static V expand(const float *packed, uint32_t bits, bool whole) {
+        return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits),
+                                      whole ? load(packed) : load_first(packed, __builtin_popcount(bits)));
     }
     static void compress(const float *spread, uint32_t bits, float *packed) {
         store_first(packed, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), load(spread)),
@@ -83,8 +84,9 @@ template <> struct Simd<double> {
     static V interleave_high(V a, V b) {
         return _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b);
     }
-    static V expand(const double *packed, uint32_t bits) {
-        return _mm512_maskz_expand_pd(static_cast<__mmask8>(bits), load_first(packed, __builtin_popcount(bits)));
+    static V expand(const double *packed, uint32_t bits, bool whole) {
+        return _mm512_maskz_expand_pd(static_cast<__mmask8>(bits),
+                                      whole ? load(packed) : load_first(packed, __builtin_popcount(bits)));
     }
     static V load_where(const double *p, uint32_t bits) {
         return _mm512_maskz_loadu_pd(static_cast<__mmask8>(bits), p);
@@ -116,7 +118,7 @@ template <> struct Simd<float> {
     static V interleave_high(V a, V b) {
         return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
     }
-    static V expand(const float *packed, uint32_t bits) {
+    static V expand(const float *packed, uint32_t bits, bool) {
         float spread[lanes];
         expand_lanes(packed, bits, lanes, spread);
         return load(spread);
@@ -167,7 +169,7 @@ template <> struct Simd<double> {
     static V interleave_high(V a, V b) {
         return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x31);
     }
-    static V expand(const double *packed, uint32_t bits) {
+    static V expand(const double *packed, uint32_t bits, bool) {
         double spread[lanes];
         expand_lanes(packed, bits, lanes, spread);
         return load(spread);
@@ -210,7 +212,7 @@ template <class T> struct Simd {
         for (int64_t i = 0; i < n; ++i)
             p[i] = a[i];
     }
-    static V expand(const T *packed, uint32_t bits) {
+    static V expand(const T *packed, uint32_t bits, bool) {
         T spread[lanes];
         expand_lanes(packed, bits, lanes, spread);
         return load(spread);
@@ -265,8 +267,8 @@ struct BfloatPairs {
     static __m512 dot(V a, V b, __m512 sum) {
         return _mm512_dpbf16_ps(sum, __builtin_bit_cast(__m512bh, a), __builtin_bit_cast(__m512bh, b));
     }
-    static V expand(const bfloat16 *packed, uint32_t bits) {
-        return _mm512_maskz_expand_epi16(bits, load_first(packed, __builtin_popcount(bits)));
+    static V expand(const bfloat16 *packed, uint32_t bits, bool whole) {
+        return _mm512_maskz_expand_epi16(bits, whole ? load(packed) : load_first(packed, __builtin_popcount(bits)));
     }
     static void compress(const bfloat16 *spread, uint32_t bits, bfloat16 *packed) {
         store_first(packed, _mm512_maskz_compress_epi16(bits, load(spread)), __builtin_popcount(bits));

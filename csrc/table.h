@@ -130,6 +130,7 @@ template <class T> struct bitmap_args {
     const T *x;      // [batch, 64 * words_per_row], zero from `columns` on
     T *y;            // [batch, rows], contiguous
     int64_t batch;
+    bool x_is_finite; // neither an infinity nor a NaN in x
 };
 
 // dense[r, c] = the value of connection (r, c), or zero.
