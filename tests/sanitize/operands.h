@@ -40,6 +40,8 @@ template <class T> class Activations {
     GuardedArray<T> memory;
 };
 
+enum class Draw { small_integers, gaussian };
+
 template <class T> std::vector<T> drawn(int64_t count, Draw draw, std::mt19937_64 &generator) {
     std::uniform_int_distribution<int> integer(-3, 3);
     std::normal_distribution<double> gaussian;

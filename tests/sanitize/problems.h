@@ -100,10 +100,12 @@ inline std::vector<Problem> problems() {
         add("only the last column", [](int64_t, int64_t c) { return c == 69; });
         add("rows of one connection to all", [](int64_t r, int64_t c) { return c <= 5 * r; });
     }
-    // Enough work to be split: by rows, by the batch, in the plan, the bits and the weight gradient's rounds.
-    all.push_back(random_problem(200, 300, 0.1, 150));
-    all.push_back(random_problem(130, 700, 0.9, 9));
-    all.push_back(random_problem(12, 300, 0.2, 1000));
+    // Enough work to be split over threads: rows, the batch, packing, the way back, the plan and the bits; and enough
+    // panels for several rounds of the weight gradient.
+    all.push_back(random_problem(120, 100, 0.1, 150));
+    all.push_back(random_problem(12, 700, 0.1, 400));
+    all.push_back(random_problem(700, 12, 0.1, 100));
+    all.push_back(random_problem(130, 700, 0.9, 2));
     all.push_back({"one long row", 64, 1100, 70, [](int64_t r, int64_t c) { return r == 17 || (r + c) % 200 == 0; }});
     return all;
 }
