@@ -9,9 +9,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt README.md $(wildcard csrc/*) \
 	$(shell find src -name '*.py' -o -name '*.pyi' -o -name '*.jinja' -o -name 'py.typed')
 
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h tests/sanitize/*.cpp tests/sanitize/*.h)
+
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help demo crossover readme test lint bars bench format dev clean
+.PHONY: help demo crossover readme test lint sanitize bars bench format dev clean
 
 help:
 	@echo "make demo       train a dense network and its sparse twin side by side, on real images (under 3 minutes)"
@@ -19,6 +21,7 @@ help:
 	@echo "make crossover  measure from which sparsity on a layer pays here, for docs/crossover and the README (8 minutes)"
 	@echo "make test       lint, types and all tests (under 10 minutes)"
 	@echo "make lint       formatting, lint and types alone"
+	@echo "make sanitize   the C++ core under AddressSanitizer, UBSan and ThreadSanitizer (under 15 minutes)"
 	@echo "make bars       every bar of speed beside what this machine reaches (under 12 minutes)"
 	@echo "make bench      every product and layer beside dense, torch.sparse and, where installed, SparseLab"
 	@echo "make format     rewrite the sources as the formatters want them"
@@ -44,7 +47,12 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+# Needs a C++ compiler with the sanitizers' runtimes, and neither Python nor torch.
+sanitize:
+	$(MAKE) -C tests/sanitize -j$(shell nproc) build
+	$(MAKE) -C tests/sanitize
 
 bars: $(VENV)/.installed
 	$(BIN)/python benchmarks/bars.py
@@ -55,7 +63,7 @@ bench: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 dev:
 	rm -f $(VENV)/.installed

@@ -27,18 +27,7 @@ Csr csr_at(Address crow_indices, Address col_indices, int64_t rows) {
 }
 
 // The kernels for T in the variant `isa`, counted as one call of it.
-template <class T> Kernels<T> kernels_of(int64_t isa) {
-    const KernelTable &t = use_table(isa);
-    if constexpr (std::is_same_v<T, float>)
-        return {t.spmm_f32,  t.to_features_f32, t.to_tokens_f32, t.gather_f32,   t.pack_f32,  t.bucketed_f32,
-                t.sddmm_f32, t.bitmap_f32,      t.expand_f32,    t.compress_f32, t.layout_f32};
-    else if constexpr (std::is_same_v<T, double>)
-        return {t.spmm_f64,  t.to_features_f64, t.to_tokens_f64, t.gather_f64,   t.pack_f64,  t.bucketed_f64,
-                t.sddmm_f64, t.bitmap_f64,      t.expand_f64,    t.compress_f64, t.layout_f64};
-    else
-        return {t.spmm_f32,   t.to_features_bf16, t.to_tokens_bf16, t.gather_bf16,   t.pack_bf16,  t.bucketed_bf16,
-                t.sddmm_bf16, t.bitmap_bf16,      t.expand_bf16,    t.compress_bf16, t.layout_bf16};
-}
+template <class T> Kernels<T> kernels_of(int64_t isa) { return kernels_of<T>(use_table(isa)); }
 
 template <class T>
 void call_spmm(int64_t isa, int64_t rows, int64_t columns, int64_t batch, Address crow_indices, Address col_indices,

@@ -10,12 +10,7 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).parent.parent / "csrc"
-FLAGS = {
-    "baseline": "-march=x86-64",
-    "avx2": "-march=x86-64-v3",
-    "avx512": "-march=x86-64-v4",
-    "avx512bf16": "-march=x86-64-v4 -mavx512bf16 -mavx512vbmi2",
-}
+FLAGS = dict(row.split(maxsplit=1) for row in (CSRC / "isa_flags.txt").read_text().splitlines())
 COMPILER = shutil.which("c++")
 
 pytestmark = pytest.mark.skipif(
