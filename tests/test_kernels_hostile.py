@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cases import PROBLEMS, PRODUCTS, Problem, Product, gaussian
+from checkers import poisoned_memory
 from offpath import kernels, pattern as patterns
 from offpath.kernels import KernelError, _native, cpu
 
@@ -131,6 +132,29 @@ def test_scratch_memory_is_kept_within_its_limit() -> None:
             pattern.crow_indices, pattern.col_indices, torch.ones(4096), torch.ones(batch, 4096)
         )
         assert _native.kept_scratch_bytes() <= 256 * 2**20
+
+
+def test_outputs_from_kept_memory_are_nobody_elses_while_they_live() -> None:
+    pattern = patterns.random((512, 64), 4096, torch.Generator().manual_seed(0))
+    backend, values = kernels.backends()[NATIVE[-1]], torch.randn(4096)
+
+    def output(seed: int) -> torch.Tensor:
+        x = torch.randn(512, 64, generator=torch.Generator().manual_seed(seed))  # 1 MiB of output
+        return backend.spmm(pattern.crow_indices, pattern.col_indices, values, x)
+
+    outputs = [output(seed) for seed in range(4)]
+    copies = [y.clone() for y in outputs]
+    kept = outputs[1].view(-1)[7:]  # a view holds the memory as the tensor did
+    outputs[0] = outputs[1] = output(4)
+    assert len({y.data_ptr() for y in (outputs[0], kept, *outputs[2:])}) == 4
+    assert torch.equal(kept, copies[1].view(-1)[7:])
+    assert all(torch.equal(y, copy) for y, copy in zip(outputs[2:], copies[2:], strict=True))
+
+
+def test_outputs_from_kept_memory_are_filled_where_torch_would_fill_them() -> None:
+    with poisoned_memory():
+        assert bool(cpu._output(torch.empty(0), 512, 512).isnan().all())
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize("name", NATIVE)

@@ -131,6 +131,11 @@ class SparseLinear(nn.Module):
         return self._connections.pattern
 
     @property
+    def connections(self) -> Connections:
+        """The topology as the ops take it, for those who call them themselves; not to be written into."""
+        return self._connections
+
+    @property
     def crow_indices(self) -> Tensor:
         """Where each row's connections begin, int32 [out_features + 1]: a copy."""
         return self._connections.crow_indices.clone()

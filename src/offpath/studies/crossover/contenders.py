@@ -91,14 +91,14 @@ class Workload:
 
     def _dx(self) -> list[Contender]:
         layers, dy, right = self.layers, self.dy, (self._dx_right,)
-        sparse, values = layers.sparse, layers.sparse.values.detach()
+        sparse, values, owned = layers.sparse, layers.sparse.values.detach(), layers.sparse.connections
         op = torch.ops.offpath.sparse_linear_dx
 
         def dense() -> tuple[Tensor]:
             return (dy @ layers.weight,)
 
         def offpath() -> tuple[Tensor]:
-            return (op(dy, values, sparse.crow_indices, sparse.col_indices, sparse.in_features),)
+            return (op(dy, values, owned.crow_indices, owned.col_indices, sparse.in_features),)
 
         return [
             Contender(DENSE, "dy @ W", _without_grad(dense), right),
@@ -106,14 +106,14 @@ class Workload:
         ]
 
     def _dweight(self) -> list[Contender]:
-        sparse, x, dy = self.layers.sparse, self.x, self.dy
+        owned, x, dy = self.layers.sparse.connections, self.x, self.dy
         op = torch.ops.offpath.sparse_linear_dvalues
 
         def dense() -> tuple[Tensor]:
             return (dy.t() @ x,)
 
         def offpath() -> tuple[Tensor]:
-            return (op(dy, x, sparse.crow_indices, sparse.col_indices),)
+            return (op(dy, x, owned.crow_indices, owned.col_indices),)
 
         return [
             Contender(DENSE, "dy.T @ x", _without_grad(dense), (self._dweight_right,)),
