@@ -21,7 +21,7 @@ help:
 	@echo "make crossover  measure from which sparsity on a layer pays here, for docs/crossover and the README (8 minutes)"
 	@echo "make test       lint, types and all tests (under 10 minutes)"
 	@echo "make lint       formatting, lint and types alone"
-	@echo "make sanitize   the C++ core under AddressSanitizer, UBSan and ThreadSanitizer (under 15 minutes)"
+	@echo "make sanitize   the C++ core under AddressSanitizer, UBSan and ThreadSanitizer (under 7 minutes)"
 	@echo "make bars       every bar of speed beside what this machine reaches (under 12 minutes)"
 	@echo "make bench      every product and layer beside dense, torch.sparse and, where installed, SparseLab"
 	@echo "make format     rewrite the sources as the formatters want them"
