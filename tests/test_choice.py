@@ -66,6 +66,17 @@ def test_prediction_of_what_lies_below_the_grid_is_its_edge(rows: int, columns: 
     assert table.predict("dx", "bucketed", rows, columns, nnz, batch) == pytest.approx(1e-6 * SIZES[0])
 
 
+def test_a_disturbed_measurement_is_seen_by_a_larger_problem_that_took_less() -> None:
+    true = _table(lambda p, m, size, density, batch: 1e-9 * size**2 * density * batch)
+    disturbed = {p: {m: list(column) for m, column in methods.items()} for p, methods in true.seconds.items()}
+    for i in range(0, len(GRID) - 1, 2):  # no two neighbours, and not the largest of all
+        disturbed["forward"]["bucketed"][i] += 8e-3
+    healed = CostTable.from_measurement(disturbed)
+    assert CostTable.from_measurement(true.seconds) == true
+    for got, right in zip(healed.seconds["forward"]["bucketed"], true.seconds["forward"]["bucketed"], strict=True):
+        assert right <= got <= 5 * right, "what is left is one step of the grid, at most"
+
+
 def test_the_cheapest_is_chosen_and_memory_never_writes_out_the_weight(own_cache, quick_measure) -> None:
     with kernels.forced(BEST):
         for sparsity, expected in ((0.5, "dense"), (0.9, "sparse")):

@@ -14,9 +14,9 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -73,25 +73,36 @@ def processor() -> str:
 
 
 def measure(backend: Backend, dtype: torch.dtype) -> CostTable:
-    """Time every method on the grid, on the threads that torch uses now; takes one to four seconds."""
+    """Time every method on the grid, on the threads that torch uses now; takes a few seconds.
+
+    The grid is gone through several times and the best time kept, so that a burst of other work on the machine hits
+    one round of many points instead of all rounds of one.
+    """
     _log.info("offpath measures its %s kernels on this machine, once", dtype)
     generator = torch.Generator().manual_seed(0)
-    seconds: dict[str, dict[str, list[float]]] = {p: {m: [] for m in methods} for p, methods in METHODS.items()}
+    best = {p: {m: [float("inf")] * len(GRID) for m in methods} for p, methods in METHODS.items()}
     with torch.inference_mode():
-        for size in SIZES:
-            for density in DENSITIES:
-                weight, values = _random_weight(size, density, dtype, generator)
-                for batch in BATCHES:
-                    x = torch.randn(batch, size, generator=generator).to(dtype)
-                    for product, methods in METHODS.items():
-                        for method in methods:
-                            measured = seconds[product][method]
-                            if method == "bitmap" and batch > BITMAP_MEASURED_TO_BATCH:
-                                before = BATCHES[BATCHES.index(batch) - 1]
-                                measured.append(measured[-1] * batch / before)
-                            else:
-                                measured.append(_seconds(partial(_run, weight, backend, product, method, values, x)))
-    return CostTable(seconds)
+        weights = [_random_weight(s, d, dtype, generator) for s in SIZES for d in DENSITIES]
+        inputs = {(s, b): torch.randn(b, s, generator=generator).to(dtype) for s in SIZES for b in BATCHES}
+        for round_ in range(ROUNDS + 1):
+            for i, (size, density, batch) in enumerate(GRID):
+                weight, values = weights[size * len(DENSITIES) + density]
+                x = inputs[SIZES[size], BATCHES[batch]]
+                for product, methods in METHODS.items():
+                    for method in methods:
+                        if method == "bitmap" and BATCHES[batch] > BITMAP_MEASURED_TO_BATCH:
+                            continue
+                        start = time.perf_counter()
+                        _run(weight, backend, product, method, values, x)
+                        seconds = time.perf_counter() - start
+                        if round_ > 0:  # the first one makes the plans
+                            best[product][method][i] = min(best[product][method][i], seconds)
+    for columns in best.values():
+        if "bitmap" in columns:
+            for i, (_, _, batch) in enumerate(GRID):
+                if BATCHES[batch] > BITMAP_MEASURED_TO_BATCH:
+                    columns["bitmap"][i] = columns["bitmap"][i - 1] * BATCHES[batch] / BATCHES[batch - 1]
+    return CostTable.from_measurement(best)
 
 
 def _random_weight(
@@ -116,16 +127,6 @@ def _run(weight: PreparedWeight, backend: Backend, product: str, method: str, va
     if product == "dx":
         return weight.dx(backend, method, values, x)
     return weight.dvalues(backend, method, x, x)
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    call()  # makes the plan and takes the memory that later calls find
-    best = float("inf")
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def _fingerprint(backend: Backend, dtype: torch.dtype) -> str:

@@ -20,6 +20,15 @@ class CostTable:
 
     seconds: dict[str, dict[str, list[float]]]
 
+    @classmethod
+    def from_measurement(cls, seconds: dict[str, dict[str, list[float]]]) -> CostTable:
+        """The table of what was measured, where no point takes longer than a larger one.
+
+        Whatever disturbs a measurement makes it longer, never shorter; so a larger problem that took less time shows
+        that a smaller one was disturbed. One such point left in would make a slow method look cheap beside it for good.
+        """
+        return cls({p: {m: _without_bumps(column) for m, column in methods.items()} for p, methods in seconds.items()})
+
     def predict(self, product: str, method: str, rows: int, columns: int, nnz: int, batch: int) -> float:
         """Seconds of one call.
 
@@ -47,6 +56,14 @@ class CostTable:
                 logarithm += share * math.log(measured[index])
         beyond = max(1.0, positions / SIZES[-1] ** 2) * max(1.0, batch / BATCHES[-1])
         return math.exp(logarithm) * beyond
+
+
+def _without_bumps(column: list[float]) -> list[float]:
+    smoothed = dict(zip(GRID, column, strict=True))
+    for size, density, batch in reversed(GRID):
+        larger = ((size + 1, density, batch), (size, density + 1, batch), (size, density, batch + 1))
+        smoothed[size, density, batch] = min(smoothed[p] for p in ((size, density, batch), *larger) if p in smoothed)
+    return list(smoothed.values())
 
 
 def _place(value: float, grid: tuple[float, ...]) -> tuple[int, float]:
