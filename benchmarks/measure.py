@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from contenders import Contender
 from offpath.cost import this_machine
+from offpath.cost.bounds import expected
 
 Key = TypeVar("Key", bound=Hashable)
 MAX_REPEATS = 1000
@@ -137,23 +138,10 @@ def _check_y(contender: Contender, x: Tensor, y: Tensor) -> None:
 def check_product(name: str, result: Tensor, exact: Tensor, size: Tensor, terms: Tensor) -> None:
     if result.shape != exact.shape:
         raise WrongResult(f"{name} should have shape {tuple(exact.shape)}, has {tuple(result.shape)}")
-    wrong = ~((result.double() - exact).abs() <= error_bound(exact, size, terms, result.dtype))  # NaN is wrong, too
+    bound = expected(exact, size, terms, result.dtype).bound
+    wrong = ~((result.double() - exact).abs() <= bound)  # NaN is wrong, too
     if bool(wrong.any()):
         raise WrongResult(f"{name} is outside its error bound in {int(wrong.sum())} of {wrong.numel()} entries")
-
-
-def error_bound(exact: Tensor, size: Tensor, terms: Tensor, dtype: torch.dtype) -> Tensor:
-    """How far a sum of `terms` products may be from `exact` when it is right, in any order of summation.
-
-    gamma_k * size with k = terms + 1 and `size` the sum of the absolute products (Higham, "Accuracy and Stability",
-    section 3.1), once in the accumulator's precision and once for the float64 sum it is compared with. bfloat16
-    accumulates in float32 and rounds once, at the end.
-    """
-    accumulator = torch.float32 if dtype is torch.bfloat16 else dtype
-    error = _gamma(terms, accumulator) * size
-    if accumulator is not dtype:
-        error = error + torch.finfo(dtype).eps / 2 * (exact.abs() + error)
-    return error + _gamma(terms, torch.float64) * size
 
 
 def machine_line() -> str:
@@ -164,11 +152,6 @@ def machine_line() -> str:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype).removeprefix("torch."))
-
-
-def _gamma(terms: Tensor, dtype: torch.dtype) -> Tensor:
-    ku = (terms.double() + 1) * torch.finfo(dtype).eps / 2
-    return ku / (1 - ku)
 
 
 def _sample(call: Callable[[], object], repeats: int) -> float:

@@ -266,6 +266,8 @@ def _output(like: Tensor, rows: int, columns: int) -> Tensor:
     if rows * columns * like.element_size() < _KEPT_OUTPUT_BYTES:
         return like.new_empty((rows, columns))
     output = _TAKE_OUTPUT[like.dtype](rows, columns)
-    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
+    # torch.utils.deterministic is a module whose class is exchanged at import, which type checkers cannot see.
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if fills and torch.are_deterministic_algorithms_enabled():
         output.fill_(torch.nan)  # as torch does with the memory that it allocates
     return output
