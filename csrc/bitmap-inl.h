@@ -4,6 +4,7 @@
 #pragma once
 
 #include "layout-inl.h"
+#include "reduce-inl.h"
 #include "simd.h"
 #include "table.h"
 

@@ -1,8 +1,10 @@
 // The Python face of the kernels, and the only file that knows Python. It takes raw addresses: kernels/cpu.py is
 // its only caller and has checked device, dtype, shape, strides and the pattern before.
 #include "digest.h"
+#include "gradient.h"
 #include "isa.h"
 #include "products.h"
+#include "small_products.h"
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -28,6 +30,14 @@ Csr csr_at(Address crow_indices, Address col_indices, int64_t rows) {
 
 // The kernels for T in the variant `isa`, counted as one call of it.
 template <class T> Kernels<T> kernels_of(int64_t isa) { return kernels_of<T>(use_table(isa)); }
+
+// The same for products over a plan.
+template <class T> Kernels<T> kernels_of(int64_t isa, const Plan &plan) {
+    const Kernels<T> kernels = kernels_of<T>(isa);
+    if (plan.columns_per_step != kernels.layout.columns_per_step)
+        throw std::invalid_argument("the plan was made for another dtype or ISA");
+    return kernels;
+}
 
 template <class T>
 void call_spmm(int64_t isa, int64_t rows, int64_t columns, int64_t batch, Address crow_indices, Address col_indices,
@@ -58,12 +68,37 @@ std::unique_ptr<Plan> make_plan(int64_t rows, int64_t columns, Address crow_indi
 template <class T>
 void call_planned_spmm(int64_t isa, const Plan &plan, int64_t batch, Address values, Address bias, Address x,
                        int64_t x_feature_stride, int64_t x_batch_stride, Address y, int threads) {
-    const Kernels<T> kernels = kernels_of<T>(isa);
-    if (plan.columns_per_step != kernels.layout.columns_per_step)
-        throw std::invalid_argument("the plan was made for another dtype or ISA");
+    const Kernels<T> kernels = kernels_of<T>(isa, plan);
     nb::gil_scoped_release release;
     planned_spmm<T>(kernels, plan, at<const T>(values), at<const T>(bias),
                     {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(y), threads);
+}
+
+std::unique_ptr<Tiles> make_tiles(int64_t rows, int64_t columns, Address crow_indices, Address col_indices,
+                                  int threads) {
+    nb::gil_scoped_release release;
+    return std::make_unique<Tiles>(csr_at(crow_indices, col_indices, rows), columns, threads);
+}
+
+template <class T>
+void call_tiled_sddmm(int64_t isa, const Tiles &tiles, int64_t batch, Address dy, int64_t dy_feature_stride,
+                      int64_t dy_batch_stride, Address x, int64_t x_feature_stride, int64_t x_batch_stride,
+                      Address dvalues, int threads) {
+    nb::gil_scoped_release release;
+    tiled_sddmm<T>(kernels_of<T>(isa), tiles, {at<const T>(dy), dy_feature_stride, dy_batch_stride},
+                   {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(dvalues), threads);
+}
+
+template <class T>
+void call_planned_backward(int64_t isa, const Plan &transpose, const Tiles &tiles, int64_t batch, Address values,
+                           Address dy, int64_t dy_feature_stride, int64_t dy_batch_stride, Address x,
+                           int64_t x_feature_stride, int64_t x_batch_stride, Address dx, Address dvalues, Address dbias,
+                           int threads) {
+    const Kernels<T> kernels = kernels_of<T>(isa, transpose);
+    nb::gil_scoped_release release;
+    planned_backward<T>(
+        kernels, transpose, tiles, at<const T>(values), {at<const T>(dy), dy_feature_stride, dy_batch_stride},
+        {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(dx), at<T>(dvalues), at<T>(dbias), threads);
 }
 
 std::unique_ptr<BitMatrix> make_bitmap(int64_t rows, int64_t columns, Address crow_indices, Address col_indices,
@@ -120,11 +155,15 @@ NB_MODULE(_native, m) {
     m.def("bf16_columns_per_step", [](int64_t isa) { return isas()[isa].table->layout_bf16.columns_per_step; });
     nb::class_<Plan>(m, "Plan").def_prop_ro("bytes", &Plan::bytes);
     m.def("make_plan", &make_plan);
+    nb::class_<Tiles>(m, "Tiles").def_prop_ro("bytes", &Tiles::bytes);
+    m.def("make_tiles", &make_tiles);
     nb::class_<BitMatrix>(m, "Bitmap").def_prop_ro("bytes", &BitMatrix::bytes);
     m.def("make_bitmap", &make_bitmap);
 #define OFFPATH_PRODUCTS(suffix, T)                                                                                    \
     m.def("spmm_" #suffix, &call_spmm<T>);                                                                             \
     m.def("sddmm_" #suffix, &call_sddmm<T>);                                                                           \
+    m.def("planned_backward_" #suffix, &call_planned_backward<T>);                                                     \
+    m.def("tiled_sddmm_" #suffix, &call_tiled_sddmm<T>);                                                               \
     m.def("planned_spmm_" #suffix, &call_planned_spmm<T>);                                                             \
     m.def("bitmap_spmm_" #suffix, &call_bitmap_spmm<T>);                                                               \
     m.def("expand_" #suffix, &call_expand<T>);                                                                         \

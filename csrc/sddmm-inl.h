@@ -3,29 +3,13 @@
 // depend on which connections it is computed with, nor on how the rows are split over threads.
 #pragma once
 
+#include "batch-inl.h"
 #include "layout-inl.h"
+#include "reduce-inl.h"
 #include "simd.h"
 #include "table.h"
 
 namespace {
-
-// One register of neighbours of the batch, multiplied and added lane by lane.
-template <class T> struct BatchVector {
-    using S = Simd<offpath::Sum<T>>;
-    static constexpr int64_t tokens = S::lanes;
-    using V = typename S::V;
-    static V load(const offpath::Sum<T> *p) { return S::load(p); }
-    static typename S::V multiply_add(V a, V b, typename S::V sum) { return S::fma(a, b, sum); }
-};
-
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
-template <> struct BatchVector<bfloat16> {
-    using V = BfloatPairs::V;
-    static constexpr int64_t tokens = BfloatPairs::entries;
-    static V load(const bfloat16 *p) { return BfloatPairs::load(p); }
-    static __m512 multiply_add(V a, V b, __m512 sum) { return BfloatPairs::dot(a, b, sum); }
-};
-#endif
 
 // The panels of one product, from the one at `token` on.
 template <class T> struct SddmmPanels {

@@ -283,16 +283,4 @@ struct BfloatPairs {
 
 #endif
 
-// Lane i of the result is the sum over the lanes of a[i], by a tree that is the same for every i. Destroys a.
-template <class T>
-[[gnu::always_inline]] inline typename Simd<T>::V sum_each(typename Simd<T>::V (&a)[Simd<T>::lanes]) {
-    using S = Simd<T>;
-#pragma GCC unroll 4
-    for (int half = S::lanes / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; ++i)
-            a[i] = S::add(S::interleave_low(a[i], a[i + half]), S::interleave_high(a[i], a[i + half]));
-    return a[0];
-}
-
 } // namespace

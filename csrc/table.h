@@ -113,6 +113,41 @@ template <class T> struct sddmm_args {
     T *dvalues;   // [nnz]
 };
 
+// A pattern prepared for the weight gradient: cut into tiles of rows x columns, in which the connections of one row are
+// a run. The runs of a tile stand sorted by length, so that a loop over runs of one length needs no branch that the
+// processor could mispredict; the columns of the connections stand in the order of the runs.
+struct TileSegment { // runs of one length that follow one another
+    int32_t length, runs;
+};
+struct TileRun {
+    int32_t row, slot; // the run's first connection is `slot` of the caller's values
+};
+struct TilePlan {
+    const int32_t *segment_begin;    // [tiles + 1]
+    const int32_t *run_begin;        // [tiles + 1]
+    const int32_t *connection_begin; // [tiles + 1]
+    const TileSegment *segments;
+    const TileRun *runs;     // one more follows the last, which may be read but not used
+    const uint16_t *columns; // [nnz], counted from the first column of the tile
+    int64_t rows, matrix_columns, tiles, tiles_across, tile_width;
+};
+
+// dvalues[s] = sum over b of dy[row of s, b] * x[column of s, b]; the block's rows are tiles. `sums` is working memory.
+template <class T> struct tiled_args {
+    TilePlan plan;
+    const void *dy, *x; // panels
+    int64_t batch;      // at least 1
+    Sum<T> *sums;       // [nnz]
+    T *dvalues;         // [nnz]
+};
+
+// sums[r] = sum over b of dy[r, b], for a block of rows.
+template <class T> struct row_sums_args {
+    const void *dy; // panels
+    int64_t rows, batch;
+    T *sums; // [rows]
+};
+
 // A matrix of bits: bit c % 64 of word c / 64 of a row says whether the row has a connection to column c.
 struct Bitmap {
     const uint64_t *words; // [rows, words_per_row]

@@ -5,9 +5,11 @@
 #include "gather-inl.h"
 #include "layout-inl.h"
 #include "pack-inl.h"
+#include "row_sums-inl.h"
 #include "sddmm-inl.h"
 #include "spmm-inl.h"
 #include "table.h"
+#include "tiled-inl.h"
 #include "transpose-inl.h"
 
 #define OFFPATH_STRING_OF(x) #x

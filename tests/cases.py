@@ -54,6 +54,24 @@ def _sddmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
     return backend.sddmm(pattern.crow_indices, pattern.col_indices, **operands)
 
 
+def _tiled_sddmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
+    tiles = backend.tiles(pattern.crow_indices, pattern.col_indices, pattern.shape[1])
+    return backend.tiled_sddmm(tiles, **operands)
+
+
+def _backward(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
+    crow_indices, col_indices, permutation = pattern.transpose()
+    transpose = backend.plan(crow_indices, col_indices, pattern.shape[0], operands["values"].dtype, permutation)
+    tiles = backend.tiles(pattern.crow_indices, pattern.col_indices, pattern.shape[1])
+    gradients = backend.planned_backward(transpose, tiles, operands["values"], operands["dy"], operands["x"])
+    return torch.cat([g.flatten() for g in gradients])
+
+
+def _terms_of_gradients(pattern: Pattern, batch: int) -> Tensor:
+    of_dx = pattern.transpose().crow_indices.diff().repeat(batch)
+    return torch.cat([of_dx, torch.full((pattern.nnz + pattern.shape[0],), batch)])
+
+
 PRODUCTS = (
     Product(
         "spmm",
@@ -139,6 +157,28 @@ PRODUCTS = (
         _sddmm,
         lambda p, batch: torch.tensor(batch),
     ),
+    Product(
+        "tiled sddmm",
+        lambda p, batch, draw: {"dy": draw((batch, p.shape[0])), "x": draw((batch, p.shape[1]))},
+        _tiled_sddmm,
+        lambda p, batch: torch.tensor(batch),
+    ),
+    Product(
+        "tiled sddmm feature-major",
+        lambda p, batch, draw: {"dy": draw((p.shape[0], batch)).t(), "x": draw((p.shape[1], batch)).t()},
+        _tiled_sddmm,
+        lambda p, batch: torch.tensor(batch),
+    ),
+    Product(
+        "all gradients at once",
+        lambda p, batch, draw: {
+            "values": draw((p.nnz,)),
+            "dy": draw((batch, p.shape[0])),
+            "x": draw((batch, p.shape[1])),
+        },
+        _backward,
+        _terms_of_gradients,
+    ),
 )
 
 
@@ -195,6 +235,12 @@ PROBLEMS = (
     Problem("several threads", _random(200, 300, 0.1), 150),
     Problem("several threads, one long row", _one_long_row, 70),
     Problem("batch over several sddmm blocks", _random(12, 30, 0.2), 2048 * 2 + 5),
+)
+
+# Too large for gradcheck, which perturbs every entry of x.
+LARGE_PROBLEMS = (
+    Problem("several tiles, several blocks of rows", _random(1100, 150, 0.1), 150),
+    Problem("tiles as wide as they get", _random(3, 66_000, 0.0005), 5),
 )
 
 

@@ -128,11 +128,40 @@ def _compresses_by_column(bitmap, dense) -> Tensor:
     return REFERENCE.compress(bitmap, dense.flip(1))
 
 
+def _tiles_keep_their_own_order(tiles, dy, x) -> Tensor:
+    return REFERENCE.tiled_sddmm(tiles, dy, x)[torch.argsort(tiles.col_indices // 64, stable=True)]
+
+
+def _tiles_forget_the_sums_of_the_tokens_before(tiles, dy, x) -> Tensor:
+    last = max(dy.shape[0] - 1, 0) // 128 * 128
+    return REFERENCE.tiled_sddmm(tiles, dy[last:], x[last:])
+
+
+def _tiles_skip_the_rest_of_a_run(tiles, dy, x) -> Tensor:
+    dvalues = REFERENCE.tiled_sddmm(tiles, dy, x)
+    dvalues[dvalues.shape[0] // 4 * 4 :] = 0
+    return dvalues
+
+
+def _backward_sums_the_bias_over_half_the_batch(transpose, tiles, values, dy, x) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dvalues, _ = REFERENCE.planned_backward(transpose, tiles, values, dy, x)
+    return dx, dvalues, dy[: dy.shape[0] // 2].sum(0)
+
+
+def _backward_takes_the_values_of_the_original(transpose, tiles, values, dy, x) -> tuple[Tensor, Tensor, Tensor]:
+    return REFERENCE.planned_backward(replace(transpose, permutation=None), tiles, values, dy, x)
+
+
 MUTANTS = (
     Mutant(_wrong("bitmap reads other values", bitmap_spmm=_bitmap_reads_values_of_the_row_before)),
     Mutant(_wrong("bitmap forgets columns", bitmap_spmm=_bitmap_forgets_columns_after_a_word)),
     Mutant(_wrong("expands over stale memory", expand=_expands_over_stale_memory)),
     Mutant(_wrong("compresses the wrong entries", compress=_compresses_by_column)),
+    Mutant(_wrong("tiles keep their own order", tiled_sddmm=_tiles_keep_their_own_order)),
+    Mutant(_wrong("tiles forget earlier tokens", tiled_sddmm=_tiles_forget_the_sums_of_the_tokens_before)),
+    Mutant(_wrong("tiles skip the rest of a run", tiled_sddmm=_tiles_skip_the_rest_of_a_run)),
+    Mutant(_wrong("bias over half the batch", planned_backward=_backward_sums_the_bias_over_half_the_batch)),
+    Mutant(_wrong("values of the original", planned_backward=_backward_takes_the_values_of_the_original)),
     Mutant(_wrong("plan ignores the permutation", planned_spmm=_plan_ignores_the_permutation)),
     Mutant(_wrong("plan skips the last group", planned_spmm=_plan_skips_the_last_group)),
     Mutant(_wrong("plan pads with the first sample", planned_spmm=_plan_pads_the_batch_with_its_first_sample)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import PROBLEMS, PRODUCTS, WIDTHS, Product
+from cases import LARGE_PROBLEMS, PROBLEMS, PRODUCTS, WIDTHS, Product
 from checkers import check_bounded, check_exact
 from offpath.kernels import Backend
 
@@ -20,12 +20,12 @@ pytestmark = pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: p.name)
 def test_exact(product: Product, backend: Backend, dtype: torch.dtype) -> None:
-    for problem in (*WIDTHS, *PROBLEMS):
+    for problem in (*WIDTHS, *PROBLEMS, *LARGE_PROBLEMS):
         check_exact(product, backend, problem, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: p.name)
 def test_bounded(product: Product, backend: Backend, dtype: torch.dtype) -> None:
-    for problem in (*WIDTHS, *PROBLEMS):
+    for problem in (*WIDTHS, *PROBLEMS, *LARGE_PROBLEMS):
         check_bounded(product, backend, problem, dtype)

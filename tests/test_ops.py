@@ -78,6 +78,7 @@ def test_opcheck(problem: Problem, dtype: torch.dtype) -> None:
     dy = torch.randn(problem.batch, p.shape[0], dtype=dtype)
     # Without requires_grad: differentiating these two is what they refuse.
     opcheck(OPS.sparse_linear_dx.default, (dy, values.detach(), p.crow_indices, p.col_indices, p.shape[1]))
+    opcheck(OPS.sparse_linear_backward.default, (dy, x.detach(), values.detach(), p.crow_indices, p.col_indices))
     opcheck(OPS.sparse_linear_dvalues.default, (dy, x.detach(), p.crow_indices, p.col_indices))
 
 
@@ -232,6 +233,9 @@ def test_what_is_prepared_dies_with_the_tensors() -> None:
         ("sparse_linear_dvalues", {"dy": torch.randn(1, 6)}),
         ("sparse_linear_dvalues", {"dy": torch.randn(5, 7)}),
         ("sparse_linear_dvalues", {"dy": torch.randn(5, 6).double()}),
+        ("sparse_linear_backward", {"values": torch.randn(25)}),
+        ("sparse_linear_backward", {"dy": torch.randn(4, 6)}),
+        ("sparse_linear_backward", {"dy": torch.randn(5, 6).double()}),
     ],
 )
 def test_misfitting_operands_are_refused_by_every_backend(backend: Backend, op: str, change: dict) -> None:
@@ -241,6 +245,7 @@ def test_misfitting_operands_are_refused_by_every_backend(backend: Backend, op: 
         "sparse_linear": {"x": torch.randn(5, 8), "values": torch.randn(24), "bias": torch.randn(6)},
         "sparse_linear_dx": {"dy": torch.randn(5, 6), "values": torch.randn(24), "in_features": 8},
         "sparse_linear_dvalues": {"dy": torch.randn(5, 6), "x": torch.randn(5, 8)},
+        "sparse_linear_backward": {"dy": torch.randn(5, 6), "x": torch.randn(5, 8), "values": torch.randn(24)},
     }[op] | indices
     getattr(OPS, op)(**operands)  # as it stands it fits
     with pytest.raises(KernelError, match="expected"):

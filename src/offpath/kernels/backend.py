@@ -48,10 +48,27 @@ class MakePlan(Protocol):
     ) -> Any: ...
 
 
-class MakeBitmap(Protocol):
-    """A canonical pattern as one bit per position; the result has an attribute `bytes`."""
+class MakePrepared(Protocol):
+    """What a backend makes of a canonical pattern for one kind of product; the result has an attribute `bytes`."""
 
     def __call__(self, crow_indices: Tensor, col_indices: Tensor, columns: int) -> Any: ...
+
+
+class PreparedSddmm(Protocol):
+    """The product of `Sddmm` over tiles that the same backend made."""
+
+    def __call__(self, tiles: Any, dy: Tensor, x: Tensor, /) -> Tensor: ...
+
+
+class PreparedBackward(Protocol):
+    """(dx, dvalues, dbias) of a layer at once, over the plan of its transposed weight and its tiles.
+
+    `dy` [batch, rows] and `x` [batch, columns] with any strides; dbias is the sum of dy over the batch.
+    """
+
+    def __call__(
+        self, transpose: Any, tiles: Any, values: Tensor, dy: Tensor, x: Tensor, /
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class Sddmm(Protocol):
@@ -70,6 +87,7 @@ class Backend:
     `name` is what `OFFPATH_BACKEND` and reports call it. `computes` says whether it has kernels for a device type
     and dtype. The products expect a canonical pattern: whoever calls them has checked it. `digest` fingerprints the
     contents of (crow_indices, col_indices) at a small part of a product's cost; None where there is no such thing.
+    `tiles` orders a pattern for its weight gradient, `bitmap` makes it one bit per position.
     `expand` writes the values of a bitmap's connections into a dense [rows, columns], zero elsewhere; `compress` picks
     them out of one. What a `native` backend's methods cost is measured on the machine; others compute row by row.
     """
@@ -80,7 +98,10 @@ class Backend:
     sddmm: Sddmm
     plan: MakePlan
     planned_spmm: PreparedSpmm
-    bitmap: MakeBitmap
+    tiles: MakePrepared
+    tiled_sddmm: PreparedSddmm
+    planned_backward: PreparedBackward
+    bitmap: MakePrepared
     bitmap_spmm: PreparedSpmm
     expand: Callable[[Any, Tensor], Tensor]
     compress: Callable[[Any, Tensor], Tensor]

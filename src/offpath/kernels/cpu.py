@@ -29,6 +29,7 @@ def _per_dtype(name: str) -> dict[torch.dtype, Callable[..., Any]]:
 
 
 _SPMM, _PLANNED_SPMM, _SDDMM = _per_dtype("spmm"), _per_dtype("planned_spmm"), _per_dtype("sddmm")
+_TILED_SDDMM, _PLANNED_BACKWARD = _per_dtype("tiled_sddmm"), _per_dtype("planned_backward")
 _BITMAP_SPMM, _EXPAND, _COMPRESS = _per_dtype("bitmap_spmm"), _per_dtype("expand"), _per_dtype("compress")
 _TAKE_OUTPUT = _per_dtype("take_output")
 
@@ -76,6 +77,9 @@ def make_backend(isa: str) -> Backend:
         sddmm=variant.sddmm,
         plan=variant.plan,
         planned_spmm=variant.planned_spmm,
+        tiles=make_tiles,
+        tiled_sddmm=variant.tiled_sddmm,
+        planned_backward=variant.planned_backward,
         bitmap=make_bitmap,
         bitmap_spmm=variant.bitmap_spmm,
         expand=variant.expand,
@@ -193,6 +197,66 @@ class _Variant:
     def planned_spmm(self, plan: Prepared, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return self._prepared_spmm(_PLANNED_SPMM, plan, values, x, bias)
 
+    def tiled_sddmm(self, tiles: Prepared, dy: Tensor, x: Tensor) -> Tensor:
+        dtype = dy.dtype
+        if not (
+            is_matrix(dy, dtype)
+            and is_matrix(x, dtype)
+            and dy.shape == (x.shape[0], tiles.rows)
+            and x.shape[1] == tiles.columns
+        ):
+            refuse(dy=dy, x=x)
+        dy, dy_strides = one_unit_stride(dy)
+        x, x_strides = one_unit_stride(x)
+        dvalues = _output(dy, 1, tiles.nnz).view(-1)
+        _TILED_SDDMM[dtype](
+            self._index,
+            tiles.native,
+            x.shape[0],
+            address(dy),
+            *dy_strides,
+            address(x),
+            *x_strides,
+            address(dvalues),
+            torch.get_num_threads(),
+        )
+        return dvalues
+
+    def planned_backward(
+        self, transpose: Prepared, tiles: Prepared, values: Tensor, dy: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = values.dtype
+        if not (
+            is_vector(values, dtype, tiles.nnz)
+            and is_matrix(dy, dtype)
+            and is_matrix(x, dtype)
+            and dy.shape == (x.shape[0], tiles.rows)
+            and x.shape[1] == tiles.columns
+            and (transpose.rows, transpose.columns, transpose.nnz) == (tiles.columns, tiles.rows, tiles.nnz)
+        ):
+            refuse(values=values, dy=dy, x=x)
+        dy, dy_strides = one_unit_stride(dy)
+        x, x_strides = one_unit_stride(x)
+        batch = x.shape[0]
+        dx, dvalues = _output(x, batch, tiles.columns), _output(dy, 1, tiles.nnz).view(-1)
+        dbias = dy.new_empty(tiles.rows)
+        _PLANNED_BACKWARD[dtype](
+            self._index,
+            transpose.native,
+            tiles.native,
+            batch,
+            address(values),
+            address(dy),
+            *dy_strides,
+            address(x),
+            *x_strides,
+            address(dx),
+            address(dvalues),
+            address(dbias),
+            torch.get_num_threads(),
+        )
+        return dx, dvalues, dbias
+
     def bitmap_spmm(self, bitmap: Prepared, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return self._prepared_spmm(_BITMAP_SPMM, bitmap, values, x, bias)
 
@@ -244,10 +308,19 @@ class _Variant:
 
 def make_bitmap(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Prepared:
     """One bit per position of a canonical pattern; O(nnz + rows x columns / 64)."""
+    return _prepare(_native.make_bitmap, crow_indices, col_indices, columns)
+
+
+def make_tiles(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Prepared:
+    """A canonical pattern in the order in which its weight gradient is computed; O(nnz + rows + columns)."""
+    return _prepare(_native.make_tiles, crow_indices, col_indices, columns)
+
+
+def _prepare(make: Callable, crow_indices: Tensor, col_indices: Tensor, columns: int) -> Prepared:
     rows, nnz = crow_indices.shape[0] - 1, col_indices.shape[0]
     if not are_indices(crow_indices, col_indices):
         refuse(crow_indices=crow_indices, col_indices=col_indices)
-    native = _native.make_bitmap(rows, columns, address(crow_indices), address(col_indices), torch.get_num_threads())
+    native = make(rows, columns, address(crow_indices), address(col_indices), torch.get_num_threads())
     return Prepared(native, rows, columns, nnz)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Hashable
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,13 +14,13 @@ from offpath.kernels.backend import Backend
 
 # Products of a layer: y = x W^T, the gradient of x, the gradient of the values.
 PRODUCTS = ("forward", "dx", "dvalues")
-# bucketed: over a plan, for many tokens. row-wise: straight over the indices. bitmap: for a few tokens, over one bit
+# bucketed and tiled: over a plan, for many tokens. row-wise: straight over the indices. bitmap: for a few tokens, over one bit
 # per position. dense: write the weight out, and leave the rest to torch; absent connections are zeros there, so an
 # infinite input becomes NaN as in `nn.Linear`.
 METHODS = {
     "forward": ("bucketed", "row-wise", "bitmap", "dense"),
     "dx": ("bucketed", "row-wise", "bitmap", "dense"),
-    "dvalues": ("row-wise", "dense"),
+    "dvalues": ("tiled", "row-wise", "dense"),
 }
 # Those whose memory is not O(nnz + rows x columns / 64).
 DENSE_METHODS = ("dense",)
@@ -38,12 +38,12 @@ class PreparedMatrix:
         self.crow_indices, self.col_indices = crow_indices, col_indices
         self.rows, self.columns = crow_indices.shape[0] - 1, columns
         self.permutation = permutation
-        self._made: dict[tuple[str, torch.dtype | None], Any] = {}
+        self._made: dict[tuple[str, Hashable], Any] = {}
 
     def spmm(self, backend: Backend, method: str, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x @ W.T + bias for x [batch, columns], by one of METHODS."""
         if method == "bucketed":
-            return backend.planned_spmm(self._plan(backend, values.dtype), values, x, bias)
+            return backend.planned_spmm(self.plan(backend, values.dtype), values, x, bias)
         if self.permutation is not None:
             values = values.index_select(0, self.permutation)
         if method == "row-wise":
@@ -56,30 +56,36 @@ class PreparedMatrix:
         """The gradient of the values for dy [batch, rows] and x [batch, columns], by one of METHODS."""
         if method == "dense":
             return backend.compress(self._bitmap(backend), dy.t() @ x)
+        if method == "tiled":
+            return backend.tiled_sddmm(self.tiles(backend), dy, x)
         return backend.sddmm(self.crow_indices, self.col_indices, dy, x)
 
     def dense(self, backend: Backend, values: Tensor) -> Tensor:
         """The matrix [rows, columns] written out."""
         return backend.expand(self._bitmap(backend), values)
 
+    def plan(self, backend: Backend, dtype: torch.dtype) -> Any:
+        """What `planned_spmm` wants."""
+        make = partial(backend.plan, dtype=dtype, permutation=self.permutation)
+        return self._once(backend, ("plan", dtype), make)
+
+    def tiles(self, backend: Backend) -> Any:
+        """What `tiled_sddmm` wants."""
+        return self._once(backend, "tiles", backend.tiles)
+
     @property
     def bytes(self) -> int:
-        """Bytes of the plans and bitmaps."""
+        """Bytes of the plans, tiles and bitmaps."""
         return sum(made.bytes for made in self._made.values())
 
-    def _plan(self, backend: Backend, dtype: torch.dtype) -> Any:
-        plan = self._made.get((backend.name, dtype))
-        if plan is None:
-            plan = backend.plan(self.crow_indices, self.col_indices, self.columns, dtype, self.permutation)
-            self._made[backend.name, dtype] = plan
-        return plan
-
     def _bitmap(self, backend: Backend) -> Any:
-        bitmap = self._made.get((backend.name, None))
-        if bitmap is None:
-            bitmap = backend.bitmap(self.crow_indices, self.col_indices, self.columns)
-            self._made[backend.name, None] = bitmap
-        return bitmap
+        return self._once(backend, "bitmap", backend.bitmap)
+
+    def _once(self, backend: Backend, kind: Hashable, make: Callable[[Tensor, Tensor, int], Any]) -> Any:
+        made = self._made.get((backend.name, kind))
+        if made is None:
+            made = self._made[backend.name, kind] = make(self.crow_indices, self.col_indices, self.columns)
+        return made
 
 
 class PreparedWeight:
@@ -96,7 +102,7 @@ class PreparedWeight:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the plans and bitmaps of both."""
+        """Bytes of the plans, tiles and bitmaps of both."""
         return self.matrix.bytes + (self.transpose.bytes if "transpose" in vars(self) else 0)
 
     def forward(self, backend: Backend, method: str, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -108,6 +114,15 @@ class PreparedWeight:
         if method == "dense":
             return dy @ self.matrix.dense(backend, values)
         return self.transpose.spmm(backend, method, values, dy)
+
+    def backward(
+        self, backend: Backend, dx_method: str, dvalues_method: str, values: Tensor, dy: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dx, dvalues, dbias): in one go where both are computed over plans."""
+        if (dx_method, dvalues_method) == ("bucketed", "tiled"):
+            transpose, tiles = self.transpose.plan(backend, values.dtype), self.matrix.tiles(backend)
+            return backend.planned_backward(transpose, tiles, values, dy, x)
+        return self.dx(backend, dx_method, values, dy), self.dvalues(backend, dvalues_method, dy, x), dy.sum(0)
 
     def dvalues(self, backend: Backend, method: str, dy: Tensor, x: Tensor) -> Tensor:
         """dvalues [nnz] = the entries of dy.T @ x that are connections."""

@@ -49,6 +49,18 @@ def planned_spmm(plan: Plan, values: Tensor, x: Tensor, bias: Tensor | None = No
     return spmm(plan.crow_indices, plan.col_indices, values, x, bias)
 
 
+def tiled_sddmm(tiles: Plan, dy: Tensor, x: Tensor) -> Tensor:
+    """`sddmm` over the arguments of the tiles."""
+    return sddmm(tiles.crow_indices, tiles.col_indices, dy, x)
+
+
+def planned_backward(
+    transpose: Plan, tiles: Plan, values: Tensor, dy: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of a layer's input, values and bias."""
+    return planned_spmm(transpose, values, dy), tiled_sddmm(tiles, dy, x), _wide(dy).sum(0).to(dy.dtype)
+
+
 def expand(bitmap: Plan, values: Tensor) -> Tensor:
     """dense[r, c] = the value of connection (r, c), or zero."""
     rows = _rows(bitmap.crow_indices)
@@ -75,4 +87,18 @@ def _computes(device_type: str, dtype: torch.dtype) -> bool:
     return dtype.is_floating_point
 
 
-BACKEND = Backend("reference", _computes, spmm, sddmm, Plan, planned_spmm, Plan, planned_spmm, expand, compress)
+BACKEND = Backend(
+    name="reference",
+    computes=_computes,
+    spmm=spmm,
+    sddmm=sddmm,
+    plan=Plan,
+    planned_spmm=planned_spmm,
+    tiles=Plan,
+    tiled_sddmm=tiled_sddmm,
+    planned_backward=planned_backward,
+    bitmap=Plan,
+    bitmap_spmm=planned_spmm,
+    expand=expand,
+    compress=compress,
+)

@@ -51,6 +51,13 @@ class Prepared:
         """The entries of dy.T @ x that are connections."""
         return self._weight.dvalues(backend, self._method(backend, "dvalues", x, prefer), dy, x)
 
+    def backward(
+        self, backend: Backend, values: Tensor, dy: Tensor, x: Tensor, prefer: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dx, dvalues, dbias), where dbias is the sum of dy over the batch."""
+        methods = self._method(backend, "dx", dy, prefer), self._method(backend, "dvalues", x, prefer)
+        return self._weight.backward(backend, *methods, values, dy, x)
+
     @property
     def bytes(self) -> int:
         """Bytes of the copy, its transpose, the plans and the bitmaps."""

@@ -29,6 +29,10 @@ _library.define(
 _library.define(
     "sparse_linear_dvalues(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices, str prefer='speed') -> Tensor"
 )
+_library.define(
+    "sparse_linear_backward(Tensor dy, Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, "
+    "str prefer='speed') -> (Tensor, Tensor, Tensor)"
+)
 _ops = torch.ops.offpath
 
 
@@ -91,15 +95,21 @@ def _dx(
 
 
 def _dvalues(dy: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, prefer: str = "speed") -> Tensor:
-    _check_width(dy, crow_indices)
-    if dy.dtype is not x.dtype or dy.shape[:-1] != x.shape[:-1]:
-        raise KernelError(
-            f"expected dy and x of one dtype and the same leading dimensions, got {dy.dtype} {tuple(dy.shape)} "
-            f"and {x.dtype} {tuple(x.shape)}"
-        )
+    _check_gradient_of(x, dy, crow_indices)
     backend = kernels.select(dy.device.type, dy.dtype)
     shape = (crow_indices.shape[0] - 1, x.shape[-1])
     return prepare(backend, crow_indices, col_indices, shape).dvalues(backend, _rows(dy), _rows(x), prefer)
+
+
+def _backward(
+    dy: Tensor, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, prefer: str = "speed"
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check("x", x, values, col_indices)
+    _check_gradient_of(x, dy, crow_indices)
+    backend = kernels.select(dy.device.type, dy.dtype)
+    prepared = prepare(backend, crow_indices, col_indices, (crow_indices.shape[0] - 1, x.shape[-1]))
+    dx, dvalues, dbias = prepared.backward(backend, values, _rows(dy), _rows(x), prefer)
+    return dx if x.dim() == 2 else dx.view(x.shape), dvalues, dbias
 
 
 def _check(name: str, operand: Tensor, values: Tensor, col_indices: Tensor) -> None:
@@ -114,6 +124,15 @@ def _check(name: str, operand: Tensor, values: Tensor, col_indices: Tensor) -> N
 def _check_width(dy: Tensor, crow_indices: Tensor) -> None:
     if dy.shape[-1] != crow_indices.shape[0] - 1:
         raise KernelError(f"expected dy of {crow_indices.shape[0] - 1} features, got shape {tuple(dy.shape)}")
+
+
+def _check_gradient_of(x: Tensor, dy: Tensor, crow_indices: Tensor) -> None:
+    _check_width(dy, crow_indices)
+    if dy.dtype is not x.dtype or dy.shape[:-1] != x.shape[:-1]:
+        raise KernelError(
+            f"expected dy and x of one dtype and the same leading dimensions, got {dy.dtype} {tuple(dy.shape)} "
+            f"and {x.dtype} {tuple(x.shape)}"
+        )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -135,6 +154,11 @@ class _SparseLinear(torch.autograd.Function):
         (dy,) = grad_outputs
         x, values, crow_indices, col_indices = ctx.saved_tensors
         wants_dx, wants_dvalues, wants_dbias, *_ = ctx.needs_input_grad
+        if wants_dx and wants_dvalues:
+            dx, dvalues, dbias = _ops.sparse_linear_backward.default(
+                dy, x, values, crow_indices, col_indices, ctx.prefer
+            )
+            return dx, dvalues, dbias if wants_dbias else None, None, None, None
         dx = dvalues = None
         dbias = _rows(dy).sum(0) if wants_dbias else None
         if wants_dx:
@@ -176,6 +200,10 @@ def _autograd_dvalues(*args):
     return _OnceDifferentiable.apply(_ops.sparse_linear_dvalues.default, *args)
 
 
+def _autograd_backward(*args):
+    return _OnceDifferentiable.apply(_ops.sparse_linear_backward.default, *args)
+
+
 def _fake_forward(x, values, bias, crow_indices, col_indices, prefer="speed"):
     return x.new_empty(*x.shape[:-1], crow_indices.shape[0] - 1)
 
@@ -188,10 +216,15 @@ def _fake_dvalues(dy, x, crow_indices, col_indices, prefer="speed"):
     return dy.new_empty(col_indices.shape[0])
 
 
+def _fake_backward(dy, x, values, crow_indices, col_indices, prefer="speed"):
+    return x.new_empty(x.shape), dy.new_empty(col_indices.shape[0]), dy.new_empty(dy.shape[-1])
+
+
 for _name, _kernel, _autograd, _fake in (
     ("sparse_linear", _forward, _autograd_forward, _fake_forward),
     ("sparse_linear_dx", _dx, _autograd_dx, _fake_dx),
     ("sparse_linear_dvalues", _dvalues, _autograd_dvalues, _fake_dvalues),
+    ("sparse_linear_backward", _backward, _autograd_backward, _fake_backward),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     _library.impl(_name, _autograd, "Autograd")

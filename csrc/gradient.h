@@ -1,0 +1,121 @@
+// The weight gradient as it is called.
+#pragma once
+
+#include "products.h"
+#include "tiles.h"
+
+namespace offpath {
+
+// Of the second-level cache, what the activations of one round of the weight gradient may fill.
+constexpr int64_t cached_activation_bytes = 512 << 10;
+// Tiles that a thread computes in one go: neighbours, whose rows of dy then stay in cache.
+constexpr int64_t tiles_per_task = 4, rows_per_sum = 256;
+
+// dvalues[s] = sum over b of dy[row of s, b] * x[col_indices[s], b]
+template <class T>
+void sddmm(const Kernels<T> &kernels, const Csr &csr, int64_t columns, const Matrix<T> &dy, const Matrix<T> &x,
+           int64_t batch, T *dvalues, int threads) {
+    const int64_t nnz = csr.crow_indices[csr.rows];
+    if (batch == 0 || nnz == 0) {
+        std::fill_n(dvalues, nnz, T{});
+        return;
+    }
+    const Panels<T> dy_panels(kernels, dy, csr.rows, batch), x_panels(kernels, x, columns, batch);
+    run_together(threads_for((csr.rows + columns) * batch, threads), dy_panels, x_panels);
+    Scratch<Sum<T>> wide_sums;
+    Sum<T> *sums;
+    if constexpr (std::is_same_v<T, Sum<T>>) {
+        sums = dvalues;
+    } else {
+        wide_sums = scratch<Sum<T>>(nnz);
+        sums = wide_sums.get();
+    }
+    const sddmm_args<T> args{csr, dy_panels.data(), x_panels.data(), columns, batch, sums, dvalues};
+    // As many panels of x at a time as stay in cache. Rounds follow one another, and the batch is not split inside of
+    // one: a connection's sum must not depend on the number of threads.
+    const int64_t panel_bytes = columns * kernels.layout.panel_width * kernels.layout.panel_entry_bytes;
+    const int64_t per_round = std::max<int64_t>(1, cached_activation_bytes / panel_bytes);
+    const Blocks blocks(csr, batch, 0, threads);
+    for (int64_t panel = 0; panel < x_panels.count; panel += per_round)
+        parallel_for(blocks.count(), threads, [&](int64_t i) {
+            Block block = blocks[i];
+            block.batch_begin = panel;
+            block.batch_end = std::min(x_panels.count, panel + per_round);
+            kernels.sddmm(args, block);
+        });
+}
+
+// The same over a plan and over what was packed.
+template <class T> class TiledGradient {
+  public:
+    TiledGradient(const Kernels<T> &kernels, const Tiles &tiles, const Panels<T> &dy, const Panels<T> &x, int64_t batch,
+                  T *dvalues)
+        : sums(scratch<Sum<T>>(tiles.nnz())), kernel(kernels.tiled),
+          args{tiles.view(), dy.data(), x.data(), batch, sums.get(), dvalues} {}
+
+    int64_t tasks() const { return ceil_div(args.plan.tiles, tiles_per_task); }
+    void run(int64_t task) const {
+        const int64_t begin = task * tiles_per_task;
+        kernel(args, {begin, std::min(args.plan.tiles, begin + tiles_per_task), 0, 0});
+    }
+
+  private:
+    const Scratch<Sum<T>> sums;
+    const Kernel<tiled_args<T>> kernel;
+    const tiled_args<T> args;
+};
+
+template <class T>
+void tiled_sddmm(const Kernels<T> &kernels, const Tiles &tiles, const Matrix<T> &dy, const Matrix<T> &x, int64_t batch,
+                 T *dvalues, int threads) {
+    if (batch == 0) {
+        std::fill_n(dvalues, tiles.nnz(), T{});
+        return;
+    }
+    const Panels<T> dy_panels(kernels, dy, tiles.rows, batch), x_panels(kernels, x, tiles.columns, batch);
+    run_together(threads_for((tiles.rows + tiles.columns) * batch, threads), dy_panels, x_panels);
+    const TiledGradient<T> gradient(kernels, tiles, dy_panels, x_panels, batch, dvalues);
+    run_together(threads_for(tiles.nnz() * batch, threads), gradient);
+}
+
+// dbias[r] = sum over b of dy[r, b]; no tasks where nobody wants it.
+template <class T> class BiasGradient {
+  public:
+    BiasGradient(const Kernels<T> &kernels, const Panels<T> &dy, int64_t rows, int64_t batch, T *dbias)
+        : kernel(kernels.row_sums), args{dy.data(), rows, batch, dbias} {}
+
+    int64_t tasks() const { return args.sums ? ceil_div(args.rows, rows_per_sum) : 0; }
+    void run(int64_t task) const {
+        const int64_t begin = task * rows_per_sum;
+        kernel(args, {begin, std::min(args.rows, begin + rows_per_sum), 0, 0});
+    }
+
+  private:
+    const Kernel<row_sums_args<T>> kernel;
+    const row_sums_args<T> args;
+};
+
+// All gradients of a layer at once, over the plan of the transposed weight: dy is packed once, and the threads meet
+// twice. dbias may be null.
+template <class T>
+void planned_backward(const Kernels<T> &kernels, const Plan &transpose, const Tiles &tiles, const T *values,
+                      const Matrix<T> &dy, const Matrix<T> &x, int64_t batch, T *dx, T *dvalues, T *dbias,
+                      int threads) {
+    if (batch == 0) {
+        std::fill_n(dvalues, tiles.nnz(), T{});
+        if (dbias)
+            std::fill_n(dbias, tiles.rows, T{});
+        return;
+    }
+    const Panels<T> dy_panels(kernels, dy, tiles.rows, batch), x_panels(kernels, x, tiles.columns, batch);
+    const OrderedValues<T> ordered(kernels, transpose, values);
+    run_together(threads_for((tiles.rows + tiles.columns) * batch + tiles.nnz(), threads), dy_panels, x_panels,
+                 ordered);
+    const TiledGradient<T> of_values(kernels, tiles, dy_panels, x_panels, batch, dvalues);
+    const BucketedProduct<T> of_x(kernels, transpose, ordered, nullptr, dy_panels, batch, dx);
+    const BiasGradient<T> of_bias(kernels, dy_panels, tiles.rows, batch, dbias);
+    // The longest tasks first.
+    run_together(threads_for((tiles.nnz() + tiles.rows + tiles.columns) * batch, threads), of_values, of_x, of_bias);
+}
+
+} // namespace offpath

@@ -1,0 +1,158 @@
+// The weight gradient over a plan of tiles: a row's dy stays in registers while its connections in the tile take their
+// columns of x from the first-level cache, four connections at a time; four sums over lanes are then taken at once. A
+// connection's order of summation depends on the batch alone.
+#pragma once
+
+#include "batch-inl.h"
+#include "layout-inl.h"
+#include "reduce-inl.h"
+#include "simd.h"
+#include "table.h"
+
+namespace {
+
+// Registers that hold a row's dy.
+constexpr int dy_vectors = 8;
+
+// Tokens of neighbouring panels that are multiplied in one go.
+template <class T, int panels, int vectors> struct TokenBlock {
+    using B = BatchVector<T>;
+    using S = Simd<offpath::Sum<T>>;
+    using Panel = typename Format<T>::Panel;
+    static constexpr int together = summed_together<offpath::Sum<T>>;
+    static constexpr int64_t width = vectors * B::tokens;
+
+    const Panel *dy, *x; // the first panel's; x starts at the tile
+    int64_t dy_stride, x_stride;
+    bool first, last; // of the batch
+    offpath::Sum<T> *sums;
+    T *dvalues;
+
+    // Up to `together` connections, whose sums go to sums[0] ... or, when they are complete, to dvalues[0] ...
+    template <int connections>
+    [[gnu::always_inline]] void dots(const typename B::V (&row)[panels][vectors], const uint16_t *columns,
+                                     offpath::Sum<T> *sums, T *dvalues) const {
+        typename S::V acc[together];
+        const Panel *column[connections];
+#pragma GCC unroll 4
+        for (int c = 0; c < together; ++c)
+            acc[c] = S::zero();
+#pragma GCC unroll 4
+        for (int c = 0; c < connections; ++c)
+            column[c] = x + columns[c] * width;
+#pragma GCC unroll 8
+        for (int p = 0; p < panels; ++p)
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; ++v)
+#pragma GCC unroll 4
+                for (int c = 0; c < connections; ++c)
+                    acc[c] = B::multiply_add(row[p][v], B::load(column[c] + p * x_stride + v * B::tokens), acc[c]);
+        typename S::V total = sum_some<offpath::Sum<T>>(acc);
+        if (!first)
+            total = S::add(total, S::load_first(sums, connections));
+        if (last)
+            S::store_first(dvalues, total, connections);
+        else
+            S::store_first(sums, total, connections);
+    }
+
+    // Runs of one length, which is `rest` more than a multiple of `together`.
+    template <int rest>
+    void each(const offpath::TileRun *runs, const offpath::TileSegment &segment, const uint16_t *columns,
+              offpath::Sum<T> *sums) const {
+        for (int32_t r = 0; r < segment.runs; ++r) {
+            typename B::V row[panels][vectors];
+#pragma GCC unroll 8
+            for (int p = 0; p < panels; ++p)
+#pragma GCC unroll 8
+                for (int v = 0; v < vectors; ++v) {
+                    row[p][v] = B::load(dy + runs[r].row * width + p * dy_stride + v * B::tokens);
+                    __builtin_prefetch(dy + runs[r + 1].row * width + p * dy_stride + v * B::tokens);
+                }
+            T *to = dvalues + runs[r].slot;
+            for (int32_t done = rest; done < segment.length; done += together) {
+                dots<together>(row, columns, sums, to);
+                columns += together, sums += together, to += together;
+            }
+            if constexpr (rest > 0)
+                dots<rest>(row, columns, sums, to);
+            columns += rest, sums += rest;
+        }
+    }
+
+    void tile(const offpath::TilePlan &plan, int64_t tile) const {
+        const offpath::TileRun *runs = plan.runs + plan.run_begin[tile];
+        int64_t connection = plan.connection_begin[tile];
+        for (int32_t s = plan.segment_begin[tile]; s < plan.segment_begin[tile + 1]; ++s) {
+            const offpath::TileSegment segment = plan.segments[s];
+            const uint16_t *columns = plan.columns + connection;
+            switch (segment.length % together) {
+            case 0:
+                each<0>(runs, segment, columns, sums + connection);
+                break;
+            case 1:
+                each<1>(runs, segment, columns, sums + connection);
+                break;
+            case 2:
+                each<2 % together>(runs, segment, columns, sums + connection);
+                break;
+            case 3:
+                each<3 % together>(runs, segment, columns, sums + connection);
+                break;
+            }
+            runs += segment.runs;
+            connection += int64_t{segment.length} * segment.runs;
+        }
+    }
+};
+
+// The tiles of the block times the tokens from `token` on; returns how many tokens that were.
+template <class T, int panels, int vectors>
+int64_t tiled_tokens(const offpath::tiled_args<T> &args, const offpath::Block &block, int64_t token) {
+    using Tokens = TokenBlock<T, panels, vectors>;
+    using Panel = typename Format<T>::Panel;
+    const int64_t dy_columns = panel_columns<T>(args.plan.rows), x_columns = panel_columns<T>(args.plan.matrix_columns);
+    for (int64_t tile = block.row_begin; tile < block.row_end; ++tile) {
+        const int64_t first_column = tile % args.plan.tiles_across * args.plan.tile_width;
+        const Tokens tokens = {static_cast<const Panel *>(args.dy) + token * dy_columns,
+                               static_cast<const Panel *>(args.x) + token * x_columns + first_column * Tokens::width,
+                               panel_width<T> * dy_columns,
+                               panel_width<T> * x_columns,
+                               token == 0,
+                               token + panels * Tokens::width >= args.batch,
+                               args.sums,
+                               args.dvalues};
+        tokens.tile(args.plan, tile);
+    }
+    return panels * Tokens::width;
+}
+
+// Block: rows count tiles. All of the batch.
+template <class T> void tiled(const offpath::tiled_args<T> &args, const offpath::Block &block) {
+    constexpr int vectors = panel_width<T> / BatchVector<T>::tokens, panels = dy_vectors / vectors;
+    int64_t token = 0;
+    while (args.batch - token >= panels * panel_width<T>)
+        token += tiled_tokens<T, panels, vectors>(args, block, token);
+    while (args.batch - token >= panel_width<T>)
+        token += tiled_tokens<T, 1, vectors>(args, block, token);
+    if (token < args.batch)
+        switch (width_of_panel<T>(token, args.batch) / BatchVector<T>::tokens) {
+        case 1:
+            tiled_tokens<T, 1, 1>(args, block, token);
+            break;
+        case 2:
+            if constexpr (vectors >= 2)
+                tiled_tokens<T, 1, 2>(args, block, token);
+            break;
+        case 3:
+            if constexpr (vectors >= 3)
+                tiled_tokens<T, 1, 3>(args, block, token);
+            break;
+        case 4:
+            if constexpr (vectors >= 4)
+                tiled_tokens<T, 1, 4>(args, block, token);
+            break;
+        }
+}
+
+} // namespace
