@@ -13,7 +13,10 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <functional>
 #include <memory>
+#include <numeric>
+#include <vector>
 
 namespace nb = nanobind;
 using namespace offpath;
@@ -126,13 +129,13 @@ void call_compress(int64_t isa, const BitMatrix &matrix, Address dense, Address 
     compress<T>(kernels_of<T>(isa), matrix, at<const T>(dense), at<T>(values), threads);
 }
 
-// A torch tensor [rows, columns] over a kept block, which comes back when the tensor dies.
-template <class T> nb::ndarray<nb::pytorch> take_output(size_t rows, size_t columns) {
-    void *block = take_scratch(rows * columns * sizeof(T));
+// A torch tensor over a kept block, which comes back when the tensor dies.
+template <class T> nb::ndarray<nb::pytorch> take_output(const std::vector<size_t> &shape) {
+    void *block = take_scratch(std::accumulate(shape.begin(), shape.end(), sizeof(T), std::multiplies<size_t>()));
     const nb::capsule owner(block, [](void *p) noexcept { give_back_scratch(p); });
     constexpr auto code = std::is_same_v<T, bfloat16> ? nb::dlpack::dtype_code::Bfloat : nb::dlpack::dtype_code::Float;
     constexpr nb::dlpack::dtype dtype{static_cast<uint8_t>(code), 8 * sizeof(T), 1};
-    return nb::ndarray<nb::pytorch>(block, {rows, columns}, owner, {}, dtype, nb::device::cpu::value);
+    return nb::ndarray<nb::pytorch>(block, shape.size(), shape.data(), owner, nullptr, dtype, nb::device::cpu::value);
 }
 
 } // namespace

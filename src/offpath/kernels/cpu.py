@@ -7,6 +7,7 @@ before: device, dtype, shape, strides (`operands.py`). The contents of the index
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -152,7 +153,7 @@ class _Variant:
         dy, dy_strides = one_unit_stride(dy)
         x, x_strides = one_unit_stride(x)
         batch, columns = x.shape
-        dvalues = _output(dy, 1, col_indices.shape[0]).view(-1)
+        dvalues = _output(dy, col_indices.shape[0])
         _SDDMM[dtype](
             self._index,
             rows,
@@ -208,7 +209,7 @@ class _Variant:
             refuse(dy=dy, x=x)
         dy, dy_strides = one_unit_stride(dy)
         x, x_strides = one_unit_stride(x)
-        dvalues = _output(dy, 1, tiles.nnz).view(-1)
+        dvalues = _output(dy, tiles.nnz)
         _TILED_SDDMM[dtype](
             self._index,
             tiles.native,
@@ -238,7 +239,7 @@ class _Variant:
         dy, dy_strides = one_unit_stride(dy)
         x, x_strides = one_unit_stride(x)
         batch = x.shape[0]
-        dx, dvalues = _output(x, batch, tiles.columns), _output(dy, 1, tiles.nnz).view(-1)
+        dx, dvalues = _output(x, batch, tiles.columns), _output(dy, tiles.nnz)
         dbias = dy.new_empty(tiles.rows)
         _PLANNED_BACKWARD[dtype](
             self._index,
@@ -300,7 +301,7 @@ class _Variant:
             is_matrix(dense, dense.dtype) and dense.shape == (bitmap.rows, bitmap.columns) and dense.is_contiguous()
         ):
             refuse(dense=dense)
-        values = _output(dense, 1, bitmap.nnz).view(-1)
+        values = _output(dense, bitmap.nnz)
         threads = torch.get_num_threads()
         _COMPRESS[dense.dtype](self._index, bitmap.native, address(dense), address(values), threads)
         return values
@@ -335,10 +336,10 @@ def _digest(crow_indices: Tensor, col_indices: Tensor) -> int:
     return _native.digest(rows, nnz, address(crow_indices), address(col_indices))
 
 
-def _output(like: Tensor, rows: int, columns: int) -> Tensor:
-    if rows * columns * like.element_size() < _KEPT_OUTPUT_BYTES:
-        return like.new_empty((rows, columns))
-    output = _TAKE_OUTPUT[like.dtype](rows, columns)
+def _output(like: Tensor, *shape: int) -> Tensor:
+    if math.prod(shape) * like.element_size() < _KEPT_OUTPUT_BYTES:
+        return like.new_empty(shape)
+    output = _TAKE_OUTPUT[like.dtype](shape)
     # torch.utils.deterministic is a module whose class is exchanged at import, which type checkers cannot see.
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     if fills and torch.are_deterministic_algorithms_enabled():

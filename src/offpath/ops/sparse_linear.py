@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd import profiler as autograd_profiler
+from torch.nn import Parameter
 
 from offpath import kernels
 from offpath.kernels import KernelError
@@ -34,6 +36,7 @@ _library.define(
     "str prefer='speed') -> (Tensor, Tensor, Tensor)"
 )
 _ops = torch.ops.offpath
+_PLAIN = (Tensor, Parameter, type(None))
 
 
 def sparse_linear(
@@ -146,8 +149,7 @@ class _SparseLinear(torch.autograd.Function):
         wants_dx, wants_dvalues, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if wants_dvalues else None, values if wants_dx else None, crow_indices, col_indices)
         ctx.in_features, ctx.prefer = x.shape[-1], prefer
-        with torch._C._AutoDispatchBelowAutograd():
-            return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices, prefer)
+        return _below_autograd(x, values, bias, crow_indices, col_indices, prefer)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -155,9 +157,9 @@ class _SparseLinear(torch.autograd.Function):
         x, values, crow_indices, col_indices = ctx.saved_tensors
         wants_dx, wants_dvalues, wants_dbias, *_ = ctx.needs_input_grad
         if wants_dx and wants_dvalues:
-            dx, dvalues, dbias = _ops.sparse_linear_backward.default(
-                dy, x, values, crow_indices, col_indices, ctx.prefer
-            )
+            direct = not torch.is_grad_enabled() and _nobody_listens(dy, x, values)
+            backward = _backward if direct else _ops.sparse_linear_backward.default
+            dx, dvalues, dbias = backward(dy, x, values, crow_indices, col_indices, ctx.prefer)
             return dx, dvalues, dbias if wants_dbias else None, None, None, None
         dx = dvalues = None
         dbias = _rows(dy).sum(0) if wants_dbias else None
@@ -188,8 +190,28 @@ def _autograd_forward(x, values, bias, crow_indices, col_indices, prefer="speed"
     # Forward-mode differentiation does not mind no_grad; autograd.Function then says that it is not supported.
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return _SparseLinear.apply(x, values, bias, crow_indices, col_indices, prefer)
+    return _below_autograd(x, values, bias, crow_indices, col_indices, prefer)
+
+
+def _below_autograd(x, values, bias, crow_indices, col_indices, prefer):
+    if _nobody_listens(x, values, bias):
+        return _forward(x, values, bias, crow_indices, col_indices, prefer)
     with torch._C._AutoDispatchBelowAutograd():
         return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices, prefer)
+
+
+def _nobody_listens(*operands: Tensor | None) -> bool:
+    """Whether the dispatcher would do nothing but call the kernel; the trip through it costs as much as a small layer.
+
+    Modes, functorch, tracers, profilers and subclasses of tensors do more.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not autograd_profiler._is_profiler_enabled
+        and all(type(operand) in _PLAIN for operand in operands)
+    )
 
 
 def _autograd_dx(*args):
