@@ -118,6 +118,23 @@ void call_bitmap_spmm(int64_t isa, const BitMatrix &matrix, int64_t batch, Addre
                    {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(y), threads);
 }
 
+template <class T>
+void call_bitmap_dx(int64_t isa, const BitMatrix &matrix, int64_t batch, Address values, Address dy,
+                    int64_t dy_feature_stride, int64_t dy_batch_stride, Address dx, int threads) {
+    nb::gil_scoped_release release;
+    bitmap_dx<T>(kernels_of<T>(isa), matrix, at<const T>(values), {at<const T>(dy), dy_feature_stride, dy_batch_stride},
+                 batch, at<T>(dx), threads);
+}
+
+template <class T>
+void call_bitmap_dvalues(int64_t isa, const BitMatrix &matrix, int64_t batch, Address dy, int64_t dy_feature_stride,
+                         int64_t dy_batch_stride, Address x, int64_t x_feature_stride, int64_t x_batch_stride,
+                         Address dvalues, int threads) {
+    nb::gil_scoped_release release;
+    bitmap_dvalues<T>(kernels_of<T>(isa), matrix, {at<const T>(dy), dy_feature_stride, dy_batch_stride},
+                      {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(dvalues), threads);
+}
+
 template <class T> void call_expand(int64_t isa, const BitMatrix &matrix, Address values, Address dense, int threads) {
     nb::gil_scoped_release release;
     expand<T>(kernels_of<T>(isa), matrix, at<const T>(values), at<T>(dense), threads);
@@ -169,6 +186,8 @@ NB_MODULE(_native, m) {
     m.def("tiled_sddmm_" #suffix, &call_tiled_sddmm<T>);                                                               \
     m.def("planned_spmm_" #suffix, &call_planned_spmm<T>);                                                             \
     m.def("bitmap_spmm_" #suffix, &call_bitmap_spmm<T>);                                                               \
+    m.def("bitmap_dx_" #suffix, &call_bitmap_dx<T>);                                                                   \
+    m.def("bitmap_dvalues_" #suffix, &call_bitmap_dvalues<T>);                                                         \
     m.def("expand_" #suffix, &call_expand<T>);                                                                         \
     m.def("compress_" #suffix, &call_compress<T>);                                                                     \
     m.def("take_output_" #suffix, &take_output<T>);

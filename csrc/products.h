@@ -7,7 +7,6 @@
 #include "table.h"
 
 #include <algorithm>
-#include <cstring>
 #include <type_traits>
 
 namespace offpath {
@@ -16,7 +15,7 @@ template <class Args> using Kernel = void (*)(const Args &, const Block &);
 
 // The kernels of one ISA for one dtype.
 template <class T> struct Kernels {
-    Kernel<spmm_args<Sum<T>>> spmm;
+    Kernel<spmm_args<T>> spmm;
     Kernel<to_features_args<T>> to_features;
     Kernel<to_tokens_args<T>> to_tokens;
     Kernel<gather_args<T>> gather;
@@ -26,6 +25,9 @@ template <class T> struct Kernels {
     Kernel<tiled_args<T>> tiled;
     Kernel<row_sums_args<T>> row_sums;
     Kernel<bitmap_args<T>> bitmap;
+    Kernel<bitmap_dx_args<T>> bitmap_dx;
+    Kernel<add_parts_args<T>> add_parts;
+    Kernel<bitmap_dvalues_args<T>> bitmap_dvalues;
     Kernel<expand_args<T>> expand;
     Kernel<compress_args<T>> compress;
     Layout layout;
@@ -33,17 +35,20 @@ template <class T> struct Kernels {
 
 template <class T> Kernels<T> kernels_of(const KernelTable &t) {
     if constexpr (std::is_same_v<T, float>)
-        return {t.spmm_f32,     t.to_features_f32, t.to_tokens_f32, t.gather_f32,   t.pack_f32,
-                t.bucketed_f32, t.sddmm_f32,       t.tiled_f32,     t.row_sums_f32, t.bitmap_f32,
-                t.expand_f32,   t.compress_f32,    t.layout_f32};
+        return {t.spmm_f32,           t.to_features_f32, t.to_tokens_f32, t.gather_f32,
+                t.pack_f32,           t.bucketed_f32,    t.sddmm_f32,     t.tiled_f32,
+                t.row_sums_f32,       t.bitmap_f32,      t.bitmap_dx_f32, t.add_parts_f32,
+                t.bitmap_dvalues_f32, t.expand_f32,      t.compress_f32,  t.layout_f32};
     else if constexpr (std::is_same_v<T, double>)
-        return {t.spmm_f64,     t.to_features_f64, t.to_tokens_f64, t.gather_f64,   t.pack_f64,
-                t.bucketed_f64, t.sddmm_f64,       t.tiled_f64,     t.row_sums_f64, t.bitmap_f64,
-                t.expand_f64,   t.compress_f64,    t.layout_f64};
+        return {t.spmm_f64,           t.to_features_f64, t.to_tokens_f64, t.gather_f64,
+                t.pack_f64,           t.bucketed_f64,    t.sddmm_f64,     t.tiled_f64,
+                t.row_sums_f64,       t.bitmap_f64,      t.bitmap_dx_f64, t.add_parts_f64,
+                t.bitmap_dvalues_f64, t.expand_f64,      t.compress_f64,  t.layout_f64};
     else
-        return {t.spmm_f32,      t.to_features_bf16, t.to_tokens_bf16, t.gather_bf16,   t.pack_bf16,
-                t.bucketed_bf16, t.sddmm_bf16,       t.tiled_bf16,     t.row_sums_bf16, t.bitmap_bf16,
-                t.expand_bf16,   t.compress_bf16,    t.layout_bf16};
+        return {t.spmm_bf16,           t.to_features_bf16, t.to_tokens_bf16, t.gather_bf16,
+                t.pack_bf16,           t.bucketed_bf16,    t.sddmm_bf16,     t.tiled_bf16,
+                t.row_sums_bf16,       t.bitmap_bf16,      t.bitmap_dx_bf16, t.add_parts_bf16,
+                t.bitmap_dvalues_bf16, t.expand_bf16,      t.compress_bf16,  t.layout_bf16};
 }
 
 // A [features, batch] matrix as torch hands it over: any strides, one of which is 1.
@@ -84,36 +89,13 @@ template <class T> class FeatureMajor {
     Scratch<Sum<T>> copy;
 };
 
-// A vector in the type of the sums: itself, or a copy.
-template <class T> class Widened {
-  public:
-    Widened(const T *vector, int64_t count) {
-        if constexpr (std::is_same_v<T, Sum<T>>) {
-            data = vector;
-        } else if (vector) {
-            copy = scratch<Sum<T>>(count);
-            for (int64_t i = 0; i < count; ++i) {
-                const uint32_t bits = static_cast<uint32_t>(vector[i].bits) << 16;
-                std::memcpy(&copy[i], &bits, sizeof bits);
-            }
-            data = copy.get();
-        }
-    }
-    const Sum<T> *data = nullptr;
-
-  private:
-    Scratch<Sum<T>> copy;
-};
-
 // y[b, r] = bias[r] + sum over row r's slots s of values[s] * x[col_indices[s], b]; y is [batch, rows], contiguous.
 template <class T>
 void spmm(const Kernels<T> &kernels, const Csr &csr, int64_t columns, const T *values, const T *bias,
           const Matrix<T> &x, int64_t batch, T *y, int threads) {
     const FeatureMajor<T> features(kernels, x, columns, batch, threads);
-    const Widened<T> wide_values(values, csr.crow_indices[csr.rows]), wide_bias(bias, csr.rows);
     const auto result = scratch<Sum<T>>(csr.rows * batch);
-    const spmm_args<Sum<T>> args{
-        csr, wide_values.data, wide_bias.data, features.data, features.stride, result.get(), batch, batch};
+    const spmm_args<T> args{csr, values, bias, features.data, features.stride, result.get(), batch, batch};
     // A strip that keeps eight of the widest registers busy; splitting the batch there leaves no tails inside.
     constexpr int64_t batch_quantum = 8 * 64 / sizeof(Sum<T>);
     const Blocks blocks(csr, batch, batch_quantum, threads);

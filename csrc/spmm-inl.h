@@ -2,6 +2,7 @@
 // while the row's connections are added to it in ascending column order.
 #pragma once
 
+#include "reduce-inl.h"
 #include "simd.h"
 #include "table.h"
 
@@ -9,20 +10,20 @@ namespace {
 
 template <class T, int vectors>
 void spmm_strip(const offpath::spmm_args<T> &args, const offpath::Block &block, int64_t b) {
-    using S = Simd<T>;
+    using S = Simd<offpath::Sum<T>>;
     for (int64_t row = block.row_begin; row < block.row_end; ++row) {
         typename S::V acc[vectors];
-        const typename S::V start = args.bias ? S::set1(args.bias[row]) : S::zero();
+        const typename S::V start = args.bias ? S::set1(compute(args.bias[row])) : S::zero();
         for (int v = 0; v < vectors; ++v)
             acc[v] = start;
         const int64_t end = args.csr.crow_indices[row + 1];
         for (int64_t s = args.csr.crow_indices[row]; s < end; ++s) {
-            const T *x = args.x + args.csr.col_indices[s] * args.x_stride + b;
-            const typename S::V value = S::set1(args.values[s]);
+            const offpath::Sum<T> *x = args.x + args.csr.col_indices[s] * args.x_stride + b;
+            const typename S::V value = S::set1(compute(args.values[s]));
             for (int v = 0; v < vectors; ++v)
                 acc[v] = S::fma(value, S::load(x + v * S::lanes), acc[v]);
         }
-        T *y = args.y + row * args.y_stride + b;
+        offpath::Sum<T> *y = args.y + row * args.y_stride + b;
         for (int v = 0; v < vectors; ++v)
             S::store(y + v * S::lanes, acc[v]);
     }
@@ -31,18 +32,18 @@ void spmm_strip(const offpath::spmm_args<T> &args, const offpath::Block &block, 
 // The last n <= lanes columns of the batch. Four rows take turns, so that no addition waits for the one before it.
 template <class T>
 void spmm_tail(const offpath::spmm_args<T> &args, const offpath::Block &block, int64_t b, int64_t n) {
-    using S = Simd<T>;
+    using S = Simd<offpath::Sum<T>>;
     constexpr int together = 4;
     const auto add = [&](typename S::V acc, int64_t s) {
-        const T *x = args.x + args.csr.col_indices[s] * args.x_stride + b;
-        return S::fma(S::set1(args.values[s]), S::load_first(x, n), acc);
+        const offpath::Sum<T> *x = args.x + args.csr.col_indices[s] * args.x_stride + b;
+        return S::fma(S::set1(compute(args.values[s])), S::load_first(x, n), acc);
     };
     for (int64_t first = block.row_begin; first < block.row_end; first += together) {
         const int rows = block.row_end - first < together ? static_cast<int>(block.row_end - first) : together;
         typename S::V acc[together];
         int64_t next[together] = {}, shortest = rows == together ? INT32_MAX : 0;
         for (int i = 0; i < rows; ++i) {
-            acc[i] = args.bias ? S::set1(args.bias[first + i]) : S::zero();
+            acc[i] = args.bias ? S::set1(compute(args.bias[first + i])) : S::zero();
             next[i] = args.csr.crow_indices[first + i];
             const int64_t count = args.csr.crow_indices[first + i + 1] - next[i];
             shortest = count < shortest ? count : shortest;
@@ -59,9 +60,33 @@ void spmm_tail(const offpath::spmm_args<T> &args, const offpath::Block &block, i
     }
 }
 
+// One token whose features stand side by side: a register of connections takes its inputs from where they are. Fetching
+// them takes longer than an addition, so one sum a row is enough.
+template <class T> void spmm_one_token(const offpath::spmm_args<T> &args, const offpath::Block &block) {
+    using S = Simd<offpath::Sum<T>>;
+    for (int64_t row = block.row_begin; row < block.row_end; ++row) {
+        typename S::V acc[summed_together<offpath::Sum<T>>];
+        for (auto &sum : acc)
+            sum = S::zero();
+        const int64_t end = args.csr.crow_indices[row + 1];
+        int64_t s = args.csr.crow_indices[row];
+        for (; end - s >= S::lanes; s += S::lanes)
+            acc[0] =
+                S::fma(S::load_first(args.values + s, S::lanes), S::load_at(args.x, args.csr.col_indices + s), acc[0]);
+        acc[1] = S::fma(S::load_first(args.values + s, end - s),
+                        S::load_first_at(args.x, args.csr.col_indices + s, end - s), acc[1]);
+        const typename S::V bias = S::set1(args.bias ? compute(args.bias[row]) : 0);
+        acc[0] = S::add(acc[0], acc[1]);
+        acc[1] = S::zero();
+        S::store_first(args.y + row * args.y_stride, S::add(sum_some<offpath::Sum<T>>(acc), bias), 1);
+    }
+}
+
 template <class T> void spmm(const offpath::spmm_args<T> &args, const offpath::Block &block) {
-    constexpr int64_t lanes = Simd<T>::lanes;
+    constexpr int64_t lanes = Simd<offpath::Sum<T>>::lanes;
     int64_t b = block.batch_begin;
+    if (args.batch == 1 && args.x_stride == 1)
+        return spmm_one_token<T>(args, block);
     for (; block.batch_end - b >= 8 * lanes; b += 8 * lanes)
         spmm_strip<T, 8>(args, block, b);
     for (; block.batch_end - b >= 4 * lanes; b += 4 * lanes)

@@ -37,9 +37,9 @@ template <class T> struct spmm_args {
     Csr csr;
     const T *values; // [nnz]
     const T *bias;   // [rows], or null for zero
-    const T *x;      // [columns, batch], rows `x_stride` elements apart
+    const Sum<T> *x; // [columns, batch], rows `x_stride` elements apart
     int64_t x_stride;
-    T *y; // [rows, batch], rows `y_stride` elements apart
+    Sum<T> *y; // [rows, batch], rows `y_stride` elements apart
     int64_t y_stride;
     int64_t batch;
 };
@@ -166,6 +166,33 @@ template <class T> struct bitmap_args {
     T *y;            // [batch, rows], contiguous
     int64_t batch;
     bool x_is_finite; // neither an infinity nor a NaN in x
+};
+
+// sums[b, column] += sum over the rows of the block of value * dy[b, row], for at most bitmap_batch tokens.
+template <class T> struct bitmap_dx_args {
+    Bitmap bitmap;
+    const T *values;
+    const Sum<T> *dy; // [batch, rows]
+    Sum<T> *sums;     // [batch, 64 * words_per_row]
+    int64_t batch;
+    bool dy_is_finite;
+};
+
+// y[b, c] = sum over the parts of parts[part, b, c]; the block's rows are tokens, its batch columns.
+template <class T> struct add_parts_args {
+    const Sum<T> *parts; // [count, batch, width]
+    int64_t count, batch, width;
+    T *y; // [batch, columns], contiguous
+    int64_t columns;
+};
+
+// dvalues[s] = sum over b of dy[b, row of s] * x[b, column of s]; the block's rows are rows.
+template <class T> struct bitmap_dvalues_args {
+    Bitmap bitmap;
+    const Sum<T> *dy; // [batch, rows]
+    const Sum<T> *x;  // [batch, 64 * words_per_row]
+    T *dvalues;       // [nnz]
+    int64_t batch;
 };
 
 // dense[r, c] = the value of connection (r, c), or zero.

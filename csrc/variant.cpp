@@ -1,6 +1,7 @@
 // Compiled once per ISA, with that ISA's flags. It exports one symbol: its table. No std::, no statics, no
 // allocation, no threads: whatever else it emitted could be linked into another ISA's path.
 #include "bitmap-inl.h"
+#include "bitmap_gradients-inl.h"
 #include "bucketed-inl.h"
 #include "gather-inl.h"
 #include "layout-inl.h"

@@ -134,6 +134,18 @@ PRODUCTS = (
         lambda p, batch: p.row_counts,
     ),
     Product(
+        "bitmap dx",
+        lambda p, batch, draw: {"values": draw((p.nnz,)), "dy": draw((batch, p.shape[0]))},
+        lambda backend, p, operands: backend.bitmap_dx(_bitmap(backend, p), **operands),
+        lambda p, batch: p.transpose().crow_indices.diff(),
+    ),
+    Product(
+        "bitmap dvalues feature-major",
+        lambda p, batch, draw: {"dy": draw((p.shape[0], batch)).t(), "x": draw((p.shape[1], batch)).t()},
+        lambda backend, p, operands: backend.bitmap_dvalues(_bitmap(backend, p), **operands),
+        lambda p, batch: torch.tensor(batch),
+    ),
+    Product(
         "expand",
         lambda p, batch, draw: {"values": draw((p.nnz,))},
         lambda backend, p, operands: backend.expand(_bitmap(backend, p), **operands),

@@ -152,9 +152,21 @@ def _backward_takes_the_values_of_the_original(transpose, tiles, values, dy, x) 
     return REFERENCE.planned_backward(replace(transpose, permutation=None), tiles, values, dy, x)
 
 
+def _bitmap_dx_forgets_the_last_part(bitmap, values, dy) -> Tensor:
+    dy = dy.clone()
+    dy[:, -1:] = 0
+    return REFERENCE.bitmap_dx(bitmap, values, dy)
+
+
+def _bitmap_dvalues_reads_the_columns_of_the_row_before(bitmap, dy, x) -> Tensor:
+    return REFERENCE.bitmap_dvalues(bitmap, dy, x.roll(1, 1))
+
+
 MUTANTS = (
     Mutant(_wrong("bitmap reads other values", bitmap_spmm=_bitmap_reads_values_of_the_row_before)),
     Mutant(_wrong("bitmap forgets columns", bitmap_spmm=_bitmap_forgets_columns_after_a_word)),
+    Mutant(_wrong("bitmap forgets a part", bitmap_dx=_bitmap_dx_forgets_the_last_part)),
+    Mutant(_wrong("bitmap reads other columns", bitmap_dvalues=_bitmap_dvalues_reads_the_columns_of_the_row_before)),
     Mutant(_wrong("expands over stale memory", expand=_expands_over_stale_memory)),
     Mutant(_wrong("compresses the wrong entries", compress=_compresses_by_column)),
     Mutant(_wrong("tiles keep their own order", tiled_sddmm=_tiles_keep_their_own_order)),

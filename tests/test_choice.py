@@ -150,7 +150,7 @@ def test_every_method_of_every_backend_gives_the_same_layer(
     layer = SparseLinear(70, 50, sparsity=0.6, generator=torch.Generator().manual_seed(0)).to(dtype)
     x = torch.randn(batch, 70, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
     dy = torch.randn(batch, 50, generator=torch.Generator().manual_seed(2)).to(dtype)
-    with forced_methods(forward=method, dx=method, dvalues="dense" if method == "dense" else "row-wise"):
+    with forced_methods(forward=method, dx=method, dvalues="tiled" if method == "bucketed" else method):
         y = layer(x)
         dx, dvalues = torch.autograd.grad(y, (x, layer.values), dy)
     weight, rows = layer.pattern.to_dense(layer.values.detach().double()), layer.pattern.row_indices().long()

@@ -1,9 +1,11 @@
 // Runs every product on every ISA of this CPU, in every dtype, on one to three threads and from two callers at once,
 // and checks each result. Built and run for each checker by `make sanitize`.
 #include "digest.h"
+#include "gradient.h"
 #include "isa.h"
 #include "operands.h"
 #include "self_test.h"
+#include "small_products.h"
 
 #include <string>
 #include <thread>
@@ -15,6 +17,7 @@ namespace {
 // What a pattern is prepared into; shared by the callers.
 struct Prepared {
     const Plan plan, transposed_plan;
+    const Tiles tiles;
     const BitMatrix bits;
 
     template <class T>
@@ -22,8 +25,20 @@ struct Prepared {
         : plan(o.pattern.csr(), o.pattern.columns, nullptr, kernels.layout.columns_per_step, threads),
           transposed_plan(o.transpose.pattern.csr(), o.pattern.rows, o.transpose.permutation.data(),
                           kernels.layout.columns_per_step, threads),
-          bits(o.pattern.csr(), o.pattern.columns, threads) {}
+          tiles(o.pattern.csr(), o.pattern.columns, threads), bits(o.pattern.csr(), o.pattern.columns, threads) {}
 };
+
+template <class T>
+void check_backward(const Operands<T> &o, const Kernels<T> &kernels, const Prepared &prepared, const Matrix<T> &dy,
+                    const Matrix<T> &x, int threads, const std::string &where) {
+    const GuardedArray<T> dx(o.dx.size()), dvalues(o.dvalues.size()), dbias(o.dbias.size());
+    planned_backward<T>(kernels, prepared.transposed_plan, prepared.tiles, o.values(), dy, x, o.batch, dx.data(),
+                        dvalues.data(), dbias.data(), threads);
+    const bool exact = o.draw == Draw::small_integers;
+    check("planned_backward, dx" + where, dx, o.dx, exact);
+    check("planned_backward, dvalues" + where, dvalues, o.dvalues, exact);
+    check("planned_backward, dbias" + where, dbias, o.dbias, exact);
+}
 
 template <class T>
 void run_products(const Operands<T> &o, const Kernels<T> &kernels, const Prepared &prepared, int threads,
@@ -54,6 +69,13 @@ void run_products(const Operands<T> &o, const Kernels<T> &kernels, const Prepare
         check_run("bitmap_spmm" + stored, y, integers, [&](T *result) {
             bitmap_spmm<T>(kernels, prepared.bits, o.values(), bias, x, o.batch, result, threads);
         });
+        check_run("bitmap_dx" + stored, o.dx, integers,
+                  [&](T *result) { bitmap_dx<T>(kernels, prepared.bits, o.values(), dy, o.batch, result, threads); });
+        check_run("bitmap_dvalues" + stored, o.dvalues, integers,
+                  [&](T *result) { bitmap_dvalues<T>(kernels, prepared.bits, dy, x, o.batch, result, threads); });
+        check_run("tiled_sddmm" + stored, o.dvalues, integers,
+                  [&](T *result) { tiled_sddmm<T>(kernels, prepared.tiles, dy, x, o.batch, result, threads); });
+        check_backward<T>(o, kernels, prepared, dy, x, threads, stored + ", " + where);
         check_run("sddmm" + stored, o.dvalues, integers,
                   [&](T *result) { sddmm<T>(kernels, csr, columns, dy, x, o.batch, result, threads); });
     }

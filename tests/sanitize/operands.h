@@ -59,7 +59,7 @@ template <class T> struct Operands {
     std::vector<T> value_entries, bias_entries, x_entries, dy_entries, dense_entries;
     std::vector<GuardedArray<T>> blocks;
     std::vector<Activations<T>> x, dy; // one for each storage
-    std::vector<Sum64> y, y_with_bias, dx, dvalues, expanded, compressed;
+    std::vector<Sum64> y, y_with_bias, dx, dvalues, dbias, expanded, compressed;
 
     Operands(const Problem &problem, Draw draw)
         : draw(draw), batch(problem.batch), pattern(make_pattern(problem.rows, problem.columns, problem.connected)),
@@ -90,6 +90,9 @@ template <class T> struct Operands {
         y.resize(batch * rows);
         dx.resize(batch * columns);
         dvalues.resize(pattern.nnz());
+        dbias.resize(rows);
+        for (int64_t i = 0; i < batch * rows; ++i)
+            dbias[i % rows].add(widen(dy_entries[i]));
         expanded.resize(rows * columns);
         compressed.resize(pattern.nnz());
         for (int64_t r = 0; r < rows; ++r)

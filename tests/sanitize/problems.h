@@ -106,6 +106,9 @@ inline std::vector<Problem> problems() {
     all.push_back(random_problem(12, 700, 0.1, 400));
     all.push_back(random_problem(700, 12, 0.1, 100));
     all.push_back(random_problem(130, 700, 0.9, 2));
+    // Several tiles of the weight gradient, and blocks of tokens before the last one.
+    all.push_back(random_problem(1030, 150, 0.1, 5));
+    all.push_back(random_problem(20, 300, 0.3, 300));
     all.push_back({"one long row", 64, 1100, 70, [](int64_t r, int64_t c) { return r == 17 || (r + c) % 200 == 0; }});
     return all;
 }

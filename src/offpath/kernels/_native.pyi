@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 from torch import Tensor
 
 def isas() -> list[tuple[str, bool]]: ...
@@ -8,6 +10,10 @@ def digest(rows: int, nnz: int, crow_indices: int, col_indices: int, /) -> int: 
 def bf16_columns_per_step(isa: int, /) -> int: ...
 
 class Plan:
+    @property
+    def bytes(self) -> int: ...
+
+class Tiles:
     @property
     def bytes(self) -> int: ...
 
@@ -25,6 +31,7 @@ def make_plan(
     threads: int,
     /,
 ) -> Plan: ...
+def make_tiles(rows: int, columns: int, crow_indices: int, col_indices: int, threads: int, /) -> Tiles: ...
 def make_bitmap(rows: int, columns: int, crow_indices: int, col_indices: int, threads: int, /) -> Bitmap: ...
 def planned_spmm_f32(
     isa: int,
@@ -52,9 +59,67 @@ def bitmap_spmm_f32(
     threads: int,
     /,
 ) -> None: ...
+def tiled_sddmm_f32(
+    isa: int,
+    tiles: Tiles,
+    batch: int,
+    dy: int,
+    dy_feature_stride: int,
+    dy_batch_stride: int,
+    x: int,
+    x_feature_stride: int,
+    x_batch_stride: int,
+    dvalues: int,
+    threads: int,
+    /,
+) -> None: ...
+def planned_backward_f32(
+    isa: int,
+    transpose: Plan,
+    tiles: Tiles,
+    batch: int,
+    values: int,
+    dy: int,
+    dy_feature_stride: int,
+    dy_batch_stride: int,
+    x: int,
+    x_feature_stride: int,
+    x_batch_stride: int,
+    dx: int,
+    dvalues: int,
+    dbias: int,
+    threads: int,
+    /,
+) -> None: ...
+def bitmap_dx_f32(
+    isa: int,
+    bitmap: Bitmap,
+    batch: int,
+    values: int,
+    dy: int,
+    dy_feature_stride: int,
+    dy_batch_stride: int,
+    dx: int,
+    threads: int,
+    /,
+) -> None: ...
+def bitmap_dvalues_f32(
+    isa: int,
+    bitmap: Bitmap,
+    batch: int,
+    dy: int,
+    dy_feature_stride: int,
+    dy_batch_stride: int,
+    x: int,
+    x_feature_stride: int,
+    x_batch_stride: int,
+    dvalues: int,
+    threads: int,
+    /,
+) -> None: ...
 def expand_f32(isa: int, bitmap: Bitmap, values: int, dense: int, threads: int, /) -> None: ...
 def compress_f32(isa: int, bitmap: Bitmap, dense: int, values: int, threads: int, /) -> None: ...
-def take_output_f32(rows: int, columns: int, /) -> Tensor: ...
+def take_output_f32(shape: Sequence[int], /) -> Tensor: ...
 def spmm_f32(
     isa: int,
     rows: int,
@@ -97,6 +162,14 @@ bitmap_spmm_f64 = bitmap_spmm_f32
 bitmap_spmm_bf16 = bitmap_spmm_f32
 sddmm_f64 = sddmm_f32
 sddmm_bf16 = sddmm_f32
+tiled_sddmm_f64 = tiled_sddmm_f32
+tiled_sddmm_bf16 = tiled_sddmm_f32
+planned_backward_f64 = planned_backward_f32
+planned_backward_bf16 = planned_backward_f32
+bitmap_dx_f64 = bitmap_dx_f32
+bitmap_dx_bf16 = bitmap_dx_f32
+bitmap_dvalues_f64 = bitmap_dvalues_f32
+bitmap_dvalues_bf16 = bitmap_dvalues_f32
 expand_f64 = expand_f32
 expand_bf16 = expand_f32
 compress_f64 = compress_f32

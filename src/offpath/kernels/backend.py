@@ -88,6 +88,7 @@ class Backend:
     and dtype. The products expect a canonical pattern: whoever calls them has checked it. `digest` fingerprints the
     contents of (crow_indices, col_indices) at a small part of a product's cost; None where there is no such thing.
     `tiles` orders a pattern for its weight gradient, `bitmap` makes it one bit per position.
+    The gradients go over the bitmap of the weight itself: `bitmap_dx` of values and dy, `bitmap_dvalues` of dy and x.
     `expand` writes the values of a bitmap's connections into a dense [rows, columns], zero elsewhere; `compress` picks
     them out of one. What a `native` backend's methods cost is measured on the machine; others compute row by row.
     """
@@ -103,6 +104,8 @@ class Backend:
     planned_backward: PreparedBackward
     bitmap: MakePrepared
     bitmap_spmm: PreparedSpmm
+    bitmap_dx: Callable[[Any, Tensor, Tensor], Tensor]
+    bitmap_dvalues: PreparedSddmm
     expand: Callable[[Any, Tensor], Tensor]
     compress: Callable[[Any, Tensor], Tensor]
     digest: Callable[[Tensor, Tensor], int] | None = None

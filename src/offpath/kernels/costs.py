@@ -9,7 +9,7 @@ from itertools import product as combinations
 
 # Grid points: square matrices of this many rows, shares of positions that are connections, tokens.
 SIZES = (128, 1024)
-DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.5, 0.75, 1.0)
 BATCHES = (1, 4, 16, 64, 256)
 GRID = tuple(combinations(range(len(SIZES)), range(len(DENSITIES)), range(len(BATCHES))))
 

@@ -14,13 +14,13 @@ from offpath.kernels.backend import Backend
 
 # Products of a layer: y = x W^T, the gradient of x, the gradient of the values.
 PRODUCTS = ("forward", "dx", "dvalues")
-# bucketed and tiled: over a plan, for many tokens. row-wise: straight over the indices. bitmap: for a few tokens, over one bit
-# per position. dense: write the weight out, and leave the rest to torch; absent connections are zeros there, so an
-# infinite input becomes NaN as in `nn.Linear`.
+# bucketed, tiled: over a plan, for many tokens. row-wise: straight over the indices. bitmap: for a few tokens, over one
+# bit per position. dense: write the weight out, and leave the rest to torch; absent connections are zeros there, so
+# an infinite input becomes NaN as in `nn.Linear`.
 METHODS = {
     "forward": ("bucketed", "row-wise", "bitmap", "dense"),
     "dx": ("bucketed", "row-wise", "bitmap", "dense"),
-    "dvalues": ("tiled", "row-wise", "dense"),
+    "dvalues": ("tiled", "row-wise", "bitmap", "dense"),
 }
 # Those whose memory is not O(nnz + rows x columns / 64).
 DENSE_METHODS = ("dense",)
@@ -49,20 +49,22 @@ class PreparedMatrix:
         if method == "row-wise":
             return backend.spmm(self.crow_indices, self.col_indices, values, x, bias)
         if method == "bitmap":
-            return backend.bitmap_spmm(self._bitmap(backend), values, x, bias)
+            return backend.bitmap_spmm(self.bitmap(backend), values, x, bias)
         return linear(x, self.dense(backend, values), bias)
 
     def sddmm(self, backend: Backend, method: str, dy: Tensor, x: Tensor) -> Tensor:
         """The gradient of the values for dy [batch, rows] and x [batch, columns], by one of METHODS."""
         if method == "dense":
-            return backend.compress(self._bitmap(backend), dy.t() @ x)
+            return backend.compress(self.bitmap(backend), dy.t() @ x)
+        if method == "bitmap":
+            return backend.bitmap_dvalues(self.bitmap(backend), dy, x)
         if method == "tiled":
             return backend.tiled_sddmm(self.tiles(backend), dy, x)
         return backend.sddmm(self.crow_indices, self.col_indices, dy, x)
 
     def dense(self, backend: Backend, values: Tensor) -> Tensor:
         """The matrix [rows, columns] written out."""
-        return backend.expand(self._bitmap(backend), values)
+        return backend.expand(self.bitmap(backend), values)
 
     def plan(self, backend: Backend, dtype: torch.dtype) -> Any:
         """What `planned_spmm` wants."""
@@ -73,13 +75,14 @@ class PreparedMatrix:
         """What `tiled_sddmm` wants."""
         return self._once(backend, "tiles", backend.tiles)
 
+    def bitmap(self, backend: Backend) -> Any:
+        """What `bitmap_spmm` and its gradients want."""
+        return self._once(backend, "bitmap", backend.bitmap)
+
     @property
     def bytes(self) -> int:
         """Bytes of the plans, tiles and bitmaps."""
         return sum(made.bytes for made in self._made.values())
-
-    def _bitmap(self, backend: Backend) -> Any:
-        return self._once(backend, "bitmap", backend.bitmap)
 
     def _once(self, backend: Backend, kind: Hashable, make: Callable[[Tensor, Tensor, int], Any]) -> Any:
         made = self._made.get((backend.name, kind))
@@ -113,6 +116,8 @@ class PreparedWeight:
         """dx [batch, columns] = dy @ W."""
         if method == "dense":
             return dy @ self.matrix.dense(backend, values)
+        if method == "bitmap":
+            return backend.bitmap_dx(self.matrix.bitmap(backend), values, dy)
         return self.transpose.spmm(backend, method, values, dy)
 
     def backward(

@@ -54,6 +54,13 @@ def tiled_sddmm(tiles: Plan, dy: Tensor, x: Tensor) -> Tensor:
     return sddmm(tiles.crow_indices, tiles.col_indices, dy, x)
 
 
+def bitmap_dx(bitmap: Plan, values: Tensor, dy: Tensor) -> Tensor:
+    """dx[:, c] = sum over column c's slots s of values[s] * dy[:, row of s]."""
+    products = _wide(values) * _wide(dy)[:, _rows(bitmap.crow_indices)]
+    dx = products.new_zeros(dy.shape[0], bitmap.columns)
+    return dx.index_add(1, bitmap.col_indices, products).to(values.dtype)
+
+
 def planned_backward(
     transpose: Plan, tiles: Plan, values: Tensor, dy: Tensor, x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,6 +106,8 @@ BACKEND = Backend(
     planned_backward=planned_backward,
     bitmap=Plan,
     bitmap_spmm=planned_spmm,
+    bitmap_dx=bitmap_dx,
+    bitmap_dvalues=tiled_sddmm,
     expand=expand,
     compress=compress,
 )

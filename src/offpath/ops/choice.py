@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from offpath.kernels.calibration import cost_table
 from offpath.kernels.methods import DENSE_METHODS, METHODS, PRODUCTS
 
 PREFERENCES = ("speed", "memory")
+# Predictions err by a few percent. Dense cannot lose more to `nn.Linear` than the writing out, so it wins near-ties.
+DENSE_MARGIN = 1.04
 _forced: list[dict[str, str]] = []
 
 
@@ -75,7 +78,9 @@ def choose(
     if not backend.native:
         return "row-wise"
     table = cost_table(backend, dtype)
-    return min(_allowed(product, prefer), key=lambda m: table.predict(product, m, rows, columns, nnz, batch))
+    costs = {m: table.predict(product, m, rows, columns, nnz, batch) for m in _allowed(product, prefer)}
+    best = min(costs, key=costs.__getitem__)
+    return "dense" if costs.get("dense", math.inf) <= DENSE_MARGIN * costs[best] else best
 
 
 def any_forced() -> bool:

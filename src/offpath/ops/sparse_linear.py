@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd import profiler as autograd_profiler
+from torch.autograd import forward_ad, profiler as autograd_profiler
 from torch.nn import Parameter
 
 from offpath import kernels
@@ -200,17 +199,18 @@ def _below_autograd(x, values, bias, crow_indices, col_indices, prefer):
         return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices, prefer)
 
 
-def _nobody_listens(*operands: Tensor | None) -> bool:
+def _nobody_listens(x: Tensor, *operands: Tensor | None) -> bool:
     """Whether the dispatcher would do nothing but call the kernel; the trip through it costs as much as a small layer.
 
-    Modes, functorch, tracers, profilers and subclasses of tensors do more.
+    The meta device, modes, functorch, tracers, profilers and subclasses of tensors want more.
     """
     return (
-        torch._C._len_torch_dispatch_stack() == 0
+        not x.is_meta
+        and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
         and not autograd_profiler._is_profiler_enabled
-        and all(type(operand) in _PLAIN for operand in operands)
+        and all(type(operand) in _PLAIN for operand in (x, *operands))
     )
 
 

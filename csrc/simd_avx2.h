@@ -1,0 +1,119 @@
+// Simd for AVX2 and FMA. Included by simd.h, which says what it offers.
+#pragma once
+
+#include "lanes.h"
+#include "simd_x86.h"
+
+namespace {
+
+template <class T> struct Simd;
+
+template <> struct Simd<float> {
+    using V = __m256;
+    static constexpr int lanes = 8;
+    static V zero() { return _mm256_setzero_ps(); }
+    static V set1(float a) { return _mm256_set1_ps(a); }
+    static V load(const float *p) { return _mm256_loadu_ps(p); }
+    static void store(float *p, V a) { _mm256_storeu_ps(p, a); }
+    static V add(V a, V b) { return _mm256_add_ps(a, b); }
+    static V load_at(const float *p, const int32_t *at) { return load_eight_at(p, at); }
+    static V load_first_at(const float *p, const int32_t *at, int64_t n) {
+        const __m256i where = _mm256_maskload_epi32(at, mask(n));
+        return _mm256_mask_i32gather_ps(zero(), p, where, _mm256_castsi256_ps(mask(n)), sizeof(float));
+    }
+    static V sum_four(const V (&a)[4]) {
+        const auto pairs = [](V a, V b) {
+            return _mm256_castps_pd(add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));
+        };
+        const __m256d low = pairs(a[0], a[1]), high = pairs(a[2], a[3]);
+        const V halves =
+            add(_mm256_castpd_ps(_mm256_unpacklo_pd(low, high)), _mm256_castpd_ps(_mm256_unpackhi_pd(low, high)));
+        return _mm256_zextps128_ps256(_mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+    }
+    static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+    static V load_first(const float *p, int64_t n) { return _mm256_maskload_ps(p, mask(n)); }
+    static void store_first(float *p, V a, int64_t n) { _mm256_maskstore_ps(p, mask(n), a); }
+    // The unpack instructions work inside 128-bit halves; the permutation puts the halves where they belong.
+    static V interleave_low(V a, V b) {
+        return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+    }
+    static V interleave_high(V a, V b) {
+        return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+    }
+    static V expand(const float *packed, uint32_t bits, bool) {
+        float spread[lanes];
+        expand_lanes(packed, bits, lanes, spread);
+        return load(spread);
+    }
+    static V load_where(const float *p, uint32_t bits) {
+        float selected[lanes];
+        load_lanes_where(p, bits, lanes, selected);
+        return load(selected);
+    }
+    static void compress(const float *spread, uint32_t bits, float *packed) {
+        compress_lanes(spread, bits, lanes, packed);
+    }
+    static V load_first(const bfloat16 *p, int64_t n) {
+        if (n < lanes) {
+            bfloat16 a[lanes] = {};
+            for (int64_t i = 0; i < n; ++i)
+                a[i] = p[i];
+            return load_first(a, lanes);
+        }
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    }
+    static void store_first(bfloat16 *p, V v, int64_t n) {
+        float a[lanes];
+        store(a, v);
+        for (int64_t i = 0; i < n; ++i)
+            p[i] = narrow(a[i]);
+    }
+    static __m256i mask(int64_t n) {
+        return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    }
+};
+
+template <> struct Simd<double> {
+    using V = __m256d;
+    static constexpr int lanes = 4;
+    static V zero() { return _mm256_setzero_pd(); }
+    static V set1(double a) { return _mm256_set1_pd(a); }
+    static V load(const double *p) { return _mm256_loadu_pd(p); }
+    static void store(double *p, V a) { _mm256_storeu_pd(p, a); }
+    static V add(V a, V b) { return _mm256_add_pd(a, b); }
+    static V load_at(const double *p, const int32_t *at) {
+        return _mm256_set_pd(p[at[3]], p[at[2]], p[at[1]], p[at[0]]);
+    }
+    static V load_first_at(const double *p, const int32_t *at, int64_t n) {
+        V a = zero();
+        for (int64_t i = 0; i < n; ++i)
+            a[i] = p[at[i]];
+        return a;
+    }
+    static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
+    static V load_first(const double *p, int64_t n) { return _mm256_maskload_pd(p, mask(n)); }
+    static void store_first(double *p, V a, int64_t n) { _mm256_maskstore_pd(p, mask(n), a); }
+    static V interleave_low(V a, V b) {
+        return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x20);
+    }
+    static V interleave_high(V a, V b) {
+        return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x31);
+    }
+    static V expand(const double *packed, uint32_t bits, bool) {
+        double spread[lanes];
+        expand_lanes(packed, bits, lanes, spread);
+        return load(spread);
+    }
+    static V load_where(const double *p, uint32_t bits) {
+        double selected[lanes];
+        load_lanes_where(p, bits, lanes, selected);
+        return load(selected);
+    }
+    static void compress(const double *spread, uint32_t bits, double *packed) {
+        compress_lanes(spread, bits, lanes, packed);
+    }
+    static __m256i mask(int64_t n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
+};
+
+} // namespace

@@ -1,0 +1,145 @@
+// Simd for AVX-512. Included by simd.h, which says what it offers.
+#pragma once
+
+#include "lanes.h"
+#include "simd_x86.h"
+
+namespace {
+
+template <class T> struct Simd;
+
+template <> struct Simd<float> {
+    using V = __m512;
+    static constexpr int lanes = 16;
+    static V zero() { return _mm512_setzero_ps(); }
+    static V set1(float a) { return _mm512_set1_ps(a); }
+    static V load(const float *p) { return _mm512_loadu_ps(p); }
+    static void store(float *p, V a) { _mm512_storeu_ps(p, a); }
+    static V add(V a, V b) { return _mm512_add_ps(a, b); }
+    static V load_at(const float *p, const int32_t *at) {
+        return _mm512_insertf32x8(_mm512_castps256_ps512(load_eight_at(p, at)), load_eight_at(p, at + 8), 1);
+    }
+    static V load_first_at(const float *p, const int32_t *at, int64_t n) {
+        const __m512i where = _mm512_maskz_loadu_epi32(mask(n), at);
+        return _mm512_mask_i32gather_ps(zero(), mask(n), where, p, sizeof(float));
+    }
+    static V sum_four(const V (&a)[4]) {
+        const auto pairs = [](V a, V b) {
+            return _mm512_castps_pd(add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        };
+        const __m512d low = pairs(a[0], a[1]), high = pairs(a[2], a[3]);
+        const V quarters =
+            add(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+        const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+        return _mm512_zextps128_ps512(_mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+    }
+    static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+    static V load_first(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(mask(n), p); }
+    static void store_first(float *p, V a, int64_t n) { _mm512_mask_storeu_ps(p, mask(n), a); }
+    static V interleave_low(V a, V b) {
+        return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
+    }
+    static V interleave_high(V a, V b) {
+        return _mm512_permutex2var_ps(
+            a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b);
+    }
+    static V expand(const float *packed, uint32_t bits, bool whole) {
+        return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits),
+                                      whole ? load(packed) : load_first(packed, __builtin_popcount(bits)));
+    }
+    static void compress(const float *spread, uint32_t bits, float *packed) {
+        store_first(packed, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), load(spread)),
+                    __builtin_popcount(bits));
+    }
+    static V load_where(const float *p, uint32_t bits) {
+        return _mm512_maskz_loadu_ps(static_cast<__mmask16>(bits), p);
+    }
+    static V load_first(const bfloat16 *p, int64_t n) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask(n), p)), 16));
+    }
+    static void store_first(bfloat16 *p, V a, int64_t n) {
+        const __m512i bits = _mm512_castps_si512(a);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+        const __m512i narrowed = _mm512_mask_mov_epi32(
+            _mm512_srli_epi32(rounded, 16), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC0));
+        _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtepi32_epi16(narrowed));
+    }
+    static __mmask16 mask(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+};
+
+template <> struct Simd<double> {
+    using V = __m512d;
+    static constexpr int lanes = 8;
+    static V zero() { return _mm512_setzero_pd(); }
+    static V set1(double a) { return _mm512_set1_pd(a); }
+    static V load(const double *p) { return _mm512_loadu_pd(p); }
+    static void store(double *p, V a) { _mm512_storeu_pd(p, a); }
+    static V add(V a, V b) { return _mm512_add_pd(a, b); }
+    static V load_at(const double *p, const int32_t *at) {
+        return _mm512_set_pd(p[at[7]], p[at[6]], p[at[5]], p[at[4]], p[at[3]], p[at[2]], p[at[1]], p[at[0]]);
+    }
+    static V load_first_at(const double *p, const int32_t *at, int64_t n) {
+        const __m256i where = _mm256_maskz_loadu_epi32(mask(n), at);
+        return _mm512_mask_i32gather_pd(zero(), mask(n), where, p, sizeof(double));
+    }
+    static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
+    static V load_first(const double *p, int64_t n) { return _mm512_maskz_loadu_pd(mask(n), p); }
+    static void store_first(double *p, V a, int64_t n) { _mm512_mask_storeu_pd(p, mask(n), a); }
+    static V interleave_low(V a, V b) {
+        return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);
+    }
+    static V interleave_high(V a, V b) {
+        return _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b);
+    }
+    static V expand(const double *packed, uint32_t bits, bool whole) {
+        return _mm512_maskz_expand_pd(static_cast<__mmask8>(bits),
+                                      whole ? load(packed) : load_first(packed, __builtin_popcount(bits)));
+    }
+    static V load_where(const double *p, uint32_t bits) {
+        return _mm512_maskz_loadu_pd(static_cast<__mmask8>(bits), p);
+    }
+    static void compress(const double *spread, uint32_t bits, double *packed) {
+        store_first(packed, _mm512_maskz_compress_pd(static_cast<__mmask8>(bits), load(spread)),
+                    __builtin_popcount(bits));
+    }
+    static __mmask8 mask(int64_t n) { return static_cast<__mmask8>((1u << n) - 1); }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+
+// 32 bfloat16, or 16 pairs of them: dot multiplies pair by pair and adds both products to a float lane. Subnormal
+// operands count as zero there.
+struct BfloatPairs {
+    using V = __m512i;
+    static constexpr int entries = 32;
+    static V zero() { return _mm512_setzero_si512(); }
+    static V load(const bfloat16 *p) { return _mm512_loadu_si512(p); }
+    static V load_first(const bfloat16 *p, int64_t n) { return _mm512_maskz_loadu_epi16(mask(n), p); }
+    static void store(bfloat16 *p, V a) { _mm512_storeu_si512(p, a); }
+    static void store_first(bfloat16 *p, V a, int64_t n) { _mm512_mask_storeu_epi16(p, mask(n), a); }
+    static V load_where(const bfloat16 *p, uint32_t bits) { return _mm512_maskz_loadu_epi16(bits, p); }
+    static V set1(uint32_t pair) { return _mm512_set1_epi32(static_cast<int>(pair)); }
+    // Pairs of a0 b0, a1 b1 ... of the lower / upper 4 entries of each 16-byte quarter.
+    static V zip_low(V a, V b) { return _mm512_unpacklo_epi16(a, b); }
+    static V zip_high(V a, V b) { return _mm512_unpackhi_epi16(a, b); }
+    static __m512 dot(V a, V b, __m512 sum) {
+        return _mm512_dpbf16_ps(sum, __builtin_bit_cast(__m512bh, a), __builtin_bit_cast(__m512bh, b));
+    }
+    static V expand(const bfloat16 *packed, uint32_t bits, bool whole) {
+        return _mm512_maskz_expand_epi16(bits, whole ? load(packed) : load_first(packed, __builtin_popcount(bits)));
+    }
+    static void compress(const bfloat16 *spread, uint32_t bits, bfloat16 *packed) {
+        store_first(packed, _mm512_maskz_compress_epi16(bits, load(spread)), __builtin_popcount(bits));
+    }
+    static __m512 as_floats(V a) { return _mm512_castsi512_ps(a); }
+    static V as_pairs(__m512 a) { return _mm512_castps_si512(a); }
+    // Entry 8q + i of the result is entry 4q + i, entry 8q + 4 + i is entry 16 + 4q + i (q, i < 4): zipped low and
+    // high, two such registers give the first 16 and the last 16 entries in order.
+    static V order_for_zip(V a) { return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), a); }
+    static __mmask32 mask(int64_t n) { return static_cast<__mmask32>((uint64_t{1} << n) - 1); }
+};
+
+#endif
+
+} // namespace

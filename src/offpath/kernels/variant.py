@@ -1,0 +1,300 @@
+"""The products of one instruction set: operands checked, memory for the results taken, the native function called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch  # first: the native module joins the OpenMP pool that torch has loaded
+from torch import Tensor
+
+from offpath.kernels import _native
+from offpath.kernels.operands import DTYPES, address, are_indices, is_matrix, is_vector, one_unit_stride, refuse
+
+_SUFFIXES = dict(zip(DTYPES, ("f32", "f64", "bf16"), strict=True))
+# Outputs of this size are taken from memory that earlier ones gave back: the system clears fresh pages at their
+# first touch, which costs as much as a product at 90 %.
+_KEPT_OUTPUT_BYTES = 1 << 18
+
+
+def _per_dtype(name: str) -> dict[torch.dtype, Callable[..., Any]]:
+    return {dtype: getattr(_native, f"{name}_{suffix}") for dtype, suffix in _SUFFIXES.items()}
+
+
+_SPMM, _PLANNED_SPMM, _SDDMM = _per_dtype("spmm"), _per_dtype("planned_spmm"), _per_dtype("sddmm")
+_TILED_SDDMM, _PLANNED_BACKWARD = _per_dtype("tiled_sddmm"), _per_dtype("planned_backward")
+_BITMAP_DX, _BITMAP_DVALUES = _per_dtype("bitmap_dx"), _per_dtype("bitmap_dvalues")
+_BITMAP_SPMM, _EXPAND, _COMPRESS = _per_dtype("bitmap_spmm"), _per_dtype("expand"), _per_dtype("compress")
+_TAKE_OUTPUT = _per_dtype("take_output")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A pattern in the order in which one product goes through it; holds its own copy."""
+
+    native: Any
+    rows: int
+    columns: int
+    nnz: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it takes."""
+        return self.native.bytes
+
+
+class Variant:
+    """The products of the variant at `index` of `isas()`."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def spmm(
+        self, crow_indices: Tensor, col_indices: Tensor, values: Tensor, x: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        rows, dtype = crow_indices.shape[0] - 1, values.dtype
+        if not (
+            are_indices(crow_indices, col_indices)
+            and is_vector(values, dtype, col_indices.shape[0])
+            and is_matrix(x, dtype)
+            and (bias is None or is_vector(bias, dtype, rows))
+        ):
+            refuse(crow_indices=crow_indices, col_indices=col_indices, values=values, x=x, bias=bias)
+        x, x_strides = one_unit_stride(x)
+        batch, columns = x.shape
+        y = _output(values, batch, rows)
+        _SPMM[dtype](
+            self._index,
+            rows,
+            columns,
+            batch,
+            address(crow_indices),
+            address(col_indices),
+            address(values),
+            0 if bias is None else address(bias),
+            address(x),
+            *x_strides,
+            address(y),
+            torch.get_num_threads(),
+        )
+        return y
+
+    def sddmm(self, crow_indices: Tensor, col_indices: Tensor, dy: Tensor, x: Tensor) -> Tensor:
+        rows, dtype = crow_indices.shape[0] - 1, dy.dtype
+        if not (
+            are_indices(crow_indices, col_indices)
+            and is_matrix(dy, dtype)
+            and is_matrix(x, dtype)
+            and dy.shape == (x.shape[0], rows)
+        ):
+            refuse(crow_indices=crow_indices, col_indices=col_indices, dy=dy, x=x)
+        dy, dy_strides = one_unit_stride(dy)
+        x, x_strides = one_unit_stride(x)
+        batch, columns = x.shape
+        dvalues = _output(dy, col_indices.shape[0])
+        _SDDMM[dtype](
+            self._index,
+            rows,
+            columns,
+            batch,
+            address(crow_indices),
+            address(col_indices),
+            address(dy),
+            *dy_strides,
+            address(x),
+            *x_strides,
+            address(dvalues),
+            torch.get_num_threads(),
+        )
+        return dvalues
+
+    def plan(
+        self,
+        crow_indices: Tensor,
+        col_indices: Tensor,
+        columns: int,
+        dtype: torch.dtype,
+        permutation: Tensor | None = None,
+    ) -> Prepared:
+        rows, nnz = crow_indices.shape[0] - 1, col_indices.shape[0]
+        if not (
+            are_indices(crow_indices, col_indices)
+            and (permutation is None or (are_indices(crow_indices, permutation) and permutation.shape[0] == nnz))
+        ):
+            refuse(crow_indices=crow_indices, col_indices=col_indices, permutation=permutation)
+        native = _native.make_plan(
+            rows,
+            columns,
+            address(crow_indices),
+            address(col_indices),
+            0 if permutation is None else address(permutation),
+            _native.bf16_columns_per_step(self._index) if dtype is torch.bfloat16 else 1,
+            torch.get_num_threads(),
+        )
+        return Prepared(native, rows, columns, nnz)
+
+    def planned_spmm(self, plan: Prepared, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._prepared_spmm(_PLANNED_SPMM, plan, values, x, bias)
+
+    def tiled_sddmm(self, tiles: Prepared, dy: Tensor, x: Tensor) -> Tensor:
+        return self._prepared_sddmm(_TILED_SDDMM, tiles, dy, x)
+
+    def bitmap_dvalues(self, bitmap: Prepared, dy: Tensor, x: Tensor) -> Tensor:
+        return self._prepared_sddmm(_BITMAP_DVALUES, bitmap, dy, x)
+
+    def _prepared_sddmm(self, functions: dict, prepared: Prepared, dy: Tensor, x: Tensor) -> Tensor:
+        dtype = dy.dtype
+        if not (
+            is_matrix(dy, dtype)
+            and is_matrix(x, dtype)
+            and dy.shape == (x.shape[0], prepared.rows)
+            and x.shape[1] == prepared.columns
+        ):
+            refuse(dy=dy, x=x)
+        dy, dy_strides = one_unit_stride(dy)
+        x, x_strides = one_unit_stride(x)
+        dvalues = _output(dy, prepared.nnz)
+        functions[dtype](
+            self._index,
+            prepared.native,
+            x.shape[0],
+            address(dy),
+            *dy_strides,
+            address(x),
+            *x_strides,
+            address(dvalues),
+            torch.get_num_threads(),
+        )
+        return dvalues
+
+    def bitmap_dx(self, bitmap: Prepared, values: Tensor, dy: Tensor) -> Tensor:
+        dtype = values.dtype
+        if not (is_vector(values, dtype, bitmap.nnz) and is_matrix(dy, dtype) and dy.shape[1] == bitmap.rows):
+            refuse(values=values, dy=dy)
+        dy, dy_strides = one_unit_stride(dy)
+        dx = _output(dy, dy.shape[0], bitmap.columns)
+        _BITMAP_DX[dtype](
+            self._index,
+            bitmap.native,
+            dy.shape[0],
+            address(values),
+            address(dy),
+            *dy_strides,
+            address(dx),
+            torch.get_num_threads(),
+        )
+        return dx
+
+    def planned_backward(
+        self, transpose: Prepared, tiles: Prepared, values: Tensor, dy: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = values.dtype
+        if not (
+            is_vector(values, dtype, tiles.nnz)
+            and is_matrix(dy, dtype)
+            and is_matrix(x, dtype)
+            and dy.shape == (x.shape[0], tiles.rows)
+            and x.shape[1] == tiles.columns
+            and (transpose.rows, transpose.columns, transpose.nnz) == (tiles.columns, tiles.rows, tiles.nnz)
+        ):
+            refuse(values=values, dy=dy, x=x)
+        dy, dy_strides = one_unit_stride(dy)
+        x, x_strides = one_unit_stride(x)
+        batch = x.shape[0]
+        dx, dvalues = _output(x, batch, tiles.columns), _output(dy, tiles.nnz)
+        dbias = dy.new_empty(tiles.rows)
+        _PLANNED_BACKWARD[dtype](
+            self._index,
+            transpose.native,
+            tiles.native,
+            batch,
+            address(values),
+            address(dy),
+            *dy_strides,
+            address(x),
+            *x_strides,
+            address(dx),
+            address(dvalues),
+            address(dbias),
+            torch.get_num_threads(),
+        )
+        return dx, dvalues, dbias
+
+    def bitmap_spmm(self, bitmap: Prepared, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._prepared_spmm(_BITMAP_SPMM, bitmap, values, x, bias)
+
+    def _prepared_spmm(
+        self, functions: dict, prepared: Prepared, values: Tensor, x: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        dtype = values.dtype
+        if not (
+            is_vector(values, dtype, prepared.nnz)
+            and is_matrix(x, dtype)
+            and x.shape[1] == prepared.columns
+            and (bias is None or is_vector(bias, dtype, prepared.rows))
+        ):
+            refuse(values=values, x=x, bias=bias)
+        x, x_strides = one_unit_stride(x)
+        batch = x.shape[0]
+        y = _output(values, batch, prepared.rows)
+        functions[dtype](
+            self._index,
+            prepared.native,
+            batch,
+            address(values),
+            0 if bias is None else address(bias),
+            address(x),
+            *x_strides,
+            address(y),
+            torch.get_num_threads(),
+        )
+        return y
+
+    def expand(self, bitmap: Prepared, values: Tensor) -> Tensor:
+        if not is_vector(values, values.dtype, bitmap.nnz):
+            refuse(values=values)
+        dense = _output(values, bitmap.rows, bitmap.columns)
+        threads = torch.get_num_threads()
+        _EXPAND[values.dtype](self._index, bitmap.native, address(values), address(dense), threads)
+        return dense
+
+    def compress(self, bitmap: Prepared, dense: Tensor) -> Tensor:
+        if not (
+            is_matrix(dense, dense.dtype) and dense.shape == (bitmap.rows, bitmap.columns) and dense.is_contiguous()
+        ):
+            refuse(dense=dense)
+        values = _output(dense, bitmap.nnz)
+        threads = torch.get_num_threads()
+        _COMPRESS[dense.dtype](self._index, bitmap.native, address(dense), address(values), threads)
+        return values
+
+
+def make_bitmap(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Prepared:
+    """One bit per position of a canonical pattern; O(nnz + rows x columns / 64)."""
+    return _prepare(_native.make_bitmap, crow_indices, col_indices, columns)
+
+
+def make_tiles(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Prepared:
+    """A canonical pattern in the order in which its weight gradient is computed; O(nnz + rows + columns)."""
+    return _prepare(_native.make_tiles, crow_indices, col_indices, columns)
+
+
+def _prepare(make: Callable, crow_indices: Tensor, col_indices: Tensor, columns: int) -> Prepared:
+    rows, nnz = crow_indices.shape[0] - 1, col_indices.shape[0]
+    if not are_indices(crow_indices, col_indices):
+        refuse(crow_indices=crow_indices, col_indices=col_indices)
+    native = make(rows, columns, address(crow_indices), address(col_indices), torch.get_num_threads())
+    return Prepared(native, rows, columns, nnz)
+
+
+def _output(like: Tensor, *shape: int) -> Tensor:
+    if math.prod(shape) * like.element_size() < _KEPT_OUTPUT_BYTES:
+        return like.new_empty(shape)
+    output = _TAKE_OUTPUT[like.dtype](shape)
+    # torch.utils.deterministic is a module whose class is exchanged at import, which type checkers cannot see.
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if fills and torch.are_deterministic_algorithms_enabled():
+        output.fill_(torch.nan)  # as torch does with the memory that it allocates
+    return output
