@@ -125,6 +125,14 @@ void bucketed_panel(const offpath::bucketed_args<T> &args, int64_t group_begin, 
         const int64_t first_row = group * offpath::group_rows;
         const int64_t last_row =
             end * offpath::group_rows < args.plan.rows ? end * offpath::group_rows : args.plan.rows;
+        if (args.feature_major) {
+            for (int64_t r = first_row; r < last_row; ++r)
+                for (int64_t t = 0; t < tokens; t += lanes)
+                    Simd<offpath::Sum<T>>::store_first(args.y + r * args.batch + token + t,
+                                                       Simd<offpath::Sum<T>>::load(tile + (r - first_row) * width + t),
+                                                       tokens - t < lanes ? tokens - t : lanes);
+            continue;
+        }
         for (int64_t t = 0; t < tokens; t += lanes)
             for (int64_t r = first_row; r < last_row; r += lanes) {
                 const int64_t rows = last_row - r < lanes ? last_row - r : lanes;

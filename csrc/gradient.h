@@ -96,11 +96,12 @@ template <class T> class BiasGradient {
 };
 
 // All gradients of a layer at once, over the plan of the transposed weight: dy is packed once, and the threads meet
-// twice. dbias may be null.
+// twice. dbias may be null, and dx is [columns, batch] where
+// feature_major.
 template <class T>
 void planned_backward(const Kernels<T> &kernels, const Plan &transpose, const Tiles &tiles, const T *values,
-                      const Matrix<T> &dy, const Matrix<T> &x, int64_t batch, T *dx, T *dvalues, T *dbias,
-                      int threads) {
+                      const Matrix<T> &dy, const Matrix<T> &x, int64_t batch, T *dx, bool feature_major, T *dvalues,
+                      T *dbias, int threads) {
     if (batch == 0) {
         std::fill_n(dvalues, tiles.nnz(), T{});
         if (dbias)
@@ -112,7 +113,7 @@ void planned_backward(const Kernels<T> &kernels, const Plan &transpose, const Ti
     run_together(threads_for((tiles.rows + tiles.columns) * batch + tiles.nnz(), threads), dy_panels, x_panels,
                  ordered);
     const TiledGradient<T> of_values(kernels, tiles, dy_panels, x_panels, batch, dvalues);
-    const BucketedProduct<T> of_x(kernels, transpose, ordered, nullptr, dy_panels, batch, dx);
+    const BucketedProduct<T> of_x(kernels, transpose, ordered, nullptr, dy_panels, batch, dx, feature_major);
     const BiasGradient<T> of_bias(kernels, dy_panels, tiles.rows, batch, dbias);
     // The longest tasks first.
     run_together(threads_for((tiles.nnz() + tiles.rows + tiles.columns) * batch, threads), of_values, of_x, of_bias);

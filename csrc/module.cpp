@@ -70,11 +70,11 @@ std::unique_ptr<Plan> make_plan(int64_t rows, int64_t columns, Address crow_indi
 
 template <class T>
 void call_planned_spmm(int64_t isa, const Plan &plan, int64_t batch, Address values, Address bias, Address x,
-                       int64_t x_feature_stride, int64_t x_batch_stride, Address y, int threads) {
+                       int64_t x_feature_stride, int64_t x_batch_stride, Address y, bool feature_major, int threads) {
     const Kernels<T> kernels = kernels_of<T>(isa, plan);
     nb::gil_scoped_release release;
     planned_spmm<T>(kernels, plan, at<const T>(values), at<const T>(bias),
-                    {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(y), threads);
+                    {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(y), feature_major, threads);
 }
 
 std::unique_ptr<Tiles> make_tiles(int64_t rows, int64_t columns, Address crow_indices, Address col_indices,
@@ -95,13 +95,14 @@ void call_tiled_sddmm(int64_t isa, const Tiles &tiles, int64_t batch, Address dy
 template <class T>
 void call_planned_backward(int64_t isa, const Plan &transpose, const Tiles &tiles, int64_t batch, Address values,
                            Address dy, int64_t dy_feature_stride, int64_t dy_batch_stride, Address x,
-                           int64_t x_feature_stride, int64_t x_batch_stride, Address dx, Address dvalues, Address dbias,
-                           int threads) {
+                           int64_t x_feature_stride, int64_t x_batch_stride, Address dx, bool feature_major,
+                           Address dvalues, Address dbias, int threads) {
     const Kernels<T> kernels = kernels_of<T>(isa, transpose);
     nb::gil_scoped_release release;
-    planned_backward<T>(
-        kernels, transpose, tiles, at<const T>(values), {at<const T>(dy), dy_feature_stride, dy_batch_stride},
-        {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(dx), at<T>(dvalues), at<T>(dbias), threads);
+    planned_backward<T>(kernels, transpose, tiles, at<const T>(values),
+                        {at<const T>(dy), dy_feature_stride, dy_batch_stride},
+                        {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(dx), feature_major,
+                        at<T>(dvalues), at<T>(dbias), threads);
 }
 
 std::unique_ptr<BitMatrix> make_bitmap(int64_t rows, int64_t columns, Address crow_indices, Address col_indices,

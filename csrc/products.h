@@ -157,8 +157,8 @@ template <class T> class OrderedValues {
 template <class T> class BucketedProduct {
   public:
     BucketedProduct(const Kernels<T> &kernels, const Plan &plan, const OrderedValues<T> &values, const T *bias,
-                    const Panels<T> &panels, int64_t batch, T *y)
-        : kernel(kernels.bucketed), args{plan.view(), values.data(), bias, panels.data(), y, batch},
+                    const Panels<T> &panels, int64_t batch, T *y, bool feature_major)
+        : kernel(kernels.bucketed), args{plan.view(), values.data(), bias, panels.data(), y, batch, feature_major},
           chunks(ceil_div(args.plan.groups, groups_per_product)), panels(panels.count) {}
 
     int64_t tasks() const { return chunks * panels; }
@@ -185,14 +185,14 @@ template <class... Parts> void run_together(int threads, const Parts &...parts) 
     });
 }
 
-// The product of spmm over a plan.
+// The product of spmm over a plan; y is [rows, batch] where feature_major.
 template <class T>
 void planned_spmm(const Kernels<T> &kernels, const Plan &plan, const T *values, const T *bias, const Matrix<T> &x,
-                  int64_t batch, T *y, int threads) {
+                  int64_t batch, T *y, bool feature_major, int threads) {
     const Panels<T> panels(kernels, x, plan.columns, batch);
     const OrderedValues<T> ordered(kernels, plan, values);
     run_together(threads_for(plan.columns * batch + plan.nnz(), threads), panels, ordered);
-    const BucketedProduct<T> product(kernels, plan, ordered, bias, panels, batch, y);
+    const BucketedProduct<T> product(kernels, plan, ordered, bias, panels, batch, y, feature_major);
     run_together(threads_for((plan.nnz() + plan.rows) * batch, threads), product);
 }
 

@@ -99,8 +99,9 @@ template <class T> struct bucketed_args {
     const void *values; // in the plan's order
     const T *bias;      // [rows], or null for zero
     const void *panels;
-    T *y; // [batch, rows], contiguous
+    T *y; // [batch, rows], contiguous, or [rows, batch] where feature_major
     int64_t batch;
+    bool feature_major;
 };
 
 // sums[s] (+)= sum over b of dy[row of s, b] * x[col_indices[s], b], for a block of rows x panels; the panels from 0

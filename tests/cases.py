@@ -33,7 +33,13 @@ def _spmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
 def _planned_spmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
     dtype = operands["values"].dtype
     plan = backend.plan(pattern.crow_indices, pattern.col_indices, pattern.shape[1], dtype)
-    return backend.planned_spmm(plan, **operands)
+    return backend.planned_spmm(plan, operands["values"], operands["x"], operands.get("bias"))
+
+
+def _feature_major_spmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
+    dtype = operands["values"].dtype
+    plan = backend.plan(pattern.crow_indices, pattern.col_indices, pattern.shape[1], dtype)
+    return backend.planned_spmm(plan, operands["values"], operands["x"], operands["bias"], feature_major=True)
 
 
 def _transposed_spmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
@@ -63,7 +69,8 @@ def _backward(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
     crow_indices, col_indices, permutation = pattern.transpose()
     transpose = backend.plan(crow_indices, col_indices, pattern.shape[0], operands["values"].dtype, permutation)
     tiles = backend.tiles(pattern.crow_indices, pattern.col_indices, pattern.shape[1])
-    gradients = backend.planned_backward(transpose, tiles, operands["values"], operands["dy"], operands["x"])
+    feature_major = operands["x"].stride(0) == 1
+    gradients = backend.planned_backward(transpose, tiles, *operands.values(), feature_major=feature_major)
     return torch.cat([g.flatten() for g in gradients])
 
 
@@ -109,6 +116,16 @@ PRODUCTS = (
             "bias": draw((p.shape[0],)),
         },
         _planned_spmm,
+        lambda p, batch: p.row_counts,
+    ),
+    Product(
+        "planned spmm with bias, feature-major result",
+        lambda p, batch, draw: {
+            "values": draw((p.nnz,)),
+            "x": draw((batch, p.shape[1])),
+            "bias": draw((p.shape[0],)),
+        },
+        _feature_major_spmm,
         lambda p, batch: p.row_counts,
     ),
     Product(
@@ -187,6 +204,16 @@ PRODUCTS = (
             "values": draw((p.nnz,)),
             "dy": draw((batch, p.shape[0])),
             "x": draw((batch, p.shape[1])),
+        },
+        _backward,
+        _terms_of_gradients,
+    ),
+    Product(
+        "all gradients at once, feature-major",
+        lambda p, batch, draw: {
+            "values": draw((p.nnz,)),
+            "dy": draw((p.shape[0], batch)).t(),
+            "x": draw((p.shape[1], batch)).t(),
         },
         _backward,
         _terms_of_gradients,

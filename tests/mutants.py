@@ -93,17 +93,17 @@ def _gradient_accumulates_into_stale_memory(crow, col, dy, x) -> Tensor:
     return dy.new_empty(col.numel()) + REFERENCE.sddmm(crow, col, dy, x)
 
 
-def _plan_ignores_the_permutation(plan, values, x, bias=None):
+def _plan_ignores_the_permutation(plan, values, x, bias=None, feature_major=False):
     return REFERENCE.planned_spmm(replace(plan, permutation=None), values, x, bias)
 
 
-def _plan_skips_the_last_group(plan, values, x, bias=None):
+def _plan_skips_the_last_group(plan, values, x, bias=None, feature_major=False):
     y = REFERENCE.planned_spmm(plan, values, x, bias)
     y[:, y.shape[1] // 6 * 6 :] = 0
     return y
 
 
-def _plan_pads_the_batch_with_its_first_sample(plan, values, x, bias=None):
+def _plan_pads_the_batch_with_its_first_sample(plan, values, x, bias=None, feature_major=False):
     y = REFERENCE.planned_spmm(plan, values, x, bias)
     y[y.shape[0] // 16 * 16 :] = y[:1]
     return y
@@ -143,12 +143,16 @@ def _tiles_skip_the_rest_of_a_run(tiles, dy, x) -> Tensor:
     return dvalues
 
 
-def _backward_sums_the_bias_over_half_the_batch(transpose, tiles, values, dy, x) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_sums_the_bias_over_half_the_batch(
+    transpose, tiles, values, dy, x, feature_major=False
+) -> tuple[Tensor, Tensor, Tensor]:
     dx, dvalues, _ = REFERENCE.planned_backward(transpose, tiles, values, dy, x)
     return dx, dvalues, dy[: dy.shape[0] // 2].sum(0)
 
 
-def _backward_takes_the_values_of_the_original(transpose, tiles, values, dy, x) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_takes_the_values_of_the_original(
+    transpose, tiles, values, dy, x, feature_major=False
+) -> tuple[Tensor, Tensor, Tensor]:
     return REFERENCE.planned_backward(replace(transpose, permutation=None), tiles, values, dy, x)
 
 

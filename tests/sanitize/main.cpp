@@ -32,7 +32,7 @@ template <class T>
 void check_backward(const Operands<T> &o, const Kernels<T> &kernels, const Prepared &prepared, const Matrix<T> &dy,
                     const Matrix<T> &x, int threads, const std::string &where) {
     const GuardedArray<T> dx(o.dx.size()), dvalues(o.dvalues.size()), dbias(o.dbias.size());
-    planned_backward<T>(kernels, prepared.transposed_plan, prepared.tiles, o.values(), dy, x, o.batch, dx.data(),
+    planned_backward<T>(kernels, prepared.transposed_plan, prepared.tiles, o.values(), dy, x, o.batch, dx.data(), false,
                         dvalues.data(), dbias.data(), threads);
     const bool exact = o.draw == Draw::small_integers;
     check("planned_backward, dx" + where, dx, o.dx, exact);
@@ -61,10 +61,11 @@ void run_products(const Operands<T> &o, const Kernels<T> &kernels, const Prepare
         check_run("spmm" + stored, y, integers,
                   [&](T *result) { spmm<T>(kernels, csr, columns, o.values(), bias, x, o.batch, result, threads); });
         check_run("planned_spmm" + stored, y, integers, [&](T *result) {
-            planned_spmm<T>(kernels, prepared.plan, o.values(), bias, x, o.batch, result, threads);
+            planned_spmm<T>(kernels, prepared.plan, o.values(), bias, x, o.batch, result, false, threads);
         });
         check_run("planned_spmm of the transpose" + stored, o.dx, integers, [&](T *result) {
-            planned_spmm<T>(kernels, prepared.transposed_plan, o.values(), nullptr, dy, o.batch, result, threads);
+            planned_spmm<T>(kernels, prepared.transposed_plan, o.values(), nullptr, dy, o.batch, result, false,
+                            threads);
         });
         check_run("bitmap_spmm" + stored, y, integers, [&](T *result) {
             bitmap_spmm<T>(kernels, prepared.bits, o.values(), bias, x, o.batch, result, threads);

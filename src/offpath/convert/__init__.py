@@ -1,5 +1,6 @@
 """Dense model <-> sparse model."""
 
 from offpath.convert.densify import densify as densify
+from offpath.convert.fuse import fuse as fuse
 from offpath.convert.report import ConversionReport as ConversionReport, LayerReport as LayerReport
 from offpath.convert.sparsify import sparsify as sparsify

@@ -43,6 +43,7 @@ def planned_spmm_f32(
     x_feature_stride: int,
     x_batch_stride: int,
     y: int,
+    feature_major: bool,
     threads: int,
     /,
 ) -> None: ...
@@ -86,6 +87,7 @@ def planned_backward_f32(
     x_feature_stride: int,
     x_batch_stride: int,
     dx: int,
+    feature_major: bool,
     dvalues: int,
     dbias: int,
     threads: int,

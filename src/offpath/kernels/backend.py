@@ -26,7 +26,7 @@ class Spmm(Protocol):
 
 
 class PreparedSpmm(Protocol):
-    """The product of `Spmm` over a plan or a bitmap that the same backend made."""
+    """The product of `Spmm` over a bitmap that the same backend made."""
 
     def __call__(self, prepared: Any, values: Tensor, x: Tensor, bias: Tensor | None = None, /) -> Tensor: ...
 
@@ -60,14 +60,23 @@ class PreparedSddmm(Protocol):
     def __call__(self, tiles: Any, dy: Tensor, x: Tensor, /) -> Tensor: ...
 
 
-class PreparedBackward(Protocol):
+class PlannedSpmm(Protocol):
+    """The product of `Spmm` over a plan; with `feature_major`, y is a view of a contiguous [rows, batch]."""
+
+    def __call__(
+        self, plan: Any, values: Tensor, x: Tensor, bias: Tensor | None = None, /, feature_major: bool = False
+    ) -> Tensor: ...
+
+
+class PlannedBackward(Protocol):
     """(dx, dvalues, dbias) of a layer at once, over the plan of its transposed weight and its tiles.
 
-    `dy` [batch, rows] and `x` [batch, columns] with any strides; dbias is the sum of dy over the batch.
+    `dy` [batch, rows] and `x` [batch, columns] with any strides; dbias is the sum of dy over the batch. With
+    `feature_major`, dx is a view of a contiguous [columns, batch].
     """
 
     def __call__(
-        self, transpose: Any, tiles: Any, values: Tensor, dy: Tensor, x: Tensor, /
+        self, transpose: Any, tiles: Any, values: Tensor, dy: Tensor, x: Tensor, /, feature_major: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -98,10 +107,10 @@ class Backend:
     spmm: Spmm
     sddmm: Sddmm
     plan: MakePlan
-    planned_spmm: PreparedSpmm
+    planned_spmm: PlannedSpmm
     tiles: MakePrepared
     tiled_sddmm: PreparedSddmm
-    planned_backward: PreparedBackward
+    planned_backward: PlannedBackward
     bitmap: MakePrepared
     bitmap_spmm: PreparedSpmm
     bitmap_dx: Callable[[Any, Tensor, Tensor], Tensor]

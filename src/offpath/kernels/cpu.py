@@ -7,13 +7,16 @@ before: device, dtype, shape, strides (`operands.py`). The contents of the index
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch  # first: the native module joins the OpenMP pool that torch has loaded
 from torch import Tensor
 
 from offpath.kernels import _native
 from offpath.kernels.backend import Backend, KernelError
 from offpath.kernels.operands import DTYPES, address, are_indices, refuse
-from offpath.kernels.variant import Variant, make_bitmap, make_tiles
+from offpath.kernels.plans import make_bitmap, make_plan, make_tiles
+from offpath.kernels.variant import Variant
 
 
 def isas() -> dict[str, bool]:
@@ -51,13 +54,14 @@ def make_backend(isa: str) -> Backend:
         reason = "this machine cannot run it" if isa in built else "it was not built"
         available = ", ".join(name for name, runs_here in built.items() if runs_here)
         raise KernelError(f"expected an ISA that runs here ({available}), got {isa!r}: {reason}")
-    variant = Variant(list(built).index(isa))
+    index = list(built).index(isa)
+    variant = Variant(index)
     return Backend(
         name=f"cpu:{isa}",
         computes=_computes,
         spmm=variant.spmm,
         sddmm=variant.sddmm,
-        plan=variant.plan,
+        plan=partial(make_plan, index),
         planned_spmm=variant.planned_spmm,
         tiles=make_tiles,
         tiled_sddmm=variant.tiled_sddmm,

@@ -40,10 +40,21 @@ class PreparedMatrix:
         self.permutation = permutation
         self._made: dict[tuple[str, Hashable], Any] = {}
 
-    def spmm(self, backend: Backend, method: str, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x @ W.T + bias for x [batch, columns], by one of METHODS."""
+    def spmm(
+        self,
+        backend: Backend,
+        method: str,
+        values: Tensor,
+        x: Tensor,
+        bias: Tensor | None = None,
+        feature_major: bool = False,
+    ) -> Tensor:
+        """x @ W.T + bias for x [batch, columns], by one of METHODS.
+
+        With `feature_major`, a method that can save a transpose by it returns a view of a contiguous [rows, batch].
+        """
         if method == "bucketed":
-            return backend.planned_spmm(self.plan(backend, values.dtype), values, x, bias)
+            return backend.planned_spmm(self.plan(backend, values.dtype), values, x, bias, feature_major=feature_major)
         if self.permutation is not None:
             values = values.index_select(0, self.permutation)
         if method == "row-wise":
@@ -108,9 +119,17 @@ class PreparedWeight:
         """Bytes of the plans, tiles and bitmaps of both."""
         return self.matrix.bytes + (self.transpose.bytes if "transpose" in vars(self) else 0)
 
-    def forward(self, backend: Backend, method: str, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        backend: Backend,
+        method: str,
+        values: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        feature_major: bool = False,
+    ) -> Tensor:
         """y [batch, rows] = x @ W.T + bias."""
-        return self.matrix.spmm(backend, method, values, x, bias)
+        return self.matrix.spmm(backend, method, values, x, bias, feature_major)
 
     def dx(self, backend: Backend, method: str, values: Tensor, dy: Tensor) -> Tensor:
         """dx [batch, columns] = dy @ W."""
@@ -121,12 +140,19 @@ class PreparedWeight:
         return self.transpose.spmm(backend, method, values, dy)
 
     def backward(
-        self, backend: Backend, dx_method: str, dvalues_method: str, values: Tensor, dy: Tensor, x: Tensor
+        self,
+        backend: Backend,
+        dx_method: str,
+        dvalues_method: str,
+        values: Tensor,
+        dy: Tensor,
+        x: Tensor,
+        feature_major: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dx, dvalues, dbias): in one go where both are computed over plans."""
         if (dx_method, dvalues_method) == ("bucketed", "tiled"):
             transpose, tiles = self.transpose.plan(backend, values.dtype), self.matrix.tiles(backend)
-            return backend.planned_backward(transpose, tiles, values, dy, x)
+            return backend.planned_backward(transpose, tiles, values, dy, x, feature_major=feature_major)
         return self.dx(backend, dx_method, values, dy), self.dvalues(backend, dvalues_method, dy, x), dy.sum(0)
 
     def dvalues(self, backend: Backend, method: str, dy: Tensor, x: Tensor) -> Tensor:

@@ -43,10 +43,13 @@ class Plan:
     bytes: int = 0
 
 
-def planned_spmm(plan: Plan, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+def planned_spmm(
+    plan: Plan, values: Tensor, x: Tensor, bias: Tensor | None = None, feature_major: bool = False
+) -> Tensor:
     """`spmm` over the arguments of the plan."""
     values = values if plan.permutation is None else values[plan.permutation]
-    return spmm(plan.crow_indices, plan.col_indices, values, x, bias)
+    y = spmm(plan.crow_indices, plan.col_indices, values, x, bias)
+    return y.t().contiguous().t() if feature_major else y
 
 
 def tiled_sddmm(tiles: Plan, dy: Tensor, x: Tensor) -> Tensor:
@@ -62,10 +65,11 @@ def bitmap_dx(bitmap: Plan, values: Tensor, dy: Tensor) -> Tensor:
 
 
 def planned_backward(
-    transpose: Plan, tiles: Plan, values: Tensor, dy: Tensor, x: Tensor
+    transpose: Plan, tiles: Plan, values: Tensor, dy: Tensor, x: Tensor, feature_major: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of a layer's input, values and bias."""
-    return planned_spmm(transpose, values, dy), tiled_sddmm(tiles, dy, x), _wide(dy).sum(0).to(dy.dtype)
+    dx = planned_spmm(transpose, values, dy, feature_major=feature_major)
+    return dx, tiled_sddmm(tiles, dy, x), _wide(dy).sum(0).to(dy.dtype)
 
 
 def expand(bitmap: Plan, values: Tensor) -> Tensor:

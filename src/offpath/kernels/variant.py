@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch  # first: the native module joins the OpenMP pool that torch has loaded
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from offpath.kernels import _native
 from offpath.kernels.operands import DTYPES, address, are_indices, is_matrix, is_vector, one_unit_stride, refuse
+from offpath.kernels.plans import Prepared
 
 _SUFFIXES = dict(zip(DTYPES, ("f32", "f64", "bf16"), strict=True))
 # Outputs of this size are taken from memory that earlier ones gave back: the system clears fresh pages at their
@@ -28,21 +28,6 @@ _TILED_SDDMM, _PLANNED_BACKWARD = _per_dtype("tiled_sddmm"), _per_dtype("planned
 _BITMAP_DX, _BITMAP_DVALUES = _per_dtype("bitmap_dx"), _per_dtype("bitmap_dvalues")
 _BITMAP_SPMM, _EXPAND, _COMPRESS = _per_dtype("bitmap_spmm"), _per_dtype("expand"), _per_dtype("compress")
 _TAKE_OUTPUT = _per_dtype("take_output")
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A pattern in the order in which one product goes through it; holds its own copy."""
-
-    native: Any
-    rows: int
-    columns: int
-    nnz: int
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that it takes."""
-        return self.native.bytes
 
 
 class Variant:
@@ -110,33 +95,11 @@ class Variant:
         )
         return dvalues
 
-    def plan(
-        self,
-        crow_indices: Tensor,
-        col_indices: Tensor,
-        columns: int,
-        dtype: torch.dtype,
-        permutation: Tensor | None = None,
-    ) -> Prepared:
-        rows, nnz = crow_indices.shape[0] - 1, col_indices.shape[0]
-        if not (
-            are_indices(crow_indices, col_indices)
-            and (permutation is None or (are_indices(crow_indices, permutation) and permutation.shape[0] == nnz))
-        ):
-            refuse(crow_indices=crow_indices, col_indices=col_indices, permutation=permutation)
-        native = _native.make_plan(
-            rows,
-            columns,
-            address(crow_indices),
-            address(col_indices),
-            0 if permutation is None else address(permutation),
-            _native.bf16_columns_per_step(self._index) if dtype is torch.bfloat16 else 1,
-            torch.get_num_threads(),
-        )
-        return Prepared(native, rows, columns, nnz)
-
-    def planned_spmm(self, plan: Prepared, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._prepared_spmm(_PLANNED_SPMM, plan, values, x, bias)
+    def planned_spmm(
+        self, plan: Prepared, values: Tensor, x: Tensor, bias: Tensor | None = None, feature_major: bool = False
+    ) -> Tensor:
+        y = _activations(values, x.shape[0], plan.rows, feature_major)
+        return self._prepared_spmm(_PLANNED_SPMM, plan, values, x, bias, y, feature_major)
 
     def tiled_sddmm(self, tiles: Prepared, dy: Tensor, x: Tensor) -> Tensor:
         return self._prepared_sddmm(_TILED_SDDMM, tiles, dy, x)
@@ -188,7 +151,13 @@ class Variant:
         return dx
 
     def planned_backward(
-        self, transpose: Prepared, tiles: Prepared, values: Tensor, dy: Tensor, x: Tensor
+        self,
+        transpose: Prepared,
+        tiles: Prepared,
+        values: Tensor,
+        dy: Tensor,
+        x: Tensor,
+        feature_major: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = values.dtype
         if not (
@@ -203,7 +172,8 @@ class Variant:
         dy, dy_strides = one_unit_stride(dy)
         x, x_strides = one_unit_stride(x)
         batch = x.shape[0]
-        dx, dvalues = _output(x, batch, tiles.columns), _output(dy, tiles.nnz)
+        dx = _activations(x, batch, tiles.columns, feature_major)
+        dvalues = _output(dy, tiles.nnz)
         dbias = dy.new_empty(tiles.rows)
         _PLANNED_BACKWARD[dtype](
             self._index,
@@ -216,6 +186,7 @@ class Variant:
             address(x),
             *x_strides,
             address(dx),
+            feature_major,
             address(dvalues),
             address(dbias),
             torch.get_num_threads(),
@@ -223,10 +194,18 @@ class Variant:
         return dx, dvalues, dbias
 
     def bitmap_spmm(self, bitmap: Prepared, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._prepared_spmm(_BITMAP_SPMM, bitmap, values, x, bias)
+        y = _activations(values, x.shape[0], bitmap.rows)
+        return self._prepared_spmm(_BITMAP_SPMM, bitmap, values, x, bias, y)
 
     def _prepared_spmm(
-        self, functions: dict, prepared: Prepared, values: Tensor, x: Tensor, bias: Tensor | None
+        self,
+        functions: dict,
+        prepared: Prepared,
+        values: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        *layout: bool,
     ) -> Tensor:
         dtype = values.dtype
         if not (
@@ -237,17 +216,16 @@ class Variant:
         ):
             refuse(values=values, x=x, bias=bias)
         x, x_strides = one_unit_stride(x)
-        batch = x.shape[0]
-        y = _output(values, batch, prepared.rows)
         functions[dtype](
             self._index,
             prepared.native,
-            batch,
+            x.shape[0],
             address(values),
             0 if bias is None else address(bias),
             address(x),
             *x_strides,
             address(y),
+            *layout,
             torch.get_num_threads(),
         )
         return y
@@ -271,22 +249,8 @@ class Variant:
         return values
 
 
-def make_bitmap(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Prepared:
-    """One bit per position of a canonical pattern; O(nnz + rows x columns / 64)."""
-    return _prepare(_native.make_bitmap, crow_indices, col_indices, columns)
-
-
-def make_tiles(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Prepared:
-    """A canonical pattern in the order in which its weight gradient is computed; O(nnz + rows + columns)."""
-    return _prepare(_native.make_tiles, crow_indices, col_indices, columns)
-
-
-def _prepare(make: Callable, crow_indices: Tensor, col_indices: Tensor, columns: int) -> Prepared:
-    rows, nnz = crow_indices.shape[0] - 1, col_indices.shape[0]
-    if not are_indices(crow_indices, col_indices):
-        refuse(crow_indices=crow_indices, col_indices=col_indices)
-    native = make(rows, columns, address(crow_indices), address(col_indices), torch.get_num_threads())
-    return Prepared(native, rows, columns, nnz)
+def _activations(like: Tensor, batch: int, features: int, feature_major: bool = False) -> Tensor:
+    return _output(like, features, batch).t() if feature_major else _output(like, batch, features)
 
 
 def _output(like: Tensor, *shape: int) -> Tensor:

@@ -26,7 +26,8 @@ class SparseLinear(nn.Module):
     checkpoint changes which connections a layer has.
 
     `prefer` "speed" computes each product in whichever way is the fastest on this machine (`explain` tells which),
-    "memory" never writes the weight out dense.
+    "memory" never writes the weight out dense. `feature_major` (see `offpath.fuse`) lets the output be a strided view
+    that the next sparse layer need not transpose.
 
     Give `sparsity` in [0, 1) (the default is 0.9) or `density` in (0, 1] for a random pattern of exactly
     round(density * out * in) connections, or a `pattern`. Raises `ValueError` for anything else.
@@ -76,6 +77,7 @@ class SparseLinear(nn.Module):
         elif pattern.shape != shape:
             raise ValueError(f"expected a pattern of shape (out, in) = {shape}, got {pattern.shape}")
         self.prefer = prefer
+        self.feature_major = False
         self._set_connections(pattern.to(device))
         self.values = nn.Parameter(torch.empty(pattern.nnz, device=device, dtype=dtype))
         if bias:
@@ -112,7 +114,15 @@ class SparseLinear(nn.Module):
         if not torch.compiler.is_compiling():
             self._check_digest()
         connections = self._connections
-        return sparse_linear(x, self.values, self.bias, connections.crow_indices, connections.col_indices, self.prefer)
+        return sparse_linear(
+            x,
+            self.values,
+            self.bias,
+            connections.crow_indices,
+            connections.col_indices,
+            self.prefer,
+            self.feature_major,
+        )
 
     def explain(self, batch: int) -> Explanation:
         """How this layer computes its products for a batch of so many tokens, and what the alternatives cost.

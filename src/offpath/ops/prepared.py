@@ -39,9 +39,12 @@ class Prepared:
             matrix, lambda: PreparedMatrix(*self.pattern.transpose()[:2], rows, self.pattern.transpose()[2])
         )
 
-    def forward(self, backend: Backend, values: Tensor, x: Tensor, bias: Tensor | None, prefer: str) -> Tensor:
+    def forward(
+        self, backend: Backend, values: Tensor, x: Tensor, bias: Tensor | None, prefer: str, feature_major: bool
+    ) -> Tensor:
         """x @ W.T + bias, for x [batch, columns]."""
-        return self._weight.forward(backend, self._method(backend, "forward", x, prefer), values, x, bias)
+        method = self._method(backend, "forward", x, prefer)
+        return self._weight.forward(backend, method, values, x, bias, feature_major)
 
     def dx(self, backend: Backend, values: Tensor, dy: Tensor, prefer: str) -> Tensor:
         """dy @ W, for dy [batch, rows]."""
@@ -52,11 +55,11 @@ class Prepared:
         return self._weight.dvalues(backend, self._method(backend, "dvalues", x, prefer), dy, x)
 
     def backward(
-        self, backend: Backend, values: Tensor, dy: Tensor, x: Tensor, prefer: str
+        self, backend: Backend, values: Tensor, dy: Tensor, x: Tensor, prefer: str, feature_major: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dx, dvalues, dbias), where dbias is the sum of dy over the batch."""
         methods = self._method(backend, "dx", dy, prefer), self._method(backend, "dvalues", x, prefer)
-        return self._weight.backward(backend, *methods, values, dy, x)
+        return self._weight.backward(backend, *methods, values, dy, x, feature_major)
 
     @property
     def bytes(self) -> int:

@@ -21,7 +21,7 @@ from offpath.ops.prepared import prepare
 _library = torch.library.Library("offpath", "DEF")
 _library.define(
     "sparse_linear(Tensor x, Tensor values, Tensor? bias, Tensor crow_indices, Tensor col_indices, "
-    "str prefer='speed') -> Tensor"
+    "str prefer='speed', bool feature_major=False) -> Tensor"
 )
 _library.define(
     "sparse_linear_dx(Tensor dy, Tensor values, Tensor crow_indices, Tensor col_indices, SymInt in_features, "
@@ -32,7 +32,7 @@ _library.define(
 )
 _library.define(
     "sparse_linear_backward(Tensor dy, Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, "
-    "str prefer='speed') -> (Tensor, Tensor, Tensor)"
+    "str prefer='speed', bool feature_major=False) -> (Tensor, Tensor, Tensor)"
 )
 _ops = torch.ops.offpath
 _PLAIN = (Tensor, Parameter, type(None))
@@ -45,12 +45,14 @@ def sparse_linear(
     crow_indices: Tensor,
     col_indices: Tensor,
     prefer: str = "speed",
+    feature_major: bool = False,
 ) -> Tensor:
     """y = x @ W.T + bias for a sparse W of shape (out, in) in canonical CSR.
 
     `x` [..., in], `values` [nnz], `bias` [out] or None, all of one floating dtype; `crow_indices` int32 [out + 1],
     `col_indices` int32 [nnz]. Returns a contiguous [..., out]. Differentiable once in `x`, `values` and `bias`.
-    With `prefer="memory"`, the weight is never written out dense, not even where that is faster.
+    With `prefer="memory"`, the weight is never written out dense, not even where that is faster. With `feature_major`,
+    y of a two-dimensional x may be a view of [out, batch], which saves a transpose if the consumer minds no strides.
     Raises `PatternError` for index tensors that are not canonical and `KernelError` for operands without a kernel.
 
     >>> import torch
@@ -60,9 +62,9 @@ def sparse_linear(
     tensor([[201.,  30.]])
     """
     if torch.compiler.is_compiling():
-        return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices, prefer)
+        return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices, prefer)  # strides stay known
     # What the dispatcher would call first, without the trip through it: a fifth of a small layer's time.
-    return _autograd_forward(x, values, bias, crow_indices, col_indices, prefer)
+    return _autograd_forward(x, values, bias, crow_indices, col_indices, prefer, feature_major)
 
 
 def _forward(
@@ -72,6 +74,7 @@ def _forward(
     crow_indices: Tensor,
     col_indices: Tensor,
     prefer: str = "speed",
+    feature_major: bool = False,
 ) -> Tensor:
     out_features = crow_indices.shape[0] - 1
     _check("x", x, values, col_indices)
@@ -81,7 +84,7 @@ def _forward(
         )
     backend = kernels.select(x.device.type, x.dtype)
     prepared = prepare(backend, crow_indices, col_indices, (out_features, x.shape[-1]))
-    y = prepared.forward(backend, values, _rows(x), bias, prefer)
+    y = prepared.forward(backend, values, _rows(x), bias, prefer, feature_major and x.dim() == 2)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
@@ -104,13 +107,19 @@ def _dvalues(dy: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, p
 
 
 def _backward(
-    dy: Tensor, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, prefer: str = "speed"
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    prefer: str = "speed",
+    feature_major: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check("x", x, values, col_indices)
     _check_gradient_of(x, dy, crow_indices)
     backend = kernels.select(dy.device.type, dy.dtype)
     prepared = prepare(backend, crow_indices, col_indices, (crow_indices.shape[0] - 1, x.shape[-1]))
-    dx, dvalues, dbias = prepared.backward(backend, values, _rows(dy), _rows(x), prefer)
+    dx, dvalues, dbias = prepared.backward(backend, values, _rows(dy), _rows(x), prefer, feature_major and x.dim() == 2)
     return dx if x.dim() == 2 else dx.view(x.shape), dvalues, dbias
 
 
@@ -144,11 +153,14 @@ def _rows(x: Tensor) -> Tensor:
 
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, values, bias, crow_indices, col_indices, prefer):
+    def forward(ctx, x, values, bias, crow_indices, col_indices, prefer, feature_major):
         wants_dx, wants_dvalues, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if wants_dvalues else None, values if wants_dx else None, crow_indices, col_indices)
         ctx.in_features, ctx.prefer = x.shape[-1], prefer
-        return _below_autograd(x, values, bias, crow_indices, col_indices, prefer)
+        # The gradient of an x that a sparse layer left feature-major goes to that layer. A compiler counts on strides.
+        ctx.feature_major = x.dim() == 2 and not x.is_contiguous() and x.t().is_contiguous()
+        ctx.feature_major = ctx.feature_major and not torch.compiler.is_compiling()
+        return _below_autograd(x, values, bias, crow_indices, col_indices, prefer, feature_major)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -158,15 +170,15 @@ class _SparseLinear(torch.autograd.Function):
         if wants_dx and wants_dvalues:
             direct = not torch.is_grad_enabled() and _nobody_listens(dy, x, values)
             backward = _backward if direct else _ops.sparse_linear_backward.default
-            dx, dvalues, dbias = backward(dy, x, values, crow_indices, col_indices, ctx.prefer)
-            return dx, dvalues, dbias if wants_dbias else None, None, None, None
+            dx, dvalues, dbias = backward(dy, x, values, crow_indices, col_indices, ctx.prefer, ctx.feature_major)
+            return dx, dvalues, dbias if wants_dbias else None, None, None, None, None
         dx = dvalues = None
         dbias = _rows(dy).sum(0) if wants_dbias else None
         if wants_dx:
             dx = _ops.sparse_linear_dx.default(dy, values, crow_indices, col_indices, ctx.in_features, ctx.prefer)
         if wants_dvalues:
             dvalues = _ops.sparse_linear_dvalues.default(dy, x, crow_indices, col_indices, ctx.prefer)
-        return dx, dvalues, dbias, None, None, None
+        return dx, dvalues, dbias, None, None, None, None
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -185,18 +197,18 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-def _autograd_forward(x, values, bias, crow_indices, col_indices, prefer="speed"):
+def _autograd_forward(x, values, bias, crow_indices, col_indices, prefer="speed", feature_major=False):
     # Forward-mode differentiation does not mind no_grad; autograd.Function then says that it is not supported.
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return _SparseLinear.apply(x, values, bias, crow_indices, col_indices, prefer)
-    return _below_autograd(x, values, bias, crow_indices, col_indices, prefer)
+        return _SparseLinear.apply(x, values, bias, crow_indices, col_indices, prefer, feature_major)
+    return _below_autograd(x, values, bias, crow_indices, col_indices, prefer, feature_major)
 
 
-def _below_autograd(x, values, bias, crow_indices, col_indices, prefer):
+def _below_autograd(x, values, bias, crow_indices, col_indices, prefer, feature_major):
     if _nobody_listens(x, values, bias):
-        return _forward(x, values, bias, crow_indices, col_indices, prefer)
+        return _forward(x, values, bias, crow_indices, col_indices, prefer, feature_major)
     with torch._C._AutoDispatchBelowAutograd():
-        return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices, prefer)
+        return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices, prefer, feature_major)
 
 
 def _nobody_listens(x: Tensor, *operands: Tensor | None) -> bool:
@@ -226,7 +238,7 @@ def _autograd_backward(*args):
     return _OnceDifferentiable.apply(_ops.sparse_linear_backward.default, *args)
 
 
-def _fake_forward(x, values, bias, crow_indices, col_indices, prefer="speed"):
+def _fake_forward(x, values, bias, crow_indices, col_indices, prefer="speed", feature_major=False):
     return x.new_empty(*x.shape[:-1], crow_indices.shape[0] - 1)
 
 
@@ -238,7 +250,7 @@ def _fake_dvalues(dy, x, crow_indices, col_indices, prefer="speed"):
     return dy.new_empty(col_indices.shape[0])
 
 
-def _fake_backward(dy, x, values, crow_indices, col_indices, prefer="speed"):
+def _fake_backward(dy, x, values, crow_indices, col_indices, prefer="speed", feature_major=False):
     return x.new_empty(x.shape), dy.new_empty(col_indices.shape[0]), dy.new_empty(dy.shape[-1])
 
 

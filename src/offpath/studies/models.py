@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from offpath.convert import sparsify
+from offpath.convert import fuse, sparsify
 
 
 def _mlp(hidden: Sequence[int]) -> Callable[[int, int], nn.Sequential]:
@@ -34,4 +34,5 @@ def build_model(name: str, features: int, classes: int, sparsity: float, distrib
     if sparsity > 0:
         classifier = model[-1]
         sparsify(model, sparsity, distribution, lambda module, _: module is not classifier, seed=seed)
+        fuse(model)
     return model
