@@ -51,7 +51,8 @@ LAYERS, LOW, BREAK_EVEN = "Layers", "Layers at low sparsity", "Break-even and lo
 class Effort:
     """How much is measured; the default is everything that a bar is set for."""
 
-    rounds: int = 11
+    rounds: int = 5  # of each pass
+    passes: int = 3
     sample_seconds: float = 0.02
     shapes: tuple[Shape, ...] = SHAPES
     sparsities: tuple[float, ...] = SPARSITIES + LOW_SPARSITIES
@@ -62,7 +63,7 @@ class Effort:
         return interleaved(calls, self.rounds, self.sample_seconds, own_pools)
 
 
-QUICK = Effort(rounds=5, sample_seconds=0.005, shapes=SHAPES[:1], sparsities=(0.5, 0.7, 0.9, 0.0, 0.3))
+QUICK = Effort(rounds=5, passes=1, sample_seconds=0.005, shapes=SHAPES[:1], sparsities=(0.5, 0.7, 0.9, 0.0, 0.3))
 
 
 @dataclass(frozen=True)

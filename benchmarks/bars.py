@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bar_jobs import JOBS, QUICK, Effort, Job, break_even_figures
+from bar_jobs import JOBS, QUICK, Effort, Job, Pair, break_even_figures
 from contenders import Refused
-from measure import WrongResult, machine_line, speedup
+from measure import Timing, WrongResult, machine_line, speedup
 from offpath.cost import this_machine
 from offpath.kernels import KernelError
 from offpath.studies.files import write_text
@@ -32,21 +32,38 @@ INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C has ended
 LINE_LENGTH = 120
 
 
-def filled(job: Job) -> list[Figure]:
-    """The figures of a job with their values, or with the reason why there are none."""
-    torch.manual_seed(0)
-    try:
-        pairs = job.measure()
-    except (KernelError, Refused) as error:
-        return [replace(figure, refused=str(error)) for figure in job.figures]
-    except WrongResult as error:
-        return [replace(figure, refused=f"wrong result: {error}", wrong=True) for figure in job.figures]
-    figures = []
-    for figure, (slow, fast) in zip(job.figures, pairs, strict=True):
-        found = speedup(slow, fast)
-        seconds = (slow.median_seconds, fast.median_seconds)
-        figures.append(replace(figure, value=found.ratio, spread=found.spread, seconds=seconds))
-    return figures
+@dataclass
+class Measured:
+    """A job, the pairs of times of all passes so far, and its refused figures if there is nothing to time."""
+
+    job: Job
+    passes: list[Sequence[Pair]] = field(default_factory=list)
+    refused: list[Figure] | None = None
+
+    def measure(self) -> None:
+        """Go through the job once more."""
+        if self.refused is not None:
+            return
+        torch.manual_seed(0)
+        try:
+            self.passes.append(self.job.measure())
+        except (KernelError, Refused) as error:
+            self.refused = [replace(figure, refused=str(error)) for figure in self.job.figures]
+        except WrongResult as error:
+            reason = f"wrong result: {error}"
+            self.refused = [replace(figure, refused=reason, wrong=True) for figure in self.job.figures]
+
+    def figures(self) -> list[Figure]:
+        """The figures with their values, or with the reason why there are none."""
+        if self.refused is not None:
+            return self.refused
+        figures = []
+        for figure, *pairs in zip(self.job.figures, *self.passes, strict=True):
+            slow, fast = (Timing(tuple(s for pair in pairs for s in pair[side].seconds)) for side in (0, 1))
+            found = speedup(slow, fast)
+            seconds = (slow.median_seconds, fast.median_seconds)
+            figures.append(replace(figure, value=found.ratio, spread=found.spread, seconds=seconds))
+        return figures
 
 
 def main(arguments: Sequence[str] | None = None, effort: Effort | None = None) -> int:
@@ -60,7 +77,7 @@ def main(arguments: Sequence[str] | None = None, effort: Effort | None = None) -
     options.json.parent.mkdir(parents=True, exist_ok=True)
 
     jobs = [job for section in options.only or JOBS for job in JOBS[section](effort)]
-    figures, finished = run(jobs)
+    figures, finished = run(jobs, effort.passes)
     figures += break_even_figures(effort, figures)
     console = Console(record=True, width=LINE_LENGTH, highlight=False)
     show(console, figures)
@@ -79,21 +96,27 @@ def main(arguments: Sequence[str] | None = None, effort: Effort | None = None) -
     return 1 if any(figure.wrong for figure in figures) else 0
 
 
-def run(jobs: Sequence[Job]) -> tuple[list[Figure], bool]:
-    """The figures of all jobs, and whether Ctrl-C let them finish."""
+def run(jobs: Sequence[Job], passes: int) -> tuple[list[Figure], bool]:
+    """The figures of all jobs, and whether Ctrl-C let them finish.
+
+    The jobs are gone through several times: a slow spell of the machine, which lasts for seconds, then takes a share of
+    many figures and not the whole of one.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    figures: list[Figure] = []
+    measured = [Measured(job) for job in jobs]
+    finished = True
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(jobs))
+        task = progress.add_task("", total=passes * len(jobs))
         try:
-            for job in jobs:
-                first = job.figures[0]
-                progress.update(task, description=escape(f"{first.section}: {first.row}, {first.column}"))
-                figures += filled(job)
-                progress.advance(task)
+            for turn in range(passes):
+                for one in measured[:: -1 if turn % 2 else 1]:
+                    first = one.job.figures[0]
+                    progress.update(task, description=escape(f"{first.section}: {first.row}, {first.column}"))
+                    one.measure()
+                    progress.advance(task)
         except KeyboardInterrupt:
-            return figures, False
-    return figures, True
+            finished = False
+    return [figure for one in measured if one.passes or one.refused for figure in one.figures()], finished
 
 
 def show(console: Console, figures: Sequence[Figure]) -> None:

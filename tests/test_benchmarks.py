@@ -28,8 +28,8 @@ from verdicts import Figure, break_even, cell, in_words, reasons, summary
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TINY = (
-    "Effort(rounds=2, sample_seconds=0.0, shapes=((24, 16, 8),), sparsities=(0.5, 0.9, 0.0), batch_1_size=64, "
-    "mlp_width=16)"
+    "Effort(rounds=2, passes=2, sample_seconds=0.0, shapes=((24, 16, 8),), sparsities=(0.5, 0.9, 0.0), "
+    "batch_1_size=64, mlp_width=16)"
 )
 FIGURE = Figure("Layers", "fp32 24 -> 16, 8 forward", "50 %", bar=2.0)
 
