@@ -51,5 +51,5 @@ def test_break_evens_of_the_readme_are_those_of_the_committed_crossover() -> Non
 
 
 def test_public_functions_have_an_example() -> None:
-    for function in (offpath.sparsify, offpath.densify, offpath.SparseLinear, offpath.Pattern):
+    for function in (offpath.sparsify, offpath.densify, offpath.fuse, offpath.SparseLinear, offpath.Pattern):
         assert ">>>" in (function.__doc__ or ""), function

@@ -2,6 +2,7 @@
 
 #include "isa.h"
 #include "operands.h"
+#include "small_products.h"
 
 #include <atomic>
 #include <thread>
