@@ -60,6 +60,11 @@ def test_prediction_meets_the_measurement_on_the_grid_and_is_a_power_law_between
         assert math.isclose(seconds, 1e-9 * nnz * batch, rel_tol=1e-9)
 
 
+def test_what_a_call_costs_besides_its_work_does_not_grow_beyond_the_grid() -> None:
+    table = _table(lambda p, m, size, density, batch: 1e-3 + 1e-9 * size**2)
+    assert table.predict("forward", "row-wise", 4096, 4096, 4096**2, 1) == pytest.approx(1e-3 + 1e-9 * 4096**2)
+
+
 @pytest.mark.parametrize(("rows", "columns", "nnz", "batch"), [(0, 5, 0, 3), (5, 0, 0, 3), (5, 5, 0, 0), (1, 1, 1, 1)])
 def test_prediction_of_what_lies_below_the_grid_is_its_edge(rows: int, columns: int, nnz: int, batch: int) -> None:
     table = _table(lambda p, m, size, density, batch: 1e-6 * size)

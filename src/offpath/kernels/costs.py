@@ -32,8 +32,9 @@ class CostTable:
     def predict(self, product: str, method: str, rows: int, columns: int, nnz: int, batch: int) -> float:
         """Seconds of one call.
 
-        Multilinear in the logarithms of positions, density and batch. Beyond the grid, time grows with the positions
-        and with the batch, and does not shrink below its edge.
+        Multilinear in the logarithms of positions, density and batch. Beyond the grid, time grows with the batch, and
+        with the positions by as much as between the grid's smallest and largest size: what a call costs besides its
+        work does not grow with it. It does not shrink below the grid's edge.
 
         >>> a_microsecond_a_token = [batch * 1e-6 for _, _, batch in combinations(SIZES, DENSITIES, BATCHES)]
         >>> table = CostTable({"forward": {"dense": a_microsecond_a_token}})
@@ -42,20 +43,24 @@ class CostTable:
         """
         positions = max(rows * columns, 1)
         measured = self.seconds[product][method]
-        axes = (
-            _place(math.sqrt(positions), SIZES),
-            _place(nnz / positions, DENSITIES),
-            _place(batch, BATCHES),
-        )
-        logarithm = 0.0
-        for corner in combinations((0, 1), repeat=3):
-            share = math.prod(part if side else 1 - part for side, (_, part) in zip(corner, axes, strict=True))
-            if share:
-                size, density, tokens = (low + side for side, (low, _) in zip(corner, axes, strict=True))
-                index = (size * len(DENSITIES) + density) * len(BATCHES) + tokens
-                logarithm += share * math.log(measured[index])
-        beyond = max(1.0, positions / SIZES[-1] ** 2) * max(1.0, batch / BATCHES[-1])
-        return math.exp(logarithm) * beyond
+        density = nnz / positions
+        seconds = _interpolate(measured, math.sqrt(positions), density, batch)
+        smallest, largest = (size**2 for size in (SIZES[0], SIZES[-1]))
+        if positions > largest:
+            growth = max(0.0, seconds - _interpolate(measured, SIZES[0], density, batch))
+            seconds += growth * (positions - largest) / (largest - smallest)
+        return seconds * max(1.0, batch / BATCHES[-1])
+
+
+def _interpolate(measured: list[float], size: float, density: float, batch: int) -> float:
+    axes = _place(size, SIZES), _place(density, DENSITIES), _place(batch, BATCHES)
+    logarithm = 0.0
+    for corner in combinations((0, 1), repeat=3):
+        share = math.prod(part if side else 1 - part for side, (_, part) in zip(corner, axes, strict=True))
+        if share:
+            s, d, b = (low + side for side, (low, _) in zip(corner, axes, strict=True))
+            logarithm += share * math.log(measured[(s * len(DENSITIES) + d) * len(BATCHES) + b])
+    return math.exp(logarithm)
 
 
 def _without_bumps(column: list[float]) -> list[float]:
