@@ -103,8 +103,8 @@ def measure(backend: Backend, dtype: torch.dtype) -> CostTable:
             for i, (_, _, batch) in enumerate(GRID):
                 if BATCHES[batch] > BITMAP_MEASURED_TO_BATCH:
                     columns["bitmap"][i] = columns["bitmap"][i - 1] * BATCHES[batch] / BATCHES[batch - 1]
-        # The writing out is a small part and takes all densities alike, so each tells of the others. Not the quietest of
-        # them: with so many more tries than the other methods have, dense would look faster beside them than it is.
+        # The writing out is a small part and takes all densities alike, so each tells of the others. Not the quietest
+        # of them: with so many more tries than the other methods have, dense would look faster than it is beside them.
         by_size: dict[tuple[int, int], list[float]] = {}
         for (size, _, batch), seconds in zip(GRID, columns["dense"], strict=True):
             by_size.setdefault((size, batch), []).append(seconds)
