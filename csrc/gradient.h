@@ -96,8 +96,7 @@ template <class T> class BiasGradient {
 };
 
 // All gradients of a layer at once, over the plan of the transposed weight: dy is packed once, and the threads meet
-// twice. dbias may be null, and dx is [columns, batch] where
-// feature_major.
+// twice. dbias may be null, and dx is [columns, batch] where feature_major.
 template <class T>
 void planned_backward(const Kernels<T> &kernels, const Plan &transpose, const Tiles &tiles, const T *values,
                       const Matrix<T> &dy, const Matrix<T> &x, int64_t batch, T *dx, bool feature_major, T *dvalues,

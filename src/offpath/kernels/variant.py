@@ -98,8 +98,7 @@ class Variant:
     def planned_spmm(
         self, plan: Prepared, values: Tensor, x: Tensor, bias: Tensor | None = None, feature_major: bool = False
     ) -> Tensor:
-        y = _activations(values, x.shape[0], plan.rows, feature_major)
-        return self._prepared_spmm(_PLANNED_SPMM, plan, values, x, bias, y, feature_major)
+        return self._prepared_spmm(_PLANNED_SPMM, plan, values, x, bias, feature_major)
 
     def tiled_sddmm(self, tiles: Prepared, dy: Tensor, x: Tensor) -> Tensor:
         return self._prepared_sddmm(_TILED_SDDMM, tiles, dy, x)
@@ -194,8 +193,7 @@ class Variant:
         return dx, dvalues, dbias
 
     def bitmap_spmm(self, bitmap: Prepared, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = _activations(values, x.shape[0], bitmap.rows)
-        return self._prepared_spmm(_BITMAP_SPMM, bitmap, values, x, bias, y)
+        return self._prepared_spmm(_BITMAP_SPMM, bitmap, values, x, bias)
 
     def _prepared_spmm(
         self,
@@ -204,7 +202,6 @@ class Variant:
         values: Tensor,
         x: Tensor,
         bias: Tensor | None,
-        y: Tensor,
         *layout: bool,
     ) -> Tensor:
         dtype = values.dtype
@@ -216,6 +213,7 @@ class Variant:
         ):
             refuse(values=values, x=x, bias=bias)
         x, x_strides = one_unit_stride(x)
+        y = _activations(values, x.shape[0], prepared.rows, *layout)
         functions[dtype](
             self._index,
             prepared.native,

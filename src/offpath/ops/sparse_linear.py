@@ -1,4 +1,4 @@
-"""`offpath::sparse_linear` and its two gradients, as ops that autograd, `torch.compile` and `opcheck` know.
+"""`offpath::sparse_linear` and its gradients, as ops that autograd, `torch.compile` and `opcheck` know.
 
 The ops are pure functions of plain tensors (the canonical CSR arrays among them), so a compiled graph needs to know
 nothing of `Pattern`.
@@ -62,7 +62,8 @@ def sparse_linear(
     tensor([[201.,  30.]])
     """
     if torch.compiler.is_compiling():
-        return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices, prefer)  # strides stay known
+        # Token-major: which layout a method gives is known only when it runs, and a compiler counts on strides.
+        return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices, prefer)
     # What the dispatcher would call first, without the trip through it: a fifth of a small layer's time.
     return _autograd_forward(x, values, bias, crow_indices, col_indices, prefer, feature_major)
 
@@ -158,8 +159,8 @@ class _SparseLinear(torch.autograd.Function):
         ctx.save_for_backward(x if wants_dvalues else None, values if wants_dx else None, crow_indices, col_indices)
         ctx.in_features, ctx.prefer = x.shape[-1], prefer
         # The gradient of an x that a sparse layer left feature-major goes to that layer. A compiler counts on strides.
-        ctx.feature_major = x.dim() == 2 and not x.is_contiguous() and x.t().is_contiguous()
-        ctx.feature_major = ctx.feature_major and not torch.compiler.is_compiling()
+        feature_major_x = x.dim() == 2 and not x.is_contiguous() and x.t().is_contiguous()
+        ctx.feature_major = feature_major_x and not torch.compiler.is_compiling()
         return _below_autograd(x, values, bias, crow_indices, col_indices, prefer, feature_major)
 
     @staticmethod
