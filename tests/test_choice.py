@@ -16,17 +16,19 @@ import torch
 from checkers import gamma
 from offpath import SparseLinear, kernels
 from offpath.kernels import Backend, KernelError, calibration
-from offpath.kernels.costs import BATCHES, DENSITIES, GRID, SIZES, CostTable
+from offpath.kernels.costs import BATCHES, DENSITIES, GRID, LARGE_SIZES, SMALL_SIZES, CostTable, sizes_for
 from offpath.kernels.methods import METHODS, PRODUCTS
 from offpath.ops import forced_methods, sparse_linear
 
 BEST = kernels.default_backend()[0]
 
 
-def _table(seconds_of) -> CostTable:
+def _table(seconds_of, sizes: tuple[int, int] = SMALL_SIZES) -> CostTable:
     """A table whose entries `seconds_of(product, method, size, density, batch)` gives."""
-    grid = list(combinations(SIZES, DENSITIES, BATCHES))
-    return CostTable({p: {m: [seconds_of(p, m, *point) for point in grid] for m in METHODS[p]} for p in PRODUCTS})
+    grid = list(combinations(sizes, DENSITIES, BATCHES))
+    return CostTable(
+        sizes, {p: {m: [seconds_of(p, m, *point) for point in grid] for m in METHODS[p]} for p in PRODUCTS}
+    )
 
 
 @pytest.fixture
@@ -42,10 +44,10 @@ def quick_measure(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     """Instead of the measurement, a table by formula; the list says for which dtypes it was asked."""
     asked: list[torch.dtype] = []
 
-    def measure(backend: Backend, dtype: torch.dtype) -> CostTable:
+    def measure(backend: Backend, dtype: torch.dtype, sizes: tuple[int, int]) -> CostTable:
         asked.append(dtype)
         return _table(
-            lambda p, m, size, density, batch: 1e-9 * size * size * batch * (1 if m == "dense" else 4 * density)
+            lambda p, m, size, density, batch: 1e-9 * size * size * batch * (1 if m == "dense" else 4 * density), sizes
         )
 
     monkeypatch.setattr(calibration, "measure", measure)
@@ -68,7 +70,35 @@ def test_what_a_call_costs_besides_its_work_does_not_grow_beyond_the_grid() -> N
 @pytest.mark.parametrize(("rows", "columns", "nnz", "batch"), [(0, 5, 0, 3), (5, 0, 0, 3), (5, 5, 0, 0), (1, 1, 1, 1)])
 def test_prediction_of_what_lies_below_the_grid_is_its_edge(rows: int, columns: int, nnz: int, batch: int) -> None:
     table = _table(lambda p, m, size, density, batch: 1e-6 * size)
-    assert table.predict("dx", "bucketed", rows, columns, nnz, batch) == pytest.approx(1e-6 * SIZES[0])
+    assert table.predict("dx", "bucketed", rows, columns, nnz, batch) == pytest.approx(1e-6 * SMALL_SIZES[0])
+
+
+def test_large_matrices_have_a_table_of_their_own() -> None:
+    assert sizes_for(1024, 1024) == sizes_for(1, 1) == SMALL_SIZES
+    assert sizes_for(1024, 1025) == sizes_for(10**5, 10**5) == LARGE_SIZES
+
+
+def test_points_that_are_not_measured_follow_those_that_are() -> None:
+    """For times that grow as the scaling supposes, nothing is lost by not measuring."""
+
+    def seconds_of(p: str, m: str, size: int, density: float, batch: int) -> float:
+        return 1e-9 * size**2 * batch * (1 if m == "dense" else density)
+
+    true = _table(seconds_of, LARGE_SIZES).seconds["forward"]
+    measured = {
+        method: [
+            s if calibration._is_measured(method, *point) else math.inf for point, s in zip(GRID, column, strict=True)
+        ]
+        for method, column in true.items()
+    }
+    for column in measured.values():
+        for i, (size, density, _) in enumerate(GRID):
+            if size == 1 and density > calibration.LAST_LARGE_DENSITY:
+                column[i] = math.inf
+    assert sum(map(math.isinf, measured["bucketed"])) == 10 and all(map(math.isinf, measured["dense"][:20]))
+    calibration._fill_in(measured)
+    for method, column in true.items():
+        assert measured[method] == pytest.approx(column)
 
 
 def test_a_disturbed_measurement_is_seen_by_a_larger_problem_that_took_less() -> None:
@@ -76,8 +106,8 @@ def test_a_disturbed_measurement_is_seen_by_a_larger_problem_that_took_less() ->
     disturbed = {p: {m: list(column) for m, column in methods.items()} for p, methods in true.seconds.items()}
     for i in range(0, len(GRID) - 1, 2):  # no two neighbours, and not the largest of all
         disturbed["forward"]["bucketed"][i] += 8e-3
-    healed = CostTable.from_measurement(disturbed)
-    assert CostTable.from_measurement(true.seconds) == true
+    healed = CostTable.from_measurement(SMALL_SIZES, disturbed)
+    assert CostTable.from_measurement(SMALL_SIZES, true.seconds) == true
     for got, right in zip(healed.seconds["forward"]["bucketed"], true.seconds["forward"]["bucketed"], strict=True):
         assert right <= got <= 5 * right, "what is left is one step of the grid, at most"
 
@@ -104,23 +134,24 @@ def test_memory_is_held_in_the_backward_pass_too(own_cache, quick_measure, monke
 
 
 def test_a_table_is_measured_once_and_found_by_the_next_process(own_cache, quick_measure) -> None:
-    first = calibration.cost_table(BEST, torch.float32)
-    assert calibration.cost_table(BEST, torch.float64) is not None
+    first = calibration.cost_table(BEST, torch.float32, SMALL_SIZES)
+    assert calibration.cost_table(BEST, torch.float64, SMALL_SIZES) is not None
     calibration.cost_table.cache_clear()
-    assert calibration.cost_table(BEST, torch.float32) == first
+    assert calibration.cost_table(BEST, torch.float32, SMALL_SIZES) == first
     assert quick_measure == [torch.float32], "float64 follows float32, and the second look finds the file"
-    calibration.cost_table(BEST, torch.bfloat16)
+    calibration.cost_table(BEST, torch.bfloat16, SMALL_SIZES)
     assert quick_measure == [torch.float32, torch.bfloat16]
-    assert len(list(own_cache.glob("costs-*.json"))) == 2 and not list(own_cache.glob(".*"))
+    calibration.cost_table(BEST, torch.bfloat16, LARGE_SIZES)
+    assert len(list(own_cache.glob("costs-*.json"))) == 3 and not list(own_cache.glob(".*"))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"forward": {}}', '{"forward": {"dense": [1.0]}}'])
 def test_a_broken_table_is_measured_again(own_cache, quick_measure, content: str) -> None:
-    good = calibration.cost_table(BEST, torch.float32)
+    good = calibration.cost_table(BEST, torch.float32, SMALL_SIZES)
     (path,) = own_cache.glob("costs-*.json")
     path.write_text(content)
     calibration.cost_table.cache_clear()
-    assert calibration.cost_table(BEST, torch.float32) == good and len(quick_measure) == 2
+    assert calibration.cost_table(BEST, torch.float32, SMALL_SIZES) == good and len(quick_measure) == 2
     assert json.loads(path.read_text()) == good.seconds
 
 
@@ -128,14 +159,14 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(quick_measure, monkeypat
     (tmp_path / "file").touch()  # nobody, not even root, makes a folder below a file
     monkeypatch.setenv("OFFPATH_CACHE_DIR", str(tmp_path / "file" / "cache"))
     calibration.cost_table.cache_clear()
-    assert calibration.cost_table(BEST, torch.float32).seconds
+    assert calibration.cost_table(BEST, torch.float32, SMALL_SIZES).seconds
     calibration.cost_table.cache_clear()
     assert "measures its kernels in every process" in caplog.text
 
 
 def _measure_in_a_process(folder: str) -> dict:
     os.environ["OFFPATH_CACHE_DIR"] = folder
-    return calibration.cost_table(BEST, torch.float32).seconds
+    return calibration.cost_table(BEST, torch.float32, SMALL_SIZES).seconds
 
 
 def test_two_processes_at_once_share_one_measurement(tmp_path: Path) -> None:

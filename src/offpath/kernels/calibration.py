@@ -11,9 +11,9 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,35 +26,42 @@ from torch import Tensor
 
 from offpath.kernels import cpu
 from offpath.kernels.backend import Backend
-from offpath.kernels.costs import BATCHES, DENSITIES, GRID, SIZES, CostTable
+from offpath.kernels.costs import BATCHES, DENSITIES, GRID, LARGE_SIZES, CostTable
 from offpath.kernels.methods import METHODS, PreparedMatrix, PreparedWeight
 
 _log = logging.getLogger("offpath")
-ROUNDS = 5
-# Grid points that no choice could fall on are not measured but scaled up: a bitmap reads its values once for every
-# eight tokens, so that it is out of the question long before this.
-BITMAP_MEASURED_TO_BATCH = 16
+Sizes = tuple[int, int]
+Seconds = dict[str, list[float]]
+SMALL_ROUNDS, LARGE_ROUNDS = 5, 3
+# Not every point of the grid is measured. Dense takes as long at all densities, but for the writing out. A bitmap reads
+# its values once for every eight tokens, and the row-wise form its x once for every connection, so that they are out of
+# the question long before many tokens or connections. Nearly dense matrices of the largest size would take more time
+# and memory than all others together.
+DENSE_DENSITY = DENSITIES.index(0.5)
+LAST_BITMAP_BATCH = BATCHES.index(16)
+LAST_ROW_WISE = DENSITIES.index(0.2), BATCHES.index(16)
+LAST_LARGE_DENSITY = DENSITIES.index(0.5)
 
 
 @cache
-def cost_table(backend: Backend, dtype: torch.dtype) -> CostTable:
+def cost_table(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> CostTable:
     """What the methods of `backend` cost for `dtype` (float64 follows float32): from the cache, or measured now.
 
     A cache that cannot be read or written costs the measurement in every process, and a warning.
     """
     dtype = torch.float32 if dtype is torch.float64 else dtype
-    path = cache_folder() / f"costs-{_fingerprint(backend, dtype)}.json"
+    path = cache_folder() / f"costs-{_fingerprint(backend, dtype, sizes)}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
-            table = _read(path)
+            table = _read(path, sizes)
             if table is None:
-                table = measure(backend, dtype)
+                table = measure(backend, dtype, sizes)
                 _write(path, table)
         return table
     except OSError as error:
         _log.warning("offpath measures its kernels in every process: cannot use %s (%s)", path.parent, error)
-        return measure(backend, dtype)
+        return measure(backend, dtype, sizes)
 
 
 def cache_folder() -> Path:
@@ -64,67 +71,102 @@ def cache_folder() -> Path:
 
 
 def processor() -> str:
-    """The processor's name as the system tells it."""
+    """The processor as the system tells it; the numbers tell apart generations that a cloud calls by one name."""
     cpuinfo = Path("/proc/cpuinfo")
+    facts = {}
     if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
+        for line in cpuinfo.read_text().split("\n\n")[0].splitlines():
+            key, _, fact = line.partition(":")
+            facts[key.strip()] = fact.strip()
+    name = facts.get("model name") or platform.processor() or "unknown"
+    return f"{name} (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else name
 
 
-def measure(backend: Backend, dtype: torch.dtype) -> CostTable:
+def measure(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> CostTable:
     """Time every method on the grid, on the threads that torch uses now; takes a few seconds.
 
     The grid is gone through several times and the best time kept, so that a burst of other work on the machine hits
     one round of many points instead of all rounds of one.
     """
-    _log.info("offpath measures its %s kernels on this machine, once", dtype)
-    generator = torch.Generator().manual_seed(0)
-    best = {p: {m: [float("inf")] * len(GRID) for m in methods} for p, methods in METHODS.items()}
+    _log.log(
+        logging.WARNING if sizes == LARGE_SIZES else logging.INFO,
+        "offpath measures once what its %s products cost here for layers of more than %d x %d; this takes seconds",
+        dtype,
+        *sizes[:1] * 2,
+    )
+    best = {p: {m: [math.inf] * len(GRID) for m in methods} for p, methods in METHODS.items()}
+    points = [
+        (i, weight, x, product, method)
+        for i, weight, x in _problems(sizes, dtype)
+        for product, methods in METHODS.items()
+        for method in methods
+        if _is_measured(method, *GRID[i])
+    ]
     with torch.inference_mode():
-        weights = [_random_weight(s, d, dtype, generator) for s in SIZES for d in DENSITIES]
-        inputs = {(s, b): torch.randn(b, s, generator=generator).to(dtype) for s in SIZES for b in BATCHES}
-        for round_ in range(ROUNDS + 1):
-            for i, (size, density, batch) in enumerate(GRID):
-                weight, values = weights[size * len(DENSITIES) + density]
-                x = inputs[SIZES[size], BATCHES[batch]]
-                for product, methods in METHODS.items():
-                    for method in methods:
-                        if method == "bitmap" and BATCHES[batch] > BITMAP_MEASURED_TO_BATCH:
-                            continue
-                        start = time.perf_counter()
-                        _run(weight, backend, product, method, values, x)
-                        seconds = time.perf_counter() - start
-                        if round_ > 0:  # the first one makes the plans
-                            best[product][method][i] = min(best[product][method][i], seconds)
-    for columns in best.values():
-        if "bitmap" in columns:
-            for i, (_, _, batch) in enumerate(GRID):
-                if BATCHES[batch] > BITMAP_MEASURED_TO_BATCH:
-                    columns["bitmap"][i] = columns["bitmap"][i - 1] * BATCHES[batch] / BATCHES[batch - 1]
-        # The writing out is a small part and takes all densities alike, so each tells of the others. Not the quietest
-        # of them: with so many more tries than the other methods have, dense would look faster than it is beside them.
-        by_size: dict[tuple[int, int], list[float]] = {}
-        for (size, _, batch), seconds in zip(GRID, columns["dense"], strict=True):
-            by_size.setdefault((size, batch), []).append(seconds)
-        columns["dense"] = [statistics.median(by_size[size, batch]) for size, _, batch in GRID]
-    return CostTable.from_measurement(best)
+        for round_ in range(1 + (LARGE_ROUNDS if sizes == LARGE_SIZES else SMALL_ROUNDS)):
+            for i, (weight, values), x, product, method in points:
+                start = time.perf_counter()
+                _run(weight, backend, product, method, values, x)
+                seconds = time.perf_counter() - start
+                if round_ > 0:  # the first one makes the plans
+                    best[product][method][i] = min(best[product][method][i], seconds)
+    for methods in best.values():
+        _fill_in(methods)
+    return CostTable.from_measurement(sizes, best)
+
+
+def _is_measured(method: str, size: int, density: int, batch: int) -> bool:
+    if method == "dense":
+        return density == DENSE_DENSITY
+    if method == "bitmap":
+        return batch <= LAST_BITMAP_BATCH
+    return method != "row-wise" or density <= LAST_ROW_WISE[0] or batch <= LAST_ROW_WISE[1]
+
+
+def _fill_in(methods: Seconds) -> None:
+    """Scale what was measured to the points of the grid that were not."""
+    for method, seconds in methods.items():
+        at = dict(zip(GRID, seconds, strict=True))
+        for size, density, batch in GRID:
+            if not math.isinf(at[size, density, batch]):
+                continue
+            if method == "dense":
+                at[size, density, batch] = at[size, DENSE_DENSITY, batch]
+            elif method == "bitmap" and batch > LAST_BITMAP_BATCH:
+                at[size, density, batch] = at[size, density, batch - 1] * BATCHES[batch] / BATCHES[batch - 1]
+            else:
+                growth = DENSITIES[density] / DENSITIES[density - 1]
+                if size > 0:
+                    growth = at[size - 1, density, batch] / at[size - 1, density - 1, batch]
+                at[size, density, batch] = at[size, density - 1, batch] * growth
+        methods[method] = [at[point] for point in GRID]
+
+
+def _problems(sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[int, tuple[PreparedWeight, Tensor], Tensor]]:
+    """Grid points, each with a weight, its values and tokens."""
+    generator = torch.Generator().manual_seed(0)
+    for i, (size, density, batch) in enumerate(GRID):
+        if sizes[size] == LARGE_SIZES[1] and density > LAST_LARGE_DENSITY:
+            continue
+        if batch == 0:
+            weight = _random_weight(sizes[size], DENSITIES[density], dtype, generator)
+        yield i, weight, torch.randn(BATCHES[batch], sizes[size], generator=generator).to(dtype)
 
 
 def _random_weight(
     size: int, density: float, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[PreparedWeight, Tensor]:
     mask = torch.rand(size, size, generator=generator) < density
-    slots = torch.zeros(size, size, dtype=torch.int32)
-    slots[mask] = torch.arange(int(mask.sum()), dtype=torch.int32)
+    slots = (mask.flatten().cumsum(0, dtype=torch.int32) - 1).view(size, size)
 
     def matrix(mask: Tensor, permutation: Tensor | None) -> PreparedMatrix:
         crow_indices = torch.zeros(size + 1, dtype=torch.int32)
         crow_indices[1:] = mask.sum(1).cumsum(0)
         return PreparedMatrix(crow_indices, mask.nonzero()[:, 1].int(), size, permutation)
 
-    weight = PreparedWeight(matrix(mask, None), lambda: matrix(mask.t(), slots.t()[mask.t()]))
+    turned = mask.t().contiguous()
+    transpose = matrix(turned, slots.t().contiguous()[turned])
+    weight = PreparedWeight(matrix(mask, None), lambda: transpose)
     return weight, torch.randn(int(mask.sum()), generator=generator).to(dtype)
 
 
@@ -136,10 +178,10 @@ def _run(weight: PreparedWeight, backend: Backend, product: str, method: str, va
     return weight.dvalues(backend, method, x, x)
 
 
-def _fingerprint(backend: Backend, dtype: torch.dtype) -> str:
+def _fingerprint(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> str:
     built = Path(cpu.native_file()).stat()
     facts: list[object] = [processor(), os.cpu_count(), backend.name, str(dtype), torch.__version__, version("offpath")]
-    facts += [built.st_size, built.st_mtime_ns, METHODS, SIZES, DENSITIES, BATCHES]
+    facts += [built.st_size, built.st_mtime_ns, METHODS, sizes, DENSITIES, BATCHES]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -150,7 +192,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _read(path: Path) -> CostTable | None:
+def _read(path: Path, sizes: Sizes) -> CostTable | None:
     try:
         seconds = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
@@ -162,7 +204,7 @@ def _read(path: Path) -> CostTable | None:
         for product, methods in METHODS.items()
         for method in methods
     )
-    return CostTable(seconds) if complete else None
+    return CostTable(sizes, seconds) if complete else None
 
 
 def _write(path: Path, table: CostTable) -> None:

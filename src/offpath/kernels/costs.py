@@ -7,60 +7,68 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import product as combinations
 
-# Grid points: square matrices of this many rows, shares of positions that are connections, tokens.
-SIZES = (128, 1024)
+# Grid points: square matrices of this many rows, shares of positions that are connections, tokens. There are two tables
+# of two sizes each: larger matrices take longer to measure, and only who has such layers has to wait for them. What
+# fits into the caches at 1024 does not at 4096, so that one tells little of the other.
+SMALL_SIZES, LARGE_SIZES = (128, 1024), (1024, 4096)
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.5, 0.75, 1.0)
 BATCHES = (1, 4, 16, 64, 256)
-GRID = tuple(combinations(range(len(SIZES)), range(len(DENSITIES)), range(len(BATCHES))))
+GRID = tuple(combinations(range(2), range(len(DENSITIES)), range(len(BATCHES))))
+
+
+def sizes_for(rows: int, columns: int) -> tuple[int, int]:
+    """The sizes of the table that tells of a matrix."""
+    return SMALL_SIZES if rows * columns <= SMALL_SIZES[1] ** 2 else LARGE_SIZES
 
 
 @dataclass(frozen=True)
 class CostTable:
     """`seconds[product][method]` holds one entry per point of GRID, in its order."""
 
+    sizes: tuple[int, int]
     seconds: dict[str, dict[str, list[float]]]
 
     @classmethod
-    def from_measurement(cls, seconds: dict[str, dict[str, list[float]]]) -> CostTable:
+    def from_measurement(cls, sizes: tuple[int, int], seconds: dict[str, dict[str, list[float]]]) -> CostTable:
         """The table of what was measured, where no point takes longer than a larger one.
 
         Whatever disturbs a measurement makes it longer, never shorter; so a larger problem that took less time shows
         that a smaller one was disturbed. One such point left in would make a slow method look cheap beside it for good.
         """
-        return cls({p: {m: _without_bumps(column) for m, column in methods.items()} for p, methods in seconds.items()})
+        smooth = {p: {m: _without_bumps(column) for m, column in methods.items()} for p, methods in seconds.items()}
+        return cls(sizes, smooth)
 
     def predict(self, product: str, method: str, rows: int, columns: int, nnz: int, batch: int) -> float:
         """Seconds of one call.
 
         Multilinear in the logarithms of positions, density and batch. Beyond the grid, time grows with the batch, and
-        with the positions by as much as between the grid's smallest and largest size: what a call costs besides its
+        with the positions by as much as between the table's two sizes: what a call costs besides its
         work does not grow with it. It does not shrink below the grid's edge.
 
-        >>> a_microsecond_a_token = [batch * 1e-6 for _, _, batch in combinations(SIZES, DENSITIES, BATCHES)]
-        >>> table = CostTable({"forward": {"dense": a_microsecond_a_token}})
+        >>> a_microsecond_a_token = [batch * 1e-6 for _, _, batch in combinations(SMALL_SIZES, DENSITIES, BATCHES)]
+        >>> table = CostTable(SMALL_SIZES, {"forward": {"dense": a_microsecond_a_token}})
         >>> round(table.predict("forward", "dense", 128, 128, 1000, 64) * 1e6)
         64
         """
         positions = max(rows * columns, 1)
         measured = self.seconds[product][method]
         density = nnz / positions
-        seconds = _interpolate(measured, math.sqrt(positions), density, batch)
-        smallest, largest = (size**2 for size in (SIZES[0], SIZES[-1]))
+        seconds = self._interpolate(measured, math.sqrt(positions), density, batch)
+        smallest, largest = (size**2 for size in self.sizes)
         if positions > largest:
-            growth = max(0.0, seconds - _interpolate(measured, SIZES[0], density, batch))
+            growth = max(0.0, seconds - self._interpolate(measured, self.sizes[0], density, batch))
             seconds += growth * (positions - largest) / (largest - smallest)
         return seconds * max(1.0, batch / BATCHES[-1])
 
-
-def _interpolate(measured: list[float], size: float, density: float, batch: int) -> float:
-    axes = _place(size, SIZES), _place(density, DENSITIES), _place(batch, BATCHES)
-    logarithm = 0.0
-    for corner in combinations((0, 1), repeat=3):
-        share = math.prod(part if side else 1 - part for side, (_, part) in zip(corner, axes, strict=True))
-        if share:
-            s, d, b = (low + side for side, (low, _) in zip(corner, axes, strict=True))
-            logarithm += share * math.log(measured[(s * len(DENSITIES) + d) * len(BATCHES) + b])
-    return math.exp(logarithm)
+    def _interpolate(self, measured: list[float], size: float, density: float, batch: int) -> float:
+        axes = _place(size, self.sizes), _place(density, DENSITIES), _place(batch, BATCHES)
+        logarithm = 0.0
+        for corner in combinations((0, 1), repeat=3):
+            share = math.prod(part if side else 1 - part for side, (_, part) in zip(corner, axes, strict=True))
+            if share:
+                s, d, b = (low + side for side, (low, _) in zip(corner, axes, strict=True))
+                logarithm += share * math.log(measured[(s * len(DENSITIES) + d) * len(BATCHES) + b])
+        return math.exp(logarithm)
 
 
 def _without_bumps(column: list[float]) -> list[float]:

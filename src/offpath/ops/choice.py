@@ -13,6 +13,7 @@ from torch import Tensor
 from offpath import kernels
 from offpath.kernels import Backend, KernelError
 from offpath.kernels.calibration import cost_table
+from offpath.kernels.costs import sizes_for
 from offpath.kernels.methods import DENSE_METHODS, METHODS, PRODUCTS
 
 PREFERENCES = ("speed", "memory")
@@ -77,7 +78,7 @@ def choose(
             return methods[product]
     if not backend.native:
         return "row-wise"
-    table = cost_table(backend, dtype)
+    table = cost_table(backend, dtype, sizes_for(rows, columns))
     costs = {m: table.predict(product, m, rows, columns, nnz, batch) for m in _allowed(product, prefer)}
     best = min(costs, key=costs.__getitem__)
     return "dense" if costs.get("dense", math.inf) <= DENSE_MARGIN * costs[best] else best
@@ -92,10 +93,9 @@ def explain(values: Tensor, shape: tuple[int, int], batch: int, prefer: str = "s
     """How the products of a weight of `shape` (out, in) with these `values` are computed, and what they would cost."""
     backend, dtype = kernels.select(values.device.type, values.dtype), values.dtype
     size = (*shape, values.numel(), batch)
+    table = cost_table(backend, dtype, sizes_for(*shape)) if backend.native else None
     options = tuple(
-        Option(p, m, cost_table(backend, dtype).predict(p, m, *size) if backend.native else None)
-        for p in PRODUCTS
-        for m in _allowed(p, prefer)
+        Option(p, m, table.predict(p, m, *size) if table else None) for p in PRODUCTS for m in _allowed(p, prefer)
     )
     reason = f'the cheapest for prefer="{prefer}"' if backend.native else "the definition has no choice"
     if _forced:
