@@ -133,6 +133,31 @@ def test_memory_is_held_in_the_backward_pass_too(own_cache, quick_measure, monke
         layer(torch.randn(32, 64, requires_grad=True)).sum().backward()
 
 
+def test_a_step_writes_the_weight_out_once() -> None:
+    """And the gradient of x is the same as that of a step whose forward product was computed in another way."""
+    written = []
+
+    def expand(*args):
+        written.append(args)
+        return BEST.expand(*args)
+
+    layer = SparseLinear(64, 64, sparsity=0.1, generator=torch.Generator().manual_seed(0))
+    x, dy = torch.randn(32, 64, requires_grad=True), torch.randn(32, 64)
+
+    def gradient_of_x(forward: str) -> torch.Tensor:
+        written.clear()
+        with kernels.forced(replace(BEST, expand=expand)), forced_methods(forward=forward, dx="dense", dvalues="dense"):
+            layer(x).backward(dy)
+        gradient, x.grad = x.grad, None
+        return gradient
+
+    kept = gradient_of_x("dense")
+    assert len(written) == 1
+    assert torch.equal(gradient_of_x("bucketed"), kept) and len(written) == 1
+    layer.values.requires_grad_(False)
+    assert torch.equal(gradient_of_x("dense"), kept) and len(written) == 2, "kept only for whole steps"
+
+
 def test_a_table_is_measured_once_and_found_by_the_next_process(own_cache, quick_measure) -> None:
     first = calibration.cost_table(BEST, torch.float32, SMALL_SIZES)
     assert calibration.cost_table(BEST, torch.float64, SMALL_SIZES) is not None

@@ -48,10 +48,12 @@ class PreparedMatrix:
         x: Tensor,
         bias: Tensor | None = None,
         feature_major: bool = False,
+        dense: Tensor | None = None,
     ) -> Tensor:
         """x @ W.T + bias for x [batch, columns], by one of METHODS.
 
-        With `feature_major`, a method that can save a transpose by it returns a view of a contiguous [rows, batch].
+        `dense` is the weight, where it is written out already. With `feature_major`, a method that can save a transpose
+        by it returns a view of a contiguous [rows, batch].
         """
         if method == "bucketed":
             return backend.planned_spmm(self.plan(backend, values.dtype), values, x, bias, feature_major=feature_major)
@@ -61,7 +63,7 @@ class PreparedMatrix:
             return backend.spmm(self.crow_indices, self.col_indices, values, x, bias)
         if method == "bitmap":
             return backend.bitmap_spmm(self.bitmap(backend), values, x, bias)
-        return linear(x, self.dense(backend, values), bias)
+        return linear(x, self.dense(backend, values) if dense is None else dense, bias)
 
     def sddmm(self, backend: Backend, method: str, dy: Tensor, x: Tensor) -> Tensor:
         """The gradient of the values for dy [batch, rows] and x [batch, columns], by one of METHODS."""
@@ -127,14 +129,15 @@ class PreparedWeight:
         x: Tensor,
         bias: Tensor | None,
         feature_major: bool = False,
+        dense: Tensor | None = None,
     ) -> Tensor:
         """y [batch, rows] = x @ W.T + bias."""
-        return self.matrix.spmm(backend, method, values, x, bias, feature_major)
+        return self.matrix.spmm(backend, method, values, x, bias, feature_major, dense)
 
-    def dx(self, backend: Backend, method: str, values: Tensor, dy: Tensor) -> Tensor:
+    def dx(self, backend: Backend, method: str, values: Tensor, dy: Tensor, dense: Tensor | None = None) -> Tensor:
         """dx [batch, columns] = dy @ W."""
         if method == "dense":
-            return dy @ self.matrix.dense(backend, values)
+            return dy @ (self.matrix.dense(backend, values) if dense is None else dense)
         if method == "bitmap":
             return backend.bitmap_dx(self.matrix.bitmap(backend), values, dy)
         return self.transpose.spmm(backend, method, values, dy)
@@ -148,12 +151,13 @@ class PreparedWeight:
         dy: Tensor,
         x: Tensor,
         feature_major: bool = False,
+        dense: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dx, dvalues, dbias): in one go where both are computed over plans."""
         if (dx_method, dvalues_method) == ("bucketed", "tiled"):
             transpose, tiles = self.transpose.plan(backend, values.dtype), self.matrix.tiles(backend)
             return backend.planned_backward(transpose, tiles, values, dy, x, feature_major=feature_major)
-        return self.dx(backend, dx_method, values, dy), self.dvalues(backend, dvalues_method, dy, x), dy.sum(0)
+        return self.dx(backend, dx_method, values, dy, dense), self.dvalues(backend, dvalues_method, dy, x), dy.sum(0)
 
     def dvalues(self, backend: Backend, method: str, dy: Tensor, x: Tensor) -> Tensor:
         """dvalues [nnz] = the entries of dy.T @ x that are connections."""

@@ -40,11 +40,24 @@ class Prepared:
         )
 
     def forward(
-        self, backend: Backend, values: Tensor, x: Tensor, bias: Tensor | None, prefer: str, feature_major: bool
-    ) -> Tensor:
-        """x @ W.T + bias, for x [batch, columns]."""
+        self,
+        backend: Backend,
+        values: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        prefer: str,
+        feature_major: bool,
+        keep_dense: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x @ W.T + bias, for x [batch, columns].
+
+        With `keep_dense`, also the weight written out, if both this product and the gradient of x are computed with it.
+        """
         method = self._method(backend, "forward", x, prefer)
-        return self._weight.forward(backend, method, values, x, bias, feature_major)
+        dense = None
+        if keep_dense and method == "dense" and self._method(backend, "dx", x, prefer) == "dense":
+            dense = self._weight.matrix.dense(backend, values)
+        return self._weight.forward(backend, method, values, x, bias, feature_major, dense), dense
 
     def dx(self, backend: Backend, values: Tensor, dy: Tensor, prefer: str) -> Tensor:
         """dy @ W, for dy [batch, rows]."""
@@ -55,11 +68,18 @@ class Prepared:
         return self._weight.dvalues(backend, self._method(backend, "dvalues", x, prefer), dy, x)
 
     def backward(
-        self, backend: Backend, values: Tensor, dy: Tensor, x: Tensor, prefer: str, feature_major: bool
+        self,
+        backend: Backend,
+        values: Tensor,
+        dy: Tensor,
+        x: Tensor,
+        prefer: str,
+        feature_major: bool,
+        dense: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dx, dvalues, dbias), where dbias is the sum of dy over the batch."""
+        """(dx, dvalues, dbias), where dbias is the sum of dy over the batch; `dense` is what `forward` kept."""
         methods = self._method(backend, "dx", dy, prefer), self._method(backend, "dvalues", x, prefer)
-        return self._weight.backward(backend, *methods, values, dy, x, feature_major)
+        return self._weight.backward(backend, *methods, values, dy, x, feature_major, dense)
 
     @property
     def bytes(self) -> int:

@@ -77,6 +77,19 @@ def _forward(
     prefer: str = "speed",
     feature_major: bool = False,
 ) -> Tensor:
+    return _forward_keeping(x, values, bias, crow_indices, col_indices, prefer, feature_major, False)[0]
+
+
+def _forward_keeping(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    prefer: str,
+    feature_major: bool,
+    keep_dense: bool,
+) -> tuple[Tensor, Tensor | None]:
     out_features = crow_indices.shape[0] - 1
     _check("x", x, values, col_indices)
     if bias is not None and (bias.shape != (out_features,) or bias.dtype is not x.dtype):
@@ -85,8 +98,8 @@ def _forward(
         )
     backend = kernels.select(x.device.type, x.dtype)
     prepared = prepare(backend, crow_indices, col_indices, (out_features, x.shape[-1]))
-    y = prepared.forward(backend, values, _rows(x), bias, prefer, feature_major and x.dim() == 2)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
+    y, dense = prepared.forward(backend, values, _rows(x), bias, prefer, feature_major and x.dim() == 2, keep_dense)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features), dense
 
 
 def _dx(
@@ -115,12 +128,15 @@ def _backward(
     col_indices: Tensor,
     prefer: str = "speed",
     feature_major: bool = False,
+    dense: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check("x", x, values, col_indices)
     _check_gradient_of(x, dy, crow_indices)
     backend = kernels.select(dy.device.type, dy.dtype)
     prepared = prepare(backend, crow_indices, col_indices, (crow_indices.shape[0] - 1, x.shape[-1]))
-    dx, dvalues, dbias = prepared.backward(backend, values, _rows(dy), _rows(x), prefer, feature_major and x.dim() == 2)
+    dx, dvalues, dbias = prepared.backward(
+        backend, values, _rows(dy), _rows(x), prefer, feature_major and x.dim() == 2, dense
+    )
     return dx if x.dim() == 2 else dx.view(x.shape), dvalues, dbias
 
 
@@ -156,23 +172,32 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, values, bias, crow_indices, col_indices, prefer, feature_major):
         wants_dx, wants_dvalues, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if wants_dvalues else None, values if wants_dx else None, crow_indices, col_indices)
         ctx.in_features, ctx.prefer = x.shape[-1], prefer
         # The gradient of an x that a sparse layer left feature-major goes to that layer. A compiler counts on strides.
         feature_major_x = x.dim() == 2 and not x.is_contiguous() and x.t().is_contiguous()
         ctx.feature_major = feature_major_x and not torch.compiler.is_compiling()
-        return _below_autograd(x, values, bias, crow_indices, col_indices, prefer, feature_major)
+        operands, dense = (x, values, bias, crow_indices, col_indices, prefer, feature_major), None
+        if wants_dx and wants_dvalues and _nobody_listens(x, values, bias):
+            y, dense = _forward_keeping(*operands, keep_dense=True)
+        else:
+            y = _below_autograd(*operands)
+        ctx.save_for_backward(
+            x if wants_dvalues else None, values if wants_dx else None, crow_indices, col_indices, dense
+        )
+        return y
 
     @staticmethod
     def backward(ctx, *grad_outputs):
         (dy,) = grad_outputs
-        x, values, crow_indices, col_indices = ctx.saved_tensors
+        x, values, crow_indices, col_indices, dense = ctx.saved_tensors
         wants_dx, wants_dvalues, wants_dbias, *_ = ctx.needs_input_grad
         if wants_dx and wants_dvalues:
-            direct = not torch.is_grad_enabled() and _nobody_listens(dy, x, values)
-            backward = _backward if direct else _ops.sparse_linear_backward.default
-            dx, dvalues, dbias = backward(dy, x, values, crow_indices, col_indices, ctx.prefer, ctx.feature_major)
-            return dx, dvalues, dbias if wants_dbias else None, None, None, None, None
+            operands = dy, x, values, crow_indices, col_indices, ctx.prefer, ctx.feature_major
+            if not torch.is_grad_enabled() and _nobody_listens(dy, x, values):
+                gradients = _backward(*operands, dense=dense)
+            else:
+                gradients = _ops.sparse_linear_backward.default(*operands)
+            return *gradients[:2], gradients[2] if wants_dbias else None, None, None, None, None
         dx = dvalues = None
         dbias = _rows(dy).sum(0) if wants_dbias else None
         if wants_dx:
