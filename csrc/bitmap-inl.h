@@ -63,6 +63,9 @@ template <class T, class Value, class Body>
     const bool whole = end - values >= bitmap.crow_indices[row + 1] - bitmap.crow_indices[row] + 64;
     for (int64_t w = 0; w < bitmap.words_per_row; ++w) {
         const uint64_t word = bitmap.words[row * bitmap.words_per_row + w];
+        __builtin_prefetch(values + prefetched_bytes / sizeof(Value));
+        if constexpr (sizeof(Value) > 2)
+            __builtin_prefetch(values + (prefetched_bytes + 64) / sizeof(Value));
 #pragma GCC unroll 32
         for (int part = 0; part < parts; ++part) {
             // Counted from the start of the word, so that the parts do not wait for one another.

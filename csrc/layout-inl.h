@@ -14,6 +14,10 @@ constexpr int panel_vectors = 4;
 constexpr int panel_vectors = 2;
 #endif
 
+// How far ahead the values of a few tokens' products are fetched: the processor's own prefetching ends with each page,
+// and those of a large matrix lie in memory.
+constexpr int64_t prefetched_bytes = 2048;
+
 template <class T> struct Format {
     using Sum = offpath::Sum<T>;
     using Panel = Sum;

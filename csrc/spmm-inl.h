@@ -2,6 +2,7 @@
 // while the row's connections are added to it in ascending column order.
 #pragma once
 
+#include "layout-inl.h"
 #include "reduce-inl.h"
 #include "simd.h"
 #include "table.h"
@@ -70,9 +71,12 @@ template <class T> void spmm_one_token(const offpath::spmm_args<T> &args, const 
             sum = S::zero();
         const int64_t end = args.csr.crow_indices[row + 1];
         int64_t s = args.csr.crow_indices[row];
-        for (; end - s >= S::lanes; s += S::lanes)
+        for (; end - s >= S::lanes; s += S::lanes) {
+            __builtin_prefetch(args.values + s + prefetched_bytes / sizeof(T));
+            __builtin_prefetch(args.csr.col_indices + s + prefetched_bytes / sizeof(int32_t));
             acc[0] =
                 S::fma(S::load_first(args.values + s, S::lanes), S::load_at(args.x, args.csr.col_indices + s), acc[0]);
+        }
         acc[1] = S::fma(S::load_first(args.values + s, end - s),
                         S::load_first_at(args.x, args.csr.col_indices + s, end - s), acc[1]);
         const typename S::V bias = S::set1(args.bias ? compute(args.bias[row]) : 0);
