@@ -1,4 +1,4 @@
-"""Every product of the table that the tests read, at the shapes of the bars, against dense and `torch.sparse`.
+"""Every product of the table that the tests read, against dense and `torch.sparse`, at the shapes that it is made for.
 
 Run with: .venv/bin/python -m pytest benchmarks (or make bench)
 Each result is checked against float64 first. The contenders of a case run one after another, so look at `bars.py`,
@@ -25,9 +25,28 @@ from offpath.kernels import KernelError
 from offpath.pattern import Pattern
 
 SPARSITY = 0.9
-# Writing a weight out dense and picking from one have no rival to stand beside.
-COMPARABLE = [product for product in PRODUCTS if product.name not in ("expand", "compress")]
+ONE_TOKEN = (4096, 4096, 1)
 Call = Callable[[], Tensor]
+
+
+def _shapes(product: Product) -> tuple[tuple[int, int, int], ...]:
+    """Inputs, outputs and batch; none where a product has no rival of its own.
+
+    Writing a weight out and picking from one are parts of others, and all gradients at once stand in `test_layers.py`.
+    """
+    if product.name in ("expand", "compress") or product.name.startswith("all gradients"):
+        return ()
+    if product.name.startswith("bitmap"):
+        return (ONE_TOKEN,)
+    over_a_plan = product.name.startswith(("planned", "tiled"))
+    return SHAPES if over_a_plan else (*SHAPES, ONE_TOKEN)
+
+
+CASES = [
+    pytest.param(product, *shape, id="-".join(map(str, (product.name, *shape))))
+    for product in PRODUCTS
+    for shape in _shapes(product)
+]
 
 
 def _offpath(product: Product, pattern: Pattern, operands: Operands) -> Call:
@@ -45,32 +64,33 @@ def _offpath(product: Product, pattern: Pattern, operands: Operands) -> Call:
 
         return remembered
 
-    prepared_once = replace(backend, plan=once(backend.plan), bitmap=once(backend.bitmap))
-    return lambda: product.run(prepared_once, pattern, operands)
+    made_once = {name: once(getattr(backend, name)) for name in ("plan", "tiles", "bitmap")}
+    return lambda: product.run(replace(backend, **made_once), pattern, operands)
 
 
 def _dense(product: Product, pattern: Pattern, operands: Operands) -> Call:
-    if "dy" in operands:
+    if "values" not in operands:
         dy, x = operands["dy"], operands["x"]
         return lambda: dy.t() @ x
-    x, weight, bias = operands["x"], pattern.to_dense(operands["values"]), operands.get("bias")
+    weight, bias = pattern.to_dense(operands["values"]), operands.get("bias")
+    x = _multiplied(operands)
     if _is_transposed(product):
         return lambda: x @ weight
     return lambda: nn.functional.linear(x, weight, bias)
 
 
 def _torch_sparse(product: Product, pattern: Pattern, operands: Operands) -> Call:
-    if operands["x"].dtype is not torch.float32:
+    if next(iter(operands.values())).dtype is not torch.float32:
         raise Refused("torch.sparse has no CSR kernels for this dtype on the CPU")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         weight = pattern.to_dense(operands.get("values", torch.ones(pattern.nnz))).to_sparse_csr()
         if _is_transposed(product):
             weight = weight.to_dense().t().contiguous().to_sparse_csr()
-    if "dy" in operands:
+    if "values" not in operands:
         dy, x = operands["dy"], operands["x"]
         return lambda: torch.sparse.sampled_addmm(weight, dy.t(), x, beta=0.0).values()
-    x, bias = operands["x"], operands.get("bias")
+    x, bias = _multiplied(operands), operands.get("bias")
     if bias is None:
         return lambda: torch.sparse.mm(weight, x.t()).t()
     return lambda: torch.sparse.mm(weight, x.t()).t() + bias
@@ -80,7 +100,11 @@ CONTENDERS = {"offpath": _offpath, "dense": _dense, "torch.sparse": _torch_spars
 
 
 def _is_transposed(product: Product) -> bool:
-    return "transpose" in product.name
+    return "transpose" in product.name or product.name == "bitmap dx"
+
+
+def _multiplied(operands: Operands) -> Tensor:
+    return operands["dy"] if "dy" in operands else operands["x"]
 
 
 @cache
@@ -93,17 +117,16 @@ def _check(product: Product, pattern: Pattern, operands: Operands, result: Tenso
     in_float64 = {name: tensor.double() for name, tensor in operands.items()}
     exact = _dense(product, pattern, in_float64)()
     size = _dense(product, pattern, {name: tensor.abs() for name, tensor in in_float64.items()})()
-    if "dy" in operands:
+    if "values" not in operands:
         at = pattern.row_indices().long(), pattern.col_indices.long()
         exact, size = exact[at], size[at]
         result = result if result.dim() == 1 else result[at]
-    check_product(product.name, result, exact, size, product.terms(pattern, operands["x"].shape[0]) + 1)
+    check_product(product.name, result, exact, size, product.terms(pattern, _multiplied(operands).shape[0]) + 1)
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
-@pytest.mark.parametrize(("inputs", "outputs", "batch"), SHAPES)
-@pytest.mark.parametrize("product", COMPARABLE, ids=lambda product: product.name)
+@pytest.mark.parametrize(("product", "inputs", "outputs", "batch"), CASES)
 def test_product(
     benchmark: Any, product: Product, inputs: int, outputs: int, batch: int, dtype: torch.dtype, contender: str
 ) -> None:

@@ -65,6 +65,7 @@ template <class T> class TiledGradient {
     const tiled_args<T> args;
 };
 
+// The weight gradient over tiles, without the other gradients.
 template <class T>
 void tiled_sddmm(const Kernels<T> &kernels, const Tiles &tiles, const Matrix<T> &dy, const Matrix<T> &x, int64_t batch,
                  T *dvalues, int threads) {
@@ -78,13 +79,13 @@ void tiled_sddmm(const Kernels<T> &kernels, const Tiles &tiles, const Matrix<T> 
     run_together(threads_for(tiles.nnz() * batch, threads), gradient);
 }
 
-// dbias[r] = sum over b of dy[r, b]; no tasks where nobody wants it.
+// dbias[r] = sum over b of dy[r, b]
 template <class T> class BiasGradient {
   public:
     BiasGradient(const Kernels<T> &kernels, const Panels<T> &dy, int64_t rows, int64_t batch, T *dbias)
         : kernel(kernels.row_sums), args{dy.data(), rows, batch, dbias} {}
 
-    int64_t tasks() const { return args.sums ? ceil_div(args.rows, rows_per_sum) : 0; }
+    int64_t tasks() const { return ceil_div(args.rows, rows_per_sum); }
     void run(int64_t task) const {
         const int64_t begin = task * rows_per_sum;
         kernel(args, {begin, std::min(args.rows, begin + rows_per_sum), 0, 0});
@@ -96,15 +97,14 @@ template <class T> class BiasGradient {
 };
 
 // All gradients of a layer at once, over the plan of the transposed weight: dy is packed once, and the threads meet
-// twice. dbias may be null, and dx is [columns, batch] where feature_major.
+// twice. dx is [columns, batch] where feature_major.
 template <class T>
 void planned_backward(const Kernels<T> &kernels, const Plan &transpose, const Tiles &tiles, const T *values,
                       const Matrix<T> &dy, const Matrix<T> &x, int64_t batch, T *dx, bool feature_major, T *dvalues,
                       T *dbias, int threads) {
     if (batch == 0) {
         std::fill_n(dvalues, tiles.nnz(), T{});
-        if (dbias)
-            std::fill_n(dbias, tiles.rows, T{});
+        std::fill_n(dbias, tiles.rows, T{});
         return;
     }
     const Panels<T> dy_panels(kernels, dy, tiles.rows, batch), x_panels(kernels, x, tiles.columns, batch);

@@ -60,7 +60,7 @@ Blocks::Blocks(const Csr &csr, int64_t batch, int64_t batch_quantum, int threads
     const int64_t wanted = threads * blocks_per_thread;
     if (batch_quantum > 0 && batch > batch_quantum) {
         batch_step = batch_quantum;
-        batch_blocks = (batch + batch_quantum - 1) / batch_quantum;
+        batch_blocks = ceil_div(batch, batch_quantum);
     }
     row_blocks = std::min(csr.rows, std::max<int64_t>(threads, wanted / batch_blocks));
 }

@@ -7,6 +7,8 @@
 
 namespace offpath {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Looks up the OpenMP runtime that is already loaded (torch's). Throws std::runtime_error when there is none.
 void find_pool();
 

@@ -50,21 +50,20 @@ template <class Workspace> class Pool {
 } // namespace
 
 Plan::Plan(const Csr &csr, int64_t columns, const int32_t *permutation, int64_t columns_per_step, int threads)
-    : rows(csr.rows), columns(columns), columns_per_step(columns_per_step),
-      groups((csr.rows + group_rows - 1) / group_rows), connections(csr.crow_indices[csr.rows]) {
+    : rows(csr.rows), columns(columns), columns_per_step(columns_per_step), groups(ceil_div(csr.rows, group_rows)),
+      connections(csr.crow_indices[csr.rows]) {
     mask_counts = std::make_unique<int32_t[]>(groups * group_masks);
     column_begin = std::make_unique<int32_t[]>(groups + 1);
     slot_begin = std::make_unique<int32_t[]>(groups + 1);
     Pool<Workspace> pool;
     const auto each_group = [&](const auto &body) {
-        parallel_for((groups + groups_per_task - 1) / groups_per_task, connections < serial_work ? 1 : threads,
-                     [&](int64_t task) {
-                         auto workspace = pool.take(columns);
-                         const int64_t end = std::min(groups, (task + 1) * groups_per_task);
-                         for (int64_t g = task * groups_per_task; g < end; ++g)
-                             body(g, *workspace);
-                         pool.give_back(std::move(workspace));
-                     });
+        parallel_for(ceil_div(groups, groups_per_task), connections < serial_work ? 1 : threads, [&](int64_t task) {
+            auto workspace = pool.take(columns);
+            const int64_t end = std::min(groups, (task + 1) * groups_per_task);
+            for (int64_t g = task * groups_per_task; g < end; ++g)
+                body(g, *workspace);
+            pool.give_back(std::move(workspace));
+        });
     };
     each_group([&](int64_t g, Workspace &work) { count_group(g, csr, work); });
     for (int64_t g = 0; g < groups; ++g) {
@@ -105,7 +104,7 @@ void Plan::count_group(int64_t group, const Csr &csr, Workspace &work) {
     }
     const int32_t step = static_cast<int32_t>(columns_per_step);
     for (int mask = 1; mask < group_masks; ++mask) {
-        counts[mask] = (counts[mask] + step - 1) / step * step;
+        counts[mask] = static_cast<int32_t>(ceil_div(counts[mask], step)) * step;
         column_begin[group + 1] += counts[mask];
         slot_begin[group + 1] += counts[mask] * std::popcount(static_cast<unsigned>(mask));
     }

@@ -61,7 +61,6 @@ template <class T> struct Matrix {
 constexpr int64_t columns_per_transpose = 64, columns_per_pack = 256, groups_per_product = 16;
 
 inline int threads_for(int64_t work, int threads) { return work < serial_work ? 1 : threads; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The feature-major form of a matrix in the type of the sums: itself, or a copy.
 template <class T> class FeatureMajor {

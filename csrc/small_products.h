@@ -2,9 +2,8 @@
 #pragma once
 
 #include "bitmap.h"
+#include "lanes.h"
 #include "products.h"
-
-#include <bit>
 
 namespace offpath {
 
@@ -45,7 +44,7 @@ void copy_rows(const Matrix<T> &matrix, int64_t first, int64_t tokens, int64_t f
             if constexpr (std::is_same_v<T, To>)
                 row[f] = entry;
             else
-                row[f] = std::bit_cast<float>(static_cast<uint32_t>(entry.bits) << 16);
+                row[f] = compute(entry);
         }
         std::fill(row + features, row + width, To{});
     }

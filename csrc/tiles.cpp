@@ -22,8 +22,6 @@ int64_t width_for(const Csr &csr, int64_t columns) {
     return width;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 } // namespace
 
 Tiles::Tiles(const Csr &csr, int64_t columns, int threads)

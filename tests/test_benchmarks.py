@@ -258,6 +258,15 @@ def test_the_whole_command_on_tiny_layers(tmp_path: Path) -> None:
     assert all(figure["value"] > 0 and len(figure["seconds"]) == 2 for figure in fp32_layers)
 
 
+def test_the_suite_checks_every_product_and_layer_that_it_would_time() -> None:
+    suite = [str(BENCHMARKS / name) for name in ("test_kernels.py", "test_layers.py")]
+    options = ["--benchmark-disable", "-q", "-p", "no:cacheprovider", "-k", "fp32 and offpath and not 2048 and not 768"]
+    command = [sys.executable, "-m", "pytest", *suite, *options]
+    run = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+    assert "skipped" not in run.stdout and "failed" not in run.stdout
+
+
 def test_a_cliff_is_found_where_it_is() -> None:
     batches = list(range(1, 129))
     smooth = [1e-4 + 1e-5 * batch for batch in batches]

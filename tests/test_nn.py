@@ -278,6 +278,19 @@ def test_checkpoint_without_data_is_refused_and_changes_nothing() -> None:
     assert all(torch.equal(layer.state_dict()[key], value) for key, value in before.items())
 
 
+def test_loading_the_same_topology_keeps_what_was_prepared_from_it() -> None:
+    layer = _layer(0.5, seed=1)
+    layer(torch.randn(4, layer.in_features)).sum().backward()
+    connections, prepared_bytes = layer.connections, layer.connections.bytes
+    saved = layer.state_dict()
+    layer.topology_digest += 1  # as a broadcast of another topology leaves it
+    layer.load_state_dict(saved)
+    assert layer.connections is connections and connections.bytes == prepared_bytes
+    layer(torch.randn(4, layer.in_features))
+    layer.load_state_dict(_layer(0.5, seed=3).state_dict())
+    assert layer.connections is not connections
+
+
 def test_training_goes_on_after_loading_another_nnz_while_an_old_graph_lives() -> None:
     layer, x = _layer(0.8), torch.randn(4, 12)
     old_loss = layer(x).sum()

@@ -269,7 +269,10 @@ class SparseLinear(nn.Module):
             device = col_indices.device if assign else self.values.device
             shape = (self.out_features, self.in_features)
             pattern = Pattern(shape, crow_indices.detach().to(device), col_indices.detach().to(device))
-            self._set_connections(pattern)
+            if self._connections.are(pattern):  # what was prepared from them goes on being used
+                self.topology_digest.fill_(self._digest)
+            else:
+                self._set_connections(pattern)
             if pattern.nnz != self.values.numel():
                 self._resize_values(pattern.nnz)
         super()._load_from_state_dict(

@@ -132,6 +132,17 @@ class Connections:
         """A copy as a frozen `Pattern`."""
         return Pattern(self._prepared.pattern.shape, self.crow_indices.clone(), self.col_indices.clone())
 
+    def are(self, pattern: Pattern) -> bool:
+        """Whether these are the connections of `pattern`, on its device."""
+        own, other = self._prepared.pattern, pattern
+        return (
+            own.shape == other.shape
+            and self.device == other.col_indices.device
+            and not self.col_indices.is_meta
+            and torch.equal(own.crow_indices, other.crow_indices)
+            and torch.equal(own.col_indices, other.col_indices)
+        )
+
     @property
     def bytes(self) -> int:
         """Bytes of the indices and of all that was prepared from them."""
