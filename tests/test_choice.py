@@ -64,7 +64,22 @@ def test_prediction_meets_the_measurement_on_the_grid_and_is_a_power_law_between
 
 def test_what_a_call_costs_besides_its_work_does_not_grow_beyond_the_grid() -> None:
     table = _table(lambda p, m, size, density, batch: 1e-3 + 1e-9 * size**2)
-    assert table.predict("forward", "row-wise", 4096, 4096, 4096**2, 1) == pytest.approx(1e-3 + 1e-9 * 4096**2)
+    assert table.predict("forward", "row-wise", 1500, 1500, 1500**2, 1) == pytest.approx(1e-3 + 1e-9 * 1500**2)
+    table = _table(lambda p, m, size, density, batch: 1e-3 + 1e-5 * batch)
+    assert table.predict("forward", "dense", 512, 512, 512, 1000) == pytest.approx(1e-3 + 1e-5 * 1000)
+
+
+def test_a_plan_wins_a_near_tie_with_row_wise_and_dense_wins_any(own_cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {"bucketed": 1.1, "tiled": 1.2, "row-wise": 1.0, "bitmap": 9.0, "dense": 9.0}
+    monkeypatch.setattr(calibration, "measure", lambda *_: _table(lambda p, m, *point: costs[m]))
+    with kernels.forced(BEST):
+        chosen = SparseLinear(64, 64).explain(64).chosen
+        assert chosen == {"forward": "bucketed", "dx": "bucketed", "dvalues": "row-wise"}
+        costs["dense"] = 1.03
+        calibration.cost_table.cache_clear()
+        for table in own_cache.glob("costs-*.json"):
+            table.unlink()
+        assert set(SparseLinear(64, 64).explain(64).chosen.values()) == {"dense"}
 
 
 @pytest.mark.parametrize(("rows", "columns", "nnz", "batch"), [(0, 5, 0, 3), (5, 0, 0, 3), (5, 5, 0, 0), (1, 1, 1, 1)])

@@ -41,9 +41,9 @@ class CostTable:
     def predict(self, product: str, method: str, rows: int, columns: int, nnz: int, batch: int) -> float:
         """Seconds of one call.
 
-        Multilinear in the logarithms of positions, density and batch. Beyond the grid, time grows with the batch, and
-        with the positions by as much as between the table's two sizes: what a call costs besides its
-        work does not grow with it. It does not shrink below the grid's edge.
+        Multilinear in the logarithms of positions, density and batch. Beyond the grid, time grows with positions and
+        tokens as it does towards its edge: what a call costs besides its work does not grow with it, but is at most
+        half of it there. It does not shrink below the grid's edge.
 
         >>> a_microsecond_a_token = [batch * 1e-6 for _, _, batch in combinations(SMALL_SIZES, DENSITIES, BATCHES)]
         >>> table = CostTable(SMALL_SIZES, {"forward": {"dense": a_microsecond_a_token}})
@@ -51,14 +51,21 @@ class CostTable:
         64
         """
         positions = max(rows * columns, 1)
-        measured = self.seconds[product][method]
-        density = nnz / positions
+        measured, density = self.seconds[product][method], nnz / positions
+        seconds = self._for_any_positions(measured, positions, density, batch)
+        fewer, most = BATCHES[-2:]
+        if batch > most:
+            growth = seconds - self._for_any_positions(measured, positions, density, fewer)
+            seconds += max(growth / (most - fewer), seconds / most / 2) * (batch - most)
+        return seconds
+
+    def _for_any_positions(self, measured: list[float], positions: int, density: float, batch: int) -> float:
         seconds = self._interpolate(measured, math.sqrt(positions), density, batch)
         smallest, largest = (size**2 for size in self.sizes)
         if positions > largest:
-            growth = max(0.0, seconds - self._interpolate(measured, self.sizes[0], density, batch))
-            seconds += growth * (positions - largest) / (largest - smallest)
-        return seconds * max(1.0, batch / BATCHES[-1])
+            growth = seconds - self._interpolate(measured, self.sizes[0], density, batch)
+            seconds += max(growth / (largest - smallest), seconds / largest / 2) * (positions - largest)
+        return seconds
 
     def _interpolate(self, measured: list[float], size: float, density: float, batch: int) -> float:
         axes = _place(size, self.sizes), _place(density, DENSITIES), _place(batch, BATCHES)

@@ -19,6 +19,10 @@ from offpath.kernels.methods import DENSE_METHODS, METHODS, PRODUCTS
 PREFERENCES = ("speed", "memory")
 # Predictions err by a few percent. Dense cannot lose more to `nn.Linear` than the writing out, so it wins near-ties.
 DENSE_MARGIN = 1.04
+# The row-wise form falls behind a plan as soon as its inputs leave a cache, which happens between the sizes measured;
+# and two gradients over plans share the packing of dy, which they are measured without.
+PLAN_MARGIN = 1.15
+_OVER_A_PLAN = ("bucketed", "tiled")
 _forced: list[dict[str, str]] = []
 
 
@@ -81,7 +85,11 @@ def choose(
     table = cost_table(backend, dtype, sizes_for(rows, columns))
     costs = {m: table.predict(product, m, rows, columns, nnz, batch) for m in _allowed(product, prefer)}
     best = min(costs, key=costs.__getitem__)
-    return "dense" if costs.get("dense", math.inf) <= DENSE_MARGIN * costs[best] else best
+    if costs.get("dense", math.inf) <= DENSE_MARGIN * costs[best]:
+        return "dense"
+    if best == "row-wise":
+        return next((m for m in _OVER_A_PLAN if costs.get(m, math.inf) <= PLAN_MARGIN * costs[best]), best)
+    return best
 
 
 def any_forced() -> bool:
