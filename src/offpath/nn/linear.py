@@ -78,7 +78,7 @@ class SparseLinear(nn.Module):
             raise ValueError(f"expected a pattern of shape (out, in) = {shape}, got {pattern.shape}")
         self.prefer = prefer
         self.feature_major = False
-        self._set_connections(pattern.to(device))
+        self._set_connections(Connections(pattern.to(device)))
         self.values = nn.Parameter(torch.empty(pattern.nnz, device=device, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
@@ -190,7 +190,7 @@ class SparseLinear(nn.Module):
         pattern = pattern.to(weight.device)
         # Built on meta so that no initial values are drawn: converting a layer must not move the global RNG.
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta", weight.dtype, density=1)
-        layer._set_connections(pattern)
+        layer._set_connections(Connections(pattern))
         values = weight[pattern.row_indices().long(), pattern.col_indices.long()]
         layer.values = nn.Parameter(values, requires_grad=linear.weight.requires_grad)
         if linear.bias is not None:
@@ -214,12 +214,12 @@ class SparseLinear(nn.Module):
             f"nnz={self.nnz}, sparsity={self.sparsity:.4g}"
         )
 
-    def _set_connections(self, pattern: Pattern) -> None:
-        self._connections = Connections(pattern)
+    def _set_connections(self, connections: Connections) -> None:
+        self._connections = connections
         # DistributedDataParallel broadcasts the values of one process to all, and this number with them: where the
         # topologies differ it no longer fits, instead of values landing on other connections in silence.
         self._digest = self._connections.digest()
-        digest = torch.tensor(self._digest, device=pattern.device)
+        digest = torch.tensor(self._digest, device=connections.device)
         self.register_buffer("topology_digest", digest, persistent=False)
 
     def _check_digest(self) -> None:
@@ -269,10 +269,7 @@ class SparseLinear(nn.Module):
             device = col_indices.device if assign else self.values.device
             shape = (self.out_features, self.in_features)
             pattern = Pattern(shape, crow_indices.detach().to(device), col_indices.detach().to(device))
-            if self._connections.are(pattern):  # what was prepared from them goes on being used
-                self.topology_digest.fill_(self._digest)
-            else:
-                self._set_connections(pattern)
+            self._set_connections(self._connections.same_or_new(pattern))
             if pattern.nnz != self.values.numel():
                 self._resize_values(pattern.nnz)
         super()._load_from_state_dict(

@@ -132,16 +132,17 @@ class Connections:
         """A copy as a frozen `Pattern`."""
         return Pattern(self._prepared.pattern.shape, self.crow_indices.clone(), self.col_indices.clone())
 
-    def are(self, pattern: Pattern) -> bool:
-        """Whether these are the connections of `pattern`, on its device."""
-        own, other = self._prepared.pattern, pattern
-        return (
-            own.shape == other.shape
-            and self.device == other.col_indices.device
+    def same_or_new(self, pattern: Pattern) -> Connections:
+        """These connections, with all that was prepared from them, if they are those of `pattern` on its device."""
+        own = self._prepared.pattern
+        same = (
+            own.shape == pattern.shape
+            and self.device == pattern.device
             and not self.col_indices.is_meta
-            and torch.equal(own.crow_indices, other.crow_indices)
-            and torch.equal(own.col_indices, other.col_indices)
+            and torch.equal(own.crow_indices, pattern.crow_indices)
+            and torch.equal(own.col_indices, pattern.col_indices)
         )
+        return self if same else Connections(pattern)
 
     @property
     def bytes(self) -> int:
