@@ -90,9 +90,10 @@ def measure(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> CostTable:
     """
     _log.log(
         logging.WARNING if sizes == LARGE_SIZES else logging.INFO,
-        "offpath measures once what its %s products cost here for layers of more than %d x %d; this takes seconds",
+        "offpath measures once what its %s products of up to %d x %d cost here; this takes seconds",
         dtype,
-        *sizes[:1] * 2,
+        sizes[1],
+        sizes[1],
     )
     best = {p: {m: [math.inf] * len(GRID) for m in methods} for p, methods in METHODS.items()}
     points = [
@@ -100,7 +101,7 @@ def measure(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> CostTable:
         for i, weight, x in _problems(sizes, dtype)
         for product, methods in METHODS.items()
         for method in methods
-        if _is_measured(method, *GRID[i])
+        if _is_measured(method, *GRID[i][1:])
     ]
     with torch.inference_mode():
         for round_ in range(1 + (LARGE_ROUNDS if sizes == LARGE_SIZES else SMALL_ROUNDS)):
@@ -115,7 +116,7 @@ def measure(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> CostTable:
     return CostTable.from_measurement(sizes, best)
 
 
-def _is_measured(method: str, size: int, density: int, batch: int) -> bool:
+def _is_measured(method: str, density: int, batch: int) -> bool:
     if method == "dense":
         return density == DENSE_DENSITY
     if method == "bitmap":
