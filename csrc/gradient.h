@@ -96,26 +96,4 @@ template <class T> class BiasGradient {
     const row_sums_args<T> args;
 };
 
-// All gradients of a layer at once, over the plan of the transposed weight: dy is packed once, and the threads meet
-// twice. dx is [columns, batch] where feature_major.
-template <class T>
-void planned_backward(const Kernels<T> &kernels, const Plan &transpose, const Tiles &tiles, const T *values,
-                      const Matrix<T> &dy, const Matrix<T> &x, int64_t batch, T *dx, bool feature_major, T *dvalues,
-                      T *dbias, int threads) {
-    if (batch == 0) {
-        std::fill_n(dvalues, tiles.nnz(), T{});
-        std::fill_n(dbias, tiles.rows, T{});
-        return;
-    }
-    const Panels<T> dy_panels(kernels, dy, tiles.rows, batch), x_panels(kernels, x, tiles.columns, batch);
-    const OrderedValues<T> ordered(kernels, transpose, values);
-    run_together(threads_for((tiles.rows + tiles.columns) * batch + tiles.nnz(), threads), dy_panels, x_panels,
-                 ordered);
-    const TiledGradient<T> of_values(kernels, tiles, dy_panels, x_panels, batch, dvalues);
-    const BucketedProduct<T> of_x(kernels, transpose, ordered, nullptr, dy_panels, batch, dx, feature_major);
-    const BiasGradient<T> of_bias(kernels, dy_panels, tiles.rows, batch, dbias);
-    // The longest tasks first.
-    run_together(threads_for((tiles.nnz() + tiles.rows + tiles.columns) * batch, threads), of_values, of_x, of_bias);
-}
-
 } // namespace offpath

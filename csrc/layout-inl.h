@@ -39,6 +39,12 @@ template <> struct Format<bfloat16> {
 template <class T> constexpr bool in_pairs = Format<T>::columns_per_step == 2;
 template <class T> constexpr int64_t panel_width = panel_vectors * Simd<offpath::Sum<T>>::lanes;
 
+// Which of `granule` neighbouring tokens stands at step `i` of a panel's column; where columns go in pairs, a step
+// holds two neighbours.
+template <class T> constexpr int64_t token_of_step(int64_t i) {
+    return in_pairs<T> ? 16 * (i / 2 % 2) + 4 * (i / 4) + 2 * (i % 2) : i;
+}
+
 // Columns of a panel, the one of zeros included.
 template <class T> int64_t panel_columns(int64_t columns) { return columns + Format<T>::columns_per_step - 1; }
 

@@ -1,7 +1,7 @@
 // The Python face of the kernels, and the only file that knows Python. It takes raw addresses: kernels/cpu.py is
 // its only caller and has checked device, dtype, shape, strides and the pattern before.
+#include "backward.h"
 #include "digest.h"
-#include "gradient.h"
 #include "isa.h"
 #include "products.h"
 #include "small_products.h"
@@ -92,19 +92,6 @@ void call_tiled_sddmm(int64_t isa, const Tiles &tiles, int64_t batch, Address dy
                    {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(dvalues), threads);
 }
 
-template <class T>
-void call_planned_backward(int64_t isa, const Plan &transpose, const Tiles &tiles, int64_t batch, Address values,
-                           Address dy, int64_t dy_feature_stride, int64_t dy_batch_stride, Address x,
-                           int64_t x_feature_stride, int64_t x_batch_stride, Address dx, bool feature_major,
-                           Address dvalues, Address dbias, int threads) {
-    const Kernels<T> kernels = kernels_of<T>(isa, transpose);
-    nb::gil_scoped_release release;
-    planned_backward<T>(kernels, transpose, tiles, at<const T>(values),
-                        {at<const T>(dy), dy_feature_stride, dy_batch_stride},
-                        {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(dx), feature_major,
-                        at<T>(dvalues), at<T>(dbias), threads);
-}
-
 std::unique_ptr<BitMatrix> make_bitmap(int64_t rows, int64_t columns, Address crow_indices, Address col_indices,
                                        int threads) {
     nb::gil_scoped_release release;
@@ -134,6 +121,50 @@ void call_bitmap_dvalues(int64_t isa, const BitMatrix &matrix, int64_t batch, Ad
     nb::gil_scoped_release release;
     bitmap_dvalues<T>(kernels_of<T>(isa), matrix, {at<const T>(dy), dy_feature_stride, dy_batch_stride},
                       {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(dvalues), threads);
+}
+
+template <class T>
+void call_filled_spmm(int64_t isa, const BitMatrix &matrix, int64_t batch, Address values, Address bias, Address x,
+                      int64_t x_feature_stride, int64_t x_batch_stride, Address y, bool feature_major, int threads) {
+    nb::gil_scoped_release release;
+    filled_spmm<T>(kernels_of<T>(isa), matrix, at<const T>(values), at<const T>(bias),
+                   {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(y), feature_major, threads);
+}
+
+template <class T>
+void call_filled_dx(int64_t isa, const BitMatrix &matrix, int64_t batch, Address values, Address dy,
+                    int64_t dy_feature_stride, int64_t dy_batch_stride, Address dx, int threads) {
+    nb::gil_scoped_release release;
+    filled_dx<T>(kernels_of<T>(isa), matrix, at<const T>(values), {at<const T>(dy), dy_feature_stride, dy_batch_stride},
+                 batch, at<T>(dx), threads);
+}
+
+template <class T>
+void call_filled_dvalues(int64_t isa, const BitMatrix &matrix, int64_t batch, Address dy, int64_t dy_feature_stride,
+                         int64_t dy_batch_stride, Address x, int64_t x_feature_stride, int64_t x_batch_stride,
+                         Address dvalues, int threads) {
+    nb::gil_scoped_release release;
+    filled_dvalues<T>(kernels_of<T>(isa), matrix, {at<const T>(dy), dy_feature_stride, dy_batch_stride},
+                      {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(dvalues), threads);
+}
+
+template <class Made> const Made *unless_none(nb::handle made) {
+    return made.is_none() ? nullptr : nb::cast<const Made *>(made);
+}
+
+// `made` holds a transposed plan, tiles and bits: what the gradients are to go over, and None for the rest.
+template <class T>
+void call_backward(int64_t isa, const nb::tuple &made, int64_t rows, int64_t columns, int64_t nnz, int64_t batch,
+                   Address values, Address dy, int64_t dy_feature_stride, int64_t dy_batch_stride, Address x,
+                   int64_t x_feature_stride, int64_t x_batch_stride, Address dx, bool feature_major, Address dvalues,
+                   Address dbias, int threads) {
+    const Ways ways = {unless_none<Plan>(made[0]), unless_none<Tiles>(made[1]), unless_none<BitMatrix>(made[2])};
+    const Kernels<T> kernels = ways.transpose ? kernels_of<T>(isa, *ways.transpose) : kernels_of<T>(isa);
+    nb::gil_scoped_release release;
+    backward<T>(kernels, ways, rows, columns, nnz, at<const T>(values),
+                {at<const T>(dy), dy_feature_stride, dy_batch_stride},
+                {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(dx), feature_major, at<T>(dvalues),
+                at<T>(dbias), threads);
 }
 
 template <class T> void call_expand(int64_t isa, const BitMatrix &matrix, Address values, Address dense, int threads) {
@@ -183,12 +214,15 @@ NB_MODULE(_native, m) {
 #define OFFPATH_PRODUCTS(suffix, T)                                                                                    \
     m.def("spmm_" #suffix, &call_spmm<T>);                                                                             \
     m.def("sddmm_" #suffix, &call_sddmm<T>);                                                                           \
-    m.def("planned_backward_" #suffix, &call_planned_backward<T>);                                                     \
+    m.def("backward_" #suffix, &call_backward<T>);                                                                     \
     m.def("tiled_sddmm_" #suffix, &call_tiled_sddmm<T>);                                                               \
     m.def("planned_spmm_" #suffix, &call_planned_spmm<T>);                                                             \
     m.def("bitmap_spmm_" #suffix, &call_bitmap_spmm<T>);                                                               \
     m.def("bitmap_dx_" #suffix, &call_bitmap_dx<T>);                                                                   \
     m.def("bitmap_dvalues_" #suffix, &call_bitmap_dvalues<T>);                                                         \
+    m.def("filled_spmm_" #suffix, &call_filled_spmm<T>);                                                               \
+    m.def("filled_dx_" #suffix, &call_filled_dx<T>);                                                                   \
+    m.def("filled_dvalues_" #suffix, &call_filled_dvalues<T>);                                                         \
     m.def("expand_" #suffix, &call_expand<T>);                                                                         \
     m.def("compress_" #suffix, &call_compress<T>);                                                                     \
     m.def("take_output_" #suffix, &take_output<T>);

@@ -70,7 +70,8 @@ Plan::Plan(const Csr &csr, int64_t columns, const int32_t *permutation, int64_t 
         column_begin[g + 1] += column_begin[g];
         slot_begin[g + 1] += slot_begin[g];
     }
-    column_order = std::make_unique_for_overwrite<int32_t[]>(column_begin[groups]);
+    column_order = std::make_unique_for_overwrite<int32_t[]>(column_begin[groups] + columns_ahead);
+    std::fill_n(&column_order[column_begin[groups]], columns_ahead, 0);
     slots = std::make_unique_for_overwrite<int32_t[]>(slot_begin[groups]);
     each_group([&](int64_t g, Workspace &work) { fill_group(g, csr, permutation, work); });
 }
@@ -151,7 +152,7 @@ BucketPlan Plan::view() const {
 
 int64_t Plan::bytes() const {
     return static_cast<int64_t>(sizeof(int32_t)) *
-           (groups * group_masks + column_begin[groups] + slot_begin[groups] + 2 * (groups + 1));
+           (groups * group_masks + column_begin[groups] + columns_ahead + slot_begin[groups] + 2 * (groups + 1));
 }
 
 } // namespace offpath

@@ -63,6 +63,10 @@ template <class T> struct to_tokens_args {
 // Rows that share the loads of x in the bucketed product. Each accumulates in registers of its own.
 constexpr int group_rows = 6;
 constexpr int group_masks = 1 << group_rows;
+// Groups whose rows are finished together: whole squares of lanes.
+constexpr int tile_groups = 8;
+// How many columns ahead the activations of one are fetched.
+constexpr int columns_ahead = 8;
 
 // A pattern prepared for the bucketed product. The rows are taken in groups; in a group, a column's mask says which
 // of the rows have a connection to it. The columns of a group stand sorted by mask, the values in the order in which
@@ -70,7 +74,7 @@ constexpr int group_masks = 1 << group_rows;
 // even number of columns: the padding is a column of zeros, number `columns`, whose slots are -1.
 struct BucketPlan {
     const int32_t *mask_counts;  // [groups, group_masks]: how many columns of the group have each mask
-    const int32_t *column_order; // the columns of group g start at column_begin[g]
+    const int32_t *column_order; // the columns of group g start at column_begin[g]; columns_ahead zeros end the list
     const int32_t *slots;        // which of the caller's values stands here; group g starts at slot_begin[g]
     const int32_t *column_begin; // [groups + 1]
     const int32_t *slot_begin;   // [groups + 1]
@@ -208,6 +212,43 @@ template <class T> struct compress_args {
     Bitmap bitmap;
     const T *dense;
     T *values;
+};
+
+// The products that fill absent connections with zeros, in tiles that stay in cache.
+//
+// y[b, r] = bias[r] + sum over the columns c of W[r, c] * x[b, c], for a block of groups x panels.
+template <class T> struct filled_args {
+    Bitmap bitmap;
+    const T *values;    // [nnz]
+    const T *bias;      // [rows], or null for zero
+    const void *panels; // of x
+    T *y;               // [batch, rows], contiguous, or [rows, batch] where feature_major
+    int64_t batch;
+    bool feature_major;
+    void *tile; // working memory: the rows of tile_groups groups, each of whole words, in the type of panels
+};
+
+// dx[b, c] = sum over the rows r of W[r, c] * dy[b, r], for a block of chunks x panels; a chunk is chunk_columns
+// columns of W, in whole words and whole groups.
+constexpr int64_t chunk_columns = 192;
+template <class T> struct filled_dx_args {
+    Bitmap bitmap;
+    const T *values;    // [nnz]
+    const void *panels; // of dy
+    T *dx;              // [batch, columns], contiguous, or [columns, batch] where feature_major
+    int64_t batch;
+    bool feature_major;
+    void *tile; // working memory: chunk_columns x rows (an even number of them), in the type of panels
+};
+
+// dvalues[s] = sum over b of dy[b, row of s] * x[b, column of s], for a block of groups (at most groups_per_gradient)
+// x panels of x. In these panels, features and batch have changed places.
+constexpr int64_t groups_per_gradient = 16;
+template <class T> struct filled_dvalues_args {
+    Bitmap bitmap;
+    const void *dy, *x; // panels of dy: [features, tokens]; panels of x: [tokens, features]
+    int64_t batch;
+    T *dvalues; // [nnz]
 };
 
 // How an ISA lays out panels and ordered values of a dtype.

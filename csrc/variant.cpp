@@ -3,6 +3,7 @@
 #include "bitmap-inl.h"
 #include "bitmap_gradients-inl.h"
 #include "bucketed-inl.h"
+#include "filled-inl.h"
 #include "gather-inl.h"
 #include "layout-inl.h"
 #include "pack-inl.h"

@@ -65,18 +65,44 @@ def _tiled_sddmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tens
     return backend.tiled_sddmm(tiles, **operands)
 
 
-def _backward(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
-    crow_indices, col_indices, permutation = pattern.transpose()
-    transpose = backend.plan(crow_indices, col_indices, pattern.shape[0], operands["values"].dtype, permutation)
-    tiles = backend.tiles(pattern.crow_indices, pattern.col_indices, pattern.shape[1])
-    feature_major = operands["x"].stride(0) == 1
-    gradients = backend.planned_backward(transpose, tiles, *operands.values(), feature_major=feature_major)
-    return torch.cat([g.flatten() for g in gradients])
+def _filled_spmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
+    return backend.filled_spmm(_bitmap(backend, pattern), operands["values"], operands["x"], operands.get("bias"))
+
+
+def _feature_major_filled_spmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
+    bitmap = _bitmap(backend, pattern)
+    return backend.filled_spmm(bitmap, operands["values"], operands["x"], operands["bias"], feature_major=True)
+
+
+def _backward(dx: str, dvalues: str) -> Callable[[Backend, Pattern, Operands], Tensor]:
+    def run(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
+        transpose = tiles = None
+        if dx == "bucketed":
+            crow_indices, col_indices, permutation = pattern.transpose()
+            transpose = backend.plan(crow_indices, col_indices, pattern.shape[0], operands["values"].dtype, permutation)
+        if dvalues == "tiled":
+            tiles = backend.tiles(pattern.crow_indices, pattern.col_indices, pattern.shape[1])
+        bitmap = _bitmap(backend, pattern) if "filled" in (dx, dvalues) else None
+        feature_major = operands["x"].stride(0) == 1
+        gradients = backend.backward(transpose, tiles, bitmap, *operands.values(), feature_major=feature_major)
+        return torch.cat([g.flatten() for g in gradients])
+
+    return run
 
 
 def _terms_of_gradients(pattern: Pattern, batch: int) -> Tensor:
     of_dx = pattern.transpose().crow_indices.diff().repeat(batch)
     return torch.cat([of_dx, torch.full((pattern.nnz + pattern.shape[0],), batch)])
+
+
+def _token_major(pattern: Pattern, batch: int, draw: Draw) -> Operands:
+    rows, columns = pattern.shape
+    return {"values": draw((pattern.nnz,)), "dy": draw((batch, rows)), "x": draw((batch, columns))}
+
+
+def _feature_major(pattern: Pattern, batch: int, draw: Draw) -> Operands:
+    rows, columns = pattern.shape
+    return {"values": draw((pattern.nnz,)), "dy": draw((rows, batch)).t(), "x": draw((columns, batch)).t()}
 
 
 PRODUCTS = (
@@ -199,24 +225,56 @@ PRODUCTS = (
         lambda p, batch: torch.tensor(batch),
     ),
     Product(
-        "all gradients at once",
+        "filled spmm with bias",
         lambda p, batch, draw: {
             "values": draw((p.nnz,)),
-            "dy": draw((batch, p.shape[0])),
             "x": draw((batch, p.shape[1])),
+            "bias": draw((p.shape[0],)),
         },
-        _backward,
-        _terms_of_gradients,
+        _filled_spmm,
+        lambda p, batch: p.row_counts,
     ),
     Product(
-        "all gradients at once, feature-major",
+        "filled spmm feature-major",
+        lambda p, batch, draw: {"values": draw((p.nnz,)), "x": draw((p.shape[1], batch)).t()},
+        _filled_spmm,
+        lambda p, batch: p.row_counts,
+    ),
+    Product(
+        "filled spmm with bias, feature-major result",
         lambda p, batch, draw: {
             "values": draw((p.nnz,)),
-            "dy": draw((p.shape[0], batch)).t(),
-            "x": draw((p.shape[1], batch)).t(),
+            "x": draw((batch, p.shape[1])),
+            "bias": draw((p.shape[0],)),
         },
-        _backward,
-        _terms_of_gradients,
+        _feature_major_filled_spmm,
+        lambda p, batch: p.row_counts,
+    ),
+    Product(
+        "filled dx",
+        lambda p, batch, draw: {"values": draw((p.nnz,)), "dy": draw((batch, p.shape[0]))},
+        lambda backend, p, operands: backend.filled_dx(_bitmap(backend, p), **operands),
+        lambda p, batch: p.transpose().crow_indices.diff(),
+    ),
+    Product(
+        "filled dvalues",
+        lambda p, batch, draw: {"dy": draw((batch, p.shape[0])), "x": draw((batch, p.shape[1]))},
+        lambda backend, p, operands: backend.filled_dvalues(_bitmap(backend, p), **operands),
+        lambda p, batch: torch.tensor(batch),
+    ),
+    Product(
+        "filled dvalues feature-major",
+        lambda p, batch, draw: {"dy": draw((p.shape[0], batch)).t(), "x": draw((p.shape[1], batch)).t()},
+        lambda backend, p, operands: backend.filled_dvalues(_bitmap(backend, p), **operands),
+        lambda p, batch: torch.tensor(batch),
+    ),
+    *(
+        Product(
+            f"all gradients at once, {dx} and {dvalues}, {layout}", draw, _backward(dx, dvalues), _terms_of_gradients
+        )
+        for dx in ("bucketed", "filled")
+        for dvalues in ("tiled", "filled")
+        for layout, draw in (("token-major", _token_major), ("feature-major", _feature_major))
     ),
 )
 

@@ -144,16 +144,38 @@ def _tiles_skip_the_rest_of_a_run(tiles, dy, x) -> Tensor:
 
 
 def _backward_sums_the_bias_over_half_the_batch(
-    transpose, tiles, values, dy, x, feature_major=False
+    transpose, tiles, bitmap, values, dy, x, feature_major=False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dvalues, _ = REFERENCE.planned_backward(transpose, tiles, values, dy, x)
+    dx, dvalues, _ = REFERENCE.backward(transpose, tiles, bitmap, values, dy, x)
     return dx, dvalues, dy[: dy.shape[0] // 2].sum(0)
 
 
 def _backward_takes_the_values_of_the_original(
-    transpose, tiles, values, dy, x, feature_major=False
+    transpose, tiles, bitmap, values, dy, x, feature_major=False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return REFERENCE.planned_backward(replace(transpose, permutation=None), tiles, values, dy, x)
+    transpose = None if transpose is None else replace(transpose, permutation=None)
+    return REFERENCE.backward(transpose, tiles, bitmap, values, dy, x)
+
+
+def _fills_with_the_value_before(bitmap, values, x, bias=None, feature_major=False) -> Tensor:
+    weight = REFERENCE.expand(bitmap, values)
+    rows = torch.arange(weight.shape[0]).repeat_interleave(bitmap.crow_indices.diff())
+    absent = torch.ones(weight.shape, dtype=torch.bool)
+    absent[rows, bitmap.col_indices.long()] = False
+    y = x @ torch.where(absent, weight.roll(1, 1), weight).t()
+    return y if bias is None else y + bias
+
+
+def _filled_dx_forgets_the_row_without_a_partner(bitmap, values, dy) -> Tensor:
+    rows = dy.shape[1] // 2 * 2
+    dy = dy.clone()
+    dy[:, rows:] = 0
+    return REFERENCE.filled_dx(bitmap, values, dy)
+
+
+def _filled_dvalues_forgets_the_token_without_a_partner(bitmap, dy, x) -> Tensor:
+    tokens = dy.shape[0] // 2 * 2
+    return REFERENCE.filled_dvalues(bitmap, dy[:tokens], x[:tokens])
 
 
 def _bitmap_dx_forgets_the_last_part(bitmap, values, dy) -> Tensor:
@@ -176,8 +198,11 @@ MUTANTS = (
     Mutant(_wrong("tiles keep their own order", tiled_sddmm=_tiles_keep_their_own_order)),
     Mutant(_wrong("tiles forget earlier tokens", tiled_sddmm=_tiles_forget_the_sums_of_the_tokens_before)),
     Mutant(_wrong("tiles skip the rest of a run", tiled_sddmm=_tiles_skip_the_rest_of_a_run)),
-    Mutant(_wrong("bias over half the batch", planned_backward=_backward_sums_the_bias_over_half_the_batch)),
-    Mutant(_wrong("values of the original", planned_backward=_backward_takes_the_values_of_the_original)),
+    Mutant(_wrong("bias over half the batch", backward=_backward_sums_the_bias_over_half_the_batch)),
+    Mutant(_wrong("values of the original", backward=_backward_takes_the_values_of_the_original)),
+    Mutant(_wrong("fills with the value before", filled_spmm=_fills_with_the_value_before)),
+    Mutant(_wrong("forgets the last row", filled_dx=_filled_dx_forgets_the_row_without_a_partner)),
+    Mutant(_wrong("forgets the last token", filled_dvalues=_filled_dvalues_forgets_the_token_without_a_partner)),
     Mutant(_wrong("plan ignores the permutation", planned_spmm=_plan_ignores_the_permutation)),
     Mutant(_wrong("plan skips the last group", planned_spmm=_plan_skips_the_last_group)),
     Mutant(_wrong("plan pads with the first sample", planned_spmm=_plan_pads_the_batch_with_its_first_sample)),

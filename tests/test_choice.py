@@ -69,17 +69,20 @@ def test_what_a_call_costs_besides_its_work_does_not_grow_beyond_the_grid() -> N
     assert table.predict("forward", "dense", 512, 512, 512, 1000) == pytest.approx(1e-3 + 1e-5 * 1000)
 
 
-def test_a_plan_wins_a_near_tie_with_row_wise_and_dense_wins_any(own_cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = {"bucketed": 1.1, "tiled": 1.2, "row-wise": 1.0, "bitmap": 9.0, "dense": 9.0}
+def test_near_ties_go_to_plans_then_to_what_sparsity_does_not_change_then_to_filled(
+    own_cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = {"bucketed": 1.1, "tiled": 1.2, "row-wise": 1.0, "bitmap": 9.0, "filled": 9.0, "dense": 9.0}
     monkeypatch.setattr(calibration, "measure", lambda *_: _table(lambda p, m, *point: costs[m]))
     with kernels.forced(BEST):
         chosen = SparseLinear(64, 64).explain(64).chosen
         assert chosen == {"forward": "bucketed", "dx": "bucketed", "dvalues": "row-wise"}
-        costs["dense"] = 1.03
-        calibration.cost_table.cache_clear()
-        for table in own_cache.glob("costs-*.json"):
-            table.unlink()
-        assert set(SparseLinear(64, 64).explain(64).chosen.values()) == {"dense"}
+        for changed, expected in (({"dense": 1.03}, "dense"), ({"filled": 1.12}, "filled"), ({"dense": 1.01}, "dense")):
+            costs.update(changed)
+            calibration.cost_table.cache_clear()
+            for table in own_cache.glob("costs-*.json"):
+                table.unlink()
+            assert set(SparseLinear(64, 64).explain(64).chosen.values()) == {expected}
 
 
 @pytest.mark.parametrize(("rows", "columns", "nnz", "batch"), [(0, 5, 0, 3), (5, 0, 0, 3), (5, 5, 0, 0), (1, 1, 1, 1)])
@@ -97,7 +100,7 @@ def test_points_that_are_not_measured_follow_those_that_are() -> None:
     """For times that grow as the scaling supposes, nothing is lost by not measuring."""
 
     def seconds_of(p: str, m: str, size: int, density: float, batch: int) -> float:
-        return 1e-9 * size**2 * batch * (1 if m == "dense" else density)
+        return 1e-9 * size**2 * batch * (1 if m in calibration.AT_ANY_DENSITY else density)
 
     true = _table(seconds_of, LARGE_SIZES).seconds["forward"]
     measured = {

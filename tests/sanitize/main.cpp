@@ -1,7 +1,7 @@
 // Runs every product on every ISA of this CPU, in every dtype, on one to three threads and from two callers at once,
 // and checks each result. Built and run for each checker by `make sanitize`.
+#include "backward.h"
 #include "digest.h"
-#include "gradient.h"
 #include "isa.h"
 #include "operands.h"
 #include "self_test.h"
@@ -31,13 +31,20 @@ struct Prepared {
 template <class T>
 void check_backward(const Operands<T> &o, const Kernels<T> &kernels, const Prepared &prepared, const Matrix<T> &dy,
                     const Matrix<T> &x, int threads, const std::string &where) {
-    const GuardedArray<T> dx(o.dx.size()), dvalues(o.dvalues.size()), dbias(o.dbias.size());
-    planned_backward<T>(kernels, prepared.transposed_plan, prepared.tiles, o.values(), dy, x, o.batch, dx.data(), false,
-                        dvalues.data(), dbias.data(), threads);
     const bool exact = o.draw == Draw::small_integers;
-    check("planned_backward, dx" + where, dx, o.dx, exact);
-    check("planned_backward, dvalues" + where, dvalues, o.dvalues, exact);
-    check("planned_backward, dbias" + where, dbias, o.dbias, exact);
+    for (const bool planned_dx : {true, false})
+        for (const bool tiled : {true, false}) {
+            const GuardedArray<T> dx(o.dx.size()), dvalues(o.dvalues.size()), dbias(o.dbias.size());
+            const Ways ways = {planned_dx ? &prepared.transposed_plan : nullptr, tiled ? &prepared.tiles : nullptr,
+                               &prepared.bits};
+            backward<T>(kernels, ways, o.pattern.rows, o.pattern.columns, o.pattern.nnz(), o.values(), dy, x, o.batch,
+                        dx.data(), false, dvalues.data(), dbias.data(), threads);
+            const std::string way =
+                std::string(planned_dx ? " over a plan, " : " filled, ") + (tiled ? "tiled" : "filled") + where;
+            check("backward, dx" + way, dx, o.dx, exact);
+            check("backward, dvalues" + way, dvalues, o.dvalues, exact);
+            check("backward, dbias" + way, dbias, o.dbias, exact);
+        }
 }
 
 template <class T>
@@ -74,6 +81,13 @@ void run_products(const Operands<T> &o, const Kernels<T> &kernels, const Prepare
                   [&](T *result) { bitmap_dx<T>(kernels, prepared.bits, o.values(), dy, o.batch, result, threads); });
         check_run("bitmap_dvalues" + stored, o.dvalues, integers,
                   [&](T *result) { bitmap_dvalues<T>(kernels, prepared.bits, dy, x, o.batch, result, threads); });
+        check_run("filled_spmm" + stored, y, integers, [&](T *result) {
+            filled_spmm<T>(kernels, prepared.bits, o.values(), bias, x, o.batch, result, false, threads);
+        });
+        check_run("filled_dx" + stored, o.dx, integers,
+                  [&](T *result) { filled_dx<T>(kernels, prepared.bits, o.values(), dy, o.batch, result, threads); });
+        check_run("filled_dvalues" + stored, o.dvalues, integers,
+                  [&](T *result) { filled_dvalues<T>(kernels, prepared.bits, dy, x, o.batch, result, threads); });
         check_run("tiled_sddmm" + stored, o.dvalues, integers,
                   [&](T *result) { tiled_sddmm<T>(kernels, prepared.tiles, dy, x, o.batch, result, threads); });
         check_backward<T>(o, kernels, prepared, dy, x, threads, stored + ", " + where);

@@ -74,10 +74,12 @@ def tiled_sddmm_f32(
     threads: int,
     /,
 ) -> None: ...
-def planned_backward_f32(
+def backward_f32(
     isa: int,
-    transpose: Plan,
-    tiles: Tiles,
+    made: tuple[Plan | None, Tiles | None, Bitmap | None],
+    rows: int,
+    columns: int,
+    nnz: int,
     batch: int,
     values: int,
     dy: int,
@@ -90,6 +92,20 @@ def planned_backward_f32(
     feature_major: bool,
     dvalues: int,
     dbias: int,
+    threads: int,
+    /,
+) -> None: ...
+def filled_spmm_f32(
+    isa: int,
+    bitmap: Bitmap,
+    batch: int,
+    values: int,
+    bias: int,
+    x: int,
+    x_feature_stride: int,
+    x_batch_stride: int,
+    y: int,
+    feature_major: bool,
     threads: int,
     /,
 ) -> None: ...
@@ -166,12 +182,20 @@ sddmm_f64 = sddmm_f32
 sddmm_bf16 = sddmm_f32
 tiled_sddmm_f64 = tiled_sddmm_f32
 tiled_sddmm_bf16 = tiled_sddmm_f32
-planned_backward_f64 = planned_backward_f32
-planned_backward_bf16 = planned_backward_f32
+backward_f64 = backward_f32
+backward_bf16 = backward_f32
+filled_spmm_f64 = filled_spmm_f32
+filled_spmm_bf16 = filled_spmm_f32
 bitmap_dx_f64 = bitmap_dx_f32
 bitmap_dx_bf16 = bitmap_dx_f32
 bitmap_dvalues_f64 = bitmap_dvalues_f32
 bitmap_dvalues_bf16 = bitmap_dvalues_f32
+filled_dx_f32 = bitmap_dx_f32
+filled_dx_f64 = bitmap_dx_f32
+filled_dx_bf16 = bitmap_dx_f32
+filled_dvalues_f32 = bitmap_dvalues_f32
+filled_dvalues_f64 = bitmap_dvalues_f32
+filled_dvalues_bf16 = bitmap_dvalues_f32
 expand_f64 = expand_f32
 expand_bf16 = expand_f32
 compress_f64 = compress_f32

@@ -61,22 +61,34 @@ class PreparedSddmm(Protocol):
 
 
 class PlannedSpmm(Protocol):
-    """The product of `Spmm` over a plan; with `feature_major`, y is a view of a contiguous [rows, batch]."""
+    """The product of `Spmm` over a plan or a bitmap.
+
+    With `feature_major`, y is a view of a contiguous [rows, batch].
+    """
 
     def __call__(
         self, plan: Any, values: Tensor, x: Tensor, bias: Tensor | None = None, /, feature_major: bool = False
     ) -> Tensor: ...
 
 
-class PlannedBackward(Protocol):
-    """(dx, dvalues, dbias) of a layer at once, over the plan of its transposed weight and its tiles.
+class Backward(Protocol):
+    """(dx, dvalues, dbias) of a layer at once; dbias is the sum of dy over the batch.
 
-    `dy` [batch, rows] and `x` [batch, columns] with any strides; dbias is the sum of dy over the batch. With
-    `feature_major`, dx is a view of a contiguous [columns, batch].
+    dx goes over the plan of the transposed weight, dvalues over the tiles of the weight; where one of them is None,
+    over the bitmap of the weight, absent connections filled with zeros. `dy` [batch, rows] and `x` [batch, columns]
+    with any strides. With `feature_major`, dx is a view of a contiguous [columns, batch].
     """
 
     def __call__(
-        self, transpose: Any, tiles: Any, values: Tensor, dy: Tensor, x: Tensor, /, feature_major: bool = False
+        self,
+        transpose: Any | None,
+        tiles: Any | None,
+        bitmap: Any | None,
+        values: Tensor,
+        dy: Tensor,
+        x: Tensor,
+        /,
+        feature_major: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -98,6 +110,8 @@ class Backend:
     contents of (crow_indices, col_indices) at a small part of a product's cost; None where there is no such thing.
     `tiles` orders a pattern for its weight gradient, `bitmap` makes it one bit per position.
     The gradients go over the bitmap of the weight itself: `bitmap_dx` of values and dy, `bitmap_dvalues` of dy and x.
+    `filled_spmm`, `filled_dx` and `filled_dvalues` compute the same with the absent connections as zeros: an infinite
+    operand becomes NaN where it meets one.
     `expand` writes the values of a bitmap's connections into a dense [rows, columns], zero elsewhere; `compress` picks
     them out of one. What a `native` backend's methods cost is measured on the machine; others compute row by row.
     """
@@ -110,11 +124,14 @@ class Backend:
     planned_spmm: PlannedSpmm
     tiles: MakePrepared
     tiled_sddmm: PreparedSddmm
-    planned_backward: PlannedBackward
+    backward: Backward
     bitmap: MakePrepared
     bitmap_spmm: PreparedSpmm
     bitmap_dx: Callable[[Any, Tensor, Tensor], Tensor]
     bitmap_dvalues: PreparedSddmm
+    filled_spmm: PlannedSpmm
+    filled_dx: Callable[[Any, Tensor, Tensor], Tensor]
+    filled_dvalues: PreparedSddmm
     expand: Callable[[Any, Tensor], Tensor]
     compress: Callable[[Any, Tensor], Tensor]
     digest: Callable[[Tensor, Tensor], int] | None = None

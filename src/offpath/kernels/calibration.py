@@ -33,11 +33,12 @@ _log = logging.getLogger("offpath")
 Sizes = tuple[int, int]
 Seconds = dict[str, list[float]]
 SMALL_ROUNDS, LARGE_ROUNDS = 5, 3
-# Not every point of the grid is measured. Dense takes as long at all densities, but for the writing out. A bitmap reads
+# Not every point of the grid is measured. Dense and filled take as long at all densities, but for the writing out. A
+# bitmap reads
 # its values once for every eight tokens, and the row-wise form its x once for every connection, so that they are out of
 # the question long before many tokens or connections. Nearly dense matrices of the largest size would take more time
 # and memory than all others together.
-DENSE_DENSITY = DENSITIES.index(0.5)
+AT_ANY_DENSITY, DENSE_DENSITY = ("dense", "filled"), DENSITIES.index(0.5)
 LAST_BITMAP_BATCH = BATCHES.index(16)
 LAST_ROW_WISE = DENSITIES.index(0.2), BATCHES.index(16)
 LAST_LARGE_DENSITY = DENSITIES.index(0.5)
@@ -117,7 +118,7 @@ def measure(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> CostTable:
 
 
 def _is_measured(method: str, density: int, batch: int) -> bool:
-    if method == "dense":
+    if method in AT_ANY_DENSITY:
         return density == DENSE_DENSITY
     if method == "bitmap":
         return batch <= LAST_BITMAP_BATCH
@@ -131,7 +132,7 @@ def _fill_in(methods: Seconds) -> None:
         for size, density, batch in GRID:
             if not math.isinf(at[size, density, batch]):
                 continue
-            if method == "dense":
+            if method in AT_ANY_DENSITY:
                 at[size, density, batch] = at[size, DENSE_DENSITY, batch]
             elif method == "bitmap" and batch > LAST_BITMAP_BATCH:
                 at[size, density, batch] = at[size, density, batch - 1] * BATCHES[batch] / BATCHES[batch - 1]

@@ -15,12 +15,13 @@ from offpath.kernels.backend import Backend
 # Products of a layer: y = x W^T, the gradient of x, the gradient of the values.
 PRODUCTS = ("forward", "dx", "dvalues")
 # bucketed, tiled: over a plan, for many tokens. row-wise: straight over the indices. bitmap: for a few tokens, over one
-# bit per position. dense: write the weight out, and leave the rest to torch; absent connections are zeros there, so
-# an infinite input becomes NaN as in `nn.Linear`.
+# bit per position. filled: over the same bits, for many tokens where little is missing: tiles of the weight are written
+# out in cache. dense: write the whole weight out, and leave the rest to torch. In the last two, absent connections are
+# zeros, so an infinite input becomes NaN as in `nn.Linear`.
 METHODS = {
-    "forward": ("bucketed", "row-wise", "bitmap", "dense"),
-    "dx": ("bucketed", "row-wise", "bitmap", "dense"),
-    "dvalues": ("tiled", "row-wise", "bitmap", "dense"),
+    "forward": ("bucketed", "row-wise", "bitmap", "filled", "dense"),
+    "dx": ("bucketed", "row-wise", "bitmap", "filled", "dense"),
+    "dvalues": ("tiled", "row-wise", "bitmap", "filled", "dense"),
 }
 # Those whose memory is not O(nnz + rows x columns / 64).
 DENSE_METHODS = ("dense",)
@@ -63,6 +64,8 @@ class PreparedMatrix:
             return backend.spmm(self.crow_indices, self.col_indices, values, x, bias)
         if method == "bitmap":
             return backend.bitmap_spmm(self.bitmap(backend), values, x, bias)
+        if method == "filled":
+            return backend.filled_spmm(self.bitmap(backend), values, x, bias, feature_major=feature_major)
         return linear(x, self.dense(backend, values) if dense is None else dense, bias)
 
     def sddmm(self, backend: Backend, method: str, dy: Tensor, x: Tensor) -> Tensor:
@@ -71,6 +74,8 @@ class PreparedMatrix:
             return backend.compress(self.bitmap(backend), dy.t() @ x)
         if method == "bitmap":
             return backend.bitmap_dvalues(self.bitmap(backend), dy, x)
+        if method == "filled":
+            return backend.filled_dvalues(self.bitmap(backend), dy, x)
         if method == "tiled":
             return backend.tiled_sddmm(self.tiles(backend), dy, x)
         return backend.sddmm(self.crow_indices, self.col_indices, dy, x)
@@ -140,6 +145,8 @@ class PreparedWeight:
             return dy @ (self.matrix.dense(backend, values) if dense is None else dense)
         if method == "bitmap":
             return backend.bitmap_dx(self.matrix.bitmap(backend), values, dy)
+        if method == "filled":
+            return backend.filled_dx(self.matrix.bitmap(backend), values, dy)
         return self.transpose.spmm(backend, method, values, dy)
 
     def backward(
@@ -153,10 +160,12 @@ class PreparedWeight:
         feature_major: bool = False,
         dense: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dx, dvalues, dbias): in one go where both are computed over plans."""
-        if (dx_method, dvalues_method) == ("bucketed", "tiled"):
-            transpose, tiles = self.transpose.plan(backend, values.dtype), self.matrix.tiles(backend)
-            return backend.planned_backward(transpose, tiles, values, dy, x, feature_major=feature_major)
+        """(dx, dvalues, dbias): in one go where both are computed for many tokens."""
+        if dx_method in ("bucketed", "filled") and dvalues_method in ("tiled", "filled"):
+            transpose = self.transpose.plan(backend, values.dtype) if dx_method == "bucketed" else None
+            tiles = self.matrix.tiles(backend) if dvalues_method == "tiled" else None
+            bitmap = self.matrix.bitmap(backend) if "filled" in (dx_method, dvalues_method) else None
+            return backend.backward(transpose, tiles, bitmap, values, dy, x, feature_major=feature_major)
         return self.dx(backend, dx_method, values, dy, dense), self.dvalues(backend, dvalues_method, dy, x), dy.sum(0)
 
     def dvalues(self, backend: Backend, method: str, dy: Tensor, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Slow and memory-hungry (nnz x batch) on purpose: short enough to be read as the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -64,12 +65,19 @@ def bitmap_dx(bitmap: Plan, values: Tensor, dy: Tensor) -> Tensor:
     return dx.index_add(1, bitmap.col_indices, products).to(values.dtype)
 
 
-def planned_backward(
-    transpose: Plan, tiles: Plan, values: Tensor, dy: Tensor, x: Tensor, feature_major: bool = False
+def backward(
+    transpose: Plan | None,
+    tiles: Plan | None,
+    bitmap: Plan | None,
+    values: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    feature_major: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of a layer's input, values and bias."""
-    dx = planned_spmm(transpose, values, dy, feature_major=feature_major)
-    return dx, tiled_sddmm(tiles, dy, x), _wide(dy).sum(0).to(dy.dtype)
+    dx = bitmap_dx(cast(Plan, bitmap), values, dy) if transpose is None else planned_spmm(transpose, values, dy)
+    dx = dx.t().contiguous().t() if feature_major else dx
+    return dx, tiled_sddmm(cast(Plan, tiles or bitmap), dy, x), _wide(dy).sum(0).to(dy.dtype)
 
 
 def expand(bitmap: Plan, values: Tensor) -> Tensor:
@@ -107,11 +115,14 @@ BACKEND = Backend(
     planned_spmm=planned_spmm,
     tiles=Plan,
     tiled_sddmm=tiled_sddmm,
-    planned_backward=planned_backward,
+    backward=backward,
     bitmap=Plan,
     bitmap_spmm=planned_spmm,
     bitmap_dx=bitmap_dx,
     bitmap_dvalues=tiled_sddmm,
+    filled_spmm=planned_spmm,
+    filled_dx=bitmap_dx,
+    filled_dvalues=tiled_sddmm,
     expand=expand,
     compress=compress,
 )

@@ -10,6 +10,7 @@ import torch  # first: the native module joins the OpenMP pool that torch has lo
 from torch import Tensor
 
 from offpath.kernels import _native
+from offpath.kernels.backend import KernelError
 from offpath.kernels.operands import DTYPES, address, are_indices, is_matrix, is_vector, one_unit_stride, refuse
 from offpath.kernels.plans import Prepared
 
@@ -24,7 +25,8 @@ def _per_dtype(name: str) -> dict[torch.dtype, Callable[..., Any]]:
 
 
 _SPMM, _PLANNED_SPMM, _SDDMM = _per_dtype("spmm"), _per_dtype("planned_spmm"), _per_dtype("sddmm")
-_TILED_SDDMM, _PLANNED_BACKWARD = _per_dtype("tiled_sddmm"), _per_dtype("planned_backward")
+_TILED_SDDMM, _BACKWARD = _per_dtype("tiled_sddmm"), _per_dtype("backward")
+_FILLED_SPMM, _FILLED_DX, _FILLED_DVALUES = map(_per_dtype, ("filled_spmm", "filled_dx", "filled_dvalues"))
 _BITMAP_DX, _BITMAP_DVALUES = _per_dtype("bitmap_dx"), _per_dtype("bitmap_dvalues")
 _BITMAP_SPMM, _EXPAND, _COMPRESS = _per_dtype("bitmap_spmm"), _per_dtype("expand"), _per_dtype("compress")
 _TAKE_OUTPUT = _per_dtype("take_output")
@@ -106,6 +108,9 @@ class Variant:
     def bitmap_dvalues(self, bitmap: Prepared, dy: Tensor, x: Tensor) -> Tensor:
         return self._prepared_sddmm(_BITMAP_DVALUES, bitmap, dy, x)
 
+    def filled_dvalues(self, bitmap: Prepared, dy: Tensor, x: Tensor) -> Tensor:
+        return self._prepared_sddmm(_FILLED_DVALUES, bitmap, dy, x)
+
     def _prepared_sddmm(self, functions: dict, prepared: Prepared, dy: Tensor, x: Tensor) -> Tensor:
         dtype = dy.dtype
         if not (
@@ -132,12 +137,18 @@ class Variant:
         return dvalues
 
     def bitmap_dx(self, bitmap: Prepared, values: Tensor, dy: Tensor) -> Tensor:
+        return self._prepared_dx(_BITMAP_DX, bitmap, values, dy)
+
+    def filled_dx(self, bitmap: Prepared, values: Tensor, dy: Tensor) -> Tensor:
+        return self._prepared_dx(_FILLED_DX, bitmap, values, dy)
+
+    def _prepared_dx(self, functions: dict, bitmap: Prepared, values: Tensor, dy: Tensor) -> Tensor:
         dtype = values.dtype
         if not (is_vector(values, dtype, bitmap.nnz) and is_matrix(dy, dtype) and dy.shape[1] == bitmap.rows):
             refuse(values=values, dy=dy)
         dy, dy_strides = one_unit_stride(dy)
         dx = _output(dy, dy.shape[0], bitmap.columns)
-        _BITMAP_DX[dtype](
+        functions[dtype](
             self._index,
             bitmap.native,
             dy.shape[0],
@@ -149,35 +160,43 @@ class Variant:
         )
         return dx
 
-    def planned_backward(
+    def backward(
         self,
-        transpose: Prepared,
-        tiles: Prepared,
+        transpose: Prepared | None,
+        tiles: Prepared | None,
+        bitmap: Prepared | None,
         values: Tensor,
         dy: Tensor,
         x: Tensor,
         feature_major: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = values.dtype
+        of_weight = tiles or bitmap
+        if of_weight is None or (transpose is None and bitmap is None):
+            raise KernelError("expected tiles or a bitmap for dvalues, and a transposed plan or a bitmap for dx")
+        rows, columns, nnz = of_weight.rows, of_weight.columns, of_weight.nnz
         if not (
-            is_vector(values, dtype, tiles.nnz)
+            is_vector(values, dtype, nnz)
             and is_matrix(dy, dtype)
             and is_matrix(x, dtype)
-            and dy.shape == (x.shape[0], tiles.rows)
-            and x.shape[1] == tiles.columns
-            and (transpose.rows, transpose.columns, transpose.nnz) == (tiles.columns, tiles.rows, tiles.nnz)
+            and dy.shape == (x.shape[0], rows)
+            and x.shape[1] == columns
+            and (transpose is None or (transpose.rows, transpose.columns, transpose.nnz) == (columns, rows, nnz))
+            and (bitmap is None or (bitmap.rows, bitmap.columns, bitmap.nnz) == (rows, columns, nnz))
         ):
             refuse(values=values, dy=dy, x=x)
         dy, dy_strides = one_unit_stride(dy)
         x, x_strides = one_unit_stride(x)
         batch = x.shape[0]
-        dx = _activations(x, batch, tiles.columns, feature_major)
-        dvalues = _output(dy, tiles.nnz)
-        dbias = dy.new_empty(tiles.rows)
-        _PLANNED_BACKWARD[dtype](
+        dx = _activations(x, batch, columns, feature_major)
+        dvalues = _output(dy, nnz)
+        dbias = dy.new_empty(rows)
+        _BACKWARD[dtype](
             self._index,
-            transpose.native,
-            tiles.native,
+            tuple(None if made is None else made.native for made in (transpose, tiles, bitmap)),
+            rows,
+            columns,
+            nnz,
             batch,
             address(values),
             address(dy),
@@ -191,6 +210,11 @@ class Variant:
             torch.get_num_threads(),
         )
         return dx, dvalues, dbias
+
+    def filled_spmm(
+        self, bitmap: Prepared, values: Tensor, x: Tensor, bias: Tensor | None = None, feature_major: bool = False
+    ) -> Tensor:
+        return self._prepared_spmm(_FILLED_SPMM, bitmap, values, x, bias, feature_major)
 
     def bitmap_spmm(self, bitmap: Prepared, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return self._prepared_spmm(_BITMAP_SPMM, bitmap, values, x, bias)

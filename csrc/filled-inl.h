@@ -1,0 +1,255 @@
+// Products for many tokens where little is missing: absent connections are zeros again, but only in tiles of the weight
+// that stay in cache. Nothing is sought or sorted, and every loop is that of a dense product: six rows of accumulators
+// in registers, a column of the panel (or two) multiplied into all of them.
+#pragma once
+
+#include "bitmap_gradients-inl.h"
+#include "groups-inl.h"
+
+namespace {
+
+// What a tile holds; where columns go in pairs, a step takes two neighbouring entries.
+template <class T> using FilledEntry = typename Format<T>::Panel;
+
+// Six rows times a panel of `columns` columns. The entries of neighbouring rows lie `row_stride`, those of neighbouring
+// steps `step_stride` apart.
+template <class T, int vectors>
+[[gnu::always_inline]] inline void multiply_step(Accumulators<T, vectors> &acc, const FilledEntry<T> *entries,
+                                                 int64_t row_stride, const typename Format<T>::Panel *panel,
+                                                 int32_t column) {
+    const int32_t together[] = {column, column + 1};
+    Step<T, vectors> step;
+    step.load(panel, together);
+#pragma GCC unroll 8
+    for (int row = 0; row < offpath::group_rows; ++row) {
+        typename Format<T>::Value value;
+        __builtin_memcpy(&value, entries + row * row_stride, sizeof value);
+        step.multiply(value, acc[row]);
+    }
+}
+
+template <class T, int vectors>
+[[gnu::always_inline]] inline void multiply_filled(Accumulators<T, vectors> &acc, const FilledEntry<T> *entries,
+                                                   int64_t row_stride, int64_t step_stride,
+                                                   const typename Format<T>::Panel *panel, int64_t columns) {
+    for (int32_t column = 0; column < columns; column += Format<T>::columns_per_step) {
+        multiply_step<T, vectors>(acc, entries, row_stride, panel, column);
+        entries += step_stride;
+    }
+}
+
+// The values of a register full of columns, zeros filled in.
+template <class T> void fill(const T *values, uint32_t bits, bool whole, FilledEntry<T> *entries) {
+    if constexpr (in_pairs<T>) {
+        using C = ColumnVector<T>;
+        C::store(entries, C::expand(values, bits, whole));
+    } else {
+        using Columns = ColumnSums<T>;
+        Columns spread;
+        spread.expand(values, bits, whole);
+#pragma GCC unroll 4
+        for (int i = 0; i < Columns::vectors; ++i)
+            Columns::S::store(entries + i * Columns::S::lanes, spread.v[i]);
+    }
+}
+
+// Block: rows count groups, batch counts panels.
+template <class T> void filled(const offpath::filled_args<T> &args, const offpath::Block &block) {
+    const int64_t rows = args.bitmap.rows, columns = args.bitmap.columns, width = 64 * args.bitmap.words_per_row;
+    auto *tile = static_cast<FilledEntry<T> *>(args.tile);
+    const Output<T> output = {args.y, rows, args.batch, args.feature_major};
+    for (int64_t first = block.row_begin; first < block.row_end; first += offpath::tile_groups) {
+        const int64_t last =
+            block.row_end - first < offpath::tile_groups ? block.row_end : first + offpath::tile_groups;
+        for (int64_t i = 0; i < (last - first) * offpath::group_rows; ++i) {
+            FilledEntry<T> *entries = tile + i * width;
+            if (const int64_t row = first * offpath::group_rows + i; row < rows)
+                each_column_vector<T>(args.bitmap, row, args.values,
+                                      [&](int, int64_t column, uint32_t bits, const T *values, bool whole) {
+                                          fill<T>(values, bits, whole, entries + column);
+                                      });
+            else
+                for (int64_t column = 0; column < width; ++column)
+                    entries[column] = {};
+        }
+        for (int64_t panel = block.batch_begin; panel < block.batch_end; ++panel) {
+            const int64_t token = panel * panel_width<T>;
+            const auto *x =
+                static_cast<const typename Format<T>::Panel *>(args.panels) + token * panel_columns<T>(columns);
+            with_vectors_of_panel<T>(token, args.batch, [&]<int vectors>(Vectors<vectors>) {
+                each_group<T, vectors>(output, first, last, token, [&](int64_t group, offpath::Sum<T> *sums) {
+                    Accumulators<T, vectors> acc;
+                    start_group<T, vectors>(acc, args.bias, group, rows);
+                    multiply_filled<T, vectors>(acc, tile + (group - first) * offpath::group_rows * width, width,
+                                                Format<T>::columns_per_step, x, columns);
+                    store_group<T, vectors>(acc, sums);
+                });
+            });
+        }
+    }
+}
+
+// The connections of a row before its word `word`.
+inline int64_t slots_before(const offpath::Bitmap &bitmap, int64_t row, int64_t word) {
+    int64_t slot = bitmap.crow_indices[row];
+    for (int64_t w = 0; w < word; ++w)
+        slot += __builtin_popcountll(bitmap.words[row * bitmap.words_per_row + w]);
+    return slot;
+}
+
+// Calls body(column of the chunk, bits, values, whole) for each register full of columns of a chunk of a row.
+template <class T, class Body>
+[[gnu::always_inline]] inline void each_vector_of_chunk(const offpath::Bitmap &bitmap, int64_t row, int64_t first_word,
+                                                        const T *values, const Body &body) {
+    constexpr int columns = ColumnVector<T>::columns;
+    const T *end = values + bitmap.crow_indices[bitmap.rows];
+    values += slots_before(bitmap, row, first_word);
+    for (int64_t w = 0; w < offpath::chunk_columns / 64; ++w) {
+        const uint64_t word =
+            first_word + w < bitmap.words_per_row ? bitmap.words[row * bitmap.words_per_row + first_word + w] : 0;
+        const bool whole = end - values >= 128; // more than a word's values and a register
+#pragma GCC unroll 32
+        for (int part = 0; part < 64 / columns; ++part) {
+            const uint64_t before = word & ((uint64_t{1} << part * columns) - 1);
+            const uint32_t bits = static_cast<uint32_t>(word >> part * columns & ((uint64_t{1} << columns) - 1));
+            body(w * 64 + part * columns, bits, values + __builtin_popcountll(before), whole);
+        }
+        values += __builtin_popcountll(word);
+    }
+}
+
+// Fills the tile of a chunk: [steps of rows, columns of the chunk].
+template <class T> void fill_chunk(const offpath::filled_dx_args<T> &args, int64_t chunk) {
+    const int64_t rows = args.bitmap.rows, first_word = chunk * (offpath::chunk_columns / 64);
+    auto *tile = static_cast<FilledEntry<T> *>(args.tile);
+    if constexpr (in_pairs<T>) {
+        using B = ColumnVector<T>;
+        // The first row of a pair waits here for the second.
+        alignas(64) T first[offpath::chunk_columns];
+        for (int64_t row = 0; row < rows; row += 2) {
+            T *entries = tile + row * offpath::chunk_columns;
+            each_vector_of_chunk<T>(
+                args.bitmap, row, first_word, args.values,
+                [&] [[gnu::always_inline]] (int64_t column, uint32_t bits, const T *values, bool whole) {
+                    B::store(first + column, B::order_for_zip(B::expand(values, bits, whole)));
+                });
+            const auto zip = [&] [[gnu::always_inline]] (int64_t column, typename B::V second) {
+                const typename B::V a = B::load(first + column);
+                B::store(entries + 2 * column, B::zip_low(a, second));
+                B::store(entries + 2 * column + B::entries, B::zip_high(a, second));
+            };
+            if (row + 1 < rows)
+                each_vector_of_chunk<T>(
+                    args.bitmap, row + 1, first_word, args.values,
+                    [&] [[gnu::always_inline]] (int64_t column, uint32_t bits, const T *values, bool whole) {
+                        zip(column, B::order_for_zip(B::expand(values, bits, whole)));
+                    });
+            else
+                for (int64_t column = 0; column < offpath::chunk_columns; column += B::entries)
+                    zip(column, B::zero());
+        }
+    } else {
+        for (int64_t row = 0; row < rows; ++row)
+            each_vector_of_chunk<T>(
+                args.bitmap, row, first_word, args.values,
+                [&] [[gnu::always_inline]] (int64_t column, uint32_t bits, const T *values, bool whole) {
+                    fill<T>(values, bits, whole, tile + row * offpath::chunk_columns + column);
+                });
+    }
+}
+
+// Block: rows count chunks, batch counts panels.
+template <class T> void filled_dx(const offpath::filled_dx_args<T> &args, const offpath::Block &block) {
+    constexpr int64_t groups_per_chunk = offpath::chunk_columns / offpath::group_rows;
+    const int64_t rows = args.bitmap.rows, columns = args.bitmap.columns;
+    const int64_t groups = (columns + offpath::group_rows - 1) / offpath::group_rows;
+    const auto *tile = static_cast<const FilledEntry<T> *>(args.tile);
+    const Output<T> output = {args.dx, columns, args.batch, args.feature_major};
+    for (int64_t chunk = block.row_begin; chunk < block.row_end; ++chunk) {
+        fill_chunk<T>(args, chunk);
+        const int64_t first = chunk * groups_per_chunk;
+        const int64_t last = groups < first + groups_per_chunk ? groups : first + groups_per_chunk;
+        for (int64_t panel = block.batch_begin; panel < block.batch_end; ++panel) {
+            const int64_t token = panel * panel_width<T>;
+            const auto *dy =
+                static_cast<const typename Format<T>::Panel *>(args.panels) + token * panel_columns<T>(rows);
+            with_vectors_of_panel<T>(token, args.batch, [&]<int vectors>(Vectors<vectors>) {
+                each_group<T, vectors>(output, first, last, token, [&](int64_t group, offpath::Sum<T> *sums) {
+                    Accumulators<T, vectors> acc;
+                    start_group<T, vectors>(acc, nullptr, group, columns);
+                    constexpr int64_t step = Format<T>::columns_per_step;
+                    multiply_filled<T, vectors>(acc, tile + (group - first) * offpath::group_rows * step, step,
+                                                offpath::chunk_columns * step, dy, rows);
+                    store_group<T, vectors>(acc, sums);
+                });
+            });
+        }
+    }
+}
+
+// The sums of a group's positions in one panel of x: all of the batch.
+template <class T, int vectors>
+void filled_positions(const offpath::filled_dvalues_args<T> &args, int64_t group,
+                      const typename Format<T>::Panel *panel, Accumulators<T, vectors> &acc) {
+    constexpr int64_t steps = Format<T>::granule / Format<T>::columns_per_step;
+    const int64_t rows = args.bitmap.rows;
+    start_group<T, vectors>(acc, nullptr, group, rows);
+    for (int64_t token = 0; token < args.batch; token += panel_width<T>) {
+        const int64_t width = width_of_panel<T>(token, args.batch);
+        const auto *dy = static_cast<const typename Format<T>::Panel *>(args.dy) + token * panel_columns<T>(rows) +
+                         group * offpath::group_rows * width;
+        for (int64_t t = token; t < token + width; t += Format<T>::granule)
+            for (int64_t i = 0; i < steps; ++i)
+                if (const int64_t first = t + token_of_step<T>(i); first < args.batch) // the rest is padding
+                    multiply_step<T, vectors>(acc, dy + (t - token) + i * Format<T>::columns_per_step, width, panel,
+                                              static_cast<int32_t>(first));
+    }
+}
+
+// Block: rows count groups, batch counts panels of x.
+template <class T> void filled_dvalues(const offpath::filled_dvalues_args<T> &args, const offpath::Block &block) {
+    using S = Simd<offpath::Sum<T>>;
+    using C = ColumnVector<T>;
+    const offpath::Bitmap &bitmap = args.bitmap;
+    const int64_t first_row = block.row_begin * offpath::group_rows;
+    const int64_t last_row =
+        block.row_end * offpath::group_rows < bitmap.rows ? block.row_end * offpath::group_rows : bitmap.rows;
+    const int64_t first_column = block.batch_begin * panel_width<T>;
+    // Where the next value of each row goes.
+    int64_t slots[offpath::groups_per_gradient * offpath::group_rows];
+    for (int64_t row = first_row; row < last_row; ++row) {
+        const uint64_t word =
+            first_column % 64 ? bitmap.words[row * bitmap.words_per_row + first_column / 64] : uint64_t{0};
+        slots[row - first_row] = slots_before(bitmap, row, first_column / 64) +
+                                 __builtin_popcountll(word & ((uint64_t{1} << first_column % 64) - 1));
+    }
+    for (int64_t panel = block.batch_begin; panel < block.batch_end; ++panel) {
+        const int64_t column = panel * panel_width<T>;
+        const auto *x = static_cast<const typename Format<T>::Panel *>(args.x) + column * panel_columns<T>(args.batch);
+        with_vectors_of_panel<T>(column, bitmap.columns, [&]<int vectors>(Vectors<vectors>) {
+            constexpr int64_t width = vectors * S::lanes;
+            for (int64_t group = block.row_begin; group < block.row_end; ++group) {
+                alignas(64) offpath::Sum<T> sums[offpath::group_rows * width];
+                Accumulators<T, vectors> acc;
+                filled_positions<T, vectors>(args, group, x, acc);
+                store_group<T, vectors>(acc, sums);
+                for (int64_t row = group * offpath::group_rows;
+                     row < last_row && row < (group + 1) * offpath::group_rows; ++row) {
+                    alignas(64) T spread[width];
+                    for (int v = 0; v < vectors; ++v)
+                        S::store_first(spread + v * S::lanes,
+                                       S::load(sums + (row - group * offpath::group_rows) * width + v * S::lanes),
+                                       S::lanes);
+                    const uint64_t word = bitmap.words[row * bitmap.words_per_row + column / 64] >> column % 64;
+                    for (int64_t part = 0; part < width; part += C::columns) {
+                        const uint32_t bits = static_cast<uint32_t>(word >> part & ((uint64_t{1} << C::columns) - 1));
+                        C::compress(spread + part, bits, args.dvalues + slots[row - first_row]);
+                        slots[row - first_row] += __builtin_popcount(bits);
+                    }
+                }
+            }
+        });
+    }
+}
+
+} // namespace

@@ -1,0 +1,118 @@
+// The products that fill absent connections with zeros, as they are called.
+#pragma once
+
+#include "bitmap.h"
+#include "gradient.h"
+
+namespace offpath {
+
+// Panels that are multiplied with one tile of the weight, so that filling it costs little beside them.
+constexpr int64_t panels_per_tile = 4, panels_per_gradient = 8;
+
+// y = x W^T + bias
+template <class T> class FilledProduct {
+  public:
+    FilledProduct(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const T *bias,
+                  const Panels<T> &panels, int64_t batch, T *y, bool feature_major)
+        : kernel(kernels.filled), args{matrix.view(), values, bias, panels.data(), y, batch, feature_major, nullptr},
+          tile_bytes(tile_groups * group_rows * 64 * args.bitmap.words_per_row * kernels.layout.panel_entry_bytes),
+          groups(ceil_div(matrix.rows, group_rows)), chunks(ceil_div(groups, groups_per_product)),
+          panels(panels.count) {}
+
+    int64_t tasks() const { return chunks * ceil_div(panels, panels_per_tile); }
+    void run(int64_t task) const {
+        const int64_t group = task % chunks * groups_per_product, panel = task / chunks * panels_per_tile;
+        const auto tile = scratch<char>(tile_bytes);
+        filled_args<T> own = args;
+        own.tile = tile.get();
+        kernel(own,
+               {group, std::min(groups, group + groups_per_product), panel, std::min(panels, panel + panels_per_tile)});
+    }
+
+  private:
+    const Kernel<filled_args<T>> kernel;
+    const filled_args<T> args;
+    const int64_t tile_bytes, groups, chunks, panels;
+};
+
+// dx = dy W, over panels of dy
+template <class T> class FilledInputGradient {
+  public:
+    FilledInputGradient(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const Panels<T> &dy,
+                        int64_t batch, T *dx, bool feature_major)
+        : kernel(kernels.filled_dx), args{matrix.view(), values, dy.data(), dx, batch, feature_major, nullptr},
+          tile_bytes(chunk_columns * (matrix.rows + 1) * kernels.layout.panel_entry_bytes),
+          chunks(ceil_div(matrix.columns, chunk_columns)), panels(dy.count) {}
+
+    int64_t tasks() const { return chunks * ceil_div(panels, panels_per_tile); }
+    void run(int64_t task) const {
+        const int64_t chunk = task % chunks, panel = task / chunks * panels_per_tile;
+        const auto tile = scratch<char>(tile_bytes);
+        filled_dx_args<T> own = args;
+        own.tile = tile.get();
+        kernel(own, {chunk, chunk + 1, panel, std::min(panels, panel + panels_per_tile)});
+    }
+
+  private:
+    const Kernel<filled_dx_args<T>> kernel;
+    const filled_dx_args<T> args;
+    const int64_t tile_bytes, chunks, panels;
+};
+
+// The connections' entries of dy^T x, over panels of dy and of x, in which tokens and features have changed places.
+template <class T> class FilledGradient {
+  public:
+    FilledGradient(const Kernels<T> &kernels, const BitMatrix &matrix, const Panels<T> &dy, const Panels<T> &x,
+                   int64_t batch, T *dvalues)
+        : kernel(kernels.filled_dvalues), args{matrix.view(), dy.data(), x.data(), batch, dvalues},
+          groups(ceil_div(matrix.rows, group_rows)), chunks(ceil_div(groups, groups_per_gradient)), panels(x.count) {}
+
+    int64_t tasks() const { return chunks * ceil_div(panels, panels_per_gradient); }
+    void run(int64_t task) const {
+        const int64_t group = task % chunks * groups_per_gradient, panel = task / chunks * panels_per_gradient;
+        kernel(args, {group, std::min(groups, group + groups_per_gradient), panel,
+                      std::min(panels, panel + panels_per_gradient)});
+    }
+
+  private:
+    const Kernel<filled_dvalues_args<T>> kernel;
+    const filled_dvalues_args<T> args;
+    const int64_t groups, chunks, panels;
+};
+
+template <class T> Matrix<T> exchanged(const Matrix<T> &matrix) {
+    return {matrix.data, matrix.batch_stride, matrix.feature_stride};
+}
+
+template <class T>
+void filled_spmm(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const T *bias, const Matrix<T> &x,
+                 int64_t batch, T *y, bool feature_major, int threads) {
+    const Panels<T> panels(kernels, x, matrix.columns, batch);
+    run_together(threads_for(matrix.columns * batch, threads), panels);
+    const FilledProduct<T> product(kernels, matrix, values, bias, panels, batch, y, feature_major);
+    run_together(threads_for(matrix.rows * (matrix.columns + 1) * batch, threads), product);
+}
+
+template <class T>
+void filled_dx(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const Matrix<T> &dy, int64_t batch,
+               T *dx, int threads) {
+    const Panels<T> panels(kernels, dy, matrix.rows, batch);
+    run_together(threads_for(matrix.rows * batch, threads), panels);
+    const FilledInputGradient<T> gradient(kernels, matrix, values, panels, batch, dx, false);
+    run_together(threads_for((matrix.rows + 1) * matrix.columns * batch, threads), gradient);
+}
+
+template <class T>
+void filled_dvalues(const Kernels<T> &kernels, const BitMatrix &matrix, const Matrix<T> &dy, const Matrix<T> &x,
+                    int64_t batch, T *dvalues, int threads) {
+    if (batch == 0) {
+        std::fill_n(dvalues, matrix.nnz(), T{});
+        return;
+    }
+    const Panels<T> dy_panels(kernels, dy, matrix.rows, batch), x_panels(kernels, exchanged(x), batch, matrix.columns);
+    run_together(threads_for((matrix.rows + matrix.columns) * batch, threads), dy_panels, x_panels);
+    const FilledGradient<T> gradient(kernels, matrix, dy_panels, x_panels, batch, dvalues);
+    run_together(threads_for(matrix.rows * matrix.columns * batch, threads), gradient);
+}
+
+} // namespace offpath

@@ -1,0 +1,152 @@
+// What the products share that take six rows and one panel of the batch at a time: the accumulators in registers, the
+// steps that multiply columns of the panel into them, and the way of the finished rows to y.
+#pragma once
+
+#include "layout-inl.h"
+#include "simd.h"
+#include "table.h"
+#include "transpose-inl.h"
+
+namespace {
+
+// Rows that are finished in a small tile before they are written to y.
+constexpr int tile_rows = offpath::tile_groups * offpath::group_rows;
+
+template <class T, int vectors> using Accumulators = typename Simd<offpath::Sum<T>>::V[offpath::group_rows][vectors];
+
+// One column of x, ready to be multiplied with single values.
+template <class T, int vectors> struct Step {
+    using S = Simd<offpath::Sum<T>>;
+    typename S::V x[vectors];
+
+    [[gnu::always_inline]] void load(const offpath::Sum<T> *panel, const int32_t *column) {
+        const offpath::Sum<T> *source = panel + static_cast<int64_t>(*column) * (vectors * S::lanes);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v)
+            x[v] = S::load(source + v * S::lanes);
+    }
+    [[gnu::always_inline]] static void prefetch(const offpath::Sum<T> *panel, int32_t column) {
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v)
+            __builtin_prefetch(panel + static_cast<int64_t>(column) * (vectors * S::lanes) + v * S::lanes);
+    }
+    [[gnu::always_inline]] void multiply(offpath::Sum<T> value, typename S::V (&acc)[vectors]) {
+        const typename S::V spread = S::set1(value);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v)
+            acc[v] = S::fma(spread, x[v], acc[v]);
+    }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+// Two columns, zipped so that each pair of values meets its pair of entries.
+template <int vectors> struct Step<bfloat16, vectors> {
+    using B = BfloatPairs;
+    B::V x[vectors];
+
+    [[gnu::always_inline]] void load(const bfloat16 *panel, const int32_t *columns) {
+        constexpr int64_t width = vectors * Simd<float>::lanes;
+        const bfloat16 *first = panel + columns[0] * width, *second = panel + columns[1] * width;
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v += 2) {
+            const B::V a = B::load(first + v / 2 * B::entries), b = B::load(second + v / 2 * B::entries);
+            x[v] = B::zip_low(a, b);
+            x[v + 1] = B::zip_high(a, b);
+        }
+    }
+    [[gnu::always_inline]] void multiply(uint32_t values, Simd<float>::V (&acc)[vectors]) {
+        const B::V spread = B::set1(values);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v)
+            acc[v] = B::dot(spread, x[v], acc[v]);
+    }
+};
+#endif
+
+// Sets the sums of a group to the bias.
+template <class T, int vectors>
+[[gnu::always_inline]] inline void start_group(Accumulators<T, vectors> &acc, const T *bias, int64_t group,
+                                               int64_t rows) {
+    using S = Simd<offpath::Sum<T>>;
+#pragma GCC unroll 8
+    for (int row = 0; row < offpath::group_rows; ++row) {
+        const int64_t r = group * offpath::group_rows + row;
+        const typename S::V start = bias && r < rows ? S::set1(compute(bias[r])) : S::zero();
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v)
+            acc[row][v] = start;
+    }
+}
+
+template <class T, int vectors>
+[[gnu::always_inline]] inline void store_group(const Accumulators<T, vectors> &acc, offpath::Sum<T> *tile) {
+    using S = Simd<offpath::Sum<T>>;
+#pragma GCC unroll 8
+    for (int row = 0; row < offpath::group_rows; ++row)
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v)
+            S::store(tile + row * (vectors * S::lanes) + v * S::lanes, acc[row][v]);
+}
+
+// Where finished rows go: y is [batch, rows], contiguous, or [rows, batch] where feature_major.
+template <class T> struct Output {
+    T *y;
+    int64_t rows, batch;
+    bool feature_major;
+};
+
+// Calls compute_group(group, rows of the tile) for each group of a panel, and writes what it left in the tile to y.
+template <class T, int vectors, class ComputeGroup>
+[[gnu::always_inline]] inline void each_group(const Output<T> &output, int64_t group_begin, int64_t group_end,
+                                              int64_t token, const ComputeGroup &compute_group) {
+    using S = Simd<offpath::Sum<T>>;
+    constexpr int64_t lanes = S::lanes, width = vectors * lanes;
+    const int64_t tokens = output.batch - token < width ? output.batch - token : width;
+    alignas(64) offpath::Sum<T> tile[tile_rows * width];
+    for (int64_t group = group_begin; group < group_end; group += offpath::tile_groups) {
+        const int64_t end = group_end - group < offpath::tile_groups ? group_end : group + offpath::tile_groups;
+        for (int64_t g = group; g < end; ++g)
+            compute_group(g, tile + (g - group) * offpath::group_rows * width);
+        const int64_t first_row = group * offpath::group_rows;
+        const int64_t last_row = end * offpath::group_rows < output.rows ? end * offpath::group_rows : output.rows;
+        if (output.feature_major) {
+            for (int64_t r = first_row; r < last_row; ++r)
+                for (int64_t t = 0; t < tokens; t += lanes)
+                    S::store_first(output.y + r * output.batch + token + t, S::load(tile + (r - first_row) * width + t),
+                                   tokens - t < lanes ? tokens - t : lanes);
+            continue;
+        }
+        for (int64_t t = 0; t < tokens; t += lanes)
+            for (int64_t r = first_row; r < last_row; r += lanes) {
+                const int64_t rows = last_row - r < lanes ? last_row - r : lanes;
+                transpose_square<T>(tile + (r - first_row) * width + t, width, rows,
+                                    tokens - t < lanes ? tokens - t : lanes, output.y + (token + t) * output.rows + r,
+                                    output.rows, rows);
+            }
+    }
+}
+
+template <int n> struct Vectors {
+    static constexpr int count = n;
+};
+
+// Calls body(Vectors<n>) for the n that the panel of `tokens` wide activations which starts at `token` has.
+template <class T, class Body> void with_vectors_of_panel(int64_t token, int64_t tokens, const Body &body) {
+    constexpr int granule = Format<T>::granule / Simd<offpath::Sum<T>>::lanes; // vectors
+    switch (width_of_panel<T>(token, tokens) / Format<T>::granule) {
+    case 1:
+        return body(Vectors<granule>());
+    case 2:
+        return body(Vectors<2 * granule>());
+    case 3:
+        if constexpr (panel_vectors >= 3 * granule)
+            return body(Vectors<3 * granule>());
+        break;
+    case 4:
+        if constexpr (panel_vectors >= 4 * granule)
+            return body(Vectors<4 * granule>());
+        break;
+    }
+}
+
+} // namespace
