@@ -38,8 +38,8 @@ def _shapes(product: Product) -> tuple[tuple[int, int, int], ...]:
         return ()
     if product.name.startswith("bitmap"):
         return (ONE_TOKEN,)
-    over_a_plan = product.name.startswith(("planned", "tiled"))
-    return SHAPES if over_a_plan else (*SHAPES, ONE_TOKEN)
+    for_many_tokens = product.name.startswith(("planned", "tiled", "filled"))
+    return SHAPES if for_many_tokens else (*SHAPES, ONE_TOKEN)
 
 
 CASES = [
@@ -100,7 +100,7 @@ CONTENDERS = {"offpath": _offpath, "dense": _dense, "torch.sparse": _torch_spars
 
 
 def _is_transposed(product: Product) -> bool:
-    return "transpose" in product.name or product.name == "bitmap dx"
+    return "transpose" in product.name or product.name.endswith(" dx")
 
 
 def _multiplied(operands: Operands) -> Tensor:

@@ -97,13 +97,22 @@ inline int64_t slots_before(const offpath::Bitmap &bitmap, int64_t row, int64_t 
     return slot;
 }
 
+constexpr int64_t chunk_rows_ahead = 8;
+
 // Calls body(column of the chunk, bits, values, whole) for each register full of columns of a chunk of a row.
 template <class T, class Body>
 [[gnu::always_inline]] inline void each_vector_of_chunk(const offpath::Bitmap &bitmap, int64_t row, int64_t first_word,
                                                         const T *values, const Body &body) {
     constexpr int columns = ColumnVector<T>::columns;
     const T *end = values + bitmap.crow_indices[bitmap.rows];
-    values += slots_before(bitmap, row, first_word);
+    const int64_t first_slot = slots_before(bitmap, row, first_word);
+    // Where the values of a later row lie, if its connections are spread as this row's: the processor sees no pattern.
+    const int64_t later = row + chunk_rows_ahead < bitmap.rows ? row + chunk_rows_ahead : row;
+    const T *ahead = values + first_slot + (bitmap.crow_indices[later] - bitmap.crow_indices[row]);
+#pragma GCC unroll 32
+    for (int64_t i = 0; i < offpath::chunk_columns; i += 64 / sizeof(T))
+        __builtin_prefetch(ahead + i);
+    values += first_slot;
     for (int64_t w = 0; w < offpath::chunk_columns / 64; ++w) {
         const uint64_t word =
             first_word + w < bitmap.words_per_row ? bitmap.words[row * bitmap.words_per_row + first_word + w] : 0;
@@ -233,17 +242,17 @@ template <class T> void filled_dvalues(const offpath::filled_dvalues_args<T> &ar
                 Accumulators<T, vectors> acc;
                 filled_positions<T, vectors>(args, group, x, acc);
                 store_group<T, vectors>(acc, sums);
+                // All rows are rounded before the first is read again: a load would wait for stores that it overlaps.
+                alignas(64) T spread[offpath::group_rows * width];
+                for (int64_t i = 0; i < offpath::group_rows * width; i += S::lanes)
+                    S::store_first(spread + i, S::load(sums + i), S::lanes);
                 for (int64_t row = group * offpath::group_rows;
                      row < last_row && row < (group + 1) * offpath::group_rows; ++row) {
-                    alignas(64) T spread[width];
-                    for (int v = 0; v < vectors; ++v)
-                        S::store_first(spread + v * S::lanes,
-                                       S::load(sums + (row - group * offpath::group_rows) * width + v * S::lanes),
-                                       S::lanes);
+                    const T *positions = spread + (row - group * offpath::group_rows) * width;
                     const uint64_t word = bitmap.words[row * bitmap.words_per_row + column / 64] >> column % 64;
                     for (int64_t part = 0; part < width; part += C::columns) {
                         const uint32_t bits = static_cast<uint32_t>(word >> part & ((uint64_t{1} << C::columns) - 1));
-                        C::compress(spread + part, bits, args.dvalues + slots[row - first_row]);
+                        C::compress(positions + part, bits, args.dvalues + slots[row - first_row]);
                         slots[row - first_row] += __builtin_popcount(bits);
                     }
                 }
