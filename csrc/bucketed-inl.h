@@ -37,14 +37,14 @@ template <class T, int vectors, int mask>
 
 // One group times one panel of `vectors` vectors; writes the group's rows of the tile.
 template <class T, int vectors>
-void bucketed_group(const offpath::bucketed_args<T> &args, int64_t group, const typename Format<T>::Panel *panel,
-                    offpath::Sum<T> *tile) {
+[[gnu::noinline]] void bucketed_group(const offpath::BucketPlan &plan, const void *values, int64_t group,
+                                      const typename Format<T>::Panel *panel, const offpath::Sum<T> *start,
+                                      offpath::Sum<T> *tile) {
     Accumulators<T, vectors> acc;
-    start_group<T, vectors>(acc, args.bias, group, args.plan.rows);
-    const auto *values = static_cast<const typename Format<T>::Value *>(args.values);
-    Cursor<T> at = {args.plan.mask_counts + group * offpath::group_masks,
-                    args.plan.column_order + args.plan.column_begin[group],
-                    values + args.plan.slot_begin[group] / Format<T>::columns_per_step};
+    start_group<T, vectors>(acc, start);
+    Cursor<T> at = {plan.mask_counts + group * offpath::group_masks, plan.column_order + plan.column_begin[group],
+                    static_cast<const typename Format<T>::Value *>(values) +
+                        plan.slot_begin[group] / Format<T>::columns_per_step};
     bucket<T, vectors, 1>(acc, at, panel);
     store_group<T, vectors>(acc, tile);
 }
@@ -58,8 +58,10 @@ template <class T> void bucketed(const offpath::bucketed_args<T> &args, const of
             static_cast<const typename Format<T>::Panel *>(args.panels) + token * panel_columns<T>(args.plan.columns);
         with_vectors_of_panel<T>(token, args.batch, [&]<int vectors>(Vectors<vectors>) {
             each_group<T, vectors>(
-                output, block.row_begin, block.row_end, token,
-                [&](int64_t group, offpath::Sum<T> *tile) { bucketed_group<T, vectors>(args, group, x, tile); });
+                output, block.row_begin, block.row_end, token, [&](int64_t group, offpath::Sum<T> *tile) {
+                    const GroupStart<T> start(args.bias, group, args.plan.rows);
+                    bucketed_group<Multiplied<T>, vectors>(args.plan, args.values, group, x, start.of_row, tile);
+                });
         });
     }
 }

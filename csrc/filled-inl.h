@@ -79,7 +79,7 @@ template <class T> void filled(const offpath::filled_args<T> &args, const offpat
             with_vectors_of_panel<T>(token, args.batch, [&]<int vectors>(Vectors<vectors>) {
                 each_group<T, vectors>(output, first, last, token, [&](int64_t group, offpath::Sum<T> *sums) {
                     Accumulators<T, vectors> acc;
-                    start_group<T, vectors>(acc, args.bias, group, rows);
+                    start_group<T, vectors>(acc, GroupStart<T>(args.bias, group, rows).of_row);
                     multiply_filled<T, vectors>(acc, tile + (group - first) * offpath::group_rows * width, width,
                                                 Format<T>::columns_per_step, x, columns);
                     store_group<T, vectors>(acc, sums);
@@ -185,7 +185,7 @@ template <class T> void filled_dx(const offpath::filled_dx_args<T> &args, const 
             with_vectors_of_panel<T>(token, args.batch, [&]<int vectors>(Vectors<vectors>) {
                 each_group<T, vectors>(output, first, last, token, [&](int64_t group, offpath::Sum<T> *sums) {
                     Accumulators<T, vectors> acc;
-                    start_group<T, vectors>(acc, nullptr, group, columns);
+                    start_group<T, vectors>(acc, GroupStart<T>(nullptr, group, columns).of_row);
                     constexpr int64_t step = Format<T>::columns_per_step;
                     multiply_filled<T, vectors>(acc, tile + (group - first) * offpath::group_rows * step, step,
                                                 offpath::chunk_columns * step, dy, rows);
@@ -202,7 +202,7 @@ void filled_positions(const offpath::filled_dvalues_args<T> &args, int64_t group
                       const typename Format<T>::Panel *panel, Accumulators<T, vectors> &acc) {
     constexpr int64_t steps = Format<T>::granule / Format<T>::columns_per_step;
     const int64_t rows = args.bitmap.rows;
-    start_group<T, vectors>(acc, nullptr, group, rows);
+    start_group<T, vectors>(acc, GroupStart<T>(nullptr, group, rows).of_row);
     for (int64_t token = 0; token < args.batch; token += panel_width<T>) {
         const int64_t width = width_of_panel<T>(token, args.batch);
         const auto *dy = static_cast<const typename Format<T>::Panel *>(args.dy) + token * panel_columns<T>(rows) +

@@ -63,19 +63,26 @@ template <int vectors> struct Step<bfloat16, vectors> {
 };
 #endif
 
-// Sets the sums of a group to the bias.
+// What the sums of a group start from: the bias, or zero.
+template <class T> struct GroupStart {
+    offpath::Sum<T> of_row[offpath::group_rows];
+
+    GroupStart(const T *bias, int64_t group, int64_t rows) {
+        for (int row = 0; row < offpath::group_rows; ++row) {
+            const int64_t r = group * offpath::group_rows + row;
+            of_row[row] = bias && r < rows ? compute(bias[r]) : 0;
+        }
+    }
+};
+
 template <class T, int vectors>
-[[gnu::always_inline]] inline void start_group(Accumulators<T, vectors> &acc, const T *bias, int64_t group,
-                                               int64_t rows) {
+[[gnu::always_inline]] inline void start_group(Accumulators<T, vectors> &acc, const offpath::Sum<T> *of_row) {
     using S = Simd<offpath::Sum<T>>;
 #pragma GCC unroll 8
-    for (int row = 0; row < offpath::group_rows; ++row) {
-        const int64_t r = group * offpath::group_rows + row;
-        const typename S::V start = bias && r < rows ? S::set1(compute(bias[r])) : S::zero();
+    for (int row = 0; row < offpath::group_rows; ++row)
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v)
-            acc[row][v] = start;
-    }
+            acc[row][v] = S::set1(of_row[row]);
 }
 
 template <class T, int vectors>

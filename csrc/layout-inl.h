@@ -36,6 +36,9 @@ template <> struct Format<bfloat16> {
 };
 #endif
 
+// The type that T is multiplied as. Kernels that depend on nothing else are compiled once for all dtypes that share it.
+template <class T> using Multiplied = typename Format<T>::Panel;
+
 template <class T> constexpr bool in_pairs = Format<T>::columns_per_step == 2;
 template <class T> constexpr int64_t panel_width = panel_vectors * Simd<offpath::Sum<T>>::lanes;
 
