@@ -77,7 +77,7 @@ def test_near_ties_go_to_plans_then_to_what_sparsity_does_not_change_then_to_fil
     with kernels.forced(BEST):
         chosen = SparseLinear(64, 64).explain(64).chosen
         assert chosen == {"forward": "bucketed", "dx": "bucketed", "dvalues": "row-wise"}
-        for changed, expected in (({"dense": 1.03}, "dense"), ({"filled": 1.12}, "filled"), ({"dense": 1.01}, "dense")):
+        for changed, expected in (({"dense": 1.11}, "dense"), ({"filled": 1.2}, "filled"), ({"dense": 1.05}, "dense")):
             costs.update(changed)
             calibration.cost_table.cache_clear()
             for table in own_cache.glob("costs-*.json"):
