@@ -1,0 +1,76 @@
+"""Changing which connections a layer has, in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offpath.nn.linear import SparseLinear
+from offpath.nn.parameter import replace_values
+from offpath.ops import Connections
+from offpath.pattern import Edit, PatternError
+
+
+@torch.no_grad()
+def rewire(layer: SparseLinear, edit: Edit, grown: Tensor | None = None) -> None:
+    """Give `layer` the connections of `edit`, made from its own pattern by `offpath.pattern.edit`.
+
+    Surviving values keep their bits, as do their entries of `values.grad`; grown connections begin with `grown` [number
+    of grown connections, ascending position] or zero, and with a gradient of zero. `values` stays the same `Parameter`
+    object, and as long as the number of connections does not change, it stays in the same memory. An optimizer's state
+    is not looked at here: `offpath.topology` moves both.
+    Raises `PatternError`, before anything is changed, for an edit of another pattern or `grown` of another size.
+
+    >>> from offpath import pattern as patterns
+    >>> layer = SparseLinear(3, 2, pattern=patterns.from_mask(torch.tensor([[True, True, False], [False, True, False]])))
+    >>> _ = layer.values.data.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    >>> change = patterns.edit(layer.pattern, torch.tensor([0]), (torch.tensor([1]), torch.tensor([2])))
+    >>> rewire(layer, change)
+    >>> layer.to_dense().weight.tolist()
+    [[0.0, 2.0, 0.0], [0.0, 3.0, 0.0]]
+    """
+    check_rewire(layer, edit, grown)
+    values = edit.carry(layer.values)
+    if grown is not None:
+        values[edit.grown_slots] = grown
+    gradient = None if layer.values.grad is None else edit.carry(layer.values.grad)
+    layer._set_connections(Connections(edit.pattern))
+    if edit.pattern.nnz == layer.nnz:
+        # Written in place: whoever holds this memory (flat buffers, a captured graph) goes on holding it.
+        layer.values.copy_(values)
+        if gradient is not None and layer.values.grad is not None:
+            layer.values.grad.copy_(gradient)
+        return
+    replace_values(layer.values, values)
+    layer.values.grad = gradient
+
+
+def check_rewire(layer: SparseLinear, edit: Edit, grown: Tensor | None = None) -> None:
+    """Raise `PatternError` unless `edit` was made from the pattern of `layer`; changes nothing."""
+    pattern, connections = edit.pattern, layer.connections
+    shape = (layer.out_features, layer.in_features)
+    if pattern.shape != shape or edit.old_to_new.numel() != connections.nnz:
+        raise PatternError(
+            f"expected an edit of a {shape[0]} x {shape[1]} pattern of {connections.nnz} connections, got one of a "
+            f"{pattern.shape[0]} x {pattern.shape[1]} pattern of {edit.old_to_new.numel()}"
+        )
+    if pattern.device != connections.device:
+        raise PatternError(f"expected an edit on {connections.device}, where the layer is, got one on {pattern.device}")
+    if not _survivors_stand_still(layer, edit):
+        raise PatternError(
+            "expected an edit of this layer's pattern, but its survivors are connections that the layer does not have; "
+            "make it with offpath.pattern.edit(layer.pattern, ...)"
+        )
+    if grown is not None and grown.shape != edit.grown_slots.shape:
+        raise PatternError(
+            f"expected a value for each of the {edit.grown_slots.numel()} grown connections, got {tuple(grown.shape)}"
+        )
+
+
+def _survivors_stand_still(layer: SparseLinear, edit: Edit) -> bool:
+    if not edit.new_to_old.numel() or not edit.old_to_new.numel():
+        return True
+    # Rows as well as columns: the positions say both.
+    moved = layer.connections.pattern.positions().index_select(0, edit.new_to_old.clamp(min=0))
+    moved[edit.grown_slots] = edit.pattern.positions()[edit.grown_slots]
+    return torch.equal(moved, edit.pattern.positions())
