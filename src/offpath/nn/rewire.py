@@ -22,7 +22,8 @@ def rewire(layer: SparseLinear, edit: Edit, grown: Tensor | None = None) -> None
     Raises `PatternError`, before anything is changed, for an edit of another pattern or `grown` of another size.
 
     >>> from offpath import pattern as patterns
-    >>> layer = SparseLinear(3, 2, pattern=patterns.from_mask(torch.tensor([[True, True, False], [False, True, False]])))
+    >>> mask = torch.tensor([[True, True, False], [False, True, False]])
+    >>> layer = SparseLinear(3, 2, pattern=patterns.from_mask(mask))
     >>> _ = layer.values.data.copy_(torch.tensor([1.0, 2.0, 3.0]))
     >>> change = patterns.edit(layer.pattern, torch.tensor([0]), (torch.tensor([1]), torch.tensor([2])))
     >>> rewire(layer, change)

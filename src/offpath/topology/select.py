@@ -1,0 +1,78 @@
+"""The lowest and the highest of many scores, as a pure function of the scores: ties go to the lower index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from offpath.pattern import Pattern
+from offpath.topology.errors import TopologyError
+
+# Scores of a block of rows: 1 MiB in float32, which stays in the second-level cache.
+BLOCK_ENTRIES = 2**18
+# Scores of all positions of the rows [first, last): a floating tensor [last - first, in_features].
+ScoreRows = Callable[[int, int], Tensor]
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Ascending indices of the `count` lowest of `scores` [n]; among equals, those of lower index. No NaN.
+
+    >>> lowest(torch.tensor([3.0, 1.0, 2.0, 1.0, 1.0]), 2).tolist()
+    [1, 3]
+    """
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64, device=scores.device)
+    threshold = torch.kthvalue(scores, count).values
+    chosen = scores < threshold
+    ties = (scores == threshold).nonzero().squeeze(1)
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return chosen.nonzero().squeeze(1)
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Ascending indices of the `count` highest of `scores` [n]; among equals, those of lower index. No NaN."""
+    return lowest(-scores, count)
+
+
+def best_free(pattern: Pattern, positions: Tensor, scores_of_rows: ScoreRows, count: int) -> Tensor:
+    """Ascending positions of the `count` highest scores that are no connections; among equals, the lower positions.
+
+    `positions` are those of the connections. Scores are asked for in blocks of rows and only `count` of them kept:
+    O(count + block) memory. A score of -inf says never. Raises `TopologyError` for NaN or inf, for a block of another
+    shape, and when fewer than `count` positions can be grown.
+    """
+    rows, columns = pattern.shape
+    block_rows = max(1, BLOCK_ENTRIES // max(columns, 1))
+    found = torch.empty(0, dtype=torch.int64, device=pattern.device)
+    found_scores: Tensor | None = None
+    bounds = [*range(0, rows, block_rows), rows] if count else []
+    slots = pattern.crow_indices[bounds].tolist()
+    for block_index, (first, last) in enumerate(pairwise(bounds)):
+        block = scores_of_rows(first, last)
+        _check_block(block, (last - first, columns))
+        block = block.reshape(-1).clone()
+        block[positions[slots[block_index] : slots[block_index + 1]] - first * columns] = -torch.inf
+        # A later position loses against an equal one that was found before: strictly greater is enough.
+        full = found_scores is not None and found.numel() == count
+        floor = found_scores.min() if full and found_scores is not None else -torch.inf
+        candidates = (block > floor).nonzero().squeeze(1)
+        found = torch.cat([found, candidates + first * columns])
+        scores = block[candidates]
+        found_scores = scores if found_scores is None else torch.cat([found_scores, scores])
+        if found.numel() > count:
+            kept = highest(found_scores, count)
+            found, found_scores = found[kept], found_scores[kept]
+    if found.numel() < count:
+        raise TopologyError(f"expected {count} free positions to grow, but only {found.numel()} can be grown")
+    return found
+
+
+def _check_block(block: Tensor, shape: tuple[int, int]) -> None:
+    if tuple(block.shape) != shape or not block.is_floating_point():
+        raise TopologyError(f"expected floating scores of shape {shape}, got {block.dtype} {tuple(block.shape)}")
+    # The largest entry shows NaN and inf at the price of one pass.
+    if block.numel() and not bool(block.amax() < torch.inf):
+        raise TopologyError("expected finite scores, got NaN or inf; the gradient or the rule overflowed")
