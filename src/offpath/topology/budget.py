@@ -78,14 +78,14 @@ class Redistribute:
 
 @dataclass(frozen=True)
 class Shrink:
-    """From the connections at the start down to `final_sparsity`, as far as `progress(step)` says; nothing grows.
+    """From the connections at the start down to `final_sparsity`, with a share `remaining(step)` of the way to go.
 
     `distribution` "uniform" and "erk" say what each layer has at the end; "global" ranks the importance over all
     layers.
     """
 
     final_sparsity: float
-    progress: Cubic
+    remaining: Cubic
     distribution: str = "uniform"
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class Shrink:
             raise ValueError(f"expected final_sparsity in (0, 1), got {self.final_sparsity}")
 
     def check(self, layers: Sequence[LayerView]) -> None:
-        targets = self._targets(layers, 1.0)
+        targets = self._targets(layers, 0.0)
         if self.distribution == "global":
             begin = sum(layer.initial_nnz for layer in layers)
             if targets[0] > begin:
@@ -115,7 +115,7 @@ class Shrink:
                 )
 
     def __call__(self, step: int, layers: Sequence[LayerView], importances: Sequence[Tensor]) -> list[Quota]:
-        targets = self._targets(layers, self.progress(step))
+        targets = self._targets(layers, self.remaining(step))
         if self.distribution == "global":
             surplus = sum(layer.nnz for layer in layers) - targets[0]
             drops = _lowest_of_all(importances, max(0, min(surplus, sum(map(_droppable, importances)))))
@@ -125,8 +125,8 @@ class Shrink:
             for layer, target, importance in zip(layers, targets, importances, strict=True)
         ]
 
-    def _targets(self, layers: Sequence[LayerView], progress: float) -> list[int]:
-        """Connections when a share `progress` of the way is done, of each layer, or of all in one number."""
+    def _targets(self, layers: Sequence[LayerView], remaining: float) -> list[int]:
+        """Connections when a share `remaining` of the way is left, of each layer, or of all in one number."""
         sizes, begins = [layer.size for layer in layers], [layer.initial_nnz for layer in layers]
         if self.distribution == "global":
             sizes, begins, densities = [sum(sizes)], [sum(begins)], [1 - self.final_sparsity]
@@ -134,8 +134,11 @@ class Shrink:
             densities = layer_densities(
                 [layer.pattern.shape for layer in layers], self.final_sparsity, self.distribution
             )
-        ends = [round(density * size) for density, size in zip(densities, sizes, strict=True)]
-        return [round(begin + progress * (end - begin)) for begin, end in zip(begins, ends, strict=True)]
+        targets = []
+        for size, begin, density in zip(sizes, begins, densities, strict=True):
+            final, initial = 1 - density, 1 - begin / max(size, 1)
+            targets.append(round((1 - (final + (initial - final) * remaining)) * size))
+        return targets
 
 
 def share(total: int, weights: Sequence[int], room: Sequence[int]) -> list[int]:

@@ -81,12 +81,12 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Cubic:
-    """How far a gradual pruning has come: 0 up to `start_step`, 1 from `end_step` on, 1 - (1 - t)^3 between.
+    """What a gradual pruning still has to go: all (1) up to `start_step`, nothing (0) at `end_step`, (1 - t)^3 between.
 
     So fast while many connections are superfluous, and slow at the end: Zhu & Gupta, "To prune, or not to prune", 2017.
 
     >>> [Cubic(end_step=10)(step) for step in (0, 5, 10)]
-    [0.0, 0.875, 1.0]
+    [1.0, 0.125, 0.0]
     """
 
     end_step: int
@@ -94,7 +94,7 @@ class Cubic:
 
     def __call__(self, step: int) -> float:
         t = min(max((step - self.start_step) / (self.end_step - self.start_step), 0.0), 1.0)
-        return 1 - (1 - t) ** 3
+        return (1 - t) ** 3
 
 
 DropFraction = Constant | Cosine
