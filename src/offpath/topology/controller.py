@@ -159,7 +159,7 @@ class Topology:
             return f"expected a state of the layers {list(self.layer_names)}, got one of {list(state['layers'])}"
         for managed in self._managed:
             saved = state["layers"][managed.name]
-            if saved["digest"] != managed.layer.connections.digest() or saved["unmoved"].numel() != managed.layer.nnz:
+            if saved["digest"] != managed.digest_now() or saved["unmoved"].numel() != managed.layer.nnz:
                 return (
                     f"layer {managed.name!r}: expected the connections that were there when the state was saved, got "
                     "other ones; load the model's checkpoint before that of its topology"
@@ -230,7 +230,7 @@ class Topology:
             for one in (layer, *managed.copies):
                 rewire(one, edit)
             managed.unmoved = edit.carry(managed.unmoved.to(layer.values.device), fill=False)
-            managed.digest = layer.connections.digest()
+            managed.digest = managed.digest_now()
             grown = edit.grown_slots.numel()
             dropped = edit.old_to_new.numel() - (layer.nnz - grown)
         size = layer.in_features * layer.out_features

@@ -25,11 +25,15 @@ class ManagedLayer:
         self.capture = Capture(layer)
         self.initial_nnz = layer.nnz
         self.unmoved = torch.ones(layer.nnz, dtype=torch.bool, device=layer.values.device)
-        self.digest = layer.connections.digest()
+        self.digest = self.digest_now()
+
+    def digest_now(self) -> int:
+        """A fingerprint of the layer's connections, as the layer keeps it."""
+        return int(self.layer.topology_digest)
 
     def view(self, generator: torch.Generator) -> LayerView:
         """The layer as the rules see it. Raises `TopologyError` when somebody else has changed its connections."""
-        if self.layer.connections.digest() != self.digest:
+        if self.digest_now() != self.digest:
             raise TopologyError(
                 f"layer {self.name!r}: expected the connections that this topology left there, but they have changed "
                 "since; after loading a model's checkpoint, load that of its topology as well"

@@ -46,28 +46,47 @@ def best_free(pattern: Pattern, positions: Tensor, scores_of_rows: ScoreRows, co
     """
     rows, columns = pattern.shape
     block_rows = max(1, BLOCK_ENTRIES // max(columns, 1))
-    found = torch.empty(0, dtype=torch.int64, device=pattern.device)
-    found_scores: Tensor | None = None
     bounds = [*range(0, rows, block_rows), rows] if count else []
     slots = pattern.crow_indices[bounds].tolist()
+    found, floor = _Found(pattern.device), -torch.inf
     for block_index, (first, last) in enumerate(pairwise(bounds)):
         block = scores_of_rows(first, last)
         _check_block(block, (last - first, columns))
         block = block.reshape(-1).clone()
         block[positions[slots[block_index] : slots[block_index + 1]] - first * columns] = -torch.inf
         # A later position loses against an equal one that was found before: strictly greater is enough.
-        full = found_scores is not None and found.numel() == count
-        floor = found_scores.min() if full and found_scores is not None else -torch.inf
         candidates = (block > floor).nonzero().squeeze(1)
-        found = torch.cat([found, candidates + first * columns])
-        scores = block[candidates]
-        found_scores = scores if found_scores is None else torch.cat([found_scores, scores])
-        if found.numel() > count:
-            kept = highest(found_scores, count)
-            found, found_scores = found[kept], found_scores[kept]
-    if found.numel() < count:
-        raise TopologyError(f"expected {count} free positions to grow, but only {found.numel()} can be grown")
-    return found
+        found.add(candidates + first * columns, block[candidates])
+        if found.count > 2 * count:  # not in every block: a selection costs as much as the scores
+            floor = found.keep_highest(count)
+    if found.count < count:
+        raise TopologyError(f"expected {count} free positions to grow, but only {found.count} can be grown")
+    if found.count > count:
+        found.keep_highest(count)
+    return found.positions
+
+
+class _Found:
+    """Candidates of the blocks so far, in ascending position."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.positions = torch.empty(0, dtype=torch.int64, device=device)
+        self._scores: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return self.positions.numel()
+
+    def add(self, positions: Tensor, scores: Tensor) -> None:
+        self.positions = torch.cat([self.positions, positions])
+        self._scores = scores if self._scores is None else torch.cat([self._scores, scores])
+
+    def keep_highest(self, count: int) -> float:
+        """Forget all but `count`; returns the lowest score that is left."""
+        assert self._scores is not None
+        kept = highest(self._scores, count)
+        self.positions, self._scores = self.positions[kept], self._scores[kept]
+        return float(self._scores.min())
 
 
 def _check_block(block: Tensor, shape: tuple[int, int]) -> None:
