@@ -144,8 +144,7 @@ class Shrink:
 def share(total: int, weights: Sequence[int], room: Sequence[int]) -> list[int]:
     """`total` in whole numbers, in proportion to `weights`, at most `room` each; the largest remainders round up.
 
-    What does not fit goes to the others in the same proportion, or, where those have weight zero, to the first with
-    room.
+    What does not fit goes to the others in the same proportion, or evenly where those have weight zero.
 
     >>> share(10, weights=[3, 1, 1], room=[4, 9, 9])
     [4, 3, 3]
