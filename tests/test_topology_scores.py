@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import offpath
 from offpath import SparseLinear
@@ -83,6 +84,41 @@ def test_an_update_without_a_pass_is_refused() -> None:
     _, topology = _rigl(model, update_freq=1)
     with pytest.raises(TopologyError, match="expected a forward and backward pass"):
         topology.step()
+
+
+def test_a_compiled_model_has_the_topology_of_an_eager_one() -> None:
+    models = [model_of() for _ in range(2)]
+    for model in models:
+        optimizer, topology = _rigl(model, update_freq=2)
+        run = torch.compile(model, backend="aot_eager") if model is models[1] else model
+        for step in range(1, 6):
+            with torch.compiler.set_stance("force_eager" if topology.watching else "default"):
+                train_step(run, optimizer, step)
+            topology.step()
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
+
+
+def test_a_compiled_model_that_runs_compiled_when_watched_is_refused() -> None:
+    model = model_of()
+    optimizer, topology = _rigl(model, update_freq=2)
+    run = torch.compile(model, backend="aot_eager")
+    train_step(run, optimizer, 1)
+    topology.step()
+    train_step(run, optimizer, 2)
+    with pytest.raises(TopologyError, match=r"must run uncompiled while topology\.watching"):
+        topology.step()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputed_activations_count_once(use_reentrant: bool) -> None:
+    models = [model_of() for _ in range(2)]
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for model in models:
+        _, topology = _rigl(model, update_freq=1)
+        y = checkpoint(model, x, use_reentrant=use_reentrant) if model is models[1] else model(x)
+        y.sum().backward()
+        topology.step()
+    assert models[0][0].pattern.equals(models[1][0].pattern)
 
 
 @pytest.mark.parametrize("where", ["x", "dy"])

@@ -85,6 +85,15 @@ class Topology:
         return self._step
 
     @property
+    def watching(self) -> bool:
+        """Whether the next passes are watched for an update that reads the dense gradient.
+
+        A compiled model would not notice the hooks: run these passes under `torch.compiler.set_stance("force_eager")`.
+        """
+        schedule = self.recipe.schedule
+        return schedule is not None and needs_dense_gradient(self.recipe.grow) and schedule.due(self._step + 1)
+
+    @property
     def layer_names(self) -> tuple[str, ...]:
         """The layers that are looked after."""
         return tuple(managed.name for managed in self._managed)
@@ -168,11 +177,12 @@ class Topology:
 
     def _watch(self) -> None:
         """Watch the passes before an update that reads dense gradients, and no others."""
-        schedule, grow = self.recipe.schedule, self.recipe.grow
-        watch = schedule is not None and needs_dense_gradient(grow) and schedule.due(self._step + 1)
         for managed in self._managed:
             managed.capture.clear()
-            managed.capture.arm() if watch else managed.capture.disarm()
+            if self.watching:
+                managed.capture.arm()
+            else:
+                managed.capture.disarm()
 
     def _decide(self, step: int) -> list[Decision]:
         """What every layer drops and grows: a function of weights, gradients and generator; changes no layer."""

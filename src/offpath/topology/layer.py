@@ -85,10 +85,7 @@ class LayerView:
         block, so that scores of all positions never exist at once. -inf says never.
         Raises `TopologyError` for NaN or inf, or when fewer positions can be grown.
         """
-        try:
-            return best_free(self.pattern, self.positions, scores_of_rows, count)
-        except TopologyError as error:
-            raise TopologyError(f"layer {self.name!r}: {error}") from None
+        return best_free(self.name, self.pattern, self.positions, scores_of_rows, count)
 
     def gradient_of_rows(self, first: int, last: int) -> Tensor:
         """The dense gradient's rows [first, last), summed over all passes since the last step, float32 or float64.
@@ -98,7 +95,8 @@ class LayerView:
         if not self._operands:
             raise TopologyError(
                 f"layer {self.name!r}: expected a forward and backward pass through it between the last two calls of "
-                "topology.step(), saw none. A rule that reads gradients needs needs_dense_gradient = True"
+                "topology.step(), saw none. A rule that reads gradients needs needs_dense_gradient = True; a compiled "
+                "model must run uncompiled while topology.watching, under torch.compiler.set_stance('force_eager')"
             )
         (x, dy), *others = self._operands
         gradient = dy[:, first:last].t() @ x

@@ -37,12 +37,12 @@ def highest(scores: Tensor, count: int) -> Tensor:
     return lowest(-scores, count)
 
 
-def best_free(pattern: Pattern, positions: Tensor, scores_of_rows: ScoreRows, count: int) -> Tensor:
+def best_free(name: str, pattern: Pattern, positions: Tensor, scores_of_rows: ScoreRows, count: int) -> Tensor:
     """Ascending positions of the `count` highest scores that are no connections; among equals, the lower positions.
 
     `positions` are those of the connections. Scores are asked for in blocks of rows and only `count` of them kept:
-    O(count + block) memory. A score of -inf says never. Raises `TopologyError` for NaN or inf, for a block of another
-    shape, and when fewer than `count` positions can be grown.
+    O(count + block) memory. A score of -inf says never. Raises `TopologyError`, which names the layer, for NaN or inf,
+    for a block of another shape, and when fewer than `count` positions can be grown.
     """
     rows, columns = pattern.shape
     block_rows = max(1, BLOCK_ENTRIES // max(columns, 1))
@@ -51,7 +51,7 @@ def best_free(pattern: Pattern, positions: Tensor, scores_of_rows: ScoreRows, co
     found, floor = _Found(pattern.device), -torch.inf
     for block_index, (first, last) in enumerate(pairwise(bounds)):
         block = scores_of_rows(first, last)
-        _check_block(block, (last - first, columns))
+        _check_block(name, block, (last - first, columns))
         block = block.reshape(-1).clone()
         block[positions[slots[block_index] : slots[block_index + 1]] - first * columns] = -torch.inf
         # A later position loses against an equal one that was found before: strictly greater is enough.
@@ -60,7 +60,9 @@ def best_free(pattern: Pattern, positions: Tensor, scores_of_rows: ScoreRows, co
         if found.count > 2 * count:  # not in every block: a selection costs as much as the scores
             floor = found.keep_highest(count)
     if found.count < count:
-        raise TopologyError(f"expected {count} free positions to grow, but only {found.count} can be grown")
+        raise TopologyError(
+            f"layer {name!r}: expected {count} free positions to grow, but only {found.count} can be grown"
+        )
     if found.count > count:
         found.keep_highest(count)
     return found.positions
@@ -89,9 +91,13 @@ class _Found:
         return float(self._scores.min())
 
 
-def _check_block(block: Tensor, shape: tuple[int, int]) -> None:
+def _check_block(name: str, block: Tensor, shape: tuple[int, int]) -> None:
     if tuple(block.shape) != shape or not block.is_floating_point():
-        raise TopologyError(f"expected floating scores of shape {shape}, got {block.dtype} {tuple(block.shape)}")
+        raise TopologyError(
+            f"layer {name!r}: expected floating scores of shape {shape}, got {block.dtype} {tuple(block.shape)}"
+        )
     # The largest entry shows NaN and inf at the price of one pass.
     if block.numel() and not bool(block.amax() < torch.inf):
-        raise TopologyError("expected finite scores, got NaN or inf; the gradient or the rule overflowed")
+        raise TopologyError(
+            f"layer {name!r}: expected finite scores, got NaN or inf; activations, gradients or the rule overflowed"
+        )
