@@ -10,7 +10,7 @@ from torch import Tensor
 from offpath import pattern as patterns
 from offpath.topology import Constant, Cosine, Cubic, Every, LayerView, TopologyError, drop, grow
 from offpath.topology.budget import share
-from offpath.topology.select import highest, lowest
+from offpath.topology.select import SAMPLE_ENTRIES, highest, lowest
 
 
 def _view(mask: Tensor, values: Tensor | None = None, gradient: Tensor | None = None, seed: int = 0, passes=()):
@@ -47,6 +47,23 @@ def test_lowest_is_the_head_of_a_stable_sort(scores: list[int], data: st.DataObj
     tensor = torch.tensor(scores, dtype=getattr(torch, dtype))
     order = sorted(range(len(scores)), key=lambda i: (scores[i], i))
     assert lowest(tensor, count).tolist() == sorted(order[:count])
+
+
+@pytest.mark.parametrize("scores", ["Gaussian", "few levels", "ascending", "follows the stride", "never"])
+@pytest.mark.parametrize("share_of_all", [0.0001, 0.3, 0.9999, 1.0])
+def test_lowest_of_so_many_that_a_sample_is_taken(scores: str, share_of_all: float) -> None:
+    n, generator = 40_000, torch.Generator().manual_seed(0)
+    draw = torch.randn(n, generator=generator)
+    tensor = {
+        "Gaussian": draw,
+        "few levels": draw.round(),
+        "ascending": torch.arange(n).float(),
+        "follows the stride": draw.masked_fill(torch.arange(n) % (n // SAMPLE_ENTRIES) == 0, 9.0),
+        "never": draw.masked_fill(draw > 0, torch.inf),
+    }[scores]
+    count = round(share_of_all * n)
+    expected = torch.sort(tensor, stable=True).indices[:count].sort().values
+    assert torch.equal(lowest(tensor, count), expected)
 
 
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(0, 99), st.data())

@@ -48,30 +48,22 @@ def rewire(layer: SparseLinear, edit: Edit, grown: Tensor | None = None) -> None
 
 def check_rewire(layer: SparseLinear, edit: Edit, grown: Tensor | None = None) -> None:
     """Raise `PatternError` unless `edit` was made from the pattern of `layer`; changes nothing."""
-    pattern, connections = edit.pattern, layer.connections
+    source, connections = edit.source, layer.connections
     shape = (layer.out_features, layer.in_features)
-    if pattern.shape != shape or edit.old_to_new.numel() != connections.nnz:
+    if source.shape != shape or source.nnz != connections.nnz:
         raise PatternError(
             f"expected an edit of a {shape[0]} x {shape[1]} pattern of {connections.nnz} connections, got one of a "
-            f"{pattern.shape[0]} x {pattern.shape[1]} pattern of {edit.old_to_new.numel()}"
+            f"{source.shape[0]} x {source.shape[1]} pattern of {source.nnz}"
         )
-    if pattern.device != connections.device:
-        raise PatternError(f"expected an edit on {connections.device}, where the layer is, got one on {pattern.device}")
-    if not _survivors_stand_still(layer, edit):
+    if source.device != connections.device:
+        raise PatternError(f"expected an edit on {connections.device}, where the layer is, got one on {source.device}")
+    same_rows = torch.equal(source.crow_indices, connections.crow_indices)
+    if not same_rows or not torch.equal(source.col_indices, connections.col_indices):
         raise PatternError(
-            "expected an edit of this layer's pattern, but its survivors are connections that the layer does not have; "
-            "make it with offpath.pattern.edit(layer.pattern, ...)"
+            "expected an edit of this layer's pattern, but it was made from other connections; make it with "
+            "offpath.pattern.edit(layer.pattern, ...)"
         )
     if grown is not None and grown.shape != edit.grown_slots.shape:
         raise PatternError(
             f"expected a value for each of the {edit.grown_slots.numel()} grown connections, got {tuple(grown.shape)}"
         )
-
-
-def _survivors_stand_still(layer: SparseLinear, edit: Edit) -> bool:
-    if not edit.new_to_old.numel() or not edit.old_to_new.numel():
-        return True
-    # Rows as well as columns: the positions say both.
-    moved = layer.connections.pattern.positions().index_select(0, edit.new_to_old.clamp(min=0))
-    moved[edit.grown_slots] = edit.pattern.positions()[edit.grown_slots]
-    return torch.equal(moved, edit.pattern.positions())

@@ -14,12 +14,13 @@ from offpath.pattern.pattern import Pattern, PatternError
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """The outcome of an edit.
+    """The outcome of an edit: `source` became `pattern`.
 
     `old_to_new` (int32 [old nnz]) holds the new slot of each old one, or -1 where the connection was dropped;
     `new_to_old` (int32 [new nnz]) the old slot of each new one, or -1 where the connection was grown.
     """
 
+    source: Pattern
     pattern: Pattern
     old_to_new: Tensor
     new_to_old: Tensor
@@ -39,8 +40,7 @@ class Edit:
             return slots.new_full(self.new_to_old.shape, fill)
         # A gather of everything and a fill of the few: half the time of a gather of the survivors alone.
         carried = slots.index_select(0, self._sources)
-        carried[self.grown_slots] = fill
-        return carried
+        return carried.index_fill_(0, self.grown_slots, fill)
 
     @cached_property
     def grown_slots(self) -> Tensor:
@@ -71,15 +71,14 @@ def edit(
     >>> change.old_to_new.tolist(), change.new_to_old.tolist()
     ([-1, 0, 1], [1, 2, -1])
     """
-    positions = pattern.positions()
     survives = torch.ones(pattern.nnz, dtype=torch.bool, device=pattern.device)
     if drop is not None:
         _check_drop(pattern, drop)
-        survives[drop.long()] = False
+        survives.index_fill_(0, drop.long(), False)
     survivors = survives.nonzero().squeeze(1)
     if drop is not None and survivors.numel() + drop.numel() != pattern.nnz:
         raise PatternError("expected distinct slots to drop, got duplicates")
-    kept = positions[survivors]
+    kept = pattern.positions().index_select(0, survivors)
     grown = kept.new_empty(0) if grow is None else _grown_positions(pattern, *grow)
 
     # Both lists are sorted: a grown connection's new slot is its place among the grown plus the survivors before it,
@@ -88,16 +87,15 @@ def edit(
     _check_free(pattern, kept, grown, before)
     grown_slots = torch.arange(grown.numel(), device=kept.device) + before
     stays = torch.ones(kept.numel() + grown.numel(), dtype=torch.bool, device=kept.device)
-    stays[grown_slots] = False
+    stays.index_fill_(0, grown_slots, False)
     kept_slots = stays.nonzero().squeeze(1)
-    merged = kept.new_empty(stays.numel())
-    merged[kept_slots] = kept
-    merged[grown_slots] = grown
+    # scatter_ takes a third of the time of an assignment through an index.
+    merged = kept.new_empty(stays.numel()).scatter_(0, kept_slots, kept).scatter_(0, grown_slots, grown)
     old_to_new = torch.full((pattern.nnz,), -1, dtype=torch.int32, device=kept.device)
-    old_to_new[survivors] = kept_slots.int()
+    old_to_new.scatter_(0, survivors, kept_slots.int())
     new_to_old = torch.full((merged.numel(),), -1, dtype=torch.int32, device=kept.device)
-    new_to_old[kept_slots] = survivors.int()
-    return Edit(from_positions(merged, pattern.shape), old_to_new, new_to_old)
+    new_to_old.scatter_(0, kept_slots, survivors.int())
+    return Edit(pattern, from_positions(merged, pattern.shape), old_to_new, new_to_old)
 
 
 def _check_drop(pattern: Pattern, drop: Tensor) -> None:
@@ -130,7 +128,7 @@ def _check_free(pattern: Pattern, kept: Tensor, grown: Tensor, before: Tensor) -
     """`before` holds, for each grown position, how many survivors stand before it."""
     if not kept.numel():
         return
-    taken = kept[before.clamp(max=kept.numel() - 1)] == grown
+    taken = kept.index_select(0, before.clamp(max=kept.numel() - 1)) == grown
     if bool(taken.any()):
         row, column = divmod(int(grown[taken][0]), pattern.shape[1])
         raise PatternError(f"expected free positions to grow, but ({row}, {column}) is already a connection")

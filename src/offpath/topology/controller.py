@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from offpath import pattern as patterns
 from offpath.nn import rewire
-from offpath.pattern import Edit, PatternError
+from offpath.pattern import Edit, Pattern, PatternError
 from offpath.topology.budget import Quota
 from offpath.topology.carry import carry_state, state_problem
 from offpath.topology.errors import TopologyError
@@ -26,8 +26,9 @@ STATE_VERSION = 1
 
 
 class Decision(NamedTuple):
-    """What one layer is to drop (slots, ascending) and to grow (positions, ascending)."""
+    """What one layer is to drop (slots of `pattern`, ascending) and to grow (positions)."""
 
+    pattern: Pattern
     drop: Tensor
     grow: Tensor
 
@@ -199,7 +200,7 @@ class Topology:
                     f"layer {layer.name!r}: expected a connection to stay, but all {layer.nnz} would go; lower "
                     "drop_fraction or final_sparsity, or leave the layer out with filter_fn"
                 )
-            decisions.append(Decision(drop, self._grown(layer, quota)))
+            decisions.append(Decision(layer.pattern, drop, self._grown(layer, quota)))
         return decisions
 
     def _grown(self, layer: LayerView, quota: Quota) -> Tensor:
@@ -218,7 +219,7 @@ class Topology:
     def _edits(self, decisions: list[Decision]) -> list[Edit | None]:
         """The decisions as edits, all of them checked against layers and optimizer; None where nothing changes."""
         edits: list[Edit | None] = []
-        for managed, (drop, grow) in zip(self._managed, decisions, strict=True):
+        for managed, (pattern, drop, grow) in zip(self._managed, decisions, strict=True):
             if not drop.numel() and not grow.numel():
                 edits.append(None)
                 continue
@@ -227,7 +228,7 @@ class Topology:
                 raise TopologyError(f"layer {managed.name!r}: {problem}")
             columns = managed.layer.in_features
             try:
-                edits.append(patterns.edit(managed.layer.connections.pattern, drop, (grow // columns, grow % columns)))
+                edits.append(patterns.edit(pattern, drop, (grow // columns, grow % columns)))
             except PatternError as error:
                 raise TopologyError(f"layer {managed.name!r}: {error}") from error
         return edits
