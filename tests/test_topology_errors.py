@@ -196,6 +196,17 @@ def test_connections_that_somebody_else_has_changed_are_noticed() -> None:
         topology.step()
 
 
+def test_a_copy_that_has_other_connections_by_now_is_noticed_before_anything_changes() -> None:
+    model = model_of()
+    average = AveragedModel(model)
+    topology = offpath.SET(model, _sgd(model), update_freq=1, also=[average])
+    average.module[2].load_state_dict(model_of(seed=5)[2].state_dict())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TopologyError, match="layer '2': expected an edit of this layer's pattern"):
+        topology.step()
+    assert _equal(before, model.state_dict())
+
+
 def test_global_pruning_that_would_empty_a_layer_is_refused() -> None:
     model = model_of()
     model[2].values.data *= 1e-6

@@ -24,7 +24,7 @@ class SparseLinear(nn.Module):
     Input [..., in_features], output [..., out_features], float32, float64 or bfloat16. Its parameters are `values`
     [nnz], in row-major order of the connections, and `bias` [out_features]. The topology travels with the `state_dict`
     as `crow_indices` and `col_indices` (int32); as attributes these are copies, so that nothing but loading a
-    checkpoint changes which connections a layer has.
+    checkpoint and `offpath.nn.rewire` changes which connections a layer has.
 
     `prefer` "speed" computes each product in whichever way is the fastest on this machine (`explain` tells which),
     "memory" never writes the weight out dense. `feature_major` (see `offpath.fuse`) lets the output be a strided view

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from offpath import pattern as patterns
-from offpath.nn import rewire
+from offpath.nn import check_rewire, rewire
 from offpath.pattern import Edit, Pattern, PatternError
 from offpath.topology.budget import Quota
 from offpath.topology.carry import carry_state, state_problem
@@ -228,9 +228,12 @@ class Topology:
                 raise TopologyError(f"layer {managed.name!r}: {problem}")
             columns = managed.layer.in_features
             try:
-                edits.append(patterns.edit(pattern, drop, (grow // columns, grow % columns)))
+                edit = patterns.edit(pattern, drop, (grow // columns, grow % columns))
+                for one in (managed.layer, *managed.copies):
+                    check_rewire(one, edit)
             except PatternError as error:
                 raise TopologyError(f"layer {managed.name!r}: {error}") from error
+            edits.append(edit)
         return edits
 
     def _apply(self, managed: ManagedLayer, edit: Edit | None) -> LayerUpdate:
