@@ -20,5 +20,9 @@ from offpath.topology.recipes import (
     RigL as RigL,
     Static as Static,
 )
-from offpath.topology.record import LayerUpdate as LayerUpdate, TopologyUpdate as TopologyUpdate
+from offpath.topology.record import (
+    LayerState as LayerState,
+    LayerUpdate as LayerUpdate,
+    TopologyUpdate as TopologyUpdate,
+)
 from offpath.topology.schedules import Constant as Constant, Cosine as Cosine, Cubic as Cubic, Every as Every

@@ -19,7 +19,7 @@ from offpath.topology.grow import needs_dense_gradient
 from offpath.topology.layer import LayerView
 from offpath.topology.managed import FilterFn, ManagedLayer, managed_layers
 from offpath.topology.recipe import Recipe
-from offpath.topology.record import LayerUpdate, TopologyUpdate
+from offpath.topology.record import LayerState, LayerUpdate, TopologyUpdate
 from offpath.topology.select import lowest
 
 STATE_VERSION = 1
@@ -98,6 +98,10 @@ class Topology:
     def layer_names(self) -> tuple[str, ...]:
         """The layers that are looked after."""
         return tuple(managed.name for managed in self._managed)
+
+    def survey(self) -> tuple[LayerState, ...]:
+        """Where each layer stands now, compared with when the topology was made; O(nnz)."""
+        return tuple(managed.state() for managed in self._managed)
 
     def step(self) -> TopologyUpdate | None:
         """Count an optimizer step and, when an update is due, make it; returns what it did, or None.

@@ -13,6 +13,7 @@ from offpath.topology.capture import Capture
 from offpath.topology.carry import owns
 from offpath.topology.errors import TopologyError
 from offpath.topology.layer import LayerView
+from offpath.topology.record import LayerState
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -43,6 +44,15 @@ class ManagedLayer:
         if not bool(values.isfinite().all()):
             raise TopologyError(f"layer {self.name!r}: expected finite weights, got NaN or inf")
         return LayerView(self.name, pattern, values, generator, self.initial_nnz, gradient, passes)
+
+    def state(self) -> LayerState:
+        """What has become of the layer; O(nnz)."""
+        pattern = self.layer.connections.pattern
+        rows, columns = pattern.shape
+        live = pattern.row_counts > 0
+        old = torch.bincount(pattern.row_indices()[self.unmoved.to(pattern.device)], minlength=rows) > 0
+        dead, new = rows - int(live.sum()), int((live & ~old).sum())
+        return LayerState(self.name, self.initial_nnz, pattern.nnz, rows * columns, int(self.unmoved.sum()), dead, new)
 
 
 def managed_layers(

@@ -23,6 +23,28 @@ class LayerUpdate:
 
 
 @dataclass(frozen=True)
+class LayerState:
+    """One layer at this moment. `initial_nnz` and `unmoved` look back to when the topology was made.
+
+    A unit (a row of the weight) is dead without incoming connections, and new when it has some, none of which has
+    existed since the start.
+    """
+
+    name: str
+    initial_nnz: int
+    nnz: int
+    size: int
+    unmoved: int
+    dead_units: int
+    new_units: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the (out, in) positions without a connection."""
+        return 1 - self.nnz / self.size if self.size else 1.0
+
+
+@dataclass(frozen=True)
 class TopologyUpdate:
     """One update, after optimizer step number `step`, layer by layer. `dataclasses.asdict` makes it JSON."""
 
