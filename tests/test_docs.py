@@ -51,5 +51,7 @@ def test_break_evens_of_the_readme_are_those_of_the_committed_crossover() -> Non
 
 
 def test_public_functions_have_an_example() -> None:
-    for function in (offpath.sparsify, offpath.densify, offpath.fuse, offpath.SparseLinear, offpath.Pattern):
+    recipes = offpath.Static, offpath.SET, offpath.RigL, offpath.MEST, offpath.GMP, offpath.topology.Topology
+    public = offpath.sparsify, offpath.densify, offpath.fuse, offpath.SparseLinear, offpath.Pattern, offpath.nn.rewire
+    for function in (*public, *recipes):
         assert ">>>" in (function.__doc__ or ""), function

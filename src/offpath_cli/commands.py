@@ -27,6 +27,11 @@ Data = Annotated[str, typer.Option(help="digits, mnist-5k, mnist or fashion-mnis
 Model = Annotated[str, typer.Option(help="mlp-small, mlp or mlp-wide.")]
 Sparsity = Annotated[float, typer.Option(help="Share of the hidden weights that do not exist, in [0, 1).")]
 Distribution = Annotated[str, typer.Option(help="How layers share the connections: uniform or erk.")]
+Method = Annotated[
+    str, typer.Option(help="How connections move: static, set, rigl, gmp (prunes a dense start) or mest.")
+]
+DropFraction = Annotated[float, typer.Option(help="Share of the connections that move in an update, in (0, 1].")]
+UpdateFreq = Annotated[int, typer.Option(help="Steps between updates, which end after 75 % of the first --epochs.")]
 Epochs = Annotated[int, typer.Option(help="Passes over the training data.")]
 BatchSize = Annotated[int, typer.Option(help="Samples a step.")]
 LearningRate = Annotated[float, typer.Option(help="Adam's learning rate.")]
@@ -35,7 +40,9 @@ Device = Annotated[str, typer.Option(help="cpu, or cuda where OFFPATH_BACKEND=re
 DataDir = Annotated[
     Path | None, typer.Option(help="Folder with the data files (default: OFFPATH_DATA and known places).")
 ]
-Out = Annotated[Path | None, typer.Option(help="Where to write (default: runs/COMMAND-DATA-MODEL-sSPARSITY-seedSEED).")]
+Out = Annotated[
+    Path | None, typer.Option(help="Where to write (default: runs/COMMAND-DATA-MODEL[-METHOD]-sSPARSITY-seedSEED).")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its checkpoint.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Two epochs at most: a first look.")]
 QUICK_EPOCHS = 2
@@ -117,6 +124,9 @@ def train(
     model: Model = "mlp",
     sparsity: Sparsity = 0.9,
     distribution: Distribution = "uniform",
+    method: Method = "static",
+    drop_fraction: DropFraction = 0.3,
+    update_freq: UpdateFreq = 100,
     epochs: Epochs = 30,
     batch_size: BatchSize = 128,
     learning_rate: LearningRate = 1e-3,
@@ -127,18 +137,21 @@ def train(
     resume: Resume = False,
     quick: Quick = False,
 ) -> None:
-    """Train one model with sparse hidden layers; --sparsity 0 trains the dense one."""
+    """Train one model with sparse hidden layers, and write report.html; --sparsity 0 trains the dense one."""
     from offpath.studies import train as train_run
+    from offpath.studies.train_report import write_report
     from offpath_cli.display import TrainDisplay
 
-    out = out or Path("runs") / f"train-{data}-{model}-s{sparsity:g}-seed{seed}"
+    out = out or _default_folder("train", context)
     config = _config(context, out, resume, quick)
     with TrainDisplay() as display:
         finished = train_run(config, out, display, resume)
     if not finished:
         display.say(f"stopped; go on with: offpath train --out {shlex.quote(str(out))} --resume")
         raise typer.Exit(INTERRUPTED)
+    write_report(out)
     display.say(f"the run is in {out}")
+    display.say(f"plots: {out / 'report.html'}   numbers: {out / 'metrics.jsonl'}")
 
 
 @app.command()
@@ -149,6 +162,9 @@ def race(
     model: Model = "mlp",
     sparsity: Sparsity = 0.9,
     distribution: Distribution = "uniform",
+    method: Method = "static",
+    drop_fraction: DropFraction = 0.3,
+    update_freq: UpdateFreq = 100,
     epochs: Epochs = 30,
     batch_size: BatchSize = 128,
     learning_rate: LearningRate = 1e-3,
@@ -164,7 +180,7 @@ def race(
     from offpath.studies.report import write_report
     from offpath_cli.display import RaceDisplay, print_race
 
-    out = out or Path("runs") / f"race-{data}-{model}-s{sparsity:g}-seed{seed}"
+    out = out or _default_folder("race", context)
     config = _config(context, out, resume, quick)
     with RaceDisplay() as display:
         result = run_race(config, out, display, resume)
@@ -222,6 +238,13 @@ def data(
     print(f"{name} is in {download(name, data_dir, progress=True)}")
 
 
+def _default_folder(command: str, context: typer.Context) -> Path:
+    asked = context.params
+    method = "" if asked["method"] == "static" else f"-{asked['method']}"
+    name = f"{command}-{asked['data']}-{asked['model']}{method}-s{asked['sparsity']:g}-seed{asked['seed']}"
+    return Path("runs") / name
+
+
 def _config(context: typer.Context, folder: Path, resume: bool, quick: bool):
     """The config that the options ask for; with --resume the one in the folder, which options may not contradict."""
     from dataclasses import fields, replace
@@ -229,7 +252,7 @@ def _config(context: typer.Context, folder: Path, resume: bool, quick: bool):
     from offpath.studies import RunConfig, RunError
     from offpath.studies.folder import RunFolder
 
-    names = [field.name for field in fields(RunConfig)]
+    names = [field.name for field in fields(RunConfig) if field.name in context.params]
     asked = {name: context.params[name] for name in names}
     if asked["data_dir"] is not None:
         # Absolute: a resumed run may start from another folder.

@@ -62,7 +62,8 @@ class TrainDisplay(Display):
     def on_start(self, run: Run) -> None:
         config = run.config
         kind = "dense" if config.sparsity == 0 else f"{100 * config.sparsity:.4g}% sparse"
-        self.say(f"{config.model} ({kind}) on {config.data}, seed {config.seed}")
+        method = f", {config.method}" if config.moves else ""
+        self.say(f"{config.model} ({kind}{method}) on {config.data}, seed {config.seed}")
         self.task = self.progress.add_task(
             "training", total=run.total_steps, completed=run.step, loss="", accuracy="", rate=""
         )
@@ -77,9 +78,11 @@ class TrainDisplay(Display):
         )
 
     def on_epoch(self, run: Run, record: dict[str, Any]) -> None:
+        topology = record["topology"] if run.config.moves else None
+        moved = f"  {topology['sparsity']:.1%} sparse  {topology['moved_share']:.1%} moved" if topology else ""
         self.say(
             f"epoch {record['epoch']:>3}  loss {record['train_loss']:.4f}  test loss {record['test_loss']:.4f}  "
-            f"test acc {record['test_accuracy']:.2%}  {record['samples_per_second']:>7,.0f}/s"
+            f"test acc {record['test_accuracy']:.2%}  {record['samples_per_second']:>7,.0f}/s{moved}"
         )
 
 

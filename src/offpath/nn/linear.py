@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from offpath import pattern as patterns
 from offpath.nn.loading import load_problem
+from offpath.nn.parameter import replace_values
 from offpath.ops import PREFERENCES, Connections, Explanation, explain, sparse_linear
 from offpath.pattern import Pattern
 
@@ -23,7 +24,7 @@ class SparseLinear(nn.Module):
     Input [..., in_features], output [..., out_features], float32, float64 or bfloat16. Its parameters are `values`
     [nnz], in row-major order of the connections, and `bias` [out_features]. The topology travels with the `state_dict`
     as `crow_indices` and `col_indices` (int32); as attributes these are copies, so that nothing but loading a
-    checkpoint changes which connections a layer has.
+    checkpoint and `offpath.nn.rewire` changes which connections a layer has.
 
     `prefer` "speed" computes each product in whichever way is the fastest on this machine (`explain` tells which),
     "memory" never writes the weight out dense. `feature_major` (see `offpath.fuse`) lets the output be a strided view
@@ -271,21 +272,13 @@ class SparseLinear(nn.Module):
             pattern = Pattern(shape, crow_indices.detach().to(device), col_indices.detach().to(device))
             self._set_connections(self._connections.same_or_new(pattern))
             if pattern.nnz != self.values.numel():
-                self._resize_values(pattern.nnz)
+                replace_values(self.values, self.values.new_empty(pattern.nnz).detach())
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         for name in ("crow_indices", "col_indices"):
             if prefix + name in unexpected_keys:  # torch knows parameters and buffers only
                 unexpected_keys.remove(prefix + name)
-
-    def _resize_values(self, nnz: int) -> None:
-        # The same Parameter object, so that an optimizer that holds it goes on holding it. Autograd remembers the
-        # shape of a leaf's gradient until its data changes type: hence the detour.
-        data = self.values.data
-        self.values.grad = None
-        self.values.data = data.new_empty(0, dtype=torch.float16)
-        self.values.data = data.new_empty(nnz)
 
 
 def _density(sparsity: float | None, density: float | None) -> float:

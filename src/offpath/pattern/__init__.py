@@ -8,6 +8,7 @@ from offpath.pattern.build import (
     full as full,
     random as random,
 )
+from offpath.pattern.draw import distinct as distinct
 from offpath.pattern.edit import Edit as Edit, edit as edit
 from offpath.pattern.pattern import (
     Pattern as Pattern,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from offpath.pattern.draw import distinct
 from offpath.pattern.pattern import INT32_MAX, Pattern, PatternError
 
 
@@ -81,12 +82,7 @@ def random(
     if torch.device(device or "cpu").type == "meta":
         crow_indices = torch.empty(shape[0] + 1, dtype=torch.int32, device=device)
         return Pattern(shape, crow_indices, torch.empty(nnz, dtype=torch.int32, device=device))
-    if nnz <= positions // 2:
-        chosen = _distinct(positions, nnz, generator)
-    else:  # rejection would draw for ever near a full matrix; here the gaps are the few
-        present = torch.ones(positions, dtype=torch.bool)
-        present[_distinct(positions, positions - nnz, generator)] = False
-        chosen = present.nonzero().squeeze(1)
+    chosen = distinct(positions, nnz, generator)
     return from_positions(chosen, shape).to(device or "cpu")
 
 
@@ -98,23 +94,6 @@ def from_positions(positions: Tensor, shape: tuple[int, int]) -> Pattern:
     starts = torch.arange(rows + 1, dtype=torch.int64, device=positions.device) * columns
     crow_indices = torch.searchsorted(positions, starts, out_int32=True)
     return Pattern(shape, crow_indices, (positions % max(columns, 1)).int())
-
-
-def _distinct(upper: int, count: int, generator: torch.Generator | None) -> Tensor:
-    """`count` distinct integers below `upper`, ascending, every set equally likely; count <= upper / 2."""
-    chosen = torch.empty(0, dtype=torch.int64)
-    while chosen.numel() < count:
-        # A draw collides with probability <= 1/2, so a few rounds suffice.
-        missing = count - chosen.numel()
-        drawn = torch.randint(upper, (missing + missing // 8 + 16,), generator=generator)
-        chosen = torch.cat([chosen, drawn]).unique()
-    surplus = chosen.numel() - count
-    if surplus:
-        # Which ones go must not depend on their size, or large positions would be rarer.
-        keep = torch.ones(chosen.numel(), dtype=torch.bool)
-        keep[torch.randperm(chosen.numel(), generator=generator)[:surplus]] = False
-        chosen = chosen[keep]
-    return chosen
 
 
 def _to_int32(name: str, indices: Tensor) -> Tensor:

@@ -113,6 +113,11 @@ class Pattern:
         rows = torch.arange(self.shape[0], dtype=torch.int32, device=self.device)
         return torch.repeat_interleave(rows, self.row_counts, output_size=self.nnz)
 
+    def positions(self) -> Tensor:
+        """Row-major position (row * in_features + column) of each slot, ascending, int64 [nnz]."""
+        starts = torch.arange(self.shape[0], device=self.device) * self.shape[1]
+        return torch.repeat_interleave(starts, self.row_counts, output_size=self.nnz).add_(self.col_indices)
+
     def transpose(self) -> Transpose:
         """The transposed pattern with its permutation; computed once and kept."""
         return self._transposed
@@ -135,9 +140,8 @@ class Pattern:
         """Dense (out_features, in_features) matrix with `values` [nnz] at the connections, zero elsewhere."""
         if values.shape != (self.nnz,):
             raise PatternError(f"expected values of shape ({self.nnz},), got {tuple(values.shape)}")
-        positions = self.row_indices().long() * self.shape[1] + self.col_indices
         dense = values.new_zeros(self.shape[0] * self.shape[1])
-        return dense.index_put((positions,), values).view(self.shape)
+        return dense.index_put((self.positions(),), values).view(self.shape)
 
     def to(self, device: torch.device | str) -> Pattern:
         """The same pattern with its index tensors on `device`."""

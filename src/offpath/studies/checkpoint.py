@@ -1,8 +1,9 @@
 """A run on disk: one safetensors file that holds everything a run needs to go on.
 
-Model, optimizer, generator state and progress are in one file, so they can never belong to different steps.
-Tensors: `model/<key>`, `optimizer/<parameter index>/<name>`, `rng_state`. The header's metadata holds JSON under
-`offpath_run` (the format version, the config, the progress, the optimizer's plain numbers) and a `sha256` of all.
+Model, optimizer, topology, generator states and progress are in one file, so they can never belong to different steps.
+Tensors: `model/<key>`, `optimizer/<parameter index>/<name>`, `topology/generator`, `topology/unmoved/<layer>`,
+`rng_state`. The header's metadata holds JSON under `offpath_run` (the format version, the config, the progress, the
+plain numbers of optimizer and topology) and a `sha256` of all.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from offpath.studies.config import RunConfig, RunError
 from offpath.studies.files import write_whole
 from offpath.studies.run import Meter, Run
+from offpath.topology import Topology, TopologyError
 
 FORMAT_VERSION = 1
 # What may differ when a run goes on: it can be given more epochs, and its data may have moved.
@@ -39,13 +41,15 @@ def save_checkpoint(run: Run, path: Path) -> None:
                 tensors[f"optimizer/{index}/{name}"] = value
             else:
                 numbers.setdefault(str(index), {})[name] = value
-    header = {
+    header: dict[str, Any] = {
         "version": FORMAT_VERSION,
         "config": run.config.to_json(),
         "step": run.step,
         "meter": asdict(run.meter),
         "optimizer": {"param_groups": state["param_groups"], "numbers": numbers},
     }
+    if run.topology:
+        header["topology"] = _take_tensors(run.topology.state_dict(), tensors)
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     text = json.dumps(header)
     metadata = {"offpath_run": text, "sha256": _digest(text, contiguous)}
@@ -65,6 +69,8 @@ def load_checkpoint(run: Run, path: Path) -> None:
         raise RunError(f"expected a checkpoint of this run, but {path} has {key}={saved[key]!r}, not {current[key]!r}")
     run.model.load_state_dict({key.removeprefix("model/"): t for key, t in tensors.items() if key.startswith("model/")})
     run.optimizer.load_state_dict(_optimizer_state(tensors, header["optimizer"]))
+    if run.topology and "topology" in header:  # runs of fixed connections once had none
+        _load_topology(run.topology, tensors, header["topology"], path)
     run.rng_state = tensors["rng_state"]
     run.step = header["step"]
     run.meter = Meter(**header["meter"])
@@ -102,6 +108,23 @@ def _digest(header: str, tensors: dict[str, Tensor]) -> str:
         digest.update(key.encode())
         digest.update(tensors[key].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _take_tensors(state: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Put the tensors of a topology's state into `tensors`, and return the rest."""
+    tensors["topology/generator"] = state["generator"]
+    for name, layer in state["layers"].items():
+        tensors[f"topology/unmoved/{name}"] = layer["unmoved"]
+    layers = {name: {k: v for k, v in layer.items() if k != "unmoved"} for name, layer in state["layers"].items()}
+    return {key: value for key, value in state.items() if key != "generator"} | {"layers": layers}
+
+
+def _load_topology(topology: Topology, tensors: dict[str, Tensor], header: dict[str, Any], path: Path) -> None:
+    layers = {n: layer | {"unmoved": tensors[f"topology/unmoved/{n}"]} for n, layer in header["layers"].items()}
+    try:
+        topology.load_state_dict(header | {"generator": tensors["topology/generator"], "layers": layers})
+    except TopologyError as error:
+        raise RunError(f"expected a checkpoint of this run's topology in {path}: {error}") from error
 
 
 def _optimizer_state(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[str, Any]:

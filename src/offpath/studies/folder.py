@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,12 @@ class RunFolder:
             ) from error
         except (OSError, ValueError) as error:
             raise RunError(f"expected a readable {self.config_file}, got: {error}; restore it from a copy") from error
+
+    def settled(self, config: RunConfig) -> RunConfig:
+        """`config` as the run that is here goes on with it: a run that gets more epochs keeps its `end_step`."""
+        if config.end_step is None and self.config_file.exists():
+            return replace(config, end_step=self.config().end_step)
+        return config
 
     def restore(self, run: Run) -> None:
         """Put `run` at the folder's checkpoint, and drop the metrics of epochs that it does not contain.

@@ -10,7 +10,7 @@ import ctypes
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,7 +54,8 @@ def _measure(config: RunConfig) -> Memory:
     ctypes.CDLL(None).malloc_trim(0)  # or the run would reuse what loading the data has freed
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
     before = _resident_bytes("VmRSS")
-    run = Run(config, dataset)
+    # With an update among the few steps: it is a part of training like the others.
+    run = Run(replace(config, update_freq=min(config.update_freq, 2)), dataset)
     run.advance(STEPS)
     return Memory(_resident_bytes("VmHWM") - before, training_bytes(run.model, run.optimizer))
 

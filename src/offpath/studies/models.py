@@ -28,11 +28,17 @@ MODELS: dict[str, Callable[[int, int], nn.Sequential]] = {
 }
 
 
-def build_model(name: str, features: int, classes: int, sparsity: float, distribution: str, seed: int) -> nn.Module:
-    """The model `name`, its hidden layers at `sparsity` (0: dense); the small classifier stays dense."""
+def build_model(
+    name: str, features: int, classes: int, sparsity: float, distribution: str, seed: int, all_connections: bool = False
+) -> nn.Module:
+    """The model `name`, its hidden layers at `sparsity` (0: dense); the small classifier stays dense.
+
+    With `all_connections`, the hidden layers are sparse layers that have every connection and the dense weights.
+    """
     model = MODELS[name](features, classes)
     if sparsity > 0:
         classifier = model[-1]
-        sparsify(model, sparsity, distribution, lambda module, _: module is not classifier, seed=seed)
+        start, method = (0.0, "magnitude") if all_connections else (sparsity, "random")
+        sparsify(model, start, distribution, lambda module, _: module is not classifier, method, seed)
         fuse(model)
     return model

@@ -65,7 +65,7 @@ def _over_epochs(axes: Axes, result: RaceResult, quantity: str) -> None:
     axes.set(xlabel="epoch", ylabel=quantity, title=f"{quantity} over epochs")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize="small")
-    _clean(axes)
+    clean(axes)
 
 
 def _accuracy_over_time(axes: Axes, result: RaceResult) -> None:
@@ -75,7 +75,7 @@ def _accuracy_over_time(axes: Axes, result: RaceResult) -> None:
         axes.plot(seconds, accuracies, marker="o", markersize=3, color=COLORS[lane.name], label=_label(lane))
     axes.set(xlabel="training time (s)", ylabel="test accuracy (%)", title="accuracy over training time")
     axes.legend(frameon=False, loc="lower right")
-    _clean(axes)
+    clean(axes)
 
 
 def _step_time(axes: Axes, result: RaceResult) -> None:
@@ -103,7 +103,7 @@ def _bytes_kept(axes: Axes, result: RaceResult) -> None:
         axes.annotate(f"{total:.1f} MiB", (place, total), ha="center", va="bottom")
     axes.set(ylabel="MiB", title="bytes that training keeps", ylim=(0, 1.15 * max(bottom)))
     axes.legend(frameon=False)
-    _clean(axes)
+    clean(axes)
 
 
 def _bars(axes: Axes, result: RaceResult, value: Callable[[Lane], float], text: str) -> None:
@@ -111,14 +111,15 @@ def _bars(axes: Axes, result: RaceResult, value: Callable[[Lane], float], text: 
         axes.bar(place, value(lane), color=COLORS[lane.name], width=0.6)
         axes.annotate(text.format(value(lane)), (place, value(lane) / 2), ha="center", va="center", color="white")
     axes.set_xticks([0, 1], ["dense", "sparse"])
-    _clean(axes)
+    clean(axes)
 
 
 def _label(lane: Lane) -> str:
     return "dense" if lane.sparsity == 0 else f"{100 * lane.sparsity:.4g}% sparse"
 
 
-def _clean(axes: Axes) -> None:
+def clean(axes: Axes) -> None:
+    """Lines for reading values, and no frame."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)

@@ -89,19 +89,26 @@ class RaceObserver(Protocol):
 
 
 def race(config: RunConfig, out: Path, observer: RaceObserver, resume: bool = False) -> RaceResult | None:
-    """Train the dense twin of `config` and `config` itself in turns; None when Ctrl-C stopped them.
+    """Train the static dense twin of `config` and `config` itself in turns; None when Ctrl-C stopped them.
 
     `out` gets a run folder for each (`dense`, `sparse`) and, at the end, `race.json`. A stopped race goes on with
     `resume`. Raises `RunError` or `DataError`.
     """
     if config.sparsity == 0:
         raise RunError("expected a sparsity above 0 for the sparse twin, got 0")
+    if config.method == "gmp":
+        raise RunError("expected a twin that is sparse from the start, got method gmp; use offpath train")
     dataset = load(config.data, Path(config.data_dir) if config.data_dir else None)
     root = RunFolder(out)
+    if resume:
+        config = root.settled(config)
     with root.locked():
         lanes = {
             name: (Run(lane_config, dataset), RunFolder(out / name))
-            for name, lane_config in (("dense", replace(config, sparsity=0.0)), ("sparse", config))
+            for name, lane_config in (
+                ("dense", replace(config, sparsity=0.0, method="static", end_step=None)),
+                ("sparse", config),
+            )
         }
         if not resume:
             root.refuse_existing()
@@ -114,6 +121,7 @@ def race(config: RunConfig, out: Path, observer: RaceObserver, resume: bool = Fa
         for run, folder in lanes.values():
             if not resume:
                 folder.start(run.config)
+        config = lanes["sparse"][0].config
         root.write_config(config)
         with stop_on_signal() as stop:
             if not _take_turns(lanes, observer, stop):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch.nn import functional
 
 from offpath.studies.config import RunConfig, RunError
 from offpath.studies.data import Dataset
+from offpath.studies.methods import end_of_updates, make_topology, topology_record
 from offpath.studies.models import build_model
+from offpath.topology import TopologyError
 
 EVALUATION_BATCH = 1024
 
@@ -25,6 +27,9 @@ class Meter:
     loss_sum: float = 0.0
     correct: int = 0
     samples: int = 0
+    updates: int = 0
+    dropped: int = 0
+    grown: int = 0
     step_seconds: list[float] = field(default_factory=list)
 
 
@@ -32,26 +37,36 @@ class Run:
     """A training run that can be stopped after any step and taken up again to the same numbers.
 
     Whatever is random draws from the run's own generator states, so two runs in one process do not disturb each
-    other, and the order of the data follows from the seed and the epoch alone.
+    other, and the order of the data follows from the seed and the epoch alone. `config` is what was asked for with
+    nothing left open: it says at which step the last connections move.
     """
 
     def __init__(self, config: RunConfig, dataset: Dataset) -> None:
+        self.samples = len(dataset.train_labels)
+        self.steps_per_epoch = math.ceil(self.samples / config.batch_size)
+        if config.moves and config.end_step is None:
+            config = replace(config, end_step=end_of_updates(config.epochs * self.steps_per_epoch))
         self.config = config
         self.device = torch.device(config.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = build_model(
-                config.model, dataset.features, dataset.classes, config.sparsity, config.distribution, config.seed
+                config.model,
+                dataset.features,
+                dataset.classes,
+                config.sparsity,
+                config.distribution,
+                config.seed,
+                all_connections=config.method == "gmp",
             )
             self.rng_state = torch.get_rng_state()
         self.model: nn.Module = model.to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, fused=True)
+        self.topology = make_topology(config, self.model, self.optimizer)
         self.train_images, self.train_labels, self.test_images, self.test_labels = (
             t.to(self.device)
             for t in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels)
         )
-        self.samples = len(self.train_labels)
-        self.steps_per_epoch = math.ceil(self.samples / config.batch_size)
         self.step = 0
         self.meter = Meter()
         self._order: tuple[int, Tensor] | None = None
@@ -79,7 +94,8 @@ class Run:
     def advance(self, steps: int = 1) -> None:
         """Train for `steps` steps, at most to the end of the epoch.
 
-        Raises `RunError` when the loss is not finite; the numbers up to the last checkpoint are still good.
+        Raises `RunError` when the loss is not finite or the connections cannot be moved; the numbers up to the last
+        checkpoint are still good.
         """
         self.model.train()
         steps = min(steps, self.steps_per_epoch - self.step % self.steps_per_epoch)
@@ -98,19 +114,30 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        self._wait()
-        seconds = time.perf_counter() - start
         value = float(loss.detach())
         if not math.isfinite(value):
             raise RunError(
                 f"expected a finite loss, got {value} at step {self.step + 1}; start again with a smaller "
                 "--learning-rate and another --out"
             )
+        self._move_connections()
+        self._wait()
+        seconds = time.perf_counter() - start
         self.meter.loss_sum += value * len(batch)
         self.meter.correct += int((logits.detach().argmax(1) == labels).sum())
         self.meter.samples += len(batch)
         self.meter.step_seconds.append(seconds)
         self.step += 1
+
+    def _move_connections(self) -> None:
+        try:
+            update = self.topology.step() if self.topology else None
+        except TopologyError as error:
+            raise RunError(f"{error}; this was at step {self.step + 1} of {self.config.method}") from error
+        if update is not None:
+            self.meter.updates += 1
+            self.meter.dropped += update.dropped
+            self.meter.grown += update.grown
 
     def _batch(self) -> Tensor:
         epoch, place = divmod(self.step, self.steps_per_epoch)
@@ -137,6 +164,8 @@ class Run:
         test_loss, test_accuracy = self.evaluate()
         meter, self.meter = self.meter, Meter()
         train_seconds = sum(meter.step_seconds)
+        moved = {"updates": meter.updates, "dropped": meter.dropped, "grown": meter.grown}
+        topology = {"topology": moved | topology_record(self.topology)} if self.topology else {}
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -146,6 +175,7 @@ class Run:
             "test_accuracy": test_accuracy,
             "train_seconds": train_seconds,
             "samples_per_second": meter.samples / train_seconds,
+            **topology,
             "step_seconds": meter.step_seconds,
         }
 

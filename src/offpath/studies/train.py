@@ -33,13 +33,16 @@ def train(config: RunConfig, out: Path, observer: Observer, resume: bool = False
     threads; bit for bit on one thread). Raises `RunError` or `DataError`.
     """
     folder = RunFolder(out)
-    run = Run(config, load(config.data, Path(config.data_dir) if config.data_dir else None))
+    run = Run(
+        folder.settled(config) if resume else config,
+        load(config.data, Path(config.data_dir) if config.data_dir else None),
+    )
     with folder.locked():
         if resume:
             folder.restore(run)
         else:
             folder.refuse_existing()
-            folder.start(config)
+            folder.start(run.config)
         observer.on_start(run)
         with stop_on_signal() as stop:
             while run.step < run.total_steps and not stop.made:

@@ -1,0 +1,73 @@
+"""An optimizer's memory of a weight goes where the weight goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from offpath.pattern import Edit
+
+
+def owns(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+    """Whether `parameter` is in one of the optimizer's parameter groups."""
+    return any(p is parameter for group in optimizer.param_groups for p in group["params"])
+
+
+def state_problem(optimizer: Optimizer, parameter: nn.Parameter) -> str | None:
+    """Why the optimizer's state of `parameter` [nnz] cannot be moved with its connections; None if it can."""
+    for key, entry in _state(optimizer, parameter).items():
+        tensors = [entry] if isinstance(entry, Tensor) else _tensors_inside(entry)
+        if isinstance(entry, Tensor) and (entry.shape == parameter.shape or entry.numel() == 1):
+            continue
+        if tensors:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors[:3])
+            return (
+                f"expected the state {key!r} of {type(optimizer).__name__} to have one entry for each of the "
+                f"{parameter.numel()} connections, got {shapes}; it cannot follow a connection that moves"
+            )
+    return None
+
+
+@torch.no_grad()
+def carry_state(optimizer: Optimizer, parameter: nn.Parameter, edit: Edit, grown_state: Mapping[str, float]) -> None:
+    """Move every state tensor of one entry per connection through `edit`; survivors keep their bits.
+
+    A grown connection starts as the optimizer starts a new weight, in nearly all of them with zero; `grown_state` names
+    other numbers by the key of the state. Single numbers (step counters) stay. As long as the count of connections
+    stays, tensors are written in place.
+    """
+    state = _state(optimizer, parameter)
+    for key, entry in state.items():
+        if not isinstance(entry, Tensor) or entry.shape != edit.old_to_new.shape:
+            continue
+        carried = edit.carry(entry, grown_state.get(key, _initial(optimizer, parameter, key)))
+        if carried.shape == entry.shape:
+            entry.copy_(carried)
+        else:
+            state[key] = carried
+
+
+def _state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    # Asked for with get: a look must not add an entry to the defaultdict that a checkpoint would then hold.
+    return optimizer.state.get(parameter, {})
+
+
+def _tensors_inside(entry: Any) -> list[Tensor]:
+    if isinstance(entry, Tensor):
+        return [entry]
+    if isinstance(entry, Mapping):
+        entry = list(entry.values())
+    return [t for item in entry for t in _tensors_inside(item)] if isinstance(entry, list | tuple) else []
+
+
+def _initial(optimizer: Optimizer, parameter: nn.Parameter, key: str) -> float:
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    if isinstance(optimizer, torch.optim.Adagrad) and key == "sum":
+        return float(group["initial_accumulator_value"])
+    if isinstance(optimizer, torch.optim.Rprop) and key == "step_size":
+        return float(group["lr"])
+    return 0.0

@@ -1,0 +1,268 @@
+"""`Topology`: carries out a recipe while a model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from offpath import pattern as patterns
+from offpath.nn import check_rewire, rewire
+from offpath.pattern import Edit, Pattern, PatternError
+from offpath.topology.budget import Quota
+from offpath.topology.carry import carry_state, state_problem
+from offpath.topology.errors import TopologyError
+from offpath.topology.grow import needs_dense_gradient
+from offpath.topology.layer import LayerView
+from offpath.topology.managed import FilterFn, ManagedLayer, managed_layers
+from offpath.topology.recipe import Recipe
+from offpath.topology.record import LayerState, LayerUpdate, TopologyUpdate
+from offpath.topology.select import lowest
+
+STATE_VERSION = 1
+
+
+class Decision(NamedTuple):
+    """What one layer is to drop (slots of `pattern`, ascending) and to grow (positions)."""
+
+    pattern: Pattern
+    drop: Tensor
+    grow: Tensor
+
+
+class Topology:
+    """Changes the connections of the sparse layers of `model` as `recipe` says, and moves everything along with them.
+
+    Call `step()` after `optimizer.step()`, and before `optimizer.zero_grad()`. Values, gradients and every state tensor
+    of any torch optimizer go with their connection, bit for bit; grown connections begin with zero. Models in `also`
+    (such as an `AveragedModel`) get the same connections. All draws come from a generator of its own, made from `seed`.
+
+    Frozen layers, and those that `filter_fn(module, fqn)` declines, are left alone. `grown_state` gives other numbers
+    than zero to the optimizer's state of grown connections, by its key. An error changes nothing.
+    Raises `TopologyError` when the recipe cannot be carried out with this model and optimizer.
+
+    >>> from offpath import SparseLinear, topology
+    >>> model = nn.Sequential(SparseLinear(64, 32), nn.ReLU(), SparseLinear(32, 10))
+    >>> optimizer = torch.optim.Adam(model.parameters())
+    >>> schedule, budget = topology.Every(update_freq=2), topology.PerLayer(topology.Constant(0.3))
+    >>> recipe = topology.Recipe("mine", schedule, topology.drop.magnitude, topology.grow.random, budget)
+    >>> moving = topology.Topology(model, optimizer, recipe)
+    >>> for _ in range(2):
+    ...     model(torch.randn(8, 64)).square().sum().backward()
+    ...     optimizer.step()
+    ...     update = moving.step()
+    ...     optimizer.zero_grad()
+    >>> update.dropped, update.grown, model[0].nnz
+    (72, 72, 205)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        recipe: Recipe,
+        *,
+        seed: int = 0,
+        also: Sequence[nn.Module] = (),
+        filter_fn: FilterFn | None = None,
+        grown_state: Mapping[str, float] | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self._optimizer = optimizer
+        self._grown_state = dict(grown_state or {})
+        self._managed = managed_layers(model, optimizer, also, filter_fn)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._step = 0
+        if recipe.budget is not None:
+            recipe.budget.check([managed.view(self._generator) for managed in self._managed])
+        self._watch()
+
+    @property
+    def step_count(self) -> int:
+        """Calls of `step()` so far."""
+        return self._step
+
+    @property
+    def watching(self) -> bool:
+        """Whether the next passes are watched for an update that reads the dense gradient.
+
+        A compiled model would not notice the hooks: run these passes under `torch.compiler.set_stance("force_eager")`.
+        """
+        schedule = self.recipe.schedule
+        return schedule is not None and needs_dense_gradient(self.recipe.grow) and schedule.due(self._step + 1)
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The layers that are looked after."""
+        return tuple(managed.name for managed in self._managed)
+
+    def survey(self) -> tuple[LayerState, ...]:
+        """Where each layer stands now, compared with when the topology was made; O(nnz)."""
+        return tuple(managed.state() for managed in self._managed)
+
+    def step(self) -> TopologyUpdate | None:
+        """Count an optimizer step and, when an update is due, make it; returns what it did, or None.
+
+        Raises `TopologyError` when it cannot be made. Then nothing has changed, the step is not counted, and what was
+        seen of the gradients is forgotten.
+        """
+        schedule = self.recipe.schedule
+        update = None
+        if schedule is not None and schedule.due(self._step + 1):
+            drawn = self._generator.get_state()
+            try:
+                edits = self._edits(self._decide(self._step + 1))
+            except BaseException:
+                self._generator.set_state(drawn)
+                for managed in self._managed:
+                    managed.capture.clear()
+                raise
+            layers = tuple(self._apply(m, e) for m, e in zip(self._managed, edits, strict=True))
+            update = TopologyUpdate(self._step + 1, layers)
+        self._step += 1
+        self._watch()
+        return update
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is needed to go on to the same numbers, beside the model's and the optimizer's own.
+
+        Plain numbers, strings and tensors; save it after `step()`, not between a backward pass and it.
+        """
+        return {
+            "version": STATE_VERSION,
+            "recipe": self.recipe.describe(),
+            "step": self._step,
+            "generator": self._generator.get_state(),
+            "layers": {
+                managed.name: {
+                    "initial_nnz": managed.initial_nnz,
+                    "digest": managed.digest,
+                    "unmoved": managed.unmoved.clone(),
+                }
+                for managed in self._managed
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`. Load the model's and the optimizer's checkpoint first.
+
+        Raises `TopologyError`, before anything is changed, when it belongs to another recipe or another model.
+        """
+        problem = self._load_problem(state)
+        if problem:
+            raise TopologyError(problem)
+        for managed in self._managed:
+            saved = state["layers"][managed.name]
+            managed.initial_nnz, managed.digest = int(saved["initial_nnz"]), int(saved["digest"])
+            managed.unmoved = saved["unmoved"].to(managed.layer.values.device, torch.bool, copy=True)
+            managed.capture.disarm()
+        self._generator.set_state(state["generator"].cpu())
+        self._step = int(state["step"])
+        self._watch()
+
+    def _load_problem(self, state: Mapping[str, Any]) -> str | None:
+        missing = {"version", "recipe", "step", "generator", "layers"} - state.keys()
+        if missing or state["version"] != STATE_VERSION:
+            return f"expected the state_dict of a topology, version {STATE_VERSION}; {sorted(missing) or 'got another'}"
+        if state["recipe"] != self.recipe.describe():
+            return f"expected a state of the recipe {self.recipe.describe()}, got one of {state['recipe']}"
+        if list(state["layers"]) != list(self.layer_names):
+            return f"expected a state of the layers {list(self.layer_names)}, got one of {list(state['layers'])}"
+        for managed in self._managed:
+            saved = state["layers"][managed.name]
+            if saved["digest"] != managed.digest_now() or saved["unmoved"].numel() != managed.layer.nnz:
+                return (
+                    f"layer {managed.name!r}: expected the connections that were there when the state was saved, got "
+                    "other ones; load the model's checkpoint before that of its topology"
+                )
+        return None
+
+    def _watch(self) -> None:
+        """Watch the passes before an update that reads dense gradients, and no others."""
+        for managed in self._managed:
+            managed.capture.clear()
+            if self.watching:
+                managed.capture.arm()
+            else:
+                managed.capture.disarm()
+
+    def _decide(self, step: int) -> list[Decision]:
+        """What every layer drops and grows: a function of weights, gradients and generator; changes no layer."""
+        recipe = self.recipe
+        assert recipe.drop is not None and recipe.budget is not None
+        layers = [managed.view(self._generator) for managed in self._managed]
+        importances = [_importance(layer, recipe.drop(layer)) for layer in layers]
+        quotas = recipe.budget(step, layers, importances)
+        drops = [lowest(importance, quota.drop) for importance, quota in zip(importances, quotas, strict=True)]
+        decisions = []
+        for layer, quota, drop in zip(layers, quotas, drops, strict=True):
+            if layer.nnz and layer.nnz - quota.drop + quota.grow == 0:
+                raise TopologyError(
+                    f"layer {layer.name!r}: expected a connection to stay, but all {layer.nnz} would go; lower "
+                    "drop_fraction or final_sparsity, or leave the layer out with filter_fn"
+                )
+            decisions.append(Decision(layer.pattern, drop, self._grown(layer, quota)))
+        return decisions
+
+    def _grown(self, layer: LayerView, quota: Quota) -> Tensor:
+        if not quota.grow:
+            return torch.empty(0, dtype=torch.int64, device=layer.pattern.device)
+        if self.recipe.grow is None:
+            raise TopologyError(f"the budget asks for growth, but recipe {self.recipe.name!r} has no grow rule")
+        positions = self.recipe.grow(layer, quota.grow)
+        if positions.shape != (quota.grow,) or positions.dtype != torch.int64:
+            raise TopologyError(
+                f"layer {layer.name!r}: expected the grow rule to return {quota.grow} positions in int64, got "
+                f"{positions.dtype} {tuple(positions.shape)}"
+            )
+        return positions
+
+    def _edits(self, decisions: list[Decision]) -> list[Edit | None]:
+        """The decisions as edits, all of them checked against layers and optimizer; None where nothing changes."""
+        edits: list[Edit | None] = []
+        for managed, (pattern, drop, grow) in zip(self._managed, decisions, strict=True):
+            if not drop.numel() and not grow.numel():
+                edits.append(None)
+                continue
+            problem = state_problem(self._optimizer, managed.layer.values)
+            if problem:
+                raise TopologyError(f"layer {managed.name!r}: {problem}")
+            columns = managed.layer.in_features
+            try:
+                edit = patterns.edit(pattern, drop, (grow // columns, grow % columns))
+                for one in (managed.layer, *managed.copies):
+                    check_rewire(one, edit)
+            except PatternError as error:
+                raise TopologyError(f"layer {managed.name!r}: {error}") from error
+            edits.append(edit)
+        return edits
+
+    def _apply(self, managed: ManagedLayer, edit: Edit | None) -> LayerUpdate:
+        layer = managed.layer
+        dropped = grown = 0
+        if edit is not None:
+            carry_state(self._optimizer, layer.values, edit, self._grown_state)
+            for one in (layer, *managed.copies):
+                rewire(one, edit)
+            managed.unmoved = edit.carry(managed.unmoved.to(layer.values.device), fill=False)
+            managed.digest = managed.digest_now()
+            grown = edit.grown_slots.numel()
+            dropped = edit.old_to_new.numel() - (layer.nnz - grown)
+        size = layer.in_features * layer.out_features
+        return LayerUpdate(managed.name, dropped, grown, layer.nnz, size, int(managed.unmoved.sum()))
+
+
+def _importance(layer: LayerView, importance: Tensor) -> Tensor:
+    if importance.shape != (layer.nnz,) or not importance.is_floating_point():
+        raise TopologyError(
+            f"layer {layer.name!r}: expected the drop rule to return {layer.nnz} floating numbers, got "
+            f"{importance.dtype} {tuple(importance.shape)}"
+        )
+    if bool(importance.isnan().any()):
+        raise TopologyError(
+            f"layer {layer.name!r}: expected importances without NaN; weights or gradients are not finite"
+        )
+    return importance

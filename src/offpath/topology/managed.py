@@ -1,0 +1,115 @@
+"""The sparse layers that a topology looks after, and what it remembers of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from offpath.nn import SparseLinear
+from offpath.topology.capture import Capture
+from offpath.topology.carry import owns
+from offpath.topology.errors import TopologyError
+from offpath.topology.layer import LayerView
+from offpath.topology.record import LayerState
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+class ManagedLayer:
+    """A sparse layer, its copies in other models (EMA), and what is remembered of it."""
+
+    def __init__(self, name: str, layer: SparseLinear, copies: list[SparseLinear]) -> None:
+        self.name, self.layer, self.copies = name, layer, copies
+        self.capture = Capture(layer)
+        self.initial_nnz = layer.nnz
+        self.unmoved = torch.ones(layer.nnz, dtype=torch.bool, device=layer.values.device)
+        self.digest = self.digest_now()
+
+    def digest_now(self) -> int:
+        """A fingerprint of the layer's connections, as the layer keeps it."""
+        return int(self.layer.topology_digest)
+
+    def view(self, generator: torch.Generator) -> LayerView:
+        """The layer as the rules see it. Raises `TopologyError` when somebody else has changed its connections."""
+        if self.digest_now() != self.digest:
+            raise TopologyError(
+                f"layer {self.name!r}: expected the connections that this topology left there, but they have changed "
+                "since; after loading a model's checkpoint, load that of its topology as well"
+            )
+        values, gradient = self.layer.values.detach(), self.layer.values.grad
+        pattern, passes = self.layer.connections.pattern, self.capture.passes
+        if not bool(values.isfinite().all()):
+            raise TopologyError(f"layer {self.name!r}: expected finite weights, got NaN or inf")
+        return LayerView(self.name, pattern, values, generator, self.initial_nnz, gradient, passes)
+
+    def state(self) -> LayerState:
+        """What has become of the layer; O(nnz)."""
+        pattern = self.layer.connections.pattern
+        rows, columns = pattern.shape
+        live = pattern.row_counts > 0
+        old = torch.bincount(pattern.row_indices()[self.unmoved.to(pattern.device)], minlength=rows) > 0
+        dead, new = rows - int(live.sum()), int((live & ~old).sum())
+        return LayerState(self.name, self.initial_nnz, pattern.nnz, rows * columns, int(self.unmoved.sum()), dead, new)
+
+
+def managed_layers(
+    model: nn.Module, optimizer: Optimizer, also: Sequence[nn.Module], filter_fn: FilterFn | None
+) -> list[ManagedLayer]:
+    """The trainable sparse layers of `model` that `filter_fn` takes, each once.
+
+    Raises `TopologyError` when there is none, when the optimizer does not own the values of one, or when a model in
+    `also` has no layer of the same name and connections.
+    """
+    chosen: dict[str, SparseLinear] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear) and (filter_fn is None or filter_fn(module, name)):
+            if "values" not in module._parameters:
+                raise TopologyError(
+                    f"layer {name!r}: expected values that are a parameter, but a mask or parametrization computes "
+                    "them; remove that first"
+                )
+            if module.values.requires_grad:
+                chosen[name] = module
+    if not chosen:
+        raise TopologyError(
+            "expected a model with trainable SparseLinear layers, found none"
+            + (" that filter_fn takes" if filter_fn else "")
+            + "; make some with offpath.sparsify(model, 0.9), before the optimizer is built"
+        )
+    owner: dict[int, str] = {}
+    for name, layer in chosen.items():
+        if not owns(optimizer, layer.values):
+            raise TopologyError(
+                f"layer {name!r}: expected an optimizer that holds its values, but it is in no parameter group; "
+                "build the optimizer after offpath.sparsify, or leave the layer out with filter_fn"
+            )
+        if owner.setdefault(id(layer.values), name) != name:
+            raise TopologyError(
+                f"layer {name!r}: expected values of its own, but they are tied to those of {owner[id(layer.values)]!r}"
+            )
+    copies = [_twins(chosen, other) for other in also]
+    return [ManagedLayer(name, layer, [twins[name] for twins in copies]) for name, layer in chosen.items()]
+
+
+def _twins(chosen: dict[str, SparseLinear], other: nn.Module) -> dict[str, SparseLinear]:
+    """The layers of `other` by the names that they have in the model; wrappers put a prefix before all of them."""
+    modules = dict(other.named_modules())
+    first = next(iter(chosen))
+    for prefix in [name.removesuffix(first) for name in modules if name.endswith(first)]:
+        twins = {name: modules.get((prefix + "." + name).strip(".") if not first else prefix + name) for name in chosen}
+        found = {name: twin for name, twin in twins.items() if isinstance(twin, SparseLinear)}
+        if len(found) == len(chosen):
+            _check_twins(chosen, found)
+            return found
+    raise TopologyError(f"expected a copy of the model in also, but found no SparseLinear {first!r} in it")
+
+
+def _check_twins(chosen: dict[str, SparseLinear], twins: dict[str, SparseLinear]) -> None:
+    for name, twin in twins.items():
+        if twin is chosen[name]:
+            raise TopologyError(f"layer {name!r}: expected a copy in also, got the model itself")
+        if twin.connections.digest() != chosen[name].connections.digest():
+            raise TopologyError(f"layer {name!r}: expected the same connections in the copy in also, got other ones")

@@ -1,0 +1,105 @@
+"""What belongs to a connection goes with it: in every optimizer, dtype and recipe, and in averaged models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import Tensor, nn
+
+import offpath
+from offpath import SparseLinear
+from offpath.topology import Topology, TopologyError
+from topology_checks import OPTIMIZERS, check_average, check_update, model_of, train_step
+
+MAKERS = {
+    "SET": lambda m, o: offpath.SET(m, o, update_freq=4),
+    "RigL": lambda m, o: offpath.RigL(m, o, update_freq=4, end_step=100),
+    "MEST": lambda m, o: offpath.MEST(m, o, update_freq=4),
+    "GMP": lambda m, o: offpath.GMP(m, o, final_sparsity=0.9, update_freq=4, end_step=8),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("recipe", ["RigL", "GMP"])
+def test_state_of_every_optimizer_moves_with_its_weight(recipe: str, optimizer: str) -> None:
+    check_update(MAKERS[recipe], OPTIMIZERS[optimizer])
+
+
+@pytest.mark.parametrize("recipe", MAKERS)
+def test_bfloat16_layers(recipe: str) -> None:
+    check_update(MAKERS[recipe], OPTIMIZERS["Adam"], torch.bfloat16)
+
+
+@pytest.mark.parametrize("decay", [None, 0.9], ids=["mean", "EMA"])
+def test_averaged_models_move_along(decay: float | None) -> None:
+    check_average(decay)
+
+
+def test_a_grown_connection_starts_as_the_optimizer_starts_a_weight() -> None:
+    for optimizer_class, key, options, start in (
+        (torch.optim.Adagrad, "sum", {"initial_accumulator_value": 0.5}, 0.5),
+        (torch.optim.Rprop, "step_size", {"lr": 0.25}, 0.25),
+    ):
+        model = model_of()
+        optimizer = optimizer_class(model.parameters(), **options)
+        topology = offpath.SET(model, optimizer, update_freq=1)
+        train_step(model, optimizer, 1)
+        grown = _grown_entries(topology, model[0], optimizer, key)
+        assert grown.tolist() == [start] * 11
+
+
+def test_the_user_may_say_with_what_state_a_connection_begins() -> None:
+    model = model_of()
+    optimizer = torch.optim.Adam(model.parameters())
+    topology = offpath.SET(model, optimizer, update_freq=1, grown_state={"exp_avg_sq": 2.0})
+    train_step(model, optimizer, 1)
+    assert _grown_entries(topology, model[0], optimizer, "exp_avg_sq").tolist() == [2.0] * 11
+
+
+def _grown_entries(topology: Topology, layer: SparseLinear, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
+    before = layer.pattern.to_mask()
+    topology.step()
+    grown = layer.pattern.to_mask() & ~before
+    return layer.pattern.to_dense(optimizer.state[layer.values][key])[grown]
+
+
+@settings(deadline=None)
+@given(st.sampled_from(list(MAKERS)), st.integers(0, 2**31), st.floats(0.05, 0.95), st.sampled_from([0.2, 0.4]))
+def test_counts_are_kept_and_a_seed_gives_one_topology(recipe: str, seed: int, fraction: float, density: float) -> None:
+    options = {"end_step": 100} | ({"final_sparsity": 0.85} if recipe == "GMP" else {"drop_fraction": fraction})
+    runs = []
+    for _ in range(2):
+        model, before = model_of(density=density), torch.get_rng_state()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        topology = getattr(offpath, recipe)(model, optimizer, update_freq=1, seed=seed, **options)
+        nnz = [layer.nnz for layer in (model[0], model[2])]
+        for step in (1, 2):
+            train_step(model, optimizer, step)
+            update = topology.step()
+            assert update is not None
+            if recipe != "GMP":
+                assert [layer.nnz for layer in update.layers] == nnz
+        assert torch.equal(torch.get_rng_state(), before)
+        runs.append(model.state_dict())
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+
+
+def test_a_layer_called_twice_and_a_model_shared_in_two_places_are_one_layer() -> None:
+    layer = SparseLinear(8, 8, density=0.5)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    topology = offpath.SET(model, torch.optim.SGD(model.parameters(), lr=0.1), update_freq=1)
+    assert topology.layer_names == ("0",)
+
+
+@pytest.mark.parametrize("entry", [torch.zeros(3, 2), [torch.zeros(3)], {"a": torch.zeros(36, 2)}])
+def test_state_that_cannot_follow_is_refused_and_nothing_changes(entry: object) -> None:
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    topology = offpath.SET(model, optimizer, update_freq=1)
+    optimizer.state[model[2].values]["history"] = entry
+    train_step(model, optimizer, 1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(TopologyError, match="layer '2': expected the state 'history' of SGD"):
+        topology.step()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())

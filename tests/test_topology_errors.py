@@ -1,0 +1,223 @@
+"""Bad input: a clear error, and everything as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
+
+import offpath
+from offpath import SparseLinear
+from offpath.topology import Constant, Every, PerLayer, Quota, Recipe, Topology, TopologyError, drop, grow
+from topology_checks import model_of, train_step
+
+
+def _sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def _tied() -> nn.Module:
+    model = nn.Sequential(SparseLinear(8, 8), SparseLinear(8, 8))
+    model[1].values = model[0].values
+    return model
+
+
+def _pruned() -> nn.Module:
+    model = model_of()
+    prune.l1_unstructured(model[0], "values", 0.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: offpath.SET(m := nn.Linear(4, 4), _sgd(m)), "found none; make some with offpath.sparsify"),
+        (lambda: offpath.SET(m := model_of(), _sgd(m), filter_fn=lambda _, fqn: False), "none that filter_fn takes"),
+        (lambda: offpath.SET(m := model_of().requires_grad_(False), _sgd(m)), "trainable SparseLinear layers"),
+        (lambda: offpath.SET(model_of(), _sgd(model_of())), "layer '0': expected an optimizer that holds its values"),
+        (lambda: offpath.SET(m := _tied(), _sgd(m)), "layer '1': .* tied to those of '0'"),
+        (lambda: offpath.SET(m := _pruned(), _sgd(m)), "layer '0': .*mask or parametrization"),
+        (lambda: offpath.RigL(m := model_of(density=1.0), _sgd(m), end_step=9), "all are full or empty"),
+        (lambda: offpath.SET(m := model_of(), _sgd(m), also=[m]), "got the model itself"),
+        (lambda: offpath.SET(m := model_of(), _sgd(m), also=[model_of(seed=1)]), "the same connections in the copy"),
+        (lambda: offpath.SET(m := model_of(), _sgd(m), also=[nn.Linear(2, 2)]), "found no SparseLinear '0' in it"),
+        (
+            lambda: offpath.GMP(m := model_of(density=0.1), _sgd(m), final_sparsity=0.8, end_step=9),
+            "layer '0': expected a final sparsity of at least 0.9, where it starts, got 0.8",
+        ),
+        (
+            lambda: offpath.GMP(
+                m := model_of(density=0.1), _sgd(m), final_sparsity=0.8, end_step=9, distribution="global"
+            ),
+            "the model: expected a final sparsity of at least 0.9",
+        ),
+        (
+            lambda: offpath.GMP(m := model_of(), _sgd(m), final_sparsity=0.999, end_step=9),
+            "layer '0': expected a connection to stay",
+        ),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(build: Callable[[], Topology], message: str) -> None:
+    with pytest.raises(TopologyError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda m, o: offpath.SET(m, o, drop_fraction=0.0), r"drop_fraction in \(0, 1\], got 0.0"),
+        (lambda m, o: offpath.SET(m, o, drop_fraction=float("nan")), r"drop_fraction in \(0, 1\]"),
+        (lambda m, o: offpath.SET(m, o, update_freq=0), "update_freq of at least 1"),
+        (lambda m, o: offpath.SET(m, o, end_step=0), "start_step < end_step"),
+        (lambda m, o: offpath.SET(m, o, schedule="linear"), "'constant' or 'cosine', got 'linear'"),
+        (lambda m, o: offpath.SET(m, o, distribution="erk"), "per-layer, global, got 'erk'"),
+        (offpath.RigL, "an end_step for the cosine schedule"),
+        (lambda m, o: offpath.MEST(m, o, gradient_weight=-1.0), "gradient_weight to be finite"),
+        (lambda m, o: offpath.GMP(m, o, final_sparsity=1.0, end_step=9), r"final_sparsity in \(0, 1\)"),
+        (lambda m, o: offpath.GMP(m, o, final_sparsity=0.9, end_step=9, distribution="x"), "uniform, erk, global"),
+        (lambda m, o: offpath.GMP(m, o, final_sparsity=0.9, end_step=9, start_step=9), "start_step < end_step"),
+        (lambda m, o: drop.Threshold(-1.0), "positive finite threshold"),
+        (lambda m, o: Recipe("half", Every(1)), "a drop rule and a budget beside the schedule"),
+        (lambda m, o: Every(1, at_end=True), "an end_step for an update at the end"),
+    ],
+)
+def test_a_bad_argument_is_refused(build, message: str) -> None:
+    model = model_of()
+    with pytest.raises(ValueError, match=message):
+        build(model, _sgd(model))
+
+
+class Fixed(PerLayer):
+    """A budget that asks for what it was told."""
+
+    quotas: tuple[Quota, ...] = ()
+
+    def __call__(self, step, layers, importances):
+        return list(self.quotas)
+
+
+def _with(drop_rule=drop.magnitude, grow_rule=grow.random, quotas: tuple[Quota, ...] = ()) -> Recipe:
+    budget = PerLayer(Constant(0.3))
+    if quotas:
+        budget = type("Told", (Fixed,), {"quotas": quotas})(Constant(0.3))
+    return Recipe("bad", Every(2), drop_rule, grow_rule, budget)
+
+
+def _nan_in_the_last_layer(layer) -> Tensor:
+    return layer.values.abs() * (torch.nan if layer.name == "2" else 1)
+
+
+def _reads_gradients_unannounced(layer, count: int) -> Tensor:
+    return grow.Gradient()(layer, count)
+
+
+# What goes wrong, some of it in the last layer, when the first has been decided.
+RECIPES = {
+    "nothing free": (_with(quotas=(Quota(1, 1), Quota(0, 43))), "layer '2': expected 43 free .* only 42 of 60"),
+    "last connection": (
+        _with(quotas=(Quota(1, 1), Quota(18, 0))),
+        "layer '2': expected a connection to stay, but all 18",
+    ),
+    "no grow rule": (_with(grow_rule=None, quotas=(Quota(1, 0), Quota(1, 1))), "has no grow rule"),
+    "NaN importance": (_with(_nan_in_the_last_layer), "layer '2': expected importances without NaN"),
+    "importance of another size": (_with(lambda layer: layer.values[:3]), "layer '0': .* 36 floating numbers, got .*3"),
+    "integer importance": (_with(lambda layer: layer.values.long()), "floating numbers, got torch.int64"),
+    "too few grown": (_with(grow_rule=lambda layer, count: layer.draw_free(count - 1)), "return 11 positions in int64"),
+    "grown twice": (
+        _with(grow_rule=lambda layer, count: layer.draw_free(1).expand(count)),
+        "layer '0': expected distinct connections to grow",
+    ),
+    "grown on a survivor": (
+        _with(grow_rule=lambda layer, count: layer.positions[-count:]),
+        "layer '.': expected free positions",
+    ),
+    "grown outside": (
+        _with(grow_rule=lambda layer, count: layer.size + torch.arange(count)),
+        r"layer '0': expected rows in \[0, 10\)",
+    ),
+    "no dense gradient": (_with(grow_rule=_reads_gradients_unannounced), "needs_dense_gradient"),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_update_that_cannot_be_made_changes_nothing(recipe: str) -> None:
+    model = model_of()
+    optimizer, average = _sgd(model), AveragedModel(model)
+    parts, message = RECIPES[recipe]
+    topology = Topology(model, optimizer, parts, also=[average])
+    train_step(model, optimizer, 1)
+    assert topology.step() is None
+    train_step(model, optimizer, 2)
+    things = (model, average, optimizer, topology)
+    before = copy.deepcopy([thing.state_dict() for thing in things])
+    with pytest.raises(TopologyError, match=message):
+        topology.step()
+    assert _equal(before, [thing.state_dict() for thing in things])
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))  # type: ignore[arg-type]
+    return a == b
+
+
+def test_numbers_that_are_not_finite_are_refused() -> None:
+    model = model_of()
+    optimizer = _sgd(model)
+    topology = offpath.MEST(model, optimizer, update_freq=1)
+    with pytest.raises(TopologyError, match=r"layer '0': expected values.grad, got None; call topology.step\(\) after"):
+        topology.step()
+    train_step(model, optimizer, 1)
+    model[2].values.grad[3] = torch.inf
+    with pytest.raises(TopologyError, match="layer '2': expected finite gradients"):
+        topology.step()
+    model[2].values.grad[3] = 0
+    model[2].values.data[3] = torch.nan
+    with pytest.raises(TopologyError, match="layer '2': expected finite weights"):
+        topology.step()
+    model[2].values.data[3] = 0
+    assert topology.step() is not None
+
+
+def test_connections_that_somebody_else_has_changed_are_noticed() -> None:
+    model = model_of()
+    topology = offpath.SET(model, _sgd(model), update_freq=1)
+    model.load_state_dict(model_of(seed=5).state_dict())
+    with pytest.raises(TopologyError, match=r"layer '0': .* they have changed since"):
+        topology.step()
+
+
+def test_a_copy_that_has_other_connections_by_now_is_noticed_before_anything_changes() -> None:
+    model = model_of()
+    average = AveragedModel(model)
+    topology = offpath.SET(model, _sgd(model), update_freq=1, also=[average])
+    average.module[2].load_state_dict(model_of(seed=5)[2].state_dict())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TopologyError, match="layer '2': expected an edit of this layer's pattern"):
+        topology.step()
+    assert _equal(before, model.state_dict())
+
+
+def test_global_pruning_that_would_empty_a_layer_is_refused() -> None:
+    model = model_of()
+    model[2].values.data *= 1e-6
+    topology = offpath.GMP(model, _sgd(model), final_sparsity=0.9, end_step=1, distribution="global")
+    with pytest.raises(TopologyError, match="layer '2': expected a connection to stay"):
+        topology.step()
+
+
+def test_a_full_layer_stays_and_the_others_move() -> None:
+    model = nn.Sequential(SparseLinear(12, 10, density=0.3), SparseLinear(10, 4, density=1))
+    topology = offpath.RigL(model, _sgd(model), update_freq=1, end_step=9)
+    model(torch.randn(3, 12)).sum().backward()
+    update = topology.step()
+    assert update is not None and [layer.dropped for layer in update.layers] == [10, 0]

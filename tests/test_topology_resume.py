@@ -1,0 +1,152 @@
+"""A topology goes on from its checkpoint to the same bits; what it reports; other people's checkpoints are refused."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import nn
+
+import offpath
+from offpath.topology import Topology, TopologyError
+from topology_checks import model_of, train_step
+
+RECIPES = {
+    "SET": lambda m, o: offpath.SET(m, o, update_freq=3, seed=7),
+    "SET global": lambda m, o: offpath.SET(m, o, update_freq=3, seed=7, distribution="global"),
+    "RigL": lambda m, o: offpath.RigL(m, o, update_freq=3, end_step=30),
+    "MEST": lambda m, o: offpath.MEST(m, o, update_freq=3),
+    "GMP": lambda m, o: offpath.GMP(m, o, update_freq=3, end_step=20, final_sparsity=0.9),
+    "Static": offpath.Static,
+}
+
+
+def _start(recipe: str, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer, Topology]:
+    model = model_of(seed=seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    return model, optimizer, RECIPES[recipe](model, optimizer)
+
+
+def _run(parts: tuple[nn.Module, torch.optim.Optimizer, Topology], first: int, last: int) -> list:
+    model, optimizer, topology = parts
+    updates = []
+    for step in range(first, last):
+        train_step(model, optimizer, step)
+        updates.append(topology.step())
+    return updates
+
+
+def _through_a_file(state: object) -> object:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 6, 7])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_resumed_run_equals_an_uninterrupted_one(recipe: str, stop: int) -> None:
+    whole = _start(recipe)
+    updates = _run(whole, 1, 14)
+    interrupted = _start(recipe)
+    _run(interrupted, 1, stop)
+    saved = [_through_a_file(thing.state_dict()) for thing in interrupted]
+
+    resumed = _start(recipe, seed=9)  # other connections, other values, until the checkpoint is loaded
+    for thing, state in zip(resumed, saved, strict=True):
+        thing.load_state_dict(state)
+    assert _run(resumed, stop, 14) == updates[stop - 1 :]
+    a, b = whole[0].state_dict(), resumed[0].state_dict()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    moments = [o.state[m[0].values]["exp_avg"] for m, o, _ in (whole, resumed)]
+    assert torch.equal(*moments)
+
+
+def test_a_state_dict_is_a_snapshot() -> None:
+    parts = _start("SET")
+    state = parts[2].state_dict()
+    before = {name: layer["unmoved"].clone() for name, layer in state["layers"].items()}
+    _run(parts, 1, 4)
+    assert state["step"] == 0 and all(torch.equal(state["layers"][n]["unmoved"], u) for n, u in before.items())
+
+
+def _tampered(change) -> dict:
+    state = _start("SET")[2].state_dict()
+    change(state)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (_start("MEST")[2].state_dict, "expected a state of the recipe .*name='SET'.* got one of .*'MEST'"),
+        (_start("SET global")[2].state_dict, "PerLayer.*got one of .*Redistribute"),
+        (_start("SET", seed=1)[2].state_dict, "layer '0': .* load the model's checkpoint before"),
+        (lambda: _tampered(lambda s: s["layers"].pop("2")), r"the layers \['0', '2'\], got one of \['0'\]"),
+        (lambda: _tampered(lambda s: s.pop("generator")), r"version 1; \['generator'\]"),
+        (lambda: _tampered(lambda s: s.update(version=2)), "version 1"),
+        (dict, "expected the state_dict of a topology"),
+    ],
+)
+def test_the_state_of_another_model_or_recipe_is_refused_and_changes_nothing(state, message: str) -> None:
+    topology = _start("SET")[2]
+    before = topology.state_dict()
+    with pytest.raises(TopologyError, match=message):
+        topology.load_state_dict(state())
+    after = topology.state_dict()
+    assert torch.equal(before.pop("generator"), after.pop("generator")) and str(before) == str(after)
+
+
+def test_what_an_update_reports() -> None:
+    model, optimizer, topology = _start("SET")
+    first, second = (u for u in _run((model, optimizer, topology), 1, 7) if u)
+    assert (first.step, second.step) == (3, 6)
+    assert [layer.name for layer in first.layers] == ["0", "2"]
+    assert first.dropped == first.grown == 11 + 5 and first.nnz == 36 + 18
+    assert first.sparsity == 1 - 54 / 180 and first.layers[0].sparsity == 1 - 36 / 120
+    assert first.unmoved == 54 - 16 and 54 - 32 <= second.unmoved <= 54 - 16
+    assert asdict(first)["layers"][0] == {
+        "name": "0", "dropped": 11, "grown": 11, "nnz": 36, "size": 120, "unmoved": 25
+    }  # fmt: skip
+
+
+def test_unmoved_connections_are_those_that_were_never_dropped() -> None:
+    model, optimizer, topology = _start("SET")
+    held = model[0].pattern.to_mask()
+    for step in range(1, 13):
+        train_step(model, optimizer, step)
+        update = topology.step()
+        held &= model[0].pattern.to_mask()
+        if update:
+            assert update.layers[0].unmoved == int(held.sum())
+
+
+def test_gmp_reaches_its_sparsity_whatever_the_frequency() -> None:
+    for distribution in ("uniform", "erk", "global"):
+        model = model_of(density=1.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        topology = offpath.GMP(
+            model, optimizer, final_sparsity=0.9, end_step=10, update_freq=4, distribution=distribution
+        )
+        updates = _run((model, optimizer, topology), 1, 13)
+        last = updates[9]
+        assert [u.step for u in updates if u] == [4, 8, 10]
+        assert last is not None and last.nnz == 18 == sum(layer.nnz for layer in (model[0], model[2]))
+        densities = {"uniform": [12, 6], "erk": [10, 8]}.get(distribution)
+        assert densities is None or [layer.nnz for layer in last.layers] == densities
+
+
+def test_threshold_drops_what_is_below_and_no_more() -> None:
+    model = model_of()
+    parts = offpath.topology
+    recipe = parts.Recipe(
+        "threshold", parts.Every(1), parts.drop.Threshold(0.05), parts.grow.random, parts.PerLayer(parts.Constant(1.0))
+    )
+    topology = Topology(model, torch.optim.SGD(model.parameters(), lr=0.1), recipe)
+    small = [int((layer.values.abs() < 0.05).sum()) for layer in (model[0], model[2])]
+    update = topology.step()
+    assert update is not None and [layer.dropped for layer in update.layers] == small
+    values = model[0].values.detach()
+    assert float(values[values != 0].abs().min()) >= 0.05

@@ -1,0 +1,157 @@
+"""RigL's scores are the dense gradient, seen in the one step that needs it and never written out."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import offpath
+from offpath import SparseLinear
+from offpath.topology import TopologyError
+from topology_checks import check_scores, model_of, train_step
+
+
+@pytest.mark.parametrize("leading", [(4,), (2, 3), ()])
+@pytest.mark.parametrize("calls", [1, 3])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_scores_add_up_over_passes_and_calls(passes: int, calls: int, leading: tuple[int, ...]) -> None:
+    check_scores(passes, calls, leading)
+
+
+def _rigl(model: nn.Module, update_freq: int = 3):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return optimizer, offpath.RigL(model, optimizer, update_freq=update_freq, end_step=100)
+
+
+def test_hooks_are_there_in_the_step_of_an_update_alone() -> None:
+    model = model_of()
+    optimizer, topology = _rigl(model)
+    watched = []
+    for step in range(1, 8):
+        watched.append(bool(model[0]._forward_hooks))
+        train_step(model, optimizer, step)
+        topology.step()
+    assert watched == [False, False, True, False, False, True, False]
+
+
+def test_other_recipes_never_watch() -> None:
+    model = model_of()
+    offpath.SET(model, torch.optim.SGD(model.parameters(), lr=0.1), update_freq=1)
+    assert not model[0]._forward_hooks
+
+
+def test_passes_of_a_copy_and_passes_without_gradient_do_not_count() -> None:
+    models = [model_of() for _ in range(2)]
+    for model in models:
+        optimizer, topology = _rigl(model, update_freq=1)
+        train_step(model, optimizer, 1)
+        if model is models[1]:
+            for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                train_step(twin, torch.optim.SGD(twin.parameters(), lr=0.1), 2)
+            with torch.no_grad():
+                model(torch.randn(5, 12))
+        topology.step()
+    assert models[0][0].pattern.equals(models[1][0].pattern)
+
+
+def test_x_given_by_name_counts() -> None:
+    layer = SparseLinear(6, 5, density=0.4)
+    _, topology = _rigl(layer, update_freq=1)
+    layer(x=torch.randn(3, 6)).sum().backward()
+    update = topology.step()
+    assert update is not None and update.grown == 4
+
+
+def test_fused_layers_are_scored_as_others_are() -> None:
+    models = [model_of(torch.float64) for _ in range(2)]
+    assert offpath.fuse(models[1]) == ["0"]
+    for model in models:
+        optimizer, topology = _rigl(model, update_freq=1)
+        train_step(model, optimizer, 1)
+        topology.step()
+    assert models[0][0].pattern.equals(models[1][0].pattern)
+
+
+def test_an_update_without_a_pass_is_refused() -> None:
+    model = model_of()
+    _, topology = _rigl(model, update_freq=1)
+    with pytest.raises(TopologyError, match="expected a forward and backward pass"):
+        topology.step()
+
+
+def test_a_compiled_model_has_the_topology_of_an_eager_one() -> None:
+    models = [model_of() for _ in range(2)]
+    for model in models:
+        optimizer, topology = _rigl(model, update_freq=2)
+        run = torch.compile(model, backend="aot_eager") if model is models[1] else model
+        for step in range(1, 6):
+            with torch.compiler.set_stance("force_eager" if topology.watching else "default"):
+                train_step(run, optimizer, step)
+            topology.step()
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
+
+
+def test_a_compiled_model_that_runs_compiled_when_watched_is_refused() -> None:
+    model = model_of()
+    optimizer, topology = _rigl(model, update_freq=2)
+    run = torch.compile(model, backend="aot_eager")
+    train_step(run, optimizer, 1)
+    topology.step()
+    train_step(run, optimizer, 2)
+    with pytest.raises(TopologyError, match=r"must run uncompiled while topology\.watching"):
+        topology.step()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputed_activations_count_once(use_reentrant: bool) -> None:
+    models = [model_of() for _ in range(2)]
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for model in models:
+        _, topology = _rigl(model, update_freq=1)
+        y = checkpoint(model, x, use_reentrant=use_reentrant) if model is models[1] else model(x)
+        y.sum().backward()
+        topology.step()
+    assert models[0][0].pattern.equals(models[1][0].pattern)
+
+
+@pytest.mark.parametrize("where", ["x", "dy"])
+def test_a_gradient_that_is_not_finite_is_refused_and_training_can_go_on(where: str) -> None:
+    layer = SparseLinear(6, 5, density=0.4)
+    _, topology = _rigl(layer, update_freq=1)
+    x, dy = torch.randn(3, 6), torch.randn(3, 5)
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    {"x": x, "dy": dy}[where][1, 2] = torch.nan
+    layer(x).backward(dy)
+    with pytest.raises(TopologyError, match="finite scores"):
+        topology.step()
+    assert topology.step_count == 0
+    assert all(torch.equal(value, layer.state_dict()[key]) for key, value in before.items())
+    layer(torch.randn(3, 6)).backward(torch.randn(3, 5))
+    assert topology.step() is not None
+
+
+def test_a_huge_layer_is_made_and_trained_a_step_with_rigl_in_a_gigabyte() -> None:
+    code = (
+        "import resource, torch, offpath\n"
+        "layer = offpath.SparseLinear(32768, 32768, sparsity=0.999)\n"
+        "optimizer = torch.optim.Adam(layer.parameters())\n"
+        "topology = offpath.RigL(layer, optimizer, update_freq=1, end_step=100)\n"
+        "layer(torch.randn(8, 32768)).square().sum().backward()\n"
+        "optimizer.step()\n"
+        "update = topology.step()\n"
+        "print(update.grown, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    # What the kernels cost is measured once on a machine, with operands of its own that take more than all of this.
+    measure = "import torch, offpath; offpath.SparseLinear(2048, 2048)(torch.randn(8, 2048))"
+    subprocess.run([sys.executable, "-c", measure], capture_output=True, check=True)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    grown, peak_kilobytes = out.split()
+    assert int(grown) == round(offpath.topology.Cosine(0.3, 100)(1) * 1073742)
+    assert int(peak_kilobytes) * 1024 < 10**9  # the dense weight alone would take 4.3
