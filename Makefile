@@ -19,7 +19,7 @@ help:
 	@echo "make demo       train a dense network and its sparse twin side by side, on real images (4 minutes the first time, most of them compiling)"
 	@echo "make readme     make demo, and put its numbers into the README and docs/demo"
 	@echo "make crossover  measure from which sparsity on a layer pays here, for docs/crossover and the README (8 minutes)"
-	@echo "make test       lint, types and all tests (a quarter of an hour the first time)"
+	@echo "make test       lint, types and all tests (20 minutes the first time)"
 	@echo "make lint       formatting, lint and types alone"
 	@echo "make sanitize   the C++ core under AddressSanitizer, UBSan and ThreadSanitizer (10 minutes)"
 	@echo "make bars       every bar of speed beside what this machine reaches (under 12 minutes)"
