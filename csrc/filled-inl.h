@@ -11,8 +11,8 @@ namespace {
 // What a tile holds; where columns go in pairs, a step takes two neighbouring entries.
 template <class T> using FilledEntry = typename Format<T>::Panel;
 
-// Six rows times a panel of `columns` columns. The entries of neighbouring rows lie `row_stride`, those of neighbouring
-// steps `step_stride` apart.
+// Six rows, whose entries lie `row_stride` apart, times the column `column` of a panel (or two, where they go in
+// pairs).
 template <class T, int vectors>
 [[gnu::always_inline]] inline void multiply_step(Accumulators<T, vectors> &acc, const FilledEntry<T> *entries,
                                                  int64_t row_stride, const typename Format<T>::Panel *panel,
@@ -28,6 +28,7 @@ template <class T, int vectors>
     }
 }
 
+// The same for all columns of a panel; the entries of neighbouring steps lie `step_stride` apart.
 template <class T, int vectors>
 [[gnu::always_inline]] inline void multiply_filled(Accumulators<T, vectors> &acc, const FilledEntry<T> *entries,
                                                    int64_t row_stride, int64_t step_stride,
