@@ -82,7 +82,7 @@ def _last_pass_alone(self: LayerView, first: int, last: int) -> Tensor:
 
 
 def _gradient_off_by_a_row(self: LayerView, first: int, last: int) -> Tensor:
-    return sum(dy.roll(1, 1)[:, first:last].t() @ x for x, dy in self._operands)  # type: ignore[return-value]
+    return sum(dy.roll(1, 1)[:, first:last].t() @ x for x, dy in self._operands)  # type: ignore[return-value]  # never empty
 
 
 class _FirstCallAlone(capture._Hook):
@@ -93,7 +93,7 @@ class _FirstCallAlone(capture._Hook):
 
 def _raw_gradient(self: LayerView, first: int, last: int) -> Tensor:
     # Signed scores: only the check of the whole recipe can tell, since the scores themselves are right.
-    return sum(dy[:, first:last].t() @ x for x, dy in self._operands).clamp(min=0)  # type: ignore[union-attr]
+    return sum(dy[:, first:last].t() @ x for x, dy in self._operands).clamp(min=0)  # type: ignore[union-attr]  # never empty
 
 
 def _forgets_the_first_moment(optimizer, parameter, edit: Edit, grown_state) -> None:

@@ -166,7 +166,7 @@ def _equal(a: object, b: object) -> bool:
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_equal, a, b))  # type: ignore[arg-type]
+        return len(a) == len(b) and all(map(_equal, a, b))  # type: ignore[arg-type]  # both are sequences
     return a == b
 
 
