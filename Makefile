@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-SOURCES := pyproject.toml CMakeLists.txt constraints.txt README.md $(wildcard csrc/*) \
-	$(shell find src -name '*.py' -o -name '*.pyi' -o -name '*.jinja' -o -name 'py.typed')
+# An editable install sees edits of Python files by itself.
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*) $(if $(wildcard $(VENV)/.editable),,README.md \
+	$(shell find src -name '*.py' -o -name '*.pyi' -o -name '*.jinja' -o -name 'py.typed'))
 
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h tests/sanitize/*.cpp tests/sanitize/*.h)
 

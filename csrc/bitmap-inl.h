@@ -52,12 +52,25 @@ template <> struct ColumnVector<bfloat16> : BfloatPairs {
 };
 #endif
 
+// Calls body(part of the word, its first column in the word, bits, values of these columns) for each register full of
+// columns of a word.
+template <class T, class Value, class Body>
+[[gnu::always_inline]] inline void each_part_of_word(uint64_t word, Value *values, const Body &body) {
+    constexpr int columns = ColumnVector<T>::columns;
+#pragma GCC unroll 32
+    for (int part = 0; part < 64 / columns; ++part) {
+        // Counted from the start of the word, so that the parts do not wait for one another.
+        const uint64_t before = word & ((uint64_t{1} << part * columns) - 1);
+        const uint32_t bits = static_cast<uint32_t>(word >> part * columns & ((uint64_t{1} << columns) - 1));
+        body(part, part * columns, bits, values + __builtin_popcountll(before));
+    }
+}
+
 // Calls body(part of the word, first column, bits, values of these columns, whether a whole register of values may be
 // read) for each register full of columns of a row.
 template <class T, class Value, class Body>
 [[gnu::always_inline]] inline void each_column_vector(const offpath::Bitmap &bitmap, int64_t row, Value *values,
                                                       const Body &body) {
-    constexpr int columns = ColumnVector<T>::columns, parts = 64 / columns;
     const Value *end = values + bitmap.crow_indices[bitmap.rows];
     values += bitmap.crow_indices[row];
     const bool whole = end - values >= bitmap.crow_indices[row + 1] - bitmap.crow_indices[row] + 64;
@@ -66,13 +79,10 @@ template <class T, class Value, class Body>
         __builtin_prefetch(values + prefetched_bytes / sizeof(Value));
         if constexpr (sizeof(Value) > 2)
             __builtin_prefetch(values + (prefetched_bytes + 64) / sizeof(Value));
-#pragma GCC unroll 32
-        for (int part = 0; part < parts; ++part) {
-            // Counted from the start of the word, so that the parts do not wait for one another.
-            const uint64_t before = word & ((uint64_t{1} << part * columns) - 1);
-            const uint32_t bits = static_cast<uint32_t>(word >> part * columns & ((uint64_t{1} << columns) - 1));
-            body(part, w * 64 + part * columns, bits, values + __builtin_popcountll(before), whole);
-        }
+        each_part_of_word<T>(word, values,
+                             [&] [[gnu::always_inline]] (int part, int64_t column, uint32_t bits, Value *of_part) {
+                                 body(part, w * 64 + column, bits, of_part, whole);
+                             });
         values += __builtin_popcountll(word);
     }
 }

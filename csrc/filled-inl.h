@@ -104,7 +104,6 @@ constexpr int64_t chunk_rows_ahead = 8;
 template <class T, class Body>
 [[gnu::always_inline]] inline void each_vector_of_chunk(const offpath::Bitmap &bitmap, int64_t row, int64_t first_word,
                                                         const T *values, const Body &body) {
-    constexpr int columns = ColumnVector<T>::columns;
     const T *end = values + bitmap.crow_indices[bitmap.rows];
     const int64_t first_slot = slots_before(bitmap, row, first_word);
     // Where the values of a later row lie, if its connections are spread as this row's: the processor sees no pattern.
@@ -118,12 +117,10 @@ template <class T, class Body>
         const uint64_t word =
             first_word + w < bitmap.words_per_row ? bitmap.words[row * bitmap.words_per_row + first_word + w] : 0;
         const bool whole = end - values >= 128; // more than a word's values and a register
-#pragma GCC unroll 32
-        for (int part = 0; part < 64 / columns; ++part) {
-            const uint64_t before = word & ((uint64_t{1} << part * columns) - 1);
-            const uint32_t bits = static_cast<uint32_t>(word >> part * columns & ((uint64_t{1} << columns) - 1));
-            body(w * 64 + part * columns, bits, values + __builtin_popcountll(before), whole);
-        }
+        each_part_of_word<T>(word, values,
+                             [&] [[gnu::always_inline]] (int, int64_t column, uint32_t bits, const T *of_part) {
+                                 body(w * 64 + column, bits, of_part, whole);
+                             });
         values += __builtin_popcountll(word);
     }
 }
@@ -244,7 +241,7 @@ template <class T> void filled_dvalues(const offpath::filled_dvalues_args<T> &ar
                 filled_positions<T, vectors>(args, group, x, acc);
                 store_group<T, vectors>(acc, sums);
                 // All rows are rounded before the first is read again: a load would wait for stores that it overlaps.
-                alignas(64) T spread[offpath::group_rows * width];
+                alignas(64) T spread[offpath::group_rows * width + C::columns]; // whole registers are read
                 for (int64_t i = 0; i < offpath::group_rows * width; i += S::lanes)
                     S::store_first(spread + i, S::load(sums + i), S::lanes);
                 for (int64_t row = group * offpath::group_rows;

@@ -39,19 +39,21 @@ template <class T, int vectors> struct Step {
 };
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
-// Two columns, zipped so that each pair of values meets its pair of entries.
+// Two columns, zipped so that each pair of values meets its pair of entries. The last tokens of a panel may fill only
+// the lower half of its last register.
 template <int vectors> struct Step<bfloat16, vectors> {
     using B = BfloatPairs;
     B::V x[vectors];
 
     [[gnu::always_inline]] void load(const bfloat16 *panel, const int32_t *columns) {
-        constexpr int64_t width = vectors * Simd<float>::lanes;
+        constexpr int64_t width = (vectors + 1) / 2 * B::entries;
         const bfloat16 *first = panel + columns[0] * width, *second = panel + columns[1] * width;
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v += 2) {
             const B::V a = B::load(first + v / 2 * B::entries), b = B::load(second + v / 2 * B::entries);
             x[v] = B::zip_low(a, b);
-            x[v + 1] = B::zip_high(a, b);
+            if (v + 1 < vectors)
+                x[v + 1] = B::zip_high(a, b);
         }
     }
     [[gnu::always_inline]] void multiply(uint32_t values, Simd<float>::V (&acc)[vectors]) {
@@ -137,21 +139,22 @@ template <int n> struct Vectors {
     static constexpr int count = n;
 };
 
-// Calls body(Vectors<n>) for the n that the panel of `tokens` wide activations which starts at `token` has.
+// Calls body(Vectors<n>) for the n vectors of sums that the panel of `tokens` wide activations which starts at `token`
+// needs.
 template <class T, class Body> void with_vectors_of_panel(int64_t token, int64_t tokens, const Body &body) {
-    constexpr int granule = Format<T>::granule / Simd<offpath::Sum<T>>::lanes; // vectors
-    switch (width_of_panel<T>(token, tokens) / Format<T>::granule) {
+    constexpr int64_t lanes = Simd<offpath::Sum<T>>::lanes;
+    switch (tokens - token >= panel_width<T> ? panel_vectors : (tokens - token + lanes - 1) / lanes) {
     case 1:
-        return body(Vectors<granule>());
+        return body(Vectors<1>());
     case 2:
-        return body(Vectors<2 * granule>());
+        return body(Vectors<2>());
     case 3:
-        if constexpr (panel_vectors >= 3 * granule)
-            return body(Vectors<3 * granule>());
+        if constexpr (panel_vectors >= 3)
+            return body(Vectors<3>());
         break;
     case 4:
-        if constexpr (panel_vectors >= 4 * granule)
-            return body(Vectors<4 * granule>());
+        if constexpr (panel_vectors >= 4)
+            return body(Vectors<4>());
         break;
     }
 }
