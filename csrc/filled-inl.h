@@ -125,16 +125,16 @@ template <class T, class Body>
     }
 }
 
-// Fills the tile of a chunk: [steps of rows, columns of the chunk].
-template <class T> void fill_chunk(const offpath::filled_dx_args<T> &args, int64_t chunk) {
-    const int64_t rows = args.bitmap.rows, first_word = chunk * (offpath::chunk_columns / 64);
+// Fills the tile with rows `begin` to `end` of a chunk: [steps of rows, columns of the chunk].
+template <class T> void fill_chunk(const offpath::filled_dx_args<T> &args, int64_t chunk, int64_t begin, int64_t end) {
+    const int64_t first_word = chunk * (offpath::chunk_columns / 64);
     auto *tile = static_cast<FilledEntry<T> *>(args.tile);
     if constexpr (in_pairs<T>) {
         using B = ColumnVector<T>;
         // The first row of a pair waits here for the second.
         alignas(64) T first[offpath::chunk_columns];
-        for (int64_t row = 0; row < rows; row += 2) {
-            T *entries = tile + row * offpath::chunk_columns;
+        for (int64_t row = begin; row < end; row += 2) {
+            T *entries = tile + (row - begin) * offpath::chunk_columns;
             each_vector_of_chunk<T>(
                 args.bitmap, row, first_word, args.values,
                 [&] [[gnu::always_inline]] (int64_t column, uint32_t bits, const T *values, bool whole) {
@@ -145,7 +145,7 @@ template <class T> void fill_chunk(const offpath::filled_dx_args<T> &args, int64
                 B::store(entries + 2 * column, B::zip_low(a, second));
                 B::store(entries + 2 * column + B::entries, B::zip_high(a, second));
             };
-            if (row + 1 < rows)
+            if (row + 1 < end)
                 each_vector_of_chunk<T>(
                     args.bitmap, row + 1, first_word, args.values,
                     [&] [[gnu::always_inline]] (int64_t column, uint32_t bits, const T *values, bool whole) {
@@ -156,41 +156,66 @@ template <class T> void fill_chunk(const offpath::filled_dx_args<T> &args, int64
                     zip(column, B::zero());
         }
     } else {
-        for (int64_t row = 0; row < rows; ++row)
+        for (int64_t row = begin; row < end; ++row)
             each_vector_of_chunk<T>(
                 args.bitmap, row, first_word, args.values,
                 [&] [[gnu::always_inline]] (int64_t column, uint32_t bits, const T *values, bool whole) {
-                    fill<T>(values, bits, whole, tile + row * offpath::chunk_columns + column);
+                    fill<T>(values, bits, whole, tile + (row - begin) * offpath::chunk_columns + column);
                 });
     }
 }
 
-// Block: rows count chunks, batch counts panels.
-template <class T> void filled_dx(const offpath::filled_dx_args<T> &args, const offpath::Block &block) {
+// Rows `begin` to `end` of a chunk, which stand in the tile, times a panel of dy. Sums go on from those of the rows
+// before; with the last rows they are complete and go to dx.
+template <class T, int vectors>
+void multiply_chunk(const offpath::filled_dx_args<T> &args, int64_t chunk, int64_t begin, int64_t end, int64_t token,
+                    offpath::Sum<T> *kept) {
     constexpr int64_t groups_per_chunk = offpath::chunk_columns / offpath::group_rows;
+    constexpr int64_t step = Format<T>::columns_per_step;
+    constexpr int64_t group_sums = offpath::group_rows * vectors * Simd<offpath::Sum<T>>::lanes;
     const int64_t rows = args.bitmap.rows, columns = args.bitmap.columns;
     const int64_t groups = (columns + offpath::group_rows - 1) / offpath::group_rows;
+    const int64_t first = chunk * groups_per_chunk;
+    const int64_t last = groups < first + groups_per_chunk ? groups : first + groups_per_chunk;
     const auto *tile = static_cast<const FilledEntry<T> *>(args.tile);
-    const Output<T> output = {args.dx, columns, args.batch, args.feature_major};
+    const auto *dy = static_cast<const typename Format<T>::Panel *>(args.panels) + token * panel_columns<T>(rows) +
+                     begin * width_of_panel<T>(token, args.batch);
+    const auto multiply = [&](int64_t group, offpath::Sum<T> *sums) {
+        Accumulators<T, vectors> acc;
+        if (begin == 0)
+            start_group<T, vectors>(acc, GroupStart<T>(nullptr, group, columns).of_row);
+        else
+            load_group<T, vectors>(acc, kept + (group - first) * group_sums);
+        multiply_filled<T, vectors>(acc, tile + (group - first) * offpath::group_rows * step, step,
+                                    offpath::chunk_columns * step, dy, end - begin);
+        store_group<T, vectors>(acc, sums);
+    };
+    if (end < rows)
+        for (int64_t group = first; group < last; ++group)
+            multiply(group, kept + (group - first) * group_sums);
+    else
+        each_group<T, vectors>({args.dx, columns, args.batch, args.feature_major}, first, last, token, multiply);
+}
+
+// Block: rows count chunks, batch counts panels, panels_per_tile at most.
+template <class T> void filled_dx(const offpath::filled_dx_args<T> &args, const offpath::Block &block) {
+    constexpr int64_t rows_at_once = offpath::rows_per_fill(sizeof(FilledEntry<T>));
+    const int64_t rows = args.bitmap.rows;
     for (int64_t chunk = block.row_begin; chunk < block.row_end; ++chunk) {
-        fill_chunk<T>(args, chunk);
-        const int64_t first = chunk * groups_per_chunk;
-        const int64_t last = groups < first + groups_per_chunk ? groups : first + groups_per_chunk;
-        for (int64_t panel = block.batch_begin; panel < block.batch_end; ++panel) {
-            const int64_t token = panel * panel_width<T>;
-            const auto *dy =
-                static_cast<const typename Format<T>::Panel *>(args.panels) + token * panel_columns<T>(rows);
-            with_vectors_of_panel<T>(token, args.batch, [&]<int vectors>(Vectors<vectors>) {
-                each_group<T, vectors>(output, first, last, token, [&](int64_t group, offpath::Sum<T> *sums) {
-                    Accumulators<T, vectors> acc;
-                    start_group<T, vectors>(acc, GroupStart<T>(nullptr, group, columns).of_row);
-                    constexpr int64_t step = Format<T>::columns_per_step;
-                    multiply_filled<T, vectors>(acc, tile + (group - first) * offpath::group_rows * step, step,
-                                                offpath::chunk_columns * step, dy, rows);
-                    store_group<T, vectors>(acc, sums);
+        int64_t begin = 0;
+        do { // without rows, dx is zero
+            const int64_t end = rows - begin < rows_at_once ? rows : begin + rows_at_once;
+            fill_chunk<T>(args, chunk, begin, end);
+            for (int64_t panel = block.batch_begin; panel < block.batch_end; ++panel) {
+                const int64_t token = panel * panel_width<T>;
+                offpath::Sum<T> *kept =
+                    args.sums + (panel - block.batch_begin) * offpath::chunk_columns * panel_width<T>;
+                with_vectors_of_panel<T>(token, args.batch, [&]<int vectors>(Vectors<vectors>) {
+                    multiply_chunk<T, vectors>(args, chunk, begin, end, token, kept);
                 });
-            });
-        }
+            }
+            begin = end;
+        } while (begin < rows);
     }
 }
 

@@ -6,8 +6,7 @@
 
 namespace offpath {
 
-// Panels that are multiplied with one tile of the weight, so that filling it costs little beside them.
-constexpr int64_t panels_per_tile = 4, panels_per_gradient = 8;
+constexpr int64_t panels_per_gradient = 8;
 
 // y = x W^T + bias
 template <class T> class FilledProduct {
@@ -40,23 +39,27 @@ template <class T> class FilledInputGradient {
   public:
     FilledInputGradient(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const Panels<T> &dy,
                         int64_t batch, T *dx, bool feature_major)
-        : kernel(kernels.filled_dx), args{matrix.view(), values, dy.data(), dx, batch, feature_major, nullptr},
-          tile_bytes(chunk_columns * (matrix.rows + 1) * kernels.layout.panel_entry_bytes),
+        : kernel(kernels.filled_dx), args{matrix.view(), values, dy.data(), dx, batch, feature_major, nullptr, nullptr},
+          rows_at_once(rows_per_fill(kernels.layout.panel_entry_bytes)),
+          tile_bytes(chunk_columns * (std::min(matrix.rows, rows_at_once - 1) + 1) * kernels.layout.panel_entry_bytes),
+          sums(matrix.rows > rows_at_once ? panels_per_tile * chunk_columns * kernels.layout.panel_width : 0),
           chunks(ceil_div(matrix.columns, chunk_columns)), panels(dy.count) {}
 
     int64_t tasks() const { return chunks * ceil_div(panels, panels_per_tile); }
     void run(int64_t task) const {
         const int64_t chunk = task % chunks, panel = task / chunks * panels_per_tile;
         const auto tile = scratch<char>(tile_bytes);
+        const auto kept = scratch<Sum<T>>(sums);
         filled_dx_args<T> own = args;
         own.tile = tile.get();
+        own.sums = kept.get();
         kernel(own, {chunk, chunk + 1, panel, std::min(panels, panel + panels_per_tile)});
     }
 
   private:
     const Kernel<filled_dx_args<T>> kernel;
     const filled_dx_args<T> args;
-    const int64_t tile_bytes, chunks, panels;
+    const int64_t rows_at_once, tile_bytes, sums, chunks, panels;
 };
 
 // The connections' entries of dy^T x, over panels of dy and of x, in which tokens and features have changed places.

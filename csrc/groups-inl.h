@@ -88,6 +88,16 @@ template <class T, int vectors>
 }
 
 template <class T, int vectors>
+[[gnu::always_inline]] inline void load_group(Accumulators<T, vectors> &acc, const offpath::Sum<T> *sums) {
+    using S = Simd<offpath::Sum<T>>;
+#pragma GCC unroll 8
+    for (int row = 0; row < offpath::group_rows; ++row)
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v)
+            acc[row][v] = S::load(sums + row * (vectors * S::lanes) + v * S::lanes);
+}
+
+template <class T, int vectors>
 [[gnu::always_inline]] inline void store_group(const Accumulators<T, vectors> &acc, offpath::Sum<T> *tile) {
     using S = Simd<offpath::Sum<T>>;
 #pragma GCC unroll 8

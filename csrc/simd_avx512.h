@@ -58,6 +58,14 @@ template <> struct Simd<float> {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask(n), p)), 16));
     }
     static void store_first(bfloat16 *p, V a, int64_t n) {
+#if defined(__AVX512BF16__)
+        // The instruction takes subnormal numbers for zeros, and keeps part of what a NaN carries.
+        constexpr int nan_or_subnormal = 0x01 | 0x20 | 0x80;
+        if (_mm512_fpclass_ps_mask(a, nan_or_subnormal) == 0) {
+            _mm256_mask_storeu_epi16(p, mask(n), __builtin_bit_cast(__m256i, _mm512_cvtneps_pbh(a)));
+            return;
+        }
+#endif
         const __m512i bits = _mm512_castps_si512(a);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
         const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));

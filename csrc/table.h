@@ -231,6 +231,9 @@ template <class T> struct filled_args {
 // dx[b, c] = sum over the rows r of W[r, c] * dy[b, r], for a block of chunks x panels; a chunk is chunk_columns
 // columns of W, in whole words and whole groups.
 constexpr int64_t chunk_columns = 192;
+constexpr int64_t panels_per_tile = 4; // multiplied with one tile of the weight, so that filling it costs little beside
+// Rows of a chunk that are filled in one go: the tile and what is multiplied with it stay in the second-level cache.
+constexpr int64_t rows_per_fill(int64_t entry_bytes) { return (384 << 10) / (chunk_columns * entry_bytes); }
 template <class T> struct filled_dx_args {
     Bitmap bitmap;
     const T *values;    // [nnz]
@@ -238,7 +241,10 @@ template <class T> struct filled_dx_args {
     T *dx;              // [batch, columns], contiguous, or [columns, batch] where feature_major
     int64_t batch;
     bool feature_major;
-    void *tile; // working memory: chunk_columns x rows (an even number of them), in the type of panels
+    // Working memory: chunk_columns x rows_per_fill, in the type of panels; and, where there are more rows, the sums of
+    // panels_per_tile panels of a chunk.
+    void *tile;
+    Sum<T> *sums;
 };
 
 // dvalues[s] = sum over b of dy[b, row of s] * x[b, column of s], for a block of groups (at most groups_per_gradient)
