@@ -417,17 +417,15 @@ _check(_sizes_that_cannot_change)
 
 def _fully_shard() -> None:
     """With fixed connections it trains to the numbers of one process; a topology refuses it, unless it is left out."""
-    alone, sharded = model_of(), model_of()
+    alone, sharded = model_of(torch.float64), model_of(torch.float64)
     fully_shard(sharded)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.5) for m in (alone, sharded)]
-    tokens = [integers((8, 12), seed).float() for seed in range(_count())]
+    tokens = [integers((8, 12), seed) for seed in range(_count())]
     for optimizer, model, mine in zip(optimizers, (alone, sharded), (torch.cat(tokens), tokens[_rank()]), strict=True):
         model(mine).square().mean().backward()
         optimizer.step()
-    k, u = 8 * _count() + 10 + _count() + 12 + 6, torch.finfo(torch.float32).eps / 2
     for a, b in zip(alone.parameters(), sharded.parameters(), strict=True):
-        # Not a theorem as for one product: two layers and a tanh between them. The order of magnitude of k roundings.
-        assert float((a - b.full_tensor()).detach().abs().max()) <= k * u * (1 + float(a.abs().max()))
+        torch.testing.assert_close(b.full_tensor(), a.detach())
     for recipe in (offpath.SET, offpath.Static):
         with _refused_everywhere("one plain tensor, got 36 in a DTensor.*leave the sparse layers out of fully_shard"):
             recipe(sharded, optimizers[1])
@@ -448,8 +446,8 @@ _check(_fully_shard)
 
 
 def _config(method: str) -> RunConfig:
-    # 65 samples do not divide by 2 or 4, and the last batch of an epoch of 1437 has 7.
-    return replace(SMALL, method=method, batch_size=65, epochs=2, update_freq=5)
+    # 65 samples do not divide by 2 or 4, and the last batch of an epoch of 1437 has 7. 23 steps an epoch.
+    return replace(SMALL, method=method, batch_size=65, epochs=1, update_freq=5)
 
 
 class _StopsOneRank(Stopper):
@@ -465,9 +463,9 @@ def _run_stops_and_goes_on(method: str) -> None:
     ranks, config, folder = Ranks(_rank(), _count()), _config(method), Path(sys.argv[1])
     whole, halves = folder / f"{method}-whole-{_count()}", folder / f"{method}-parts-{_count()}"
     assert train(config, whole, Stopper(), ranks=ranks)
-    assert not train(config, halves, _StopsOneRank(17), ranks=ranks)
+    assert not train(config, halves, _StopsOneRank(12), ranks=ranks)
     assert train(config, halves, Stopper(), resume=True, ranks=ranks)
-    assert numbers(halves) == numbers(whole)
+    assert numbers(halves, ranks) == numbers(whole, ranks)
     for message in _gathered([p.name for p in folder.glob(f"{method}-*/*")]):
         assert len([n for n in message if n == "metrics.jsonl"]) == 2, "one process writes"
 

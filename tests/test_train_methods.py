@@ -20,6 +20,7 @@ from offpath.studies.checkpoint import load_checkpoint, save_checkpoint
 from offpath.studies.data import load
 from offpath.studies.folder import RunFolder
 from offpath.studies.methods import end_of_updates
+from offpath.studies.ranks import ALONE, Ranks
 from offpath.studies.run import Run
 from offpath.studies.train_report import write_report
 from offpath.topology import Topology
@@ -53,9 +54,9 @@ class Stopper:
         pass
 
 
-def numbers(path: Path) -> dict[str, Any]:
+def numbers(path: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
     """All numbers of a run's folder but the clock's, tensors as bytes: equal means bit for bit."""
-    run = Run(RunFolder(path).config(), load("digits"))
+    run = Run(RunFolder(path).config(), load("digits"), ranks)
     load_checkpoint(run, path / "checkpoint.safetensors")
     assert run.topology is not None
     metrics = [{k: v for k, v in record.items() if k not in CLOCK} for record in RunFolder(path).metrics()]

@@ -10,7 +10,8 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from offpath.studies.config import RunError
 
@@ -18,6 +19,7 @@ Made = TypeVar("Made")
 # A process that dies closes its connections and is missed at once; one that hangs, after this long. Every wait of a
 # healthy run is shorter: evaluations, checkpoints, and the measuring of the kernels on a machine that is new.
 TIMEOUT_SECONDS = 300
+ONE_BUCKET_MB = 2**20
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class Ranks:
         if name == "cuda" and self.count > 1:
             return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         return torch.device(name)
+
+    def wrap(self, model: nn.Module) -> DistributedDataParallel:
+        """`model` with gradients that are averaged over the processes, to the same bits in every step."""
+        wrapped = DistributedDataParallel(model, bucket_cap_mb=ONE_BUCKET_MB)
+        wrapped.register_comm_hook(list(model.parameters()), _average_in_order)
+        return wrapped
 
     def share(self, batch: Tensor) -> Tensor:
         """This process's part of a batch: the parts differ by at most one sample, and some may be empty."""
@@ -94,6 +102,26 @@ def ranks_of_torchrun() -> Iterator[Ranks]:
         ) from error
     finally:
         distributed.destroy_process_group()
+
+
+def _average_in_order(parameters, bucket):  # no annotations: torch compares them with classes, here they are strings
+    """Average the gradients as one vector, in the order of `parameters`.
+
+    Where a gradient lies in the vector says in which order those of three or more processes are added. Torch lays its
+    buckets out anew after the first step, so that a resumed run would round otherwise.
+    """
+    gradients = {id(p): g for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)}
+    ordered = [gradients[id(p)] for p in parameters]
+    together = torch.cat([gradient.flatten() for gradient in ordered]).div_(distributed.get_world_size())
+
+    def write_back(done):
+        torch._foreach_copy_(
+            ordered, [p.view_as(g) for p, g in zip(done.value()[0].split(sizes), ordered, strict=True)]
+        )
+        return bucket.buffer()
+
+    sizes = [gradient.numel() for gradient in ordered]
+    return distributed.all_reduce(together, async_op=True).get_future().then(write_back)
 
 
 def _is_about_a_peer(error: RuntimeError) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
 from offpath.studies.config import RunConfig, RunError
 from offpath.studies.data import Dataset
@@ -68,7 +67,7 @@ class Run:
             self.rng_state = torch.get_rng_state()
         self.model: nn.Module = model.to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, fused=True)
-        self._network = self.model if ranks.count == 1 else DistributedDataParallel(self.model)
+        self._network = self.model if ranks.count == 1 else ranks.wrap(self.model)
         self.topology = make_topology(config, self._network, self.optimizer)
         self.train_images, self.train_labels, self.test_images, self.test_labels = (
             t.to(self.device)
