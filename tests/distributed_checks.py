@@ -447,7 +447,7 @@ _check(_fully_shard)
 
 def _config(method: str) -> RunConfig:
     # 65 samples do not divide by 2 or 4, and the last batch of an epoch of 1437 has 7. 23 steps an epoch.
-    return replace(SMALL, method=method, batch_size=65, epochs=1, update_freq=5)
+    return replace(SMALL, method=method, batch_size=65, epochs=2 if method == "rigl" else 1, update_freq=5)
 
 
 class _StopsOneRank(Stopper):
