@@ -190,6 +190,7 @@ template <class T> nb::ndarray<nb::pytorch> take_output(const std::vector<size_t
 } // namespace
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false); // DistributedDataParallel keeps its model alive until the process has ended
     find_pool();
     m.def("isas", [] {
         std::vector<std::pair<std::string, bool>> result;

@@ -20,6 +20,7 @@ from offpath.studies.checkpoint import load_checkpoint, save_checkpoint
 from offpath.studies.data import load
 from offpath.studies.folder import RunFolder
 from offpath.studies.methods import end_of_updates
+from offpath.studies.ranks import ALONE, Ranks
 from offpath.studies.run import Run
 from offpath.studies.train_report import write_report
 from offpath.topology import Topology
@@ -53,9 +54,9 @@ class Stopper:
         pass
 
 
-def _numbers(path: Path) -> dict[str, Any]:
+def numbers(path: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
     """All numbers of a run's folder but the clock's, tensors as bytes: equal means bit for bit."""
-    run = Run(RunFolder(path).config(), load("digits"))
+    run = Run(RunFolder(path).config(), load("digits"), ranks)
     load_checkpoint(run, path / "checkpoint.safetensors")
     assert run.topology is not None
     metrics = [{k: v for k, v in record.items() if k not in CLOCK} for record in RunFolder(path).metrics()]
@@ -125,7 +126,7 @@ def test_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, one_thread: None, 
     assert not train(config, tmp_path / "parts", Stopper(stop))
     assert RunFolder(tmp_path / "parts").config().end_step == 51
     assert train(config, tmp_path / "parts", Stopper(), resume=True)
-    assert _numbers(tmp_path / "parts") == _numbers(tmp_path / "whole")
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("lost", ["generator", "step", "unmoved"])
@@ -147,7 +148,7 @@ def test_the_comparison_sees_what_a_checkpoint_loses(tmp_path: Path, one_thread:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Topology, "load_state_dict", forgetful)
         assert train(config, tmp_path / "parts", Stopper(), resume=True)
-    assert _numbers(tmp_path / "parts") != _numbers(tmp_path / "whole")
+    assert numbers(tmp_path / "parts") != numbers(tmp_path / "whole")
 
 
 KILLED = """
@@ -182,7 +183,7 @@ def test_run_killed_in_an_update_goes_on_to_the_same_bits(tmp_path: Path, one_th
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [record["epoch"] for record in RunFolder(tmp_path / "killed").metrics()] == [1]
     assert train(config, tmp_path / "killed", Stopper(), resume=True)
-    assert _numbers(tmp_path / "killed") == _numbers(tmp_path / "whole")
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
 
 
 def test_more_epochs_keep_the_end_of_the_updates(tmp_path: Path, one_thread: None) -> None:
@@ -192,7 +193,7 @@ def test_more_epochs_keep_the_end_of_the_updates(tmp_path: Path, one_thread: Non
     assert RunFolder(tmp_path / "run").config() == replace(longer, end_step=end_of_updates(69))
     assert [record["topology"]["updates"] for record in RunFolder(tmp_path / "run").metrics()] == [2, 2, 1, 0, 0]
     assert train(replace(longer, end_step=51), tmp_path / "five", Stopper())
-    assert _numbers(tmp_path / "run") == _numbers(tmp_path / "five")
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "five")
 
 
 def test_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
@@ -272,6 +273,6 @@ def test_race_takes_a_moving_twin_that_is_sparse_from_the_start(tmp_path: Path, 
     result = race(SMALL, tmp_path / "parts", Stopper(), resume=True)
     assert result is not None and result.config["end_step"] == 51
     assert result.sparse.epochs[0]["topology"]["updates"] == 2 and "topology" not in result.dense.epochs[0]
-    assert _numbers(tmp_path / "parts" / "sparse") == _numbers(tmp_path / "whole")
+    assert numbers(tmp_path / "parts" / "sparse") == numbers(tmp_path / "whole")
     with pytest.raises(RunError, match="sparse from the start"):
         race(replace(SMALL, method="gmp"), tmp_path / "gmp", Stopper())

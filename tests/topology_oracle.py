@@ -181,20 +181,26 @@ def _model(recipe: str, *features: tuple[int, int]) -> nn.ModuleList:
     return nn.ModuleList(SparseLinear(*f, density=density, generator=generator, dtype=torch.float64) for f in features)
 
 
-def _integers(shape: tuple[int, int], seed: int) -> Tensor:
+def integers(shape: tuple[int, int], seed: int) -> Tensor:
     return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def model_of_integers(recipe: str) -> nn.ModuleList:
+    """Two layers beside each other, in float64, whose weights are small integers."""
+    model = _model(recipe, (12, 10), (9, 14))
+    for seed, layer in enumerate(model):
+        layer.values.data.copy_(integers((1, layer.nnz), seed)[0])
+        layer.bias.data.zero_()
+    return model
 
 
 def check_exact(recipe: str) -> None:
     """Small integers everywhere (a momentum of 1, a learning rate of 1): no sum is rounded, and ties are many."""
-    model = _model(recipe, (12, 10), (9, 14))
-    for seed, layer in enumerate(model):
-        layer.values.data.copy_(_integers((1, layer.nnz), seed)[0])
-        layer.bias.data.zero_()
+    model = model_of_integers(recipe)
 
     def loss(layers: nn.ModuleList, step: int) -> Tensor:
-        outputs = [m(_integers((8, m.in_features), step)) for m in layers]
-        return sum((y * _integers(tuple(y.shape), 1000 + step)).sum() for y in outputs)
+        outputs = [m(integers((8, m.in_features), step)) for m in layers]
+        return sum((y * integers(tuple(y.shape), 1000 + step)).sum() for y in outputs)
 
     def same(a: Tensor, b: Tensor) -> None:
         assert torch.equal(a, b)

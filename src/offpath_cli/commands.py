@@ -33,7 +33,7 @@ Method = Annotated[
 DropFraction = Annotated[float, typer.Option(help="Share of the connections that move in an update, in (0, 1].")]
 UpdateFreq = Annotated[int, typer.Option(help="Steps between updates, which end after 75 % of the first --epochs.")]
 Epochs = Annotated[int, typer.Option(help="Passes over the training data.")]
-BatchSize = Annotated[int, typer.Option(help="Samples a step.")]
+BatchSize = Annotated[int, typer.Option(help="Samples a step, of all processes together.")]
 LearningRate = Annotated[float, typer.Option(help="Adam's learning rate.")]
 Seed = Annotated[int, typer.Option(help="Seed of the initial weights, the connections and the data order.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda where OFFPATH_BACKEND=reference is set.")]
@@ -137,21 +137,28 @@ def train(
     resume: Resume = False,
     quick: Quick = False,
 ) -> None:
-    """Train one model with sparse hidden layers, and write report.html; --sparsity 0 trains the dense one."""
+    """Train one model with sparse hidden layers, and write report.html; --sparsity 0 trains the dense one.
+
+    Under torchrun (torchrun --nproc-per-node 2 --no-python offpath train ...), the processes share out each batch.
+    """
     from offpath.studies import train as train_run
+    from offpath.studies.ranks import ranks_of_torchrun
     from offpath.studies.train_report import write_report
     from offpath_cli.display import TrainDisplay
 
-    out = out or _default_folder("train", context)
-    config = _config(context, out, resume, quick)
-    with TrainDisplay() as display:
-        finished = train_run(config, out, display, resume)
+    folder = out or _default_folder("train", context)
+    with ranks_of_torchrun() as ranks:
+        config = ranks.from_first(lambda: _config(context, folder, resume, quick))
+        with TrainDisplay(quiet=not ranks.first) as display:
+            finished = train_run(config, folder, display, resume, ranks)
     if not finished:
-        display.say(f"stopped; go on with: offpath train --out {shlex.quote(str(out))} --resume")
+        display.say(f"stopped; go on with: offpath train --out {shlex.quote(str(folder))} --resume")
         raise typer.Exit(INTERRUPTED)
-    write_report(out)
-    display.say(f"the run is in {out}")
-    display.say(f"plots: {out / 'report.html'}   numbers: {out / 'metrics.jsonl'}")
+    if not ranks.first:
+        return
+    write_report(folder)
+    display.say(f"the run is in {folder}")
+    display.say(f"plots: {folder / 'report.html'}   numbers: {folder / 'metrics.jsonl'}")
 
 
 @app.command()

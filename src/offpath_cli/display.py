@@ -22,9 +22,9 @@ SHOWN_STEPS = 20
 class Display:
     """A progress bar that lives as long as its block."""
 
-    def __init__(self, *columns: str) -> None:
+    def __init__(self, *columns: str, quiet: bool = False) -> None:
         # What is shown may hold paths, which are no markup.
-        self.console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+        self.console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=quiet)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=10),
@@ -56,8 +56,8 @@ class Display:
 class TrainDisplay(Display):
     """Watches one run."""
 
-    def __init__(self) -> None:
-        super().__init__("loss", "accuracy", "rate")
+    def __init__(self, quiet: bool = False) -> None:
+        super().__init__("loss", "accuracy", "rate", quiet=quiet)
 
     def on_start(self, run: Run) -> None:
         config = run.config

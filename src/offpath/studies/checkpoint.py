@@ -57,11 +57,11 @@ def save_checkpoint(run: Run, path: Path) -> None:
 
 
 def load_checkpoint(run: Run, path: Path) -> None:
-    """Put `run` where the checkpoint at `path` left off.
+    """Put `run` where the checkpoint at `path` left off: read by the first process, and handed to the others.
 
     Raises `RunError` when the file is missing, corrupt, truncated, or belongs to another run.
     """
-    tensors, header = _read(path)
+    tensors, header = run.ranks.from_first(lambda: _read(path))
     saved, current = RunConfig.from_json(header["config"]).to_json(), run.config.to_json()
     differing = [key for key in saved if key not in CHANGEABLE and saved[key] != current[key]]
     if differing:

@@ -84,17 +84,21 @@ class RunFolder:
         A run that was stopped before its first checkpoint starts from the beginning. Raises `RunError` when the
         checkpoint or the metrics are damaged, or when the checkpoint has gone while its metrics are there.
         """
-        records = self.metrics()
-        if self.checkpoint_file.exists():
+        if run.ranks.from_first(self._has_checkpoint):
             load_checkpoint(run, self.checkpoint_file)
-        elif records:
+        if run.ranks.first:
+            kept = [record for record in self.metrics() if record["step"] <= run.step]
+            write_text(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+            self.write_config(run.config)
+
+    def _has_checkpoint(self) -> bool:
+        records, exists = self.metrics(), self.checkpoint_file.exists()
+        if records and not exists:
             raise RunError(
                 f"expected a checkpoint beside the metrics of {len(records)} epochs in {self.path}, found none; "
                 "restore it from a copy, or start again with another --out"
             )
-        kept = [record for record in records if record["step"] <= run.step]
-        write_text(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
-        self.write_config(run.config)
+        return exists
 
     def save(self, run: Run) -> None:
         """Write the checkpoint."""

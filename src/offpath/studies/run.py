@@ -15,6 +15,7 @@ from offpath.studies.config import RunConfig, RunError
 from offpath.studies.data import Dataset
 from offpath.studies.methods import end_of_updates, make_topology, topology_record
 from offpath.studies.models import build_model
+from offpath.studies.ranks import ALONE, Ranks
 from offpath.topology import TopologyError
 
 EVALUATION_BATCH = 1024
@@ -39,15 +40,19 @@ class Run:
     Whatever is random draws from the run's own generator states, so two runs in one process do not disturb each
     other, and the order of the data follows from the seed and the epoch alone. `config` is what was asked for with
     nothing left open: it says at which step the last connections move.
+
+    In many processes, `config.batch_size` samples are shared out among them in every step: however many there are, the
+    steps are the same but for rounding.
     """
 
-    def __init__(self, config: RunConfig, dataset: Dataset) -> None:
+    def __init__(self, config: RunConfig, dataset: Dataset, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.samples = len(dataset.train_labels)
         self.steps_per_epoch = math.ceil(self.samples / config.batch_size)
         if config.moves and config.end_step is None:
             config = replace(config, end_step=end_of_updates(config.epochs * self.steps_per_epoch))
         self.config = config
-        self.device = torch.device(config.device)
+        self.device = ranks.device(config.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = build_model(
@@ -62,7 +67,8 @@ class Run:
             self.rng_state = torch.get_rng_state()
         self.model: nn.Module = model.to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, fused=True)
-        self.topology = make_topology(config, self.model, self.optimizer)
+        self._network = self.model if ranks.count == 1 else ranks.wrap(self.model)
+        self.topology = make_topology(config, self._network, self.optimizer)
         self.train_images, self.train_labels, self.test_images, self.test_labels = (
             t.to(self.device)
             for t in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels)
@@ -108,13 +114,16 @@ class Run:
     def _train_step(self) -> None:
         batch = self._batch()
         start = time.perf_counter()
-        images, labels = self.train_images[batch], self.train_labels[batch]
-        logits = self.model(images)
-        loss = functional.cross_entropy(logits, labels)
+        mine = self.ranks.share(batch)
+        images, labels = self.train_images[mine], self.train_labels[mine]
+        logits = self._network(images)
+        loss = functional.cross_entropy(logits, labels) if len(mine) else logits.sum()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        # Gradients are averaged over processes: with this factor, they are those of the mean over the whole batch.
+        (loss if self.ranks.count == 1 else loss * (self.ranks.count * len(mine) / len(batch))).backward()
         self.optimizer.step()
-        value = float(loss.detach())
+        (loss_sum,) = self.ranks.sum(float(loss.detach()) * len(mine))
+        value = loss_sum / len(batch)
         if not math.isfinite(value):
             raise RunError(
                 f"expected a finite loss, got {value} at step {self.step + 1}; start again with a smaller "
@@ -123,8 +132,9 @@ class Run:
         self._move_connections()
         self._wait()
         seconds = time.perf_counter() - start
-        self.meter.loss_sum += value * len(batch)
-        self.meter.correct += int((logits.detach().argmax(1) == labels).sum())
+        (correct,) = self.ranks.sum(int((logits.detach().argmax(1) == labels).sum()))
+        self.meter.loss_sum += loss_sum
+        self.meter.correct += int(correct)
         self.meter.samples += len(batch)
         self.meter.step_seconds.append(seconds)
         self.step += 1
@@ -151,13 +161,13 @@ class Run:
         """Mean loss and accuracy on the test set."""
         self.model.eval()
         loss_sum, correct = 0.0, 0
-        for images, labels in zip(
-            self.test_images.split(EVALUATION_BATCH), self.test_labels.split(EVALUATION_BATCH), strict=True
-        ):
+        batches = zip(self.test_images.split(EVALUATION_BATCH), self.test_labels.split(EVALUATION_BATCH), strict=True)
+        for images, labels in list(batches)[self.ranks.rank :: self.ranks.count]:
             logits = self.model(images)
             loss_sum += float(functional.cross_entropy(logits, labels, reduction="sum"))
             correct += int((logits.argmax(1) == labels).sum())
-        return loss_sum / len(self.test_labels), correct / len(self.test_labels)
+        loss_sum, hits = self.ranks.sum(loss_sum, correct)
+        return loss_sum / len(self.test_labels), hits / len(self.test_labels)
 
     def finish_epoch(self) -> dict[str, Any]:
         """Evaluate, return the epoch's record, and start the sums of the next one."""
@@ -175,6 +185,7 @@ class Run:
             "test_accuracy": test_accuracy,
             "train_seconds": train_seconds,
             "samples_per_second": meter.samples / train_seconds,
+            "processes": self.ranks.count,
             **topology,
             "step_seconds": meter.step_seconds,
         }

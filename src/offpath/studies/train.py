@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ from offpath.studies.config import RunConfig
 from offpath.studies.data import load
 from offpath.studies.folder import RunFolder
 from offpath.studies.interrupt import stop_on_signal
+from offpath.studies.ranks import ALONE, Ranks
 from offpath.studies.run import Run
 
 
@@ -25,34 +27,41 @@ class Observer(Protocol):
         """Called after every epoch with its record, the one that stands in `metrics.jsonl`."""
 
 
-def train(config: RunConfig, out: Path, observer: Observer, resume: bool = False) -> bool:
+def train(config: RunConfig, out: Path, observer: Observer, resume: bool = False, ranks: Ranks = ALONE) -> bool:
     """Train `config` in the folder `out`; True when it ran to its end, False when Ctrl-C stopped it.
 
     A checkpoint is written after every epoch and when the run is stopped. With `resume`, the run in `out` goes on
     from its checkpoint, to the same numbers as if it had never stopped (on the same backend, ISA and number of
-    threads; bit for bit on one thread). Raises `RunError` or `DataError`.
+    threads; bit for bit on one thread). Of many `ranks`, each calls this with the same config, and the first reads and
+    writes the folder; the same numbers come from the same number of them. Raises `RunError` or `DataError`.
     """
     folder = RunFolder(out)
-    run = Run(
-        folder.settled(config) if resume else config,
-        load(config.data, Path(config.data_dir) if config.data_dir else None),
-    )
-    with folder.locked():
+    if resume:
+        config = ranks.from_first(lambda: folder.settled(config))
+    run = Run(config, load(config.data, Path(config.data_dir) if config.data_dir else None), ranks)
+    with ExitStack() as held:
+        ranks.from_first(lambda: held.enter_context(folder.locked()))
         if resume:
             folder.restore(run)
         else:
-            folder.refuse_existing()
-            folder.start(run.config)
+            ranks.from_first(lambda: _start(folder, run.config))
         observer.on_start(run)
         with stop_on_signal() as stop:
-            while run.step < run.total_steps and not stop.made:
+            while run.step < run.total_steps and not ranks.any(stop.made):
                 run.advance()
                 observer.on_step(run)
                 if run.at_epoch_end:
                     record = run.finish_epoch()
-                    folder.append_metrics(record)
-                    folder.save(run)
+                    if ranks.first:
+                        folder.append_metrics(record)
+                        folder.save(run)
                     observer.on_epoch(run, record)
-            if not run.at_epoch_end:
+            if not run.at_epoch_end and ranks.first:
                 folder.save(run)
+            ranks.any(True)  # a process that ended earlier would make torchrun stop the one that still writes
         return run.step == run.total_steps
+
+
+def _start(folder: RunFolder, config: RunConfig) -> None:
+    folder.refuse_existing()
+    folder.start(config)

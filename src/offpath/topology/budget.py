@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,11 @@ class Quota(NamedTuple):
 
 
 class Budget(Protocol):
-    """Shares the connections over the layers."""
+    """Shares the connections over the layers.
+
+    One with an attribute `keeps_nnz = True` leaves every layer its number: only the others need, in many processes, a
+    `DistributedDataParallel` that can be laid out anew.
+    """
 
     def check(self, layers: Sequence[LayerView]) -> None:
         """Raise `TopologyError` when no update can ever be made of such layers."""
@@ -40,6 +44,7 @@ class PerLayer:
     A layer drops no more than it has free places to grow at, so a full one stays as it is.
     """
 
+    keeps_nnz: ClassVar[bool] = True
     drop_fraction: DropFraction
 
     def check(self, layers: Sequence[LayerView]) -> None:

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from offpath import pattern as patterns
 from offpath.nn import check_rewire, rewire
-from offpath.pattern import Edit, Pattern, PatternError
-from offpath.topology.budget import Quota
+from offpath.pattern import Edit, PatternError
 from offpath.topology.carry import carry_state, state_problem
+from offpath.topology.decide import Decision, decide
+from offpath.topology.distributed import Processes, fingerprint, unwrapped
 from offpath.topology.errors import TopologyError
 from offpath.topology.grow import needs_dense_gradient
-from offpath.topology.layer import LayerView
-from offpath.topology.managed import FilterFn, ManagedLayer, managed_layers
+from offpath.topology.managed import FilterFn, ManagedLayer, check_plain, managed_layers
 from offpath.topology.recipe import Recipe
 from offpath.topology.record import LayerState, LayerUpdate, TopologyUpdate
-from offpath.topology.select import lowest
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 STATE_VERSION = 1
-
-
-class Decision(NamedTuple):
-    """What one layer is to drop (slots of `pattern`, ascending) and to grow (positions)."""
-
-    pattern: Pattern
-    drop: Tensor
-    grow: Tensor
 
 
 class Topology:
@@ -43,6 +37,10 @@ class Topology:
     Frozen layers, and those that `filter_fn(module, fqn)` declines, are left alone. `grown_state` gives other numbers
     than zero to the optimizer's state of grown connections, by its key. An error changes nothing.
     Raises `TopologyError` when the recipe cannot be carried out with this model and optimizer.
+
+    In many processes of `torch.distributed`, each makes a topology, of its `DistributedDataParallel` or of the model in
+    that; all decide alike, from gradients averaged over them, or raise. They are the processes of `process_group`, else
+    those of the `DistributedDataParallel`, else all; a group of one process keeps to itself.
 
     >>> from offpath import SparseLinear, topology
     >>> model = nn.Sequential(SparseLinear(64, 32), nn.ReLU(), SparseLinear(32, 10))
@@ -69,15 +67,20 @@ class Topology:
         also: Sequence[nn.Module] = (),
         filter_fn: FilterFn | None = None,
         grown_state: Mapping[str, float] | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self.recipe = recipe
         self._optimizer = optimizer
         self._grown_state = dict(grown_state or {})
-        self._managed = managed_layers(model, optimizer, also, filter_fn)
+        self._managed = managed_layers(unwrapped(model), optimizer, also, filter_fn)
         self._generator = torch.Generator().manual_seed(seed)
         self._step = 0
         if recipe.budget is not None:
             recipe.budget.check([managed.view(self._generator) for managed in self._managed])
+        keeps_nnz = getattr(recipe.budget, "keeps_nnz", recipe.budget is None)
+        self._processes = Processes(model, process_group, self._sizes if keeps_nnz else None)
+        self._check_processes()
+        self._processes.follow(self._sizes)
         self._watch()
 
     @property
@@ -114,13 +117,14 @@ class Topology:
         if schedule is not None and schedule.due(self._step + 1):
             drawn = self._generator.get_state()
             try:
-                edits = self._edits(self._decide(self._step + 1))
+                edits = self._agreed_edits()
             except BaseException:
                 self._generator.set_state(drawn)
                 for managed in self._managed:
                     managed.capture.clear()
                 raise
             layers = tuple(self._apply(m, e) for m, e in zip(self._managed, edits, strict=True))
+            self._processes.follow(self._sizes)
             update = TopologyUpdate(self._step + 1, layers)
         self._step += 1
         self._watch()
@@ -154,6 +158,7 @@ class Topology:
         problem = self._load_problem(state)
         if problem:
             raise TopologyError(problem)
+        self._processes.follow(self._sizes)  # the model's checkpoint may have brought other ones
         for managed in self._managed:
             saved = state["layers"][managed.name]
             managed.initial_nnz, managed.digest = int(saved["initial_nnz"]), int(saved["digest"])
@@ -189,36 +194,49 @@ class Topology:
             else:
                 managed.capture.disarm()
 
-    def _decide(self, step: int) -> list[Decision]:
-        """What every layer drops and grows: a function of weights, gradients and generator; changes no layer."""
-        recipe = self.recipe
-        assert recipe.drop is not None and recipe.budget is not None
-        layers = [managed.view(self._generator) for managed in self._managed]
-        importances = [_importance(layer, recipe.drop(layer)) for layer in layers]
-        quotas = recipe.budget(step, layers, importances)
-        drops = [lowest(importance, quota.drop) for importance, quota in zip(importances, quotas, strict=True)]
-        decisions = []
-        for layer, quota, drop in zip(layers, quotas, drops, strict=True):
-            if layer.nnz and layer.nnz - quota.drop + quota.grow == 0:
-                raise TopologyError(
-                    f"layer {layer.name!r}: expected a connection to stay, but all {layer.nnz} would go; lower "
-                    "drop_fraction or final_sparsity, or leave the layer out with filter_fn"
-                )
-            decisions.append(Decision(layer.pattern, drop, self._grown(layer, quota)))
-        return decisions
+    @property
+    def _sizes(self) -> list[int]:
+        return [managed.layer.nnz for managed in self._managed]
 
-    def _grown(self, layer: LayerView, quota: Quota) -> Tensor:
-        if not quota.grow:
-            return torch.empty(0, dtype=torch.int64, device=layer.pattern.device)
-        if self.recipe.grow is None:
-            raise TopologyError(f"the budget asks for growth, but recipe {self.recipe.name!r} has no grow rule")
-        positions = self.recipe.grow(layer, quota.grow)
-        if positions.shape != (quota.grow,) or positions.dtype != torch.int64:
-            raise TopologyError(
-                f"layer {layer.name!r}: expected the grow rule to return {quota.grow} positions in int64, got "
-                f"{positions.dtype} {tuple(positions.shape)}"
-            )
-        return positions
+    def _check_processes(self, **more: int) -> None:
+        """Raise `TopologyError` in every process when they do not train the same."""
+        if self._processes.count == 1:
+            return
+        self._processes.check_same(
+            self._managed[0].layer.values.device,
+            recipe_and_layers=fingerprint(
+                self.recipe.describe(), [(m.name, m.layer.in_features, m.layer.out_features) for m in self._managed]
+            ),
+            steps=self._step,
+            random_state=fingerprint(self._generator.get_state()),
+            # Not the digest that the layer carries: a broadcast of rank 0 has written over it.
+            connections=fingerprint([managed.layer.connections.digest() for managed in self._managed]),
+            **more,
+        )
+
+    def _agreed_edits(self) -> list[Edit | None]:
+        """The edits of the update that is due: decided in every process alike, and compared before any is made."""
+        if self._processes.count == 1:
+            return self._edits(self._decide())
+        device = self._managed[0].layer.values.device
+        for managed in self._managed:
+            check_plain(managed.name, managed.layer)
+        self._check_processes(weights=fingerprint(*(managed.layer.values for managed in self._managed)))
+        try:
+            decisions = self._decide()
+            edits = self._edits(decisions)
+        except TopologyError:
+            self._processes.tell_failure(device)
+            raise
+        chosen = fingerprint(*(part for decision in decisions for part in (decision.drop, decision.grow)))
+        self._processes.check_same(device, success=1, decision=chosen)
+        return edits
+
+    def _decide(self) -> list[Decision]:
+        layers = [managed.view(self._generator, self._processes.average) for managed in self._managed]
+        if needs_dense_gradient(self.recipe.grow):
+            layers = self._processes.with_all_passes(layers)
+        return decide(self.recipe, self._step + 1, layers)
 
     def _edits(self, decisions: list[Decision]) -> list[Edit | None]:
         """The decisions as edits, all of them checked against layers and optimizer; None where nothing changes."""
@@ -253,16 +271,3 @@ class Topology:
             dropped = edit.old_to_new.numel() - (layer.nnz - grown)
         size = layer.in_features * layer.out_features
         return LayerUpdate(managed.name, dropped, grown, layer.nnz, size, int(managed.unmoved.sum()))
-
-
-def _importance(layer: LayerView, importance: Tensor) -> Tensor:
-    if importance.shape != (layer.nnz,) or not importance.is_floating_point():
-        raise TopologyError(
-            f"layer {layer.name!r}: expected the drop rule to return {layer.nnz} floating numbers, got "
-            f"{importance.dtype} {tuple(importance.shape)}"
-        )
-    if bool(importance.isnan().any()):
-        raise TopologyError(
-            f"layer {layer.name!r}: expected importances without NaN; weights or gradients are not finite"
-        )
-    return importance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -29,6 +30,8 @@ class LayerView:
     initial_nnz: int
     values_grad: Tensor | None = field(repr=False)
     passes: tuple[tuple[Tensor, Tensor], ...] = field(repr=False)
+    # In place: of a tensor that every process has, their mean.
+    average: Callable[[Tensor], Tensor] = field(default=lambda mine: mine, repr=False)
 
     @property
     def nnz(self) -> int:
@@ -90,7 +93,8 @@ class LayerView:
     def gradient_of_rows(self, first: int, last: int) -> Tensor:
         """The dense gradient's rows [first, last), summed over all passes since the last step, float32 or float64.
 
-        Only for rules with `needs_dense_gradient = True`. Raises `TopologyError` when no pass was seen.
+        Only for rules with `needs_dense_gradient = True`. The mean over all processes that train together: each must
+        ask for the same rows in the same order. Raises `TopologyError` when no pass was seen.
         """
         if not self._operands:
             raise TopologyError(
@@ -102,7 +106,7 @@ class LayerView:
         gradient = dy[:, first:last].t() @ x
         for x, dy in others:
             gradient.addmm_(dy[:, first:last].t(), x)
-        return gradient
+        return self.average(gradient)
 
     @cached_property
     def _operands(self) -> tuple[tuple[Tensor, Tensor], ...]:

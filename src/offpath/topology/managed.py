@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from offpath.nn import SparseLinear
@@ -32,8 +32,9 @@ class ManagedLayer:
         """A fingerprint of the layer's connections, as the layer keeps it."""
         return int(self.layer.topology_digest)
 
-    def view(self, generator: torch.Generator) -> LayerView:
+    def view(self, generator: torch.Generator, average: Callable[[Tensor], Tensor] = lambda mine: mine) -> LayerView:
         """The layer as the rules see it. Raises `TopologyError` when somebody else has changed its connections."""
+        check_plain(self.name, self.layer)
         if self.digest_now() != self.digest:
             raise TopologyError(
                 f"layer {self.name!r}: expected the connections that this topology left there, but they have changed "
@@ -43,7 +44,7 @@ class ManagedLayer:
         pattern, passes = self.layer.connections.pattern, self.capture.passes
         if not bool(values.isfinite().all()):
             raise TopologyError(f"layer {self.name!r}: expected finite weights, got NaN or inf")
-        return LayerView(self.name, pattern, values, generator, self.initial_nnz, gradient, passes)
+        return LayerView(self.name, pattern, values, generator, self.initial_nnz, gradient, passes, average)
 
     def state(self) -> LayerState:
         """What has become of the layer; O(nnz)."""
@@ -53,6 +54,18 @@ class ManagedLayer:
         old = torch.bincount(pattern.row_indices()[self.unmoved.to(pattern.device)], minlength=rows) > 0
         dead, new = rows - int(live.sum()), int((live & ~old).sum())
         return LayerState(self.name, self.initial_nnz, pattern.nnz, rows * columns, int(self.unmoved.sum()), dead, new)
+
+
+def check_plain(name: str, layer: SparseLinear) -> None:
+    """Raise `TopologyError` unless this process holds all values of the layer, in a tensor of torch's own."""
+    kind, count = type(layer.values.data), layer.connections.nnz
+    if kind is not Tensor or layer.values.numel() != count:
+        raise TopologyError(
+            f"layer {name!r}: expected all {count} values in this process, in one plain tensor, got "
+            f"{layer.values.numel()} in a {kind.__name__}. Sharded layers (fully_shard) train with the connections "
+            "that they have, without a topology; to move connections, leave the sparse layers out of fully_shard, or "
+            "use DistributedDataParallel"
+        )
 
 
 def managed_layers(
@@ -72,6 +85,7 @@ def managed_layers(
                     "them; remove that first"
                 )
             if module.values.requires_grad:
+                check_plain(name, module)
                 chosen[name] = module
     if not chosen:
         raise TopologyError(
