@@ -12,6 +12,7 @@ from offpath.convert import fuse, sparsify
 
 def mlp(hidden: Sequence[int]) -> Callable[[int, int], nn.Sequential]:
     """Builds MLPs with these hidden layers and ReLU between."""
+
     def build(features: int, classes: int) -> nn.Sequential:
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise([features, *hidden]):

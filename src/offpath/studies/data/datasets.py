@@ -18,7 +18,15 @@ from offpath.studies.data.errors import DataError
 from offpath.studies.data.fetch import fetch
 from offpath.studies.data.raw import RawImages
 from offpath.studies.data.read import read_idx_set
-from offpath.studies.data.spec import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS, ArchiveSpec, IdxSpec, WheelSpec
+from offpath.studies.data.spec import (
+    TEST_IMAGES,
+    TEST_LABELS,
+    TRAIN_IMAGES,
+    TRAIN_LABELS,
+    ArchiveSpec,
+    IdxSpec,
+    WheelSpec,
+)
 from offpath.studies.data.wheels import read_digits, read_mnist_5k
 
 Spec = IdxSpec | WheelSpec | ArchiveSpec
@@ -97,9 +105,9 @@ class Dataset:
 def load(name: str, data_dir: Path | None = None) -> Dataset:
     """Load the data set `name`, one of `DATASETS`, without ever downloading.
 
-    `data_dir` is the only folder searched for files where it is given (for cifar10 also the archive itself); sets that come inside a Python
-    package have none and do not use it. Raises `DataError` for an unknown name and for corrupt files, and
-    its subclass `DataNotFoundError`, with the commands that bring the set, where it is absent.
+    `data_dir` is the only folder searched for files where it is given (for cifar10 it may also be the archive); sets
+    that come inside a Python package have none and do not use it. Raises `DataError` for an unknown name and for
+    corrupt files, and its subclass `DataNotFoundError`, with the commands that bring the set, where it is absent.
 
     >>> digits = load("digits")
     >>> digits.train_images.shape, digits.test_images.shape, digits.image_shape

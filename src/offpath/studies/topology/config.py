@@ -132,7 +132,7 @@ def _arms(sparsities: tuple[float, ...], methods: tuple[str, ...], extreme: tupl
     return (Arm(DENSE), *(Arm(method, sparsity) for sparsity in sparsities for method in methods[1:]), *extreme)
 
 
-_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 _EXTREME = (Arm(SMALL_DENSE, 0.99), Arm(STATIC, 0.99), Arm(SET_, 0.99), Arm(RIGL, 0.99))
 _SOME = (DENSE, SMALL_DENSE, STATIC, RIGL)
 # fmt: off

@@ -33,11 +33,19 @@ class StudyFolder:
         if not self.study_file.exists():
             write_text(self.study_file, json.dumps(config.to_json(), indent=1) + "\n")
         elif self.config() != config:
-            raise RunError(f"expected the same study in {self.path}, but another one was started there; choose another --out")
+            raise RunError(f"expected this study in {self.path}, but another was started there; choose another --out")
 
     def config(self) -> StudyConfig:
         """The study that is here. Raises `RunError` when its file is missing or broken."""
         return StudyConfig.from_json(_read(self.study_file))
+
+    def steps(self) -> dict[str, Any]:
+        """Of each task whose steps have been timed: title, machine and seconds. Raises `RunError` for a broken file."""
+        return _read(self.steps_file) if self.steps_file.exists() else {}
+
+    def left(self, config: StudyConfig) -> list[Trial]:
+        """The trials that are not finished yet, in the order in which they are to be run."""
+        return [trial for trial in (*config.tuning(), *config.trials()) if not self.has(trial)]
 
     def has(self, trial: Trial) -> bool:
         """Whether the trial has been finished."""
@@ -54,9 +62,9 @@ class StudyFolder:
     @contextmanager
     def claimed(self, trial: Trial) -> Iterator[bool]:
         """Whether the trial is this process's to run: nobody else has it in hand, or has finished it."""
-        lock = FileLock(self.path / ".locks" / trial.name)
-        lock_folder = Path(lock.lock_file).parent
-        lock_folder.mkdir(exist_ok=True)
+        locks = self.path / ".locks"
+        locks.mkdir(exist_ok=True)
+        lock = FileLock(locks / trial.name)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -82,7 +90,7 @@ class StudyFolder:
                 if loss is not None:
                     losses[trial.tuning_rate] = loss
         if not losses:
-            raise RunError(f"expected a learning rate that works for {task}, {arm.name}; all gave losses that are not finite")
+            raise RunError(f"expected a learning rate that gives {task}, {arm.name} a finite loss, found none")
         return min(losses, key=lambda rate: losses[rate])
 
     def _file(self, trial: Trial) -> Path:

@@ -30,6 +30,11 @@ class Task(ABC):
     config: TaskConfig
     source: str
 
+    @property
+    def title(self) -> str:
+        """The data's name as it stands beside every figure; pictures that JPEG has changed are not quite the set."""
+        return self.config.title + (" (JPEG)" if self.source.endswith("(JPEG)") else "")
+
     @abstractmethod
     def dense_model(self, sizes: tuple[int, ...]) -> nn.Module:
         """A dense model of these sizes, drawn from torch's generator; its last linear layer gives the classes."""

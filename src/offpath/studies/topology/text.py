@@ -60,7 +60,7 @@ class Transformer(nn.Module):
 
 
 class Text(Task):
-    """A text, cut into its first 90 % to train on and the rest to score; tuning takes its held-back tenth from the first.
+    """A text, cut into its first 90 % to train on and the rest to score; tuning holds back the last tenth of the first.
 
     A step reads windows from random places; the score, at most 600 windows spread evenly over its part.
     """
@@ -75,7 +75,9 @@ class Text(Task):
         held_back = int(HELD_BACK_SHARE * len(tokens))
         context = config.sizes[3]
         if held_back <= context + 1:
-            raise DataError(f"a text of more than {10 * context + 20} characters", f"{len(tokens)}", "name a longer one")
+            raise DataError(
+                f"a text of more than {10 * context + 20} characters", f"{len(tokens)}", "name another file"
+            )
         self._parts = {
             False: (tokens[:-held_back], tokens[-held_back:]),
             True: (tokens[: -2 * held_back], tokens[-2 * held_back : -held_back]),

@@ -1,4 +1,4 @@
-"""A process that trains whatever trials are left, until none is. Run as a module; it says on its output what it does."""
+"""A process that trains whatever trials are left, until none is. Run as a module; its output says what it does."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+from offpath.kernels import KernelError
+from offpath.studies.config import RunError
+from offpath.studies.data import DataError
 from offpath.studies.topology.config import Trial
 from offpath.studies.topology.folder import StudyFolder
 from offpath.studies.topology.task import Task, open_task
@@ -17,6 +20,7 @@ from offpath.studies.topology.trial import run_trial
 
 TOLD_EVERY_STEPS = 20
 LOOK_AGAIN_SECONDS = 0.5
+INTERRUPTED = 130
 
 
 class Worker:
@@ -29,7 +33,7 @@ class Worker:
 
     def work(self) -> None:
         """Train until every trial is finished, by this process or another."""
-        while left := [t for t in (*self.config.tuning(), *self.config.trials()) if not self.folder.has(t)]:
+        while left := self.folder.left(self.config):
             if not any(self._tried(trial) for trial in left):
                 time.sleep(LOOK_AGAIN_SECONDS)  # others are busy with what must come first
 
@@ -39,7 +43,8 @@ class Worker:
             return False
         with self.folder.claimed(trial) as mine:
             if mine:
-                self.folder.write(trial, run_trial(self._task(trial.task), trial, rate, lambda *at: self._tell(trial, *at)))
+                task = self._task(trial.task)
+                self.folder.write(trial, run_trial(task, trial, rate, lambda *at: self._tell(trial, *at)))
             return mine
 
     def _task(self, name: str) -> Task:
@@ -58,4 +63,10 @@ class Worker:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    Worker(StudyFolder(Path(sys.argv[1])), json.loads(sys.argv[2])).work()
+    try:
+        Worker(StudyFolder(Path(sys.argv[1])), json.loads(sys.argv[2])).work()
+    except (RunError, DataError, KernelError) as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
