@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from offpath.studies.topology.config import TaskConfig
 from offpath.studies.topology.task import Task
 from offpath.studies.topology.trial import Training
 
 # The arms take turns of a few steps, so that whatever disturbs the machine hits all of them.
 TURN_STEPS = 10
-TURNS = 24
+MAX_TURNS = 24
 # Often enough for a median over updates; what they cost counts by how often they really come.
 UPDATE_FREQ = 30
 
@@ -48,17 +49,22 @@ class _Times:
         return plain + (around - 2 * plain) / update_freq
 
 
+def turns(config: TaskConfig) -> int:
+    """How many turns each arm of a task gets."""
+    return max(1, min(MAX_TURNS, config.steps // TURN_STEPS))
+
+
 def measure_steps(task: Task, progress: Callable[[], None] = lambda: None) -> dict[str, float]:
     """Seconds of a training step of each arm of `task`, by its name; updates of the connections included.
 
-    The connections move as in a training of `TURNS` * `TURN_STEPS` steps, so that those of GMP, which become fewer, are
-    averaged over the whole of it.
+    `progress` is called after each turn. The connections move as in a training of as many steps as are timed, so that
+    those of GMP, which become fewer, are averaged over the whole of it.
     """
     quick = copy.copy(task)
     quick.config = replace(task.config, update_freq=min(UPDATE_FREQ, task.config.update_freq))
-    trainings = {arm: Training(quick, arm, 0, TURNS * TURN_STEPS, 1e-3) for arm in task.config.arms}
+    trainings = {arm: Training(quick, arm, 0, turns(task.config) * TURN_STEPS, 1e-3) for arm in task.config.arms}
     times = {arm: _Times() for arm in trainings}
-    for turn in range(TURNS):
+    for turn in range(turns(task.config)):
         for arm in list(trainings)[:: -1 if turn % 2 else 1]:
             for _ in range(TURN_STEPS):
                 times[arm].take(trainings[arm])

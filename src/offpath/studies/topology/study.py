@@ -21,11 +21,10 @@ from offpath.studies.interrupt import StopRequest, stop_on_signal
 from offpath.studies.topology.config import StudyConfig
 from offpath.studies.topology.folder import StudyFolder
 from offpath.studies.topology.result import StudyResult
-from offpath.studies.topology.steps import TURNS, measure_steps
+from offpath.studies.topology.steps import measure_steps, turns
 from offpath.studies.topology.task import open_task
 
 LOOK_SECONDS = 0.3
-WAIT_SECONDS = 10.0
 
 
 class StudyObserver(Protocol):
@@ -73,7 +72,7 @@ def _time_steps(
             continue
         path = data.get(task_config.data)
         task = open_task(task_config, Path(path) if path else None)
-        observer.on_timing(task.title, TURNS)
+        observer.on_timing(task.title, turns(task_config))
 
         def turn() -> None:
             observer.on_turn()
@@ -99,7 +98,8 @@ def _run_trials(
     total = len(list(config.tuning())) + len(list(config.trials()))
     told: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     running: dict[str, float] = {}
-    workers = [_start_worker(folder, data, told) for _ in range(min(jobs, len(folder.left(config))))]
+    workers = [_start_worker(folder, data) for _ in range(min(jobs, len(folder.left(config))))]
+    readers = [_start_reader(worker, told) for worker in workers]
     try:
         while not stop.made and any(worker.poll() is None for worker in workers):
             _listen(told, running)
@@ -114,27 +114,29 @@ def _run_trials(
         observer.on_trials(total - len(folder.left(config)), total, running)
     finally:
         for worker in workers:
-            worker.terminate()
-        for worker in workers:
-            worker.wait(WAIT_SECONDS)
+            worker.kill()  # files are written whole or not at all
+            worker.wait()
+        for reader in readers:
+            reader.join()
 
 
-def _start_worker(
-    folder: StudyFolder, data: dict[str, str], told: queue.SimpleQueue[dict[str, Any]]
-) -> subprocess.Popen[str]:
+def _start_worker(folder: StudyFolder, data: dict[str, str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "offpath.studies.topology.worker", str(folder.path), json.dumps(data)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # A session of its own: Ctrl-C on the terminal is for the study, which ends its workers.
-    worker = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment)
 
+
+def _start_reader(worker: subprocess.Popen[str], told: queue.SimpleQueue[dict[str, Any]]) -> threading.Thread:
     def read() -> None:
         assert worker.stdout is not None
-        for line in worker.stdout:
-            told.put(json.loads(line))
+        with worker.stdout as lines:
+            for line in lines:
+                told.put(json.loads(line))
 
-    threading.Thread(target=read, daemon=True).start()
-    return worker
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    return reader
 
 
 def _listen(told: queue.SimpleQueue[dict[str, Any]], running: dict[str, float]) -> None:
