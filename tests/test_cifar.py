@@ -6,9 +6,12 @@ import hashlib
 import io
 import pickle
 import tarfile
+import threading
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from offpath.studies.data import DATASETS, DataError, DataNotFoundError, datasets, load
+from offpath.studies.data import DATASETS, DataError, DataNotFoundError, datasets, download, load
 from offpath.studies.data.cifar import CLASSES, TEST_PART, TRAIN_PARTS, read_archive
 from offpath.studies.data.locate import DATA_DIR_VARIABLE
 
@@ -117,7 +120,7 @@ class _Bomb:
 
 def test_unknown_archive_is_never_unpickled(tmp_path: Path, trusting: Callable[..., None]) -> None:
     sha256 = _tar(tmp_path / PYTHON, dict.fromkeys(PARTS, pickle.dumps(_Bomb())))
-    with pytest.raises(DataError, match=r"to have SHA-256 6d958be.*download https://www\.cs\.toronto\.edu"):
+    with pytest.raises(DataError, match=r"to have SHA-256 6d958be.*`offpath data cifar10`"):
         load("cifar10", tmp_path)
     with pytest.raises(pytest.fail.Exception):  # it would have gone off
         read_archive(tmp_path / PYTHON, sha256, "mend it")
@@ -168,5 +171,33 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         archive.writestr("readme.txt", "nothing here")
     with pytest.raises(DataError, match=r"to hold train/<class>/\*\.png"):
         load("cifar10", tmp_path / "b.zip")
-    with pytest.raises(DataNotFoundError, match=rf"none in {tmp_path}/nowhere; next step: download https"):
+    with pytest.raises(DataNotFoundError, match=rf"none in {tmp_path}/nowhere; next step: `offpath data"):
         load("cifar10", tmp_path / "nowhere")
+
+
+def test_download_is_verified_and_enters_the_folder_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    sha256 = _tar(home / PYTHON, _python_files())
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(home)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        spec = replace(
+            DATASETS["cifar10"], home_url=f"http://127.0.0.1:{server.server_port}/", sha256={PYTHON: "0" * 64}
+        )
+        monkeypatch.setitem(datasets.DATASETS, "cifar10", spec)
+        with pytest.raises(DataError, match=r"to have SHA-256 0{64}; got .*try again later"):
+            download("cifar10", tmp_path / "data")
+        assert list((tmp_path / "data").iterdir()) == []
+        monkeypatch.setitem(datasets.DATASETS, "cifar10", replace(spec, sha256={PYTHON: sha256}))
+        folder = download("cifar10", tmp_path / "data")
+        assert [path.name for path in folder.iterdir()] == [PYTHON] and len(load("cifar10", folder).test_labels) == 4
+        (home / PYTHON).unlink()
+        assert download("cifar10", tmp_path / "data") == folder  # it is there, and intact
+        (folder / PYTHON).write_bytes(b"broken")
+        with pytest.raises(DataError, match="a download from http"):
+            download("cifar10", tmp_path / "data")
+        assert (folder / PYTHON).read_bytes() == b"broken"
+    finally:
+        server.shutdown()
+        server.server_close()

