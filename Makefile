@@ -14,12 +14,14 @@ CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h tests/sanitize/*.cpp tests/sanitiz
 
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help demo crossover readme test lint sanitize bars bench format dev clean
+.PHONY: help demo crossover study readme test lint sanitize bars bench format dev clean
 
 help:
 	@echo "make demo       train a dense network and its sparse twin side by side, on real images (4 minutes the first time, most of them compiling)"
 	@echo "make readme     make demo, and put its numbers into the README and docs/demo"
 	@echo "make crossover  measure from which sparsity on a layer pays here, for docs/crossover and the README (8 minutes)"
+	@echo "make study      train every arm of docs/studies/topology.md with three seeds (hours; stop it, and it goes on):"
+	@echo "                make study DATA='--data cifar10=cifar-10-python.tar.gz --data tinyshakespeare=input.txt'"
 	@echo "make test       lint, types and all tests (20 minutes the first time)"
 	@echo "make lint       formatting, lint and types alone"
 	@echo "make sanitize   the C++ core under AddressSanitizer, UBSan and ThreadSanitizer (10 minutes)"
@@ -40,6 +42,11 @@ crossover: $(VENV)/.installed
 	rm -rf runs/crossover
 	$(BIN)/offpath crossover --out runs/crossover
 	$(BIN)/python docs/update_crossover.py
+
+# Not removed before: a study that was stopped goes on.
+study: $(VENV)/.installed
+	$(BIN)/offpath study topology $(DATA) --out runs/study-topology
+	$(BIN)/python docs/update_study.py
 
 test: lint
 	$(BIN)/python -m pytest

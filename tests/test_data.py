@@ -374,7 +374,7 @@ def test_truncated_gzip_file_is_rejected(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("action", [load, download])
 def test_unknown_name_lists_the_known_ones(action: Callable[[str], object]) -> None:
-    with pytest.raises(DataError, match=r"digits, mnist-5k, mnist, fashion-mnist; got 'mnsit'.*use 'mnist'"):
+    with pytest.raises(DataError, match=r"digits, mnist-5k, mnist, fashion-mnist, cifar10; got 'mnsit'.*use 'mnist'"):
         action("mnsit")
 
 

@@ -16,10 +16,12 @@ from offpath.studies.crossover import CrossoverResult
 from offpath.studies.crossover.tables import crossover_block
 from offpath.studies.race import RaceResult
 from offpath.studies.tables import demo_block
+from offpath.studies.topology import StudyResult
+from offpath.studies.topology.tables import docs_block
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(m.name for m in pkgutil.walk_packages(offpath.__path__, "offpath.") if not m.name.endswith("_native"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -48,6 +50,13 @@ def test_break_evens_of_the_readme_are_those_of_the_committed_crossover() -> Non
     made = ROOT / "docs" / "crossover" / "crossover.json"
     block = crossover_block(CrossoverResult.from_json(json.loads(made.read_text()))) + "\n" if made.exists() else ""
     assert f"<!-- crossover -->\n{block}<!-- /crossover -->" in (ROOT / "README.md").read_text()
+
+
+def test_tables_of_the_study_are_those_of_the_committed_result() -> None:
+    folder = ROOT / "docs" / "studies"
+    result = StudyResult.from_json(json.loads((folder / "topology.json").read_text()))
+    assert f"<!-- study -->\n{docs_block(result)}\n<!-- /study -->" in (folder / "topology.md").read_text()
+    assert all((folder / f"topology-{kind}.svg").read_text().startswith("<svg") for kind in ("images", "text"))
 
 
 def test_public_functions_have_an_example() -> None:

@@ -12,7 +12,7 @@ import sys
 def main() -> None:
     """Run the command line; without the `cli` extra, say how to get it."""
     try:
-        from offpath_cli.commands import app  # late: the extra may not be installed
+        from offpath_cli.study import app  # late: the extra may not be installed
 
         app()
     except ModuleNotFoundError as error:

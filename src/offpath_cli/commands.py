@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 INTERRUPTED = 130
 
-Data = Annotated[str, typer.Option(help="digits, mnist-5k, mnist or fashion-mnist.")]
+Data = Annotated[str, typer.Option(help="digits, mnist-5k, mnist, fashion-mnist or cifar10.")]
 Model = Annotated[str, typer.Option(help="mlp-small, mlp or mlp-wide.")]
 Sparsity = Annotated[float, typer.Option(help="Share of the hidden weights that do not exist, in [0, 1).")]
 Distribution = Annotated[str, typer.Option(help="How layers share the connections: uniform or erk.")]
@@ -236,7 +236,7 @@ def crossover(
 @app.command()
 @reports_errors
 def data(
-    name: Annotated[str, typer.Argument(help="mnist or fashion-mnist.")],
+    name: Annotated[str, typer.Argument(help="mnist, fashion-mnist or cifar10.")],
     data_dir: Annotated[Path | None, typer.Option(help="Where to put it (default: the user's cache).")] = None,
 ) -> None:
     """Download a data set from its own home and verify it."""

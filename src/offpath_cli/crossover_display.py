@@ -78,7 +78,7 @@ def print_crossover(result: CrossoverResult, display: CrossoverDisplay) -> None:
             table.add_row(*(_styled(cell) for cell in (row[0] if row[0] != before else "", *row[1:])))
             before = row[0]
         display.console.print(Text(block.title, style="bold"))
-        _print_whole(table, display.console)
+        print_whole(table, display.console)
         for note in block.notes:
             display.say(note)
         display.say("")
@@ -89,7 +89,7 @@ def print_crossover(result: CrossoverResult, display: CrossoverDisplay) -> None:
         display.console.print(Text(warning, style="bold red"), soft_wrap=True)
 
 
-def _print_whole(table: Table, console: Console) -> None:
+def print_whole(table: Table, console: Console) -> None:
     """Print `table` at its full width: on a narrow terminal its lines wrap, which is better than figures cut short."""
     needed = console.measure(table, options=console.options.update(width=sys.maxsize)).maximum
     Console(file=console.file, width=max(needed, console.width)).print(table)

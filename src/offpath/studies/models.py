@@ -10,7 +10,9 @@ from torch import nn
 from offpath.convert import fuse, sparsify
 
 
-def _mlp(hidden: Sequence[int]) -> Callable[[int, int], nn.Sequential]:
+def mlp(hidden: Sequence[int]) -> Callable[[int, int], nn.Sequential]:
+    """Builds MLPs with these hidden layers and ReLU between."""
+
     def build(features: int, classes: int) -> nn.Sequential:
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise([features, *hidden]):
@@ -22,9 +24,9 @@ def _mlp(hidden: Sequence[int]) -> Callable[[int, int], nn.Sequential]:
 
 # Name: (features, classes) -> the dense model.
 MODELS: dict[str, Callable[[int, int], nn.Sequential]] = {
-    "mlp-small": _mlp([256, 256]),
-    "mlp": _mlp([1024, 1024]),
-    "mlp-wide": _mlp([4000, 1000, 4000]),  # the SET-MLP of Mocanu et al., 2018
+    "mlp-small": mlp([256, 256]),
+    "mlp": mlp([1024, 1024]),
+    "mlp-wide": mlp([4000, 1000, 4000]),  # the SET-MLP of Mocanu et al., 2018
 }
 
 

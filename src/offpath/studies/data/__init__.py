@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from offpath.studies.data.datasets import DATASETS, Dataset, download, load
 from offpath.studies.data.errors import DataError, DataNotFoundError
-from offpath.studies.data.spec import IdxSpec, WheelSpec
+from offpath.studies.data.spec import ArchiveSpec, IdxSpec, WheelSpec
 
 __all__ = [
     "DATASETS",
+    "ArchiveSpec",
     "DataError",
     "DataNotFoundError",
     "Dataset",

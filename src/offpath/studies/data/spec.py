@@ -46,3 +46,27 @@ class IdxSpec:
         commands = (f"offpath data {self.name}", *self.package_commands)
         quoted = " or ".join(f"`{command}`" for command in commands)
         return f"{quoted}, or name the folder that holds the files with --data-dir DIR or OFFPATH_DATA"
+
+
+@dataclass(frozen=True)
+class ArchiveSpec:
+    """A data set of colour images in one archive, or unpacked as one file for each image.
+
+    `sha256` maps the name of each canonical archive to its checksum; `home_url` is the folder that serves them.
+    `read_archive(path, sha256, next_step)` and `read_pictures(path, next_step)` return the images of either form.
+    """
+
+    name: str
+    classes: int
+    home_url: str
+    sha256: Mapping[str, str]
+    read_archive: Callable[[Path, str, str], RawImages]
+    read_pictures: Callable[[Path, str], RawImages]
+
+    @property
+    def next_step(self) -> str:
+        """How to bring the set to a machine, as one sentence."""
+        return (
+            f"`offpath data {self.name}`, or name the folder of an archive with --data-dir DIR or OFFPATH_DATA, "
+            "or a folder or zip of train/<class>/* and test/<class>/* images"
+        )

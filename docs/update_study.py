@@ -1,0 +1,29 @@
+"""Put what `offpath study topology` has made in runs/study-topology, or in the folder named, into docs/studies."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from offpath.studies.plots import to_svg
+from offpath.studies.topology import StudyResult
+from offpath.studies.topology.plots import figures
+from offpath.studies.topology.tables import docs_block
+
+ROOT = Path(__file__).parent.parent
+MADE = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs" / "study-topology") / "topology.json"
+KEPT = ROOT / "docs" / "studies"
+
+result = StudyResult.from_json(json.loads(MADE.read_text()))
+shutil.copyfile(MADE, KEPT / "topology.json")
+for name, figure in figures(result).items():
+    (KEPT / f"topology-{name}.svg").write_text(to_svg(figure, salt=name))
+page = KEPT / "topology.md"
+marked = re.compile(r"(<!-- study -->\n).*?(\n<!-- /study -->)", re.S)
+text, replaced = marked.subn(lambda m: m[1] + docs_block(result) + m[2], page.read_text())
+if replaced != 1:
+    raise SystemExit(f"expected one block between <!-- study --> and <!-- /study --> in {page}, got {replaced}")
+page.write_text(text)

@@ -1,0 +1,105 @@
+"""The study's folder: `study.json` says what is trained, and every finished trial is a file in `trials`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from offpath.studies.config import RunError
+from offpath.studies.files import write_text
+from offpath.studies.topology.config import Arm, StudyConfig, Trial
+
+
+class StudyFolder:
+    """Where one study keeps its files. Any number of processes may work on it: a trial belongs to who locks it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.study_file = path / "study.json"
+        self.steps_file = path / "steps.json"
+        self.trials = path / "trials"
+
+    def settle(self, config: StudyConfig) -> None:
+        """Make the folder one of `config`. Raises `RunError` when it holds another study or cannot be written."""
+        try:
+            self.trials.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"expected a writable folder {self.path}, got: {error}; choose another --out") from error
+        if not self.study_file.exists():
+            write_text(self.study_file, json.dumps(config.to_json(), indent=1) + "\n")
+        elif self.config() != config:
+            raise RunError(f"expected this study in {self.path}, but another was started there; choose another --out")
+
+    def config(self) -> StudyConfig:
+        """The study that is here. Raises `RunError` when its file is missing or broken."""
+        return StudyConfig.from_json(_read(self.study_file))
+
+    def steps(self) -> dict[str, Any]:
+        """Of each task whose steps have been timed: title, machine and seconds. Raises `RunError` for a broken file."""
+        return _read(self.steps_file) if self.steps_file.exists() else {}
+
+    def left(self, config: StudyConfig) -> list[Trial]:
+        """The trials that are not finished yet, in the order in which they are to be run."""
+        return [trial for trial in (*config.tuning(), *config.trials()) if not self.has(trial)]
+
+    def has(self, trial: Trial) -> bool:
+        """Whether the trial has been finished."""
+        return self._file(trial).exists()
+
+    def record(self, trial: Trial) -> dict[str, Any]:
+        """What came out of a finished trial. Raises `RunError` when its file is broken."""
+        return _read(self._file(trial))
+
+    def write(self, trial: Trial, record: dict[str, Any]) -> None:
+        """Keep what came out of a trial."""
+        write_text(self._file(trial), json.dumps(record, indent=1) + "\n")
+
+    @contextmanager
+    def claimed(self, trial: Trial) -> Iterator[bool]:
+        """Whether the trial is this process's to run: nobody else has it in hand, or has finished it."""
+        locks = self.path / ".locks"
+        locks.mkdir(exist_ok=True)
+        lock = FileLock(locks / trial.name)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield not self.has(trial)
+        finally:
+            lock.release()
+
+    def learning_rate(self, config: StudyConfig, task: str, arm: Arm) -> float | None:
+        """The learning rate with the least loss on the held-back data; None before all of them have been tried.
+
+        Raises `RunError` when none of them gave a finite loss.
+        """
+        losses: dict[float, float] = {}
+        for trial in config.tuning():
+            if (trial.task, trial.arm) == (task, arm.tuned_as):
+                if not self.has(trial):
+                    return None
+                assert trial.tuning_rate is not None
+                loss = self.record(trial)["curve"][-1]["loss"]
+                if loss is not None:
+                    losses[trial.tuning_rate] = loss
+        if not losses:
+            raise RunError(f"expected a learning rate that gives {task}, {arm.name} a finite loss, found none")
+        return min(losses, key=lambda rate: losses[rate])
+
+    def _file(self, trial: Trial) -> Path:
+        return self.trials / f"{trial.name}.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"expected a readable {path}, got: {error}; remove it, and it is made again") from error
+    return values

@@ -1,0 +1,64 @@
+"""`offpath study`: the studies that take an hour and can be stopped."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from offpath_cli.commands import INTERRUPTED, app, reports_errors
+
+studies = typer.Typer(help="Studies on real data with seeds and spread; they can be stopped and gone on with.")
+app.add_typer(studies, name="study", no_args_is_help=True)
+
+Data = Annotated[
+    list[str] | None,
+    typer.Option(help="Where a data set is, as NAME=PATH: cifar10, fashion-mnist, tinyshakespeare; repeatable."),
+]
+Out = Annotated[Path | None, typer.Option(help="Where to write and to go on (default: runs/study-topology[-quick]).")]
+Jobs = Annotated[int | None, typer.Option(help="Processes that train, one thread each (default: one for each core).")]
+Quick = Annotated[bool, typer.Option("--quick", help="A tiny version on data that is always there: under 20 seconds.")]
+
+
+# The other studies will stand beside this one.
+@studies.callback()
+def study() -> None:
+    """Studies on real data with seeds and spread; they can be stopped and gone on with."""
+
+
+@studies.command()
+@reports_errors
+def topology(data: Data = None, out: Out = None, jobs: Jobs = None, quick: Quick = False) -> None:
+    """Static, SET, RigL and GMP beside dense nets, on images and a text: tables, topology.json, report.html."""
+    import os
+
+    from offpath.studies.topology import study as run_study
+    from offpath.studies.topology.config import FULL, QUICK
+    from offpath.studies.topology.report import write_report
+    from offpath_cli.study_display import StudyDisplay, print_study
+
+    out = out or Path("runs") / f"study-topology{'-quick' if quick else ''}"
+    config = QUICK if quick else FULL
+    with StudyDisplay() as display:
+        result = run_study(config, out, _places(data or []), jobs or os.cpu_count() or 1, display)
+    write_report(result, out)
+    print_study(result, display)
+    display.say(f"plots: {out / 'report.html'}   numbers: {out / 'topology.json'}")
+    if not result.complete:
+        display.say(f"stopped; the same command goes on with it in {shlex.quote(str(out))}")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _places(texts: list[str]) -> dict[str, str]:
+    from offpath.studies import RunError
+
+    places = {}
+    for text in texts:
+        name, separator, path = text.partition("=")
+        if not (name and separator and path):
+            raise RunError(f"expected --data NAME=PATH, such as cifar10=cifar-10-python.tar.gz, got {text!r}")
+        # Absolute: other processes read it.
+        places[name] = str(Path(path).expanduser().resolve())
+    return places
