@@ -117,14 +117,23 @@ class Topology:
                 edits = self._edits(self._decide(self._step + 1))
             except BaseException:
                 self._generator.set_state(drawn)
-                for managed in self._managed:
-                    managed.capture.clear()
+                self.forget()
                 raise
             layers = tuple(self._apply(m, e) for m, e in zip(self._managed, edits, strict=True))
             update = TopologyUpdate(self._step + 1, layers)
         self._step += 1
         self._watch()
         return update
+
+    def forget(self) -> None:
+        """Forget what was seen of the gradients since the last step: for one that a gradient scaler skipped."""
+        for managed in self._managed:
+            managed.capture.clear()
+
+    def close(self) -> None:
+        """Watch no more passes, when training ends between the updates of a rule that reads the dense gradient."""
+        for managed in self._managed:
+            managed.capture.disarm()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on to the same numbers, beside the model's and the optimizer's own.
@@ -169,7 +178,7 @@ class Topology:
             return f"expected the state_dict of a topology, version {STATE_VERSION}; {sorted(missing) or 'got another'}"
         if state["recipe"] != self.recipe.describe():
             return f"expected a state of the recipe {self.recipe.describe()}, got one of {state['recipe']}"
-        if list(state["layers"]) != list(self.layer_names):
+        if sorted(state["layers"]) != sorted(self.layer_names):
             return f"expected a state of the layers {list(self.layer_names)}, got one of {list(state['layers'])}"
         for managed in self._managed:
             saved = state["layers"][managed.name]
