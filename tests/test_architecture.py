@@ -140,7 +140,21 @@ def test_plain_import_is_light() -> None:
     code = "import sys, torch; before = set(sys.modules); import offpath; print(*set(sys.modules) - before)"
     loaded = {name.split(".")[0] for name in _run(code).split()}
     assert "offpath" in loaded
-    heavy = {"lightning", "transformers", "accelerate", "matplotlib", "triton", "typer", "click", "rich", "sklearn", "pooch", "jinja2", "safetensors", "filelock"}
+    heavy = {
+        "lightning",
+        "transformers",
+        "accelerate",
+        "matplotlib",
+        "triton",
+        "typer",
+        "click",
+        "rich",
+        "sklearn",
+        "pooch",
+        "jinja2",
+        "safetensors",
+        "filelock",
+    }
     assert loaded & heavy == set()
     assert "torch._dynamo" not in _run(code).split(), "importing the compiler takes a second"
 

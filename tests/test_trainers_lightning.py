@@ -23,6 +23,7 @@ from offpath.trainers.lightning import TopologyCallback
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '(train|val)_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
 ]
 MAKES: dict[str, Callable] = {
@@ -60,7 +61,9 @@ class Module(LightningModule):
 
 def _trainer(*callbacks: Callback, **options: Any) -> Trainer:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    settings = quiet | {"enable_model_summary": False, "accelerator": "cpu", "devices": 1} | options
+    settings = (
+        quiet | {"enable_model_summary": False, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1} | options
+    )
     return Trainer(callbacks=list(callbacks), **settings)
 
 
@@ -85,8 +88,9 @@ def _assert_same(a: nn.Module, b: nn.Module) -> None:
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
-@pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (2, 0.1), (3, None)])
-@pytest.mark.parametrize("recipe", MAKES)
+@pytest.mark.parametrize(
+    ("recipe", "accumulate", "clip"), [("SET", 2, 0.1), ("RigL", 1, None), ("RigL", 3, 0.1), ("GMP", 1, None)]
+)
 def test_training_equals_the_loop_by_hand(one_thread: None, recipe: str, accumulate: int, clip: float | None) -> None:
     make, module, twin = MAKES[recipe], Module(), Module()
     callback = TopologyCallback(make)
@@ -101,18 +105,19 @@ def test_training_equals_the_loop_by_hand(one_thread: None, recipe: str, accumul
 def _resumed(recipe: str, folder: Path, seed: int, every: int, ckpt: str | None = None, **options: Any) -> tuple:
     module, callback = Module(seed), TopologyCallback(MAKES[recipe])
     checkpoints = ModelCheckpoint(folder, every_n_train_steps=every, save_top_k=-1, filename="{step}")
-    trainer = _trainer(callback, checkpoints, max_epochs=2, enable_checkpointing=True, **options)
-    trainer.fit(module, _data(), ckpt_path=ckpt)
+    trainer = _trainer(callback, checkpoints, max_epochs=6, enable_checkpointing=True, **options)
+    trainer.fit(module, _data(16), ckpt_path=ckpt)
     return module, trainer, callback.topology
 
 
-@pytest.mark.parametrize("step", [4, 5, 6, 12])
-@pytest.mark.parametrize("recipe", MAKES)
+# Ends of epochs, since a DataLoader does not say where it is: after an update, two before the next; one before; right
+# after one.
+@pytest.mark.parametrize(("recipe", "step"), [("SET", 8), ("RigL", 4), ("RigL", 8), ("RigL", 12), ("GMP", 8)])
 def test_a_resumed_run_equals_an_uninterrupted_one(one_thread: None, tmp_path: Path, recipe: str, step: int) -> None:
-    whole, trainer, topology = _resumed(recipe, tmp_path / "whole", 0, every=step)
-    saved = tmp_path / "whole" / f"step={step}.ckpt"
+    whole, trainer, topology = _resumed(recipe, tmp_path, 0, every=step)
+    saved = tmp_path / f"step={step}.ckpt"
     # Other connections, other values, until the checkpoint is loaded.
-    again, retrainer, retopology = _resumed(recipe, tmp_path / "again", 3, every=50, ckpt=str(saved))
+    again, retrainer, retopology = _resumed(recipe, tmp_path, 3, every=step, ckpt=str(saved))
     assert trainer.global_step == retrainer.global_step == 24
     _assert_same(whole, again)
     states = [o.state[m.body[0].values] for m, o in ((whole, trainer.optimizers[0]), (again, retrainer.optimizers[0]))]
@@ -178,7 +183,9 @@ def test_of_several_optimizers_one_is_chosen(tmp_path: Path) -> None:
     with pytest.raises(TopologyError, match="below 2, the optimizers, got 2"):
         _trainer(TopologyCallback(offpath.SET, optimizer_index=2), max_epochs=1).fit(Two(), _data())
     callbacks = [
-        TopologyCallback(partial(MAKES["RigL"], filter_fn=lambda _, fqn, at=f"body.{i}": fqn == at), optimizer_index=i // 2)
+        TopologyCallback(
+            partial(MAKES["RigL"], filter_fn=lambda _, fqn, at=f"body.{i}": fqn == at), optimizer_index=i // 2
+        )
         for i in (0, 2)
     ]
     trainer = _trainer(*callbacks, max_epochs=1)
@@ -189,7 +196,7 @@ def test_of_several_optimizers_one_is_chosen(tmp_path: Path) -> None:
     assert [state["step"] for state in saved.values()] == [12, 6]
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_other_precisions(precision: Any) -> None:
     module, callback = Module(), TopologyCallback(MAKES["RigL"])
     _trainer(callback, max_epochs=1, precision=precision).fit(module, _data())
@@ -203,7 +210,9 @@ def test_statistics_reach_the_logger(tmp_path: Path) -> None:
         _trainer(TopologyCallback(MAKES["SET"], log=log), max_epochs=1, logger=logger).fit(Module(), _data())
         table = Path(logger.log_dir) / "metrics.csv"
         assert table.exists() == log
-    rows = [line.split(",") for line in (Path(tmp_path) / "True" / "version_0" / "metrics.csv").read_text().splitlines()]
+    rows = [
+        line.split(",") for line in (Path(tmp_path) / "True" / "version_0" / "metrics.csv").read_text().splitlines()
+    ]
     assert {"topology/dropped", "topology/moved_share", "topology/sparsity/body.0", "step"} <= set(rows[0])
     assert [row[rows[0].index("step")] for row in rows[1:]] == ["3", "6", "9", "12"]
 
