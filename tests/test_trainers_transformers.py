@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ class Model(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         sizes = [12, *[8] * 10, 6]
-        layers = [SparseLinear(*f, density=0.4, generator=generator) for f in zip(sizes, sizes[1:], strict=False)]
+        layers = [SparseLinear(*f, density=0.4, generator=generator) for f in itertools.pairwise(sizes)]
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -137,7 +138,7 @@ def test_statistics_reach_the_log(tmp_path: Path) -> None:
     assert {"topology/sparsity", "topology/moved_share", "topology/sparsity/layers.10", "epoch"} <= set(first)
 
     class Reporter(TrainerCallback):
-        seen: list = []
+        seen: ClassVar[list] = []
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             self.seen.append((state.global_step, "topology/dropped" in logs, "loss" in logs))
@@ -167,7 +168,7 @@ def test_checkpoints_that_cannot_be_gone_on_from(tmp_path: Path) -> None:
     _trainer(
         Model(), tmp_path, TopologyCallback(MAKES["SET"]), save_strategy="steps", save_steps=2, max_steps=2
     ).train()
-    with pytest.raises(TopologyError, match="expected a state of the recipe .*GMP"):
+    with pytest.raises(TopologyError, match=r"expected a state of the recipe .*GMP"):
         _trainer(Model(), tmp_path, TopologyCallback(MAKES["GMP"])).train(resume_from_checkpoint=checkpoint)
     restoring = _trainer(
         Model(), tmp_path, TopologyCallback(MAKES["SET"]), restore_callback_states_from_checkpoint=True

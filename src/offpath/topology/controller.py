@@ -41,7 +41,9 @@ class Topology:
     (such as an `AveragedModel`) get the same connections. All draws come from a generator of its own, made from `seed`.
 
     Frozen layers, and those that `filter_fn(module, fqn)` declines, are left alone. `grown_state` gives other numbers
-    than zero to the optimizer's state of grown connections, by its key. An error changes nothing.
+    than zero to the optimizer's state of grown connections, by its key. `record_explored` remembers which positions
+    have ever held a connection, for `survey()`: one bit for each position of the dense weights, here and in the
+    state_dict. An error changes nothing.
     Raises `TopologyError` when the recipe cannot be carried out with this model and optimizer.
 
     >>> from offpath import SparseLinear, topology
@@ -69,11 +71,12 @@ class Topology:
         also: Sequence[nn.Module] = (),
         filter_fn: FilterFn | None = None,
         grown_state: Mapping[str, float] | None = None,
+        record_explored: bool = False,
     ) -> None:
         self.recipe = recipe
         self._optimizer = optimizer
         self._grown_state = dict(grown_state or {})
-        self._managed = managed_layers(model, optimizer, also, filter_fn)
+        self._managed = managed_layers(model, optimizer, also, filter_fn, record_explored)
         self._generator = torch.Generator().manual_seed(seed)
         self._step = 0
         if recipe.budget is not None:
@@ -150,6 +153,7 @@ class Topology:
                     "initial_nnz": managed.initial_nnz,
                     "digest": managed.digest,
                     "unmoved": managed.unmoved.clone(),
+                    **({"explored": managed.explored.state()} if managed.explored else {}),
                 }
                 for managed in self._managed
             },
@@ -167,6 +171,8 @@ class Topology:
             saved = state["layers"][managed.name]
             managed.initial_nnz, managed.digest = int(saved["initial_nnz"]), int(saved["digest"])
             managed.unmoved = saved["unmoved"].to(managed.layer.values.device, torch.bool, copy=True)
+            if managed.explored:
+                managed.explored.load(saved["explored"])
             managed.capture.disarm()
         self._generator.set_state(state["generator"].cpu())
         self._step = int(state["step"])
@@ -182,6 +188,11 @@ class Topology:
             return f"expected a state of the layers {list(self.layer_names)}, got one of {list(state['layers'])}"
         for managed in self._managed:
             saved = state["layers"][managed.name]
+            if (recorded := "explored" in saved) != (managed.explored is not None):
+                return (
+                    f"layer {managed.name!r}: expected a state saved with record_explored={not recorded}, got one with "
+                    f"{recorded}; make the topology with that"
+                )
             if saved["digest"] != managed.digest_now() or saved["unmoved"].numel() != managed.layer.nnz:
                 return (
                     f"layer {managed.name!r}: expected the connections that were there when the state was saved, got "
@@ -258,6 +269,8 @@ class Topology:
                 rewire(one, edit)
             managed.unmoved = edit.carry(managed.unmoved.to(layer.values.device), fill=False)
             managed.digest = managed.digest_now()
+            if managed.explored:
+                managed.explored.add(edit.pattern.positions()[edit.grown_slots])
             grown = edit.grown_slots.numel()
             dropped = edit.old_to_new.numel() - (layer.nnz - grown)
         size = layer.in_features * layer.out_features
