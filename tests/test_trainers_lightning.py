@@ -199,6 +199,7 @@ def test_of_several_optimizers_one_is_chosen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_other_precisions(precision: Any) -> None:
     module, callback = Module(), TopologyCallback(MAKES["RigL"])
+    module.body.insert(0, nn.Linear(12, 12))  # hands on what autocast makes of its output
     _trainer(callback, max_epochs=1, precision=precision).fit(module, _data())
     assert callback.topology.step_count == 12
     assert sum(layer.initial_nnz - layer.unmoved for layer in callback.topology.survey()) > 0
