@@ -12,7 +12,7 @@ from offpath.trainers.follower import Follower
 
 
 def _train(fused: bool, overflowing: set[int]) -> tuple[SparseLinear, Follower, list[TopologyUpdate]]:
-    """Six passes with a loss scale at which the named ones overflow."""
+    """Six passes of which the named ones overflow."""
     layer = SparseLinear(12, 10, density=0.4, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.01, fused=fused)
     follower = Follower(offpath.RigL(layer, optimizer, update_freq=2, end_step=30), optimizer)
@@ -20,7 +20,7 @@ def _train(fused: bool, overflowing: set[int]) -> tuple[SparseLinear, Follower, 
     generator = torch.Generator().manual_seed(1)
     for index in range(6):
         x = torch.randn(8, 12, generator=generator)
-        loss = layer(x).square().mean() * (1e38 if index in overflowing else 1.0)
+        loss = layer(x).square().mean() * (torch.inf if index in overflowing else 1.0)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         follower.announce()

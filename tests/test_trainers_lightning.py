@@ -21,10 +21,8 @@ from offpath.topology import TopologyError
 from offpath.trainers.lightning import TopologyCallback
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The '(train|val)_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:GPU available but not used"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
 ]
 MAKES: dict[str, Callable] = {
     "SET": partial(offpath.SET, update_freq=3, seed=7),

@@ -15,7 +15,7 @@ def under_autocast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tens
     (torch.bfloat16, torch.bfloat16)
     """
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):  # meta has none
         return x, values, bias
     dtype = torch.get_autocast_dtype(device)
     return _cast(x, dtype), _cast(values, dtype), None if bias is None else _cast(bias, dtype)

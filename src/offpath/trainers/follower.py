@@ -60,11 +60,6 @@ class Follower:
         if found_inf is not None and bool(found_inf):
             return
         self._announced = False
-        # They divide by the scale on the way, too, and leave the gradients as they were; rules read gradients.
-        grad_scale = getattr(optimizer, "grad_scale", None)
-        if grad_scale is not None:
-            for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-                parameter.grad.div_(grad_scale)
         update = self.topology.step()
         if update is not None:
             self._updates.append(update)
