@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from data_files import tiny_files
 from offpath import kernels
 from offpath.kernels import Backend, cpu
+from offpath.studies.data import DATASETS, IdxSpec
+from offpath.studies.data.locate import DATA_DIR_VARIABLE, cache_dir
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,3 +50,22 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     ran = {isa for isa in cpu.isas() if cpu.calls(isa) > calls_before[isa]}
     expected = set() if chosen.name == "reference" else {chosen.name.removeprefix("cpu:")}
     assert ran == expected, f"asked for {chosen.name}, but {sorted(ran) or 'no native variant'} ran"
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> IdxSpec:
+    """A data set of 12 + 6 images as a row of the table, searched for only below `tmp_path`."""
+    spec = IdxSpec(
+        name="tiny",
+        classes=3,
+        home_url="http://127.0.0.1:9/",
+        sha256={name: hashlib.sha256(content).hexdigest() for name, content in tiny_files().items()},
+        system_dirs=(tmp_path / "system",),
+        package_commands=("install tiny-package",),
+    )
+    monkeypatch.setitem(DATASETS, "tiny", spec)
+    monkeypatch.delenv(DATA_DIR_VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    assert cache_dir().is_relative_to(tmp_path)
+    return spec

@@ -23,13 +23,14 @@ ROOMS = {
     "ops": {"pattern", "kernels"},
     "nn": {"pattern", "ops"},
     "topology": {"pattern", "nn"},
+    "trainers": {"pattern", "nn", "topology"},
     "cost": {"pattern", "kernels", "ops"},
     "convert": {"pattern", "nn", "topology", "cost"},
     "studies": {"pattern", "kernels", "ops", "nn", "topology", "cost", "convert"},
     "cli": {"studies", "convert", "cost"},
 }
-# Rooms below the studies stand on torch and numpy alone.
-LIGHT_ROOMS = set(ROOMS) - {"studies", "cli"}
+# All others stand on torch and numpy alone.
+LIGHT_ROOMS = set(ROOMS) - {"trainers", "studies", "cli"}
 THIRD_PARTY = {"torch", "numpy"}
 # Thing: the only files that may import it.
 ONLY_IN = {
@@ -93,6 +94,8 @@ def test_imports_run_one_way(path: Path) -> None:
         ("nn/x.py", "rich.table", False),
         ("nn/x.py", "torch.library", False),
         ("ops/x.py", "math", True),
+        ("topology/x.py", "lightning.pytorch", False),
+        ("trainers/x.py", "offpath.convert", False),
         ("cli.py", "offpath.nn", True),
     ],
 )
@@ -137,7 +140,21 @@ def test_plain_import_is_light() -> None:
     code = "import sys, torch; before = set(sys.modules); import offpath; print(*set(sys.modules) - before)"
     loaded = {name.split(".")[0] for name in _run(code).split()}
     assert "offpath" in loaded
-    heavy = {"matplotlib", "triton", "typer", "click", "rich", "sklearn", "pooch", "jinja2", "safetensors", "filelock"}
+    heavy = {
+        "lightning",
+        "transformers",
+        "accelerate",
+        "matplotlib",
+        "triton",
+        "typer",
+        "click",
+        "rich",
+        "sklearn",
+        "pooch",
+        "jinja2",
+        "safetensors",
+        "filelock",
+    }
     assert loaded & heavy == set()
     assert "torch._dynamo" not in _run(code).split(), "importing the compiler takes a second"
 

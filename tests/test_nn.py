@@ -114,6 +114,27 @@ def test_input_of_the_wrong_width_is_refused(shape: tuple[int, ...]) -> None:
         _layer()(torch.randn(shape))
 
 
+def test_autocast_computes_as_a_layer_of_its_dtype() -> None:
+    layer, x = _layer(), torch.randn(8, 12)
+    low = copy.deepcopy(layer).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert torch.equal(y, low(x))
+        mixed = nn.Sequential(nn.Linear(12, 12), layer)
+        mixed(x).sum().backward()
+        wide = _layer(dtype=torch.float64)
+        assert wide(x.double()).dtype == torch.float64
+        with torch.autocast("cpu", enabled=False):
+            assert layer(x).dtype == torch.float32
+    assert layer.values.grad is not None and layer.values.grad.dtype == torch.float32
+    layer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).square().sum().backward()
+    low(x.bfloat16()).square().sum().backward()
+    assert torch.equal(layer.values.grad, low.values.grad.float())
+    assert torch.equal(layer.bias.grad, low.bias.grad.float())
+
+
 def test_wrong_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match=r"got .*float64"):
         _layer()(torch.randn(2, 12).double())

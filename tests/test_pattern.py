@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
 
+from children import numbers_of
 from offpath import Pattern, pattern as patterns
 from offpath.pattern import PatternError
 
@@ -168,21 +167,16 @@ def test_random_repeats_with_its_seed_and_leaves_the_global_generator_alone() ->
 
 
 def test_large_random_pattern_takes_memory_in_proportion_to_its_connections() -> None:
-    code = (
+    nnz, peak_bytes = numbers_of(
         "import torch, offpath\n"
-        # Not ru_maxrss: a process that Python starts inherits the peak of the one that started it.
-        "def peak():\n"
-        "    return int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])\n"
-        "before = peak()\n"
+        "before = peak_bytes()\n"
         "pattern = offpath.pattern.random((65536, 65536), nnz=4294967)\n"
         "pattern.transpose()\n"
-        "print(pattern.nnz, peak() - before)"
+        "print(pattern.nnz, peak_bytes() - before)"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    nnz, peak_kilobytes = map(int, out.split())
     assert nnz == 4294967
     # A byte per position would be 4 GiB. The draw holds a few int64 arrays of nnz entries (34 MB each) at a time.
-    assert peak_kilobytes * 1024 < 15 * nnz * 8
+    assert peak_bytes < 15 * nnz * 8
 
 
 @pytest.mark.parametrize(

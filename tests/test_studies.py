@@ -14,67 +14,12 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
 from offpath import SparseLinear
-from offpath.studies import RunConfig, RunError, race, train
+from offpath.studies import RunConfig, RunError, train
 from offpath.studies.checkpoint import load_checkpoint
 from offpath.studies.data import load
 from offpath.studies.folder import RunFolder
-from offpath.studies.report import write_report
 from offpath.studies.run import Run
-from offpath.studies.tables import race_rows
-
-SMALL = RunConfig(data="digits", model="mlp-small", epochs=3, batch_size=64, seed=1)
-
-
-class Watcher:
-    """Counts what it is told, and can ask for the end as Ctrl-C does."""
-
-    def __init__(self, stop_after_steps: int | None = None) -> None:
-        self.steps = 0
-        self.epochs: list[Any] = []
-        self.stop_after_steps = stop_after_steps
-
-    def on_start(self, run: Any) -> None:
-        pass
-
-    def on_step(self, run: Any) -> None:
-        self.steps += 1
-        if self.steps == self.stop_after_steps:
-            import signal
-
-            signal.raise_signal(signal.SIGINT)
-
-    on_chunk = on_step
-
-    def on_epoch(self, *records: Any) -> None:
-        self.epochs.append(records[-1])
-
-    def on_measuring(self) -> None:
-        pass
-
-
-def _state(path: Path) -> dict[str, Any]:
-    """All numbers of a run's folder but the clock's."""
-    run = Run(RunFolder(path).config(), load("digits"))
-    load_checkpoint(run, path / "checkpoint.safetensors")
-    clock = {"train_seconds", "samples_per_second", "step_seconds"}
-    return {
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "rng": run.rng_state,
-        "step": run.step,
-        "metrics": [{k: v for k, v in r.items() if k not in clock} for r in RunFolder(path).metrics()],
-    }
-
-
-def _assert_same(a: Any, b: Any) -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            _assert_same(a[key], b[key])
-    else:
-        assert a == b
+from run_checks import SMALL, Watcher, assert_same, state
 
 
 @pytest.mark.parametrize("sparsity", [0.9, 0.0], ids=["sparse", "dense"])
@@ -94,7 +39,7 @@ def test_stopped_and_resumed_run_equals_an_uninterrupted_one(
     assert not train(SMALL, tmp_path / "parts", Watcher(stop_after_steps))
     assert RunFolder(tmp_path / "parts").checkpoint_file.exists()
     assert train(SMALL, tmp_path / "parts", Watcher(), resume=True)
-    _assert_same(_state(tmp_path / "parts"), _state(tmp_path / "whole"))
+    assert_same(state(tmp_path / "parts"), state(tmp_path / "whole"))
 
 
 def test_killed_run_resumes_from_its_last_checkpoint_to_the_same_numbers(tmp_path: Path, one_thread: None) -> None:
@@ -106,7 +51,7 @@ def test_killed_run_resumes_from_its_last_checkpoint_to_the_same_numbers(tmp_pat
     with folder.metrics_file.open("a") as file:
         file.write('{"epoch": 4, "st')
     assert train(SMALL, folder.path, Watcher(), resume=True)
-    _assert_same(_state(folder.path), _state(tmp_path / "whole"))
+    assert_same(state(folder.path), state(tmp_path / "whole"))
 
 
 def test_run_stopped_before_its_first_checkpoint_starts_again(tmp_path: Path, one_thread: None) -> None:
@@ -114,14 +59,14 @@ def test_run_stopped_before_its_first_checkpoint_starts_again(tmp_path: Path, on
     (tmp_path / "new").mkdir()
     RunFolder(tmp_path / "new").start(SMALL)
     assert train(SMALL, tmp_path / "new", Watcher(), resume=True)
-    _assert_same(_state(tmp_path / "new"), _state(tmp_path / "whole"))
+    assert_same(state(tmp_path / "new"), state(tmp_path / "whole"))
 
 
 def test_finished_run_can_be_given_more_epochs(tmp_path: Path, one_thread: None) -> None:
     assert train(replace(SMALL, epochs=5), tmp_path / "five", Watcher())
     assert train(SMALL, tmp_path / "run", Watcher())
     assert train(replace(SMALL, epochs=5), tmp_path / "run", Watcher(), resume=True)
-    _assert_same(_state(tmp_path / "run"), _state(tmp_path / "five"))
+    assert_same(state(tmp_path / "run"), state(tmp_path / "five"))
 
 
 def test_data_may_have_moved_when_a_run_goes_on(tmp_path: Path, one_thread: None) -> None:
@@ -139,7 +84,7 @@ def test_two_runs_in_one_process_do_not_disturb_each_other(one_thread: None) -> 
         second.advance(2)
         torch.rand(3)
     alone.advance(5)
-    _assert_same(first.model.state_dict(), alone.model.state_dict())
+    assert_same(first.model.state_dict(), alone.model.state_dict())
 
 
 def test_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
@@ -350,68 +295,3 @@ def test_only_the_hidden_layers_become_sparse() -> None:
     assert [type(m) for m in model if not isinstance(m, nn.ReLU)] == [SparseLinear, SparseLinear, nn.Linear]
     dense = Run(replace(SMALL, sparsity=0.0), load("digits")).model
     assert not any(isinstance(m, SparseLinear) for m in dense.modules())
-
-
-def test_race_measures_both_twins_and_writes_a_page(tmp_path: Path) -> None:
-    watcher = Watcher()
-    result = race(SMALL, tmp_path / "race", watcher)
-    assert result is not None and len(watcher.epochs) == 3
-    assert result.dense.sparsity == 0 and result.sparse.sparsity == 0.9
-    hidden = 64 * 256 + 256 * 256
-    others = 256 + 256 + 256 * 10 + 10
-    kept = round(0.1 * 64 * 256) + round(0.1 * 256 * 256)
-    assert result.dense.bytes.parameters == 4 * (hidden + others)
-    assert result.sparse.bytes.parameters == 4 * (kept + others)
-    assert result.sparse.bytes.gradients == result.sparse.bytes.parameters
-    # Adam keeps two moments an entry and a step count (4 bytes) for each of the six parameters.
-    assert result.sparse.bytes.optimizer == 2 * result.sparse.bytes.parameters + 6 * 4
-    for lane in (result.dense, result.sparse):
-        # What is kept was allocated while the measurement looked on. The slack is for pages that malloc_trim leaves
-        # resident because a live allocation shares them: up to two for each of the kept tensors.
-        assert lane.peak_memory_bytes > 0.9 * lane.bytes.total - 2**16
-        assert lane.samples_per_second == pytest.approx(1437 / 23 / lane.step_seconds_median)
-    assert result.step_speedup > 0
-    assert json.loads((tmp_path / "race" / "race.json").read_text())["sparse"]["name"] == "sparse"
-    write_report(result, tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 5 and "src=" not in page and "http-equiv" not in page
-    for row in race_rows(result):
-        assert all(cell in page for cell in row)
-
-
-def test_stopped_race_resumes_to_the_same_numbers(tmp_path: Path, one_thread: None) -> None:
-    assert race(SMALL, tmp_path / "whole", Watcher())
-    assert race(SMALL, tmp_path / "parts", Watcher(stop_after_steps=4)) is None
-    assert race(SMALL, tmp_path / "parts", Watcher(), resume=True)
-    for lane in ("dense", "sparse"):
-        _assert_same(_state(tmp_path / "parts" / lane), _state(tmp_path / "whole" / lane))
-
-
-def test_race_killed_between_the_two_checkpoints_catches_up(tmp_path: Path, one_thread: None) -> None:
-    assert race(SMALL, tmp_path / "whole", Watcher())
-    assert race(replace(SMALL, epochs=1), tmp_path / "parts", Watcher())
-    dense = RunFolder(tmp_path / "parts" / "dense")
-    assert train(replace(SMALL, sparsity=0.0, epochs=2), dense.path, Watcher(), resume=True)
-    assert race(SMALL, tmp_path / "parts", Watcher(), resume=True)
-    for lane in ("dense", "sparse"):
-        _assert_same(_state(tmp_path / "parts" / lane), _state(tmp_path / "whole" / lane))
-
-
-@pytest.mark.parametrize("started", ["dense", "sparse"])
-def test_race_killed_while_it_started_can_be_started_again(tmp_path: Path, started: str) -> None:
-    (tmp_path / "race" / started).mkdir(parents=True)
-    RunFolder(tmp_path / "race" / started).start(SMALL)
-    assert race(replace(SMALL, epochs=1), tmp_path / "race", Watcher(stop_after_steps=1)) is None
-    assert race(replace(SMALL, epochs=1), tmp_path / "race", Watcher(), resume=True)
-
-
-def test_race_does_not_overwrite_a_race_or_a_run(tmp_path: Path, finished_run: Path) -> None:
-    shutil.copytree(finished_run, tmp_path / "race" / "sparse")
-    with pytest.raises(RunError, match="sparse already holds a run"):
-        race(SMALL, tmp_path / "race", Watcher())
-    assert not (tmp_path / "race" / "dense" / "config.json").exists()
-
-
-def test_race_needs_a_sparse_twin(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="above 0"):
-        race(replace(SMALL, sparsity=0.0), tmp_path / "race", Watcher())

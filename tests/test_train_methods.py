@@ -129,13 +129,13 @@ def test_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, one_thread: None, 
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("lost", ["generator", "step", "unmoved"])
+@pytest.mark.parametrize("lost", ["generator", "step", "unmoved", "explored"])
 def test_the_comparison_sees_what_a_checkpoint_loses(tmp_path: Path, one_thread: None, lost: str) -> None:
     config, load_state = replace(SMALL, method="set"), Topology.load_state_dict
 
     def forgetful(topology: Topology, state: dict[str, Any]) -> None:
         fresh = topology.state_dict()
-        if lost == "unmoved":
+        if lost in ("unmoved", "explored"):
             for name, layer in state["layers"].items():
                 layer[lost] = fresh["layers"][name][lost]
         else:
@@ -251,8 +251,8 @@ def test_the_command_writes_a_page_and_resumes(tmp_path: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     assert (config["method"], config["update_freq"], config["drop_fraction"]) == ("set", 5, 0.2)
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 4 and "src=" not in page and "http-equiv" not in page
-    for text in ("layer densities over epochs", "connections that have moved", "dead units"):
+    assert page.count("<svg") == 5 and "src=" not in page and "http-equiv" not in page
+    for text in ("layer densities over epochs", "connections that have moved", "positions explored", "dead units"):
         assert text in page
     refused = offpath("--out", out, "--resume", "--method", "rigl")
     assert refused.returncode == 1 and "go on with method='set'" in refused.stderr

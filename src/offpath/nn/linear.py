@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from offpath import pattern as patterns
+from offpath.nn.autocast import under_autocast
 from offpath.nn.loading import load_problem
 from offpath.nn.parameter import replace_values
 from offpath.ops import PREFERENCES, Connections, Explanation, explain, sparse_linear
@@ -116,9 +117,7 @@ class SparseLinear(nn.Module):
             self._check_digest()
         connections = self._connections
         return sparse_linear(
-            x,
-            self.values,
-            self.bias,
+            *under_autocast(x, self.values, self.bias),
             connections.crow_indices,
             connections.col_indices,
             self.prefer,

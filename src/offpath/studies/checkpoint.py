@@ -2,8 +2,8 @@
 
 Model, optimizer, topology, generator states and progress are in one file, so they can never belong to different steps.
 Tensors: `model/<key>`, `optimizer/<parameter index>/<name>`, `topology/generator`, `topology/unmoved/<layer>`,
-`rng_state`. The header's metadata holds JSON under `offpath_run` (the format version, the config, the progress, the
-plain numbers of optimizer and topology) and a `sha256` of all.
+`topology/explored/<layer>`, `rng_state`. The header's metadata holds JSON under `offpath_run` (the format version, the
+config, the progress, the plain numbers of optimizer and topology) and a `sha256` of all.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from offpath.topology import Topology, TopologyError
 FORMAT_VERSION = 1
 # What may differ when a run goes on: it can be given more epochs, and its data may have moved.
 CHANGEABLE = {"epochs", "data_dir"}
+# What a topology's state holds of each layer in tensors.
+LAYER_TENSORS = ("unmoved", "explored")
 
 
 def save_checkpoint(run: Run, path: Path) -> None:
@@ -116,13 +118,16 @@ def _take_tensors(state: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str
     """Put the tensors of a topology's state into `tensors`, and return the rest."""
     tensors["topology/generator"] = state["generator"]
     for name, layer in state["layers"].items():
-        tensors[f"topology/unmoved/{name}"] = layer["unmoved"]
-    layers = {name: {k: v for k, v in layer.items() if k != "unmoved"} for name, layer in state["layers"].items()}
+        tensors |= {f"topology/{key}/{name}": layer[key] for key in LAYER_TENSORS}
+    layers = {n: {k: v for k, v in layer.items() if k not in LAYER_TENSORS} for n, layer in state["layers"].items()}
     return {key: value for key, value in state.items() if key != "generator"} | {"layers": layers}
 
 
 def _load_topology(topology: Topology, tensors: dict[str, Tensor], header: dict[str, Any], path: Path) -> None:
-    layers = {n: layer | {"unmoved": tensors[f"topology/unmoved/{n}"]} for n, layer in header["layers"].items()}
+    layers = {
+        name: layer | {key: t for key in LAYER_TENSORS if (t := tensors.get(f"topology/{key}/{name}")) is not None}
+        for name, layer in header["layers"].items()
+    }
     try:
         topology.load_state_dict(header | {"generator": tensors["topology/generator"], "layers": layers})
     except TopologyError as error:

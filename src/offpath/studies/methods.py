@@ -33,14 +33,19 @@ def make_topology(config: RunConfig, model: nn.Module, optimizer: Optimizer) -> 
     if config.sparsity == 0:
         return None
     if not config.moves:
-        return Static(model, optimizer, seed=config.seed)
+        return Static(model, optimizer, seed=config.seed, record_explored=True)
     assert config.end_step is not None
     if config.method != "gmp" and config.update_freq >= config.end_step:  # gmp has an update at its end
         raise RunError(
             f"expected an update of the connections before step {config.end_step}, three quarters of the run, but "
             f"there is one every {config.update_freq} steps; lower --update-freq or raise --epochs"
         )
-    common: dict[str, Any] = {"update_freq": config.update_freq, "end_step": config.end_step, "seed": config.seed}
+    common: dict[str, Any] = {
+        "update_freq": config.update_freq,
+        "end_step": config.end_step,
+        "seed": config.seed,
+        "record_explored": True,
+    }
     try:
         if config.method == "gmp":
             return GMP(model, optimizer, final_sparsity=config.sparsity, distribution=config.distribution, **common)
@@ -57,6 +62,7 @@ def topology_record(topology: Topology) -> dict[str, Any]:
     return {
         "sparsity": 1 - nnz / size,
         "unmoved": sum(layer.unmoved for layer in layers),
+        "explored_share": sum(layer.explored or 0 for layer in layers) / size,
         "moved_share": 1 - sum(layer.unmoved for layer in layers) / max(nnz, 1),
         "layers": [asdict(layer) | {"sparsity": layer.sparsity} for layer in layers],
     }

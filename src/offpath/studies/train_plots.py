@@ -8,12 +8,15 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from offpath.studies.config import RunConfig
 from offpath.studies.plots import COLORS, clean
 
-LAYER_COLORS = ("#264653", "#2a9d8f", "#e9c46a", "#f4a261", "#e76f51")
+# Of each layer; the dashes let a line show that lies below another one.
+LAYER_LINES = tuple(
+    zip(("#264653", "#2a9d8f", "#e9c46a", "#f4a261", "#e76f51"), ("-", "--", "-.", ":", "-"), strict=True)
+)
 Record = dict[str, Any]
 
 
@@ -25,6 +28,7 @@ def train_figures(config: RunConfig, records: list[Record]) -> dict[str, Figure]
     if config.moves and with_layers:
         figures["layer densities over epochs"] = _figure(_densities, with_layers)
         figures["connections that have moved"] = _figure(_moved, with_layers)
+        figures["positions explored"] = _figure(_explored, with_layers)
     for title, figure in figures.items():
         axes = figure.axes[0]
         axes.set(xlabel="epoch", title=title)
@@ -44,31 +48,55 @@ def _quantity(axes: Axes, records: list[Record], quantity: str, color: str) -> N
     epochs = [record["epoch"] for record in records]
     for split, style in (("train", ":"), ("test", "-")):
         marker = "o" if len(epochs) == 1 else None  # a single epoch makes no line
-        values = [record[f"{split}_{quantity}"] for record in records]
+        scale = 100 if quantity == "accuracy" else 1
+        values = [scale * record[f"{split}_{quantity}"] for record in records]
         axes.plot(epochs, values, style, color=color, label=split, marker=marker)
-    axes.set_ylabel(quantity)
+    axes.set_ylabel("accuracy (%)" if quantity == "accuracy" else quantity)
     if quantity == "loss":
         axes.set_yscale("log")
+        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_formatter(_PlainNumbers(minor_thresholds=(2, 0.4)))
+
+
+class _PlainNumbers(LogFormatter):
+    """0.6 instead of 6 times a power of ten; which ticks get a number stays as it is."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def _densities(axes: Axes, records: list[Record]) -> None:
-    for epochs, layers, color in _layers_over_epochs(records):
-        densities = [layer["nnz"] / layer["size"] for layer in layers]
-        start = layers[0]["initial_nnz"] / layers[0]["size"]
-        axes.plot([0, *epochs], [100 * d for d in (start, *densities)], color=color, label=layers[0]["name"])
-    axes.set(ylabel="connections (% of positions)")
-    axes.set_ylim(bottom=0)
+    def density(layers: list[Record]) -> list[float]:
+        return [count / layers[0]["size"] for count in (layers[0]["initial_nnz"], *(x["nnz"] for x in layers))]
+
+    _layer_lines(axes, records, density)
+    axes.set_ylabel("connections (% of positions)")
+    _from_zero(axes)
 
 
 def _moved(axes: Axes, records: list[Record]) -> None:
-    for epochs, layers, color in _layers_over_epochs(records):
-        shares = [1 - layer["unmoved"] / max(layer["nnz"], 1) for layer in layers]
-        axes.plot([0, *epochs], [100 * s for s in (0.0, *shares)], color=color, label=layers[0]["name"])
+    _layer_lines(axes, records, lambda layers: [0.0, *(1 - x["unmoved"] / max(x["nnz"], 1) for x in layers)])
     axes.set(ylabel="not there at the start (%)", ylim=(-2, 102))
 
 
-def _layers_over_epochs(records: list[Record]) -> list[tuple[list[int], list[Record], str]]:
-    """Of each layer: the epochs, its records, a colour."""
-    epochs = [record["epoch"] for record in records]
+def _explored(axes: Axes, records: list[Record]) -> None:
+    def share(layers: list[Record]) -> list[float]:
+        return [count / layers[0]["size"] for count in (layers[0]["initial_nnz"], *(x["explored"] for x in layers))]
+
+    _layer_lines(axes, records, share)
+    axes.set_ylabel("ever a connection (% of positions)")
+    _from_zero(axes)
+
+
+def _layer_lines(axes: Axes, records: list[Record], shares: Callable[[list[Record]], list[float]]) -> None:
+    """A line for each layer: the start, then the end of each epoch."""
+    epochs = [0, *(record["epoch"] for record in records)]
     histories = zip(*(record["topology"]["layers"] for record in records), strict=True)
-    return [(epochs, list(history), color) for history, color in zip(histories, cycle(LAYER_COLORS), strict=False)]
+    for layers, (color, style) in zip(histories, cycle(LAYER_LINES), strict=False):
+        values = [100 * share for share in shares(list(layers))]
+        axes.plot(epochs, values, style, color=color, label=f"layer {layers[0]['name']}")
+
+
+def _from_zero(axes: Axes) -> None:
+    """Also room above: a line along the frame would not be seen."""
+    axes.set_ylim(0, 1.1 * axes.dataLim.ymax)

@@ -13,7 +13,7 @@ from offpath.studies.page import write_page
 from offpath.studies.plots import to_svg
 from offpath.studies.train_plots import train_figures
 
-HEADER = ("layer", "connections", "sparsity", "moved", "dead units", "new units")
+HEADER = ("layer", "connections", "sparsity", "moved", "explored", "dead units", "new units")
 
 
 def write_report(folder: Path) -> None:
@@ -48,6 +48,7 @@ def layer_rows(topology: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{layer['nnz']:,}",
             f"{layer['sparsity']:.2%}",
             f"{1 - layer['unmoved'] / max(layer['nnz'], 1):.2%}",
+            f"{layer['explored'] / max(layer['size'], 1):.2%}",
             f"{layer['dead_units']:,}",
             f"{layer['new_units']:,}",
         )

@@ -35,7 +35,9 @@ class Topology:
     (such as an `AveragedModel`) get the same connections. All draws come from a generator of its own, made from `seed`.
 
     Frozen layers, and those that `filter_fn(module, fqn)` declines, are left alone. `grown_state` gives other numbers
-    than zero to the optimizer's state of grown connections, by its key. An error changes nothing.
+    than zero to the optimizer's state of grown connections, by its key. `record_explored` remembers which positions
+    have ever held a connection, for `survey()`: one bit for each position of the dense weights, here and in the
+    state_dict. An error changes nothing.
     Raises `TopologyError` when the recipe cannot be carried out with this model and optimizer.
 
     In many processes of `torch.distributed`, each makes a topology, of its `DistributedDataParallel` or of the model in
@@ -68,11 +70,12 @@ class Topology:
         filter_fn: FilterFn | None = None,
         grown_state: Mapping[str, float] | None = None,
         process_group: ProcessGroup | None = None,
+        record_explored: bool = False,
     ) -> None:
         self.recipe = recipe
         self._optimizer = optimizer
         self._grown_state = dict(grown_state or {})
-        self._managed = managed_layers(unwrapped(model), optimizer, also, filter_fn)
+        self._managed = managed_layers(unwrapped(model), optimizer, also, filter_fn, record_explored)
         self._generator = torch.Generator().manual_seed(seed)
         self._step = 0
         if recipe.budget is not None:
@@ -120,8 +123,7 @@ class Topology:
                 edits = self._agreed_edits()
             except BaseException:
                 self._generator.set_state(drawn)
-                for managed in self._managed:
-                    managed.capture.clear()
+                self.forget()
                 raise
             layers = tuple(self._apply(m, e) for m, e in zip(self._managed, edits, strict=True))
             self._processes.follow(self._sizes)
@@ -129,6 +131,16 @@ class Topology:
         self._step += 1
         self._watch()
         return update
+
+    def forget(self) -> None:
+        """Forget what was seen of the gradients since the last step: for one that a gradient scaler skipped."""
+        for managed in self._managed:
+            managed.capture.clear()
+
+    def close(self) -> None:
+        """Watch no more passes, when training ends between the updates of a rule that reads the dense gradient."""
+        for managed in self._managed:
+            managed.capture.disarm()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on to the same numbers, beside the model's and the optimizer's own.
@@ -145,6 +157,7 @@ class Topology:
                     "initial_nnz": managed.initial_nnz,
                     "digest": managed.digest,
                     "unmoved": managed.unmoved.clone(),
+                    **({"explored": managed.explored.state()} if managed.explored else {}),
                 }
                 for managed in self._managed
             },
@@ -163,6 +176,8 @@ class Topology:
             saved = state["layers"][managed.name]
             managed.initial_nnz, managed.digest = int(saved["initial_nnz"]), int(saved["digest"])
             managed.unmoved = saved["unmoved"].to(managed.layer.values.device, torch.bool, copy=True)
+            if managed.explored:
+                managed.explored.load(saved["explored"])
             managed.capture.disarm()
         self._generator.set_state(state["generator"].cpu())
         self._step = int(state["step"])
@@ -174,10 +189,15 @@ class Topology:
             return f"expected the state_dict of a topology, version {STATE_VERSION}; {sorted(missing) or 'got another'}"
         if state["recipe"] != self.recipe.describe():
             return f"expected a state of the recipe {self.recipe.describe()}, got one of {state['recipe']}"
-        if list(state["layers"]) != list(self.layer_names):
+        if sorted(state["layers"]) != sorted(self.layer_names):
             return f"expected a state of the layers {list(self.layer_names)}, got one of {list(state['layers'])}"
         for managed in self._managed:
             saved = state["layers"][managed.name]
+            if (recorded := "explored" in saved) != (managed.explored is not None):
+                return (
+                    f"layer {managed.name!r}: expected a state saved with record_explored={not recorded}, got one with "
+                    f"{recorded}; make the topology with that"
+                )
             if saved["digest"] != managed.digest_now() or saved["unmoved"].numel() != managed.layer.nnz:
                 return (
                     f"layer {managed.name!r}: expected the connections that were there when the state was saved, got "
@@ -267,6 +287,8 @@ class Topology:
                 rewire(one, edit)
             managed.unmoved = edit.carry(managed.unmoved.to(layer.values.device), fill=False)
             managed.digest = managed.digest_now()
+            if managed.explored:
+                managed.explored.add(edit.pattern.positions()[edit.grown_slots])
             grown = edit.grown_slots.numel()
             dropped = edit.old_to_new.numel() - (layer.nnz - grown)
         size = layer.in_features * layer.out_features

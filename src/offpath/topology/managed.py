@@ -12,6 +12,7 @@ from offpath.nn import SparseLinear
 from offpath.topology.capture import Capture
 from offpath.topology.carry import owns
 from offpath.topology.errors import TopologyError
+from offpath.topology.explored import Explored
 from offpath.topology.layer import LayerView
 from offpath.topology.record import LayerState
 
@@ -21,11 +22,12 @@ FilterFn = Callable[[nn.Module, str], bool]
 class ManagedLayer:
     """A sparse layer, its copies in other models (EMA), and what is remembered of it."""
 
-    def __init__(self, name: str, layer: SparseLinear, copies: list[SparseLinear]) -> None:
+    def __init__(self, name: str, layer: SparseLinear, copies: list[SparseLinear], record_explored: bool) -> None:
         self.name, self.layer, self.copies = name, layer, copies
         self.capture = Capture(layer)
         self.initial_nnz = layer.nnz
         self.unmoved = torch.ones(layer.nnz, dtype=torch.bool, device=layer.values.device)
+        self.explored = Explored(layer.connections.pattern) if record_explored else None
         self.digest = self.digest_now()
 
     def digest_now(self) -> int:
@@ -53,7 +55,8 @@ class ManagedLayer:
         live = pattern.row_counts > 0
         old = torch.bincount(pattern.row_indices()[self.unmoved.to(pattern.device)], minlength=rows) > 0
         dead, new = rows - int(live.sum()), int((live & ~old).sum())
-        return LayerState(self.name, self.initial_nnz, pattern.nnz, rows * columns, int(self.unmoved.sum()), dead, new)
+        unmoved, explored = int(self.unmoved.sum()), self.explored.count if self.explored else None
+        return LayerState(self.name, self.initial_nnz, pattern.nnz, rows * columns, unmoved, dead, new, explored)
 
 
 def check_plain(name: str, layer: SparseLinear) -> None:
@@ -69,7 +72,11 @@ def check_plain(name: str, layer: SparseLinear) -> None:
 
 
 def managed_layers(
-    model: nn.Module, optimizer: Optimizer, also: Sequence[nn.Module], filter_fn: FilterFn | None
+    model: nn.Module,
+    optimizer: Optimizer,
+    also: Sequence[nn.Module],
+    filter_fn: FilterFn | None,
+    record_explored: bool = False,
 ) -> list[ManagedLayer]:
     """The trainable sparse layers of `model` that `filter_fn` takes, each once.
 
@@ -105,7 +112,9 @@ def managed_layers(
                 f"layer {name!r}: expected values of its own, but they are tied to those of {owner[id(layer.values)]!r}"
             )
     copies = [_twins(chosen, other) for other in also]
-    return [ManagedLayer(name, layer, [twins[name] for twins in copies]) for name, layer in chosen.items()]
+    return [
+        ManagedLayer(name, layer, [twins[name] for twins in copies], record_explored) for name, layer in chosen.items()
+    ]
 
 
 def _twins(chosen: dict[str, SparseLinear], other: nn.Module) -> dict[str, SparseLinear]:

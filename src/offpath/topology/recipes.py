@@ -17,7 +17,7 @@ from offpath.topology.schedules import Cubic, Every, drop_fraction_schedule
 def Static(model: nn.Module, optimizer: Optimizer, **options: Any) -> Topology:
     """Connections that stay as they are, behind the same interface: the baseline of every comparison.
 
-    `options` are those of `Topology`: `seed`, `also`, `filter_fn`, `grown_state`.
+    `options` are those of `Topology`: `seed`, `also`, `filter_fn`, `grown_state`, `record_explored`.
 
     >>> import torch
     >>> from offpath import SparseLinear

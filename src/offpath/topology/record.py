@@ -27,7 +27,7 @@ class LayerState:
     """One layer at this moment. `initial_nnz` and `unmoved` look back to when the topology was made.
 
     A unit (a row of the weight) is dead without incoming connections, and new when it has some, none of which has
-    existed since the start.
+    existed since the start. `explored` positions have ever held a connection; None where that is not recorded.
     """
 
     name: str
@@ -37,6 +37,7 @@ class LayerState:
     unmoved: int
     dead_units: int
     new_units: int
+    explored: int | None = None
 
     @property
     def sparsity(self) -> float:

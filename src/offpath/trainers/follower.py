@@ -1,0 +1,73 @@
+"""What the callbacks share: a topology that takes its step whenever its optimizer has taken one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from offpath.topology import Topology, TopologyUpdate
+
+MakeTopology = Callable[[nn.Module, Optimizer], Topology]
+
+
+class Follower:
+    """Calls `topology.step()` after each step that `optimizer` really makes.
+
+    A hook of the optimizer's own says when: gradient accumulation, clipping, and whoever calls the optimizer make no
+    difference, and the gradients are still there. What was seen of a step that a gradient scaler skips is forgotten.
+
+    >>> import torch
+    >>> from offpath import SET, SparseLinear
+    >>> layer = SparseLinear(64, 32)
+    >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    >>> follower = Follower(SET(layer, optimizer, update_freq=2), optimizer)
+    >>> for _ in range(2):
+    ...     layer(torch.randn(8, 64)).square().sum().backward()
+    ...     optimizer.step()
+    >>> [(update.step, update.grown) for update in follower.take_updates()]
+    [(2, 62)]
+    """
+
+    def __init__(self, topology: Topology, optimizer: Optimizer) -> None:
+        self.topology = topology
+        self._updates: list[TopologyUpdate] = []
+        self._announced = False
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    def announce(self) -> None:
+        """Say that the trainer is about to ask for a step; if none has come until `take_updates`, it was skipped."""
+        self._announced = True
+
+    def take_updates(self) -> list[TopologyUpdate]:
+        """The updates since the last call."""
+        if self._announced:
+            self.topology.forget()
+            self._announced = False
+        updates, self._updates = self._updates, []
+        return updates
+
+    def remove(self) -> None:
+        """Follow no more, and watch no more passes."""
+        self._handle.remove()
+        self.topology.close()
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Fused optimizers are called in skipped steps as well, and find out by this tensor of the scaler's.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
+        self._announced = False
+        update = self.topology.step()
+        if update is not None:
+            self._updates.append(update)
+
+
+def statistics(update: TopologyUpdate) -> dict[str, float]:
+    """An update as a logger takes it: of all layers together, and the sparsity of each."""
+    together = {"dropped": update.dropped, "grown": update.grown, "sparsity": update.sparsity}
+    moved = {"moved_share": 1 - update.unmoved / max(update.nnz, 1)}
+    layers = {f"sparsity/{layer.name}": layer.sparsity for layer in update.layers}
+    return {f"topology/{name}": value for name, value in (together | moved | layers).items()}

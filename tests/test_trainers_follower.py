@@ -1,0 +1,64 @@
+"""A follower with torch's own gradient scaler: a skipped step is none, and what was seen of it is forgotten."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import offpath
+from offpath import SparseLinear
+from offpath.topology import TopologyUpdate
+from offpath.trainers.follower import Follower
+
+
+def _train(fused: bool, overflowing: set[int]) -> tuple[SparseLinear, Follower, list[TopologyUpdate]]:
+    """Six passes of which the named ones overflow."""
+    layer = SparseLinear(12, 10, density=0.4, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01, fused=fused)
+    follower = Follower(offpath.RigL(layer, optimizer, update_freq=2, end_step=30), optimizer)
+    scaler, updates = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1000, backoff_factor=0.999), []
+    generator = torch.Generator().manual_seed(1)
+    for index in range(6):
+        x = torch.randn(8, 12, generator=generator)
+        loss = layer(x).square().mean() * (torch.inf if index in overflowing else 1.0)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        follower.announce()
+        scaler.step(optimizer)
+        scaler.update()
+        updates += follower.take_updates()
+    return layer, follower, updates
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_skipped_steps_are_not_counted_and_leave_nothing_behind(fused: bool) -> None:
+    _, follower, updates = _train(fused, overflowing={0, 2})  # the third pass would have been watched
+    assert follower.topology.step_count == 4
+    assert [update.step for update in updates] == [2, 4] and all(update.grown for update in updates)
+
+
+def test_rules_read_gradients_without_the_scale() -> None:
+    """MEST adds gradients to weights; a scale that is a power of two loses no bit."""
+    layers = []
+    for enabled in (True, False):
+        layer = SparseLinear(12, 10, density=0.4, generator=torch.Generator().manual_seed(0))
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.01, fused=True)
+        follower = Follower(offpath.MEST(layer, optimizer, update_freq=1), optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=enabled)
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(layer(torch.ones(2, 12)).square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert follower.topology.step_count == 3
+        layers.append(layer)
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in layers), strict=True))
+
+
+def test_a_follower_that_was_removed_follows_no_more() -> None:
+    layer, follower, _ = _train(False, set())
+    assert follower.topology.step_count == 6
+    follower.topology.load_state_dict(follower.topology.state_dict() | {"step": 1})  # the next pass is watched
+    assert layer._forward_hooks
+    follower.remove()
+    assert not layer._forward_hooks
