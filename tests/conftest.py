@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from data_files import tiny_files
 from offpath import kernels
 from offpath.kernels import Backend, cpu
 from offpath.studies.data import DATASETS, IdxSpec
 from offpath.studies.data.locate import DATA_DIR_VARIABLE, cache_dir
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)
