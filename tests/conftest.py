@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from data_files import tiny_files
 from offpath import kernels
 from offpath.kernels import Backend, cpu
 from offpath.studies.data import DATASETS, IdxSpec
 from offpath.studies.data.locate import DATA_DIR_VARIABLE, cache_dir
+
+# A busy machine is no mistake: no test says how long anything may take.
+settings.register_profile("offpath", deadline=None)
+settings.load_profile("offpath")
 
 
 @pytest.fixture(scope="session", autouse=True)
