@@ -51,7 +51,7 @@ def outcome(folder: Path) -> Callable[[int, str], list[str]]:
 
 def _start(count: int, folder: Path, checks: list[str]) -> list[dict[str, str]]:
     command = [sys.executable, distributed_checks.__file__, str(folder), json.dumps(checks)]
-    common = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "PYTHONPATH": str(ROOT / "tests")}
+    common = _environment() | {"WORLD_SIZE": str(count), "PYTHONPATH": str(ROOT / "tests")}
     processes = [subprocess.Popen(command, env=common | {"RANK": str(rank)}) for rank in range(count)]
     for process in processes:
         process.wait(timeout=200)
@@ -73,9 +73,15 @@ def test_four_processes(outcome: Callable[[int, str], list[str]], check: str) ->
 OPTIONS = "--data digits --model mlp-small --method rigl --update-freq 5 --batch-size 65 --seed 1"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 OFFPATH = (*TORCHRUN, "--no-python", str(Path(sys.executable).with_name("offpath")))
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 # Nothing here should take more than a few seconds; what hangs must not hang the tests.
 PATIENCE_SECONDS = 200
+
+
+def _environment() -> dict[str, str]:
+    """One thread, and the cost table that all tests share: two tables may choose two methods, which round otherwise."""
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
 KILLED = """
 import os, signal
 from offpath.topology import controller
@@ -97,7 +103,7 @@ main()
 def _as_torchrun_would(rank: int, port: int) -> dict[str, str]:
     """Without its agent, which ends the processes that are left: they must end on their own."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    return ENVIRONMENT | {name: str(value) for name, value in names.items()} | {"TORCHELASTIC_RUN_ID": "test"}
+    return _environment() | {name: str(value) for name, value in names.items()} | {"TORCHELASTIC_RUN_ID": "test"}
 
 
 def test_a_killed_process_ends_the_run_with_a_message_and_it_resumes_to_the_same_numbers(
@@ -123,7 +129,7 @@ def test_a_killed_process_ends_the_run_with_a_message_and_it_resumes_to_the_same
 
     resumed = subprocess.run(
         [*OFFPATH, "train", "--resume", "--out", str(tmp_path / "killed")],
-        env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS,
+        env=_environment(), capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS,
     )  # fmt: skip
     assert resumed.returncode == 0 and resumed.stdout.count("the run is in") == 1, resumed.stderr
     assert (tmp_path / "killed" / "report.html").exists()
@@ -132,7 +138,7 @@ def test_a_killed_process_ends_the_run_with_a_message_and_it_resumes_to_the_same
 
 def test_ctrl_c_stops_all_processes_after_a_step_and_leaves_a_checkpoint(tmp_path: Path) -> None:
     command = [*OFFPATH, "train", *OPTIONS.split(), "--epochs", "5000", "--out", str(tmp_path)]
-    torchrun = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    torchrun = subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + PATIENCE_SECONDS
     while not RunFolder(tmp_path).metrics() and torchrun.poll() is None and time.monotonic() < end:
         time.sleep(0.1)
@@ -149,7 +155,7 @@ def test_the_script_of_the_page_runs(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(block)
     command = [*TORCHRUN, "train.py"]
     done = subprocess.run(
-        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
+        command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
     )
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"(step \d+: \d+ connections moved\n)+", done.stdout) and "leak" not in done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor, nn
 
 import offpath
@@ -64,7 +64,6 @@ def _grown_entries(topology: Topology, layer: SparseLinear, optimizer: torch.opt
     return layer.pattern.to_dense(optimizer.state[layer.values][key])[grown]
 
 
-@settings(deadline=None)
 @given(st.sampled_from(list(MAKERS)), st.integers(0, 2**31), st.floats(0.05, 0.95), st.sampled_from([0.2, 0.4]))
 def test_counts_are_kept_and_a_seed_gives_one_topology(recipe: str, seed: int, fraction: float, density: float) -> None:
     options = {"end_step": 100} | ({"final_sparsity": 0.85} if recipe == "GMP" else {"drop_fraction": fraction})

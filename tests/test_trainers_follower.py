@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import pytest
 import torch
 
@@ -62,3 +65,14 @@ def test_a_follower_that_was_removed_follows_no_more() -> None:
     assert layer._forward_hooks
     follower.remove()
     assert not layer._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("trainer", "package"),
+    [("lightning", "lightning.pytorch"), ("transformers", "transformers"), ("transformers", "accelerate")],
+)
+def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch, trainer: str, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"offpath.trainers.{trainer}", raising=False)
+    with pytest.raises(ImportError, match=rf"pip install 'offpath\[{trainer}\]'"):
+        importlib.import_module(f"offpath.trainers.{trainer}")
