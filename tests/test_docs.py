@@ -53,10 +53,11 @@ def test_break_evens_of_the_readme_are_those_of_the_committed_crossover() -> Non
 
 
 def test_tables_of_the_study_are_those_of_the_committed_result() -> None:
+    """Nothing stands there as long as no result is committed."""
     folder = ROOT / "docs" / "studies"
-    result = StudyResult.from_json(json.loads((folder / "topology.json").read_text()))
-    assert f"<!-- study -->\n{docs_block(result)}\n<!-- /study -->" in (folder / "topology.md").read_text()
-    assert all((folder / f"topology-{kind}.svg").read_text().startswith("<svg") for kind in ("images", "text"))
+    page, made = (folder / "topology.md").read_text(), folder / "topology.json"
+    block = docs_block(StudyResult.from_json(json.loads(made.read_text()))) if made.exists() else ""
+    assert f"<!-- study -->\n{block}\n<!-- /study -->" in page
 
 
 def test_public_functions_have_an_example() -> None:

@@ -193,16 +193,16 @@ def test_diverging_rate_loses_the_tuning_and_stops_a_trial() -> None:
 def test_learning_rate_is_the_best_of_those_tried(tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path / "study")
     folder.settle(QUICK)
-    losses = {1e-3: 0.5, 1e-2: 0.4}
+    accuracies = {1e-3: 0.5, 1e-2: 0.6}
     for trial in QUICK.tuning():
         assert folder.learning_rate(QUICK, "text", Arm("rigl", 0.8)) is None
-        folder.write(trial, {"curve": [{"loss": losses.get(trial.tuning_rate)}]})
+        folder.write(trial, {"curve": [{"loss": trial.tuning_rate, "accuracy": accuracies.get(trial.tuning_rate)}]})
         if trial.task == "text" and trial.arm == Arm("static", 0.8):
             break
     assert folder.learning_rate(QUICK, "digits", Arm("gmp", 0.9)) == 1e-2
     with pytest.raises(RunError, match=r"a learning rate that gives text, dense a finite loss|found none"):
         for trial in QUICK.tuning():
-            folder.write(trial, {"curve": [{"loss": None}]})
+            folder.write(trial, {"curve": [{"loss": None, "accuracy": None}]})
         folder.learning_rate(QUICK, "text", Arm("dense"))
 
 

@@ -76,22 +76,22 @@ class StudyFolder:
             lock.release()
 
     def learning_rate(self, config: StudyConfig, task: str, arm: Arm) -> float | None:
-        """The learning rate with the least loss on the held-back data; None before all of them have been tried.
+        """The learning rate that did best on the held-back data; None before all of them have been tried.
 
-        Raises `RunError` when none of them gave a finite loss.
+        Best is what counts in the end: accuracy, or of a text the loss. Raises `RunError` when none gave a finite loss.
         """
-        losses: dict[float, float] = {}
+        scores: dict[float, float] = {}
         for trial in config.tuning():
             if (trial.task, trial.arm) == (task, arm.tuned_as):
                 if not self.has(trial):
                     return None
                 assert trial.tuning_rate is not None
-                loss = self.record(trial)["curve"][-1]["loss"]
-                if loss is not None:
-                    losses[trial.tuning_rate] = loss
-        if not losses:
+                last = self.record(trial)["curve"][-1]
+                if last["loss"] is not None:
+                    scores[trial.tuning_rate] = -last["loss"] if last["accuracy"] is None else last["accuracy"]
+        if not scores:
             raise RunError(f"expected a learning rate that gives {task}, {arm.name} a finite loss, found none")
-        return min(losses, key=lambda rate: losses[rate])
+        return max(scores, key=lambda rate: scores[rate])
 
     def _file(self, trial: Trial) -> Path:
         return self.trials / f"{trial.name}.json"

@@ -30,6 +30,8 @@ def figures(result: StudyResult) -> dict[str, Figure]:
             figure = Figure(figsize=(5.6 * len(panels), 4), layout="constrained")
             for axes, (task, over) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
                 draw(axes, result, task, over)
+            handles, labels = figure.axes[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize="small")
             found[kind] = figure
     return found
 
@@ -58,8 +60,7 @@ def _accuracy(axes: Axes, result: StudyResult, task: TaskConfig, over: str) -> N
             color=COLORS[method], label=NAMES[method],
         )  # fmt: skip
     axes.set_xticks(range(len(sparsities)), [f"{100 * sparsity:.4g}%" for sparsity in sparsities])
-    axes.set(xlabel=over, ylabel="test accuracy (%)", title=result.title(task.name))
-    axes.legend(frameon=False, fontsize="small", loc="lower left")
+    axes.set(xlabel=over, ylabel="test accuracy (%)", title=result.title(task.name), xlim=(-0.5, len(sparsities) - 0.5))
     clean(axes)
 
 
@@ -80,5 +81,4 @@ def _loss(axes: Axes, result: StudyResult, task: TaskConfig, over: str) -> None:
         axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel=over if over == "steps" else "seconds of training", ylabel="held-out loss (nats a character)")
     axes.set(title=f"{result.title(task.name)}: loss over {over}")
-    axes.legend(frameon=False, fontsize="small")
     clean(axes)
