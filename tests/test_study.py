@@ -30,7 +30,7 @@ from offpath.studies.topology.trial import Training, run_trial, schedule
 WAIT_SECONDS = 120
 COMMAND = [sys.executable, "-c", "from offpath_cli import main; main()", "study", "topology", "--quick", "--jobs", "1"]
 # One thread: the equal bits that this asks for, and no waiting for threads that a busy machine does not run.
-ENVIRONMENT = os.environ | {"COLUMNS": "160", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+SETTINGS = {"COLUMNS": "160", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,7 +57,9 @@ def _trials(folder: Path) -> dict[str, str]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The quick study, run once from a fresh folder by the command, and what that printed."""
     out = tmp_path_factory.mktemp("study") / "quick"
-    ran = subprocess.run([*COMMAND, "--out", str(out)], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [*COMMAND, "--out", str(out)], env=os.environ | SETTINGS, capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     return out, ran.stdout
 
@@ -85,7 +87,7 @@ def test_killed_study_goes_on_to_the_same_numbers(finished: tuple[Path, str], tm
     whole, out = _trials(finished[0]), tmp_path / "killed"
     out.mkdir()
     shutil.copy(finished[0] / "steps.json", out)  # times would differ, and take their time
-    started = subprocess.Popen([*COMMAND, "--out", str(out)], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    started = subprocess.Popen([*COMMAND, "--out", str(out)], env=os.environ | SETTINGS, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + WAIT_SECONDS
     while not (out / "trials").exists() or len(_trials(out)) < len(whole) // 2:
         assert started.poll() is None and time.monotonic() < deadline
@@ -94,7 +96,9 @@ def test_killed_study_goes_on_to_the_same_numbers(finished: tuple[Path, str], tm
     started.wait()
     left = _trials(out)
     assert left and all(whole[name] == text for name, text in left.items())
-    ran = subprocess.run([*COMMAND, "--out", str(out)], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [*COMMAND, "--out", str(out)], env=os.environ | SETTINGS, capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     assert _trials(out) == whole
     assert (out / "topology.json").read_text() == (finished[0] / "topology.json").read_text()
@@ -245,7 +249,7 @@ def test_texts_that_are_none(tmp_path: Path) -> None:
 
 def test_command_refuses_data_without_a_name(tmp_path: Path) -> None:
     command = [*COMMAND, "--data", "cifar10", "--out", str(tmp_path / "x")]
-    ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    ran = subprocess.run(command, env=os.environ | SETTINGS, capture_output=True, text=True, check=False)
     assert ran.returncode == 1 and ran.stderr.startswith("error: expected --data NAME=PATH")
 
 
