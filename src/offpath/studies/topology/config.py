@@ -150,7 +150,7 @@ FULL = StudyConfig((
     TaskConfig(
         name="shakespeare", title="tinyshakespeare", data="tinyshakespeare", kind="text", sizes=(256, 4, 2, 64),
         arms=_arms((0.8, 0.9), _SOME),
-        steps=2000, tuning_steps=700, evaluate_every=100, batch_size=8, learning_rates=_RATES[1:],
+        steps=2000, tuning_steps=700, evaluate_every=100, batch_size=8, learning_rates=_RATES,
     ),
 ))
 # Data that comes with the installed packages; a look at whether everything works, and no more.
