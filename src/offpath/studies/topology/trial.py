@@ -57,7 +57,7 @@ def schedule(step: int, steps: int) -> float:
     """The share of the learning rate at a step: rises over the first 5 % of the steps, then falls to zero as a cosine.
 
     >>> [round(schedule(step, 1000), 3) for step in (0, 49, 500, 999)]
-    [0.02, 1.0, 0.5, 0.0]
+    [0.02, 0.994, 0.5, 0.0]
     """
     rising = min(1.0, (step + 1) / max(1, round(WARM_UP_SHARE * steps)))
     return rising * 0.5 * (1 + math.cos(math.pi * step / steps))
