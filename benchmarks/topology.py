@@ -27,6 +27,7 @@ import offpath
 from measure import machine_line
 from offpath import SparseLinear
 from offpath.studies.files import write_text
+from offpath.studies.memory import resident_bytes
 from offpath.topology import Topology
 
 IN_FEATURES, OUT_FEATURES, BATCH, SPARSITY = 768, 3072, 512, 0.9
@@ -80,8 +81,7 @@ def _train_huge_layer() -> None:
     topology = offpath.RigL(layer, optimizer, update_freq=1, end_step=100)
     _training_step(layer, optimizer, torch.randn(8, HUGE_FEATURES), torch.randn(8, HUGE_FEATURES))
     topology.step()
-    status = Path("/proc/self/status").read_text()
-    print(int(status.split("VmHWM:")[1].split()[0]) // 1000)
+    print(resident_bytes("VmHWM") // 10**6)
 
 
 def _memory() -> Iterator[str]:

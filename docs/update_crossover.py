@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
+
+from blocks import put_block
 
 from offpath.studies.crossover import CrossoverResult
 from offpath.studies.crossover.plots import main_figure
@@ -21,11 +22,4 @@ if not result.complete or result.wrong:
 KEPT.mkdir(exist_ok=True)
 shutil.copyfile(MADE, KEPT / "crossover.json")
 (KEPT / "crossover.svg").write_text(to_svg(main_figure(result)))
-readme = ROOT / "README.md"
-marked = re.compile(r"(<!-- crossover -->\n).*?(<!-- /crossover -->)", re.S)
-text, replaced = marked.subn(lambda m: f"{m[1]}{crossover_block(result)}\n{m[2]}", readme.read_text())
-if replaced != 1:
-    raise SystemExit(
-        f"expected one block between <!-- crossover --> and <!-- /crossover --> in {readme}, got {replaced}"
-    )
-readme.write_text(text)
+put_block(ROOT / "README.md", "crossover", crossover_block(result))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
+
+from blocks import put_block
 
 from offpath.studies.plots import race_figure, to_svg
 from offpath.studies.race import RaceResult
@@ -17,9 +18,4 @@ MADE, KEPT = ROOT / "runs" / "demo" / "race.json", ROOT / "docs" / "demo"
 result = RaceResult.from_json(json.loads(MADE.read_text()))
 shutil.copyfile(MADE, KEPT / "race.json")
 (KEPT / "race.svg").write_text(to_svg(race_figure(result)))
-readme = ROOT / "README.md"
-marked = re.compile(r"(<!-- demo -->\n).*?(\n<!-- /demo -->)", re.S)
-text, replaced = marked.subn(lambda m: m[1] + demo_block(result) + m[2], readme.read_text())
-if replaced != 1:
-    raise SystemExit(f"expected one block between <!-- demo --> and <!-- /demo --> in {readme}, got {replaced}")
-readme.write_text(text)
+put_block(ROOT / "README.md", "demo", demo_block(result))

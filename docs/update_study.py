@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
+
+from blocks import put_block
 
 from offpath.studies.plots import to_svg
 from offpath.studies.topology import StudyResult
@@ -21,9 +22,4 @@ result = StudyResult.from_json(json.loads(MADE.read_text()))
 shutil.copyfile(MADE, KEPT / "topology.json")
 for name, figure in figures(result).items():
     (KEPT / f"topology-{name}.svg").write_text(to_svg(figure, salt=name))
-page = KEPT / "topology.md"
-marked = re.compile(r"(<!-- study -->\n).*?(\n<!-- /study -->)", re.S)
-text, replaced = marked.subn(lambda m: m[1] + docs_block(result) + m[2], page.read_text())
-if replaced != 1:
-    raise SystemExit(f"expected one block between <!-- study --> and <!-- /study --> in {page}, got {replaced}")
-page.write_text(text)
+put_block(KEPT / "topology.md", "study", docs_block(result))

@@ -137,7 +137,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_training_can_go_on(where: 
 
 
 def test_a_huge_layer_is_made_and_trained_a_step_with_rigl_in_a_gigabyte() -> None:
-    # What the kernels cost is measured once on a machine, with operands of its own that take more than all of this.
+    # What the kernels cost is measured once on a machine, with operands of its own that take as much again.
     numbers_of("import torch, offpath; offpath.SparseLinear(2048, 2048)(torch.randn(8, 2048))")
     grown, peak_bytes = numbers_of(
         "import torch, offpath\n"

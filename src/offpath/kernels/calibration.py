@@ -35,10 +35,9 @@ Sizes = tuple[int, int]
 Seconds = dict[str, list[float]]
 SMALL_ROUNDS, LARGE_ROUNDS = 5, 3
 # Not every point of the grid is measured. Dense and filled take as long at all densities, but for the writing out. A
-# bitmap reads
-# its values once for every eight tokens, and the row-wise form its x once for every connection, so that they are out of
-# the question long before many tokens or connections. Nearly dense matrices of the largest size would take more time
-# and memory than all others together.
+# bitmap reads its values once for every eight tokens, and the row-wise form its x once for every connection, so that
+# they are out of the question long before many tokens or connections. Nearly dense matrices of the largest size would
+# take more time and memory than all others together.
 AT_ANY_DENSITY, DENSE_DENSITY = ("dense", "filled"), DENSITIES.index(0.5)
 LAST_BITMAP_BATCH = BATCHES.index(16)
 LAST_ROW_WISE = DENSITIES.index(0.2), BATCHES.index(16)

@@ -14,10 +14,10 @@ def under_autocast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tens
     >>> x.dtype, values.dtype
     (torch.bfloat16, torch.bfloat16)
     """
-    device = x.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):  # meta has none
+    # Every call of a layer comes here: asking whether the device has autocast (meta has none) would take as long again.
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return x, values, bias
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return _cast(x, dtype), _cast(values, dtype), None if bias is None else _cast(bias, dtype)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -32,3 +33,16 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` as a whole."""
     write_whole(path, lambda beside: beside.write_text(text))
+
+
+def five_digits(value: Any) -> Any:
+    """A JSON value with five digits of every number: more are noise, and make the file twice as large.
+
+    >>> five_digits({"seconds": [0.123456789]})
+    {'seconds': [0.12346]}
+    """
+    if isinstance(value, dict):
+        return {name: five_digits(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [five_digits(entry) for entry in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -53,11 +53,11 @@ def _measure(config: RunConfig) -> Memory:
     _warm_up()
     ctypes.CDLL(None).malloc_trim(0)  # or the run would reuse what loading the data has freed
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-    before = _resident_bytes("VmRSS")
+    before = resident_bytes("VmRSS")
     # With an update among the few steps: it is a part of training like the others.
     run = Run(replace(config, update_freq=min(config.update_freq, 2)), dataset)
     run.advance(STEPS)
-    return Memory(_resident_bytes("VmHWM") - before, training_bytes(run.model, run.optimizer))
+    return Memory(resident_bytes("VmHWM") - before, training_bytes(run.model, run.optimizer))
 
 
 def _warm_up() -> None:
@@ -70,7 +70,8 @@ def _warm_up() -> None:
         optimizer.step()
 
 
-def _resident_bytes(field: str) -> int:
+def resident_bytes(field: str) -> int:
+    """What /proc says of this process: `VmRSS`, resident now; `VmHWM`, the most so far. Raises `OSError`."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -26,9 +27,11 @@ def train_figures(config: RunConfig, records: list[Record]) -> dict[str, Figure]
     figures = {f"{q} over epochs": _figure(_quantity, records, q, color) for q in ("loss", "accuracy")}
     with_layers = [record for record in records if "topology" in record]
     if config.moves and with_layers:
-        figures["layer densities over epochs"] = _figure(_densities, with_layers)
+        density = partial(_of_positions, count="nnz", name="connections")
+        explored = partial(_of_positions, count="explored", name="ever a connection")
+        figures["layer densities over epochs"] = _figure(density, with_layers)
         figures["connections that have moved"] = _figure(_moved, with_layers)
-        figures["positions explored"] = _figure(_explored, with_layers)
+        figures["positions explored"] = _figure(explored, with_layers)
     for title, figure in figures.items():
         axes = figure.axes[0]
         axes.set(xlabel="epoch", title=title)
@@ -65,26 +68,17 @@ class _PlainNumbers(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def _densities(axes: Axes, records: list[Record]) -> None:
-    def density(layers: list[Record]) -> list[float]:
-        return [count / layers[0]["size"] for count in (layers[0]["initial_nnz"], *(x["nnz"] for x in layers))]
-
-    _layer_lines(axes, records, density)
-    axes.set_ylabel("connections (% of positions)")
-    _from_zero(axes)
-
-
 def _moved(axes: Axes, records: list[Record]) -> None:
     _layer_lines(axes, records, lambda layers: [0.0, *(1 - x["unmoved"] / max(x["nnz"], 1) for x in layers)])
     axes.set(ylabel="not there at the start (%)", ylim=(-2, 102))
 
 
-def _explored(axes: Axes, records: list[Record]) -> None:
+def _of_positions(axes: Axes, records: list[Record], count: str, name: str) -> None:
     def share(layers: list[Record]) -> list[float]:
-        return [count / layers[0]["size"] for count in (layers[0]["initial_nnz"], *(x["explored"] for x in layers))]
+        return [n / layers[0]["size"] for n in (layers[0]["initial_nnz"], *(x[count] for x in layers))]
 
     _layer_lines(axes, records, share)
-    axes.set_ylabel("ever a connection (% of positions)")
+    axes.set_ylabel(f"{name} (% of positions)")
     _from_zero(axes)
 
 

@@ -90,7 +90,7 @@ class Processes:
         """Let the `DistributedDataParallel` around the model know that its layers have `sizes` connections now.
 
         It has laid out its buckets for the old sizes, and lost its hooks with the old parameters' gradients. What it
-        does to come out of a pickle makes both anew, in less than a millisecond. Raises `TopologyError` where that is
+        does to come out of a pickle makes both anew. Raises `TopologyError` where that is
         not possible: gradients would no longer be reduced, some of them in silence.
         """
         if self.count == 1 or sizes == self._sizes:

@@ -9,6 +9,7 @@ from typing import Any
 
 from offpath.cost.crossover import DENSE, OFFPATH, TORCH_SPARSE, BreakEven, Case, Outcome, Point, break_even
 from offpath.studies.crossover.config import CrossoverConfig
+from offpath.studies.files import five_digits
 
 FORMAT_VERSION = 1
 
@@ -81,21 +82,12 @@ class CrossoverResult:
 
 
 def _point_to_json(point: Point) -> dict[str, Any]:
-    speedups = {method: _rounded(point.speedup(method)) for method in (OFFPATH, TORCH_SPARSE)}
+    speedups = {method: five_digits(point.speedup(method)) for method in (OFFPATH, TORCH_SPARSE)}
     return (
         asdict(point.case)
         | {"sparsity": point.sparsity, "speedups": speedups}
-        | {"outcomes": [_rounded(asdict(outcome)) for outcome in point.outcomes]}
+        | {"outcomes": [five_digits(asdict(outcome)) for outcome in point.outcomes]}
     )
-
-
-def _rounded(value: Any) -> Any:
-    """Five digits of every number: more are noise, and make the file twice as large."""
-    if isinstance(value, dict):
-        return {name: _rounded(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(entry) for entry in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _point_from_json(values: dict[str, Any]) -> Point:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from offpath.studies.files import five_digits
 from offpath.studies.topology.config import Arm, StudyConfig, Trial
 from offpath.studies.topology.folder import StudyFolder
 
@@ -123,9 +124,9 @@ class StudyResult:
 
     def to_text(self) -> str:
         """The result as JSON, a line for each cell: a thousand numbers in one line are easier to leave alone."""
-        cells = [json.dumps(_rounded(asdict(cell))) for cell in self.cells]
+        cells = [json.dumps(five_digits(asdict(cell))) for cell in self.cells]
         head = {"format": FORMAT_VERSION, "complete": self.complete, "config": self.config.to_json()}
-        text = json.dumps(head | {"steps": _rounded(self.steps)}, indent=1)[:-2]
+        text = json.dumps(head | {"steps": five_digits(self.steps)}, indent=1)[:-2]
         return text + ',\n "cells": [\n  ' + ",\n  ".join(cells) + "\n ]\n}\n"
 
     @classmethod
@@ -159,12 +160,3 @@ def _cell(task: str, arm: Arm, records: dict[int, dict[str, Any]]) -> Cell:
         final={seed: point["loss"] if point["accuracy"] is None else point["accuracy"] for seed, point in last.items()},
         curves={seed: [[p[name] for name in CURVE] for p in record["curve"]] for seed, record in records.items()},
     )
-
-
-def _rounded(value: Any) -> Any:
-    """Five digits of every number: more are noise."""
-    if isinstance(value, dict):
-        return {name: _rounded(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(entry) for entry in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -1,0 +1,164 @@
+"""Processes that differ are refused, everywhere and before anything has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+
+import offpath
+from offpath import topology as parts
+from offpath.topology import LayerView, Topology
+from offpath.topology.distributed import Processes
+from ranks import Wrapped, bits, check, count, my_rank, refused_everywhere, train_step
+from topology_checks import model_of
+from topology_oracle import integers
+
+
+def _set(model: nn.Module, recipe: Callable[..., Topology] = offpath.SET, **settings: Any) -> tuple[Any, Topology]:
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    return optimizer, recipe(model, optimizer, **{"update_freq": 2} | settings)
+
+
+def _other_connections() -> None:
+    model = model_of(seed=my_rank())
+    for wrapped in (model, Wrapped(model)):  # the wrapper has broadcast rank 0's digest with its values
+        with refused_everywhere("the same connections in all .* but rank 1.* from one seed in every process"):
+            _set(wrapped)
+
+
+def _other_settings() -> None:
+    with refused_everywhere("the same random state .* the same seed"):
+        _set(model_of(), seed=my_rank())
+    with refused_everywhere("the same recipe and layers"):
+        _set(model_of(), drop_fraction=0.1 + 0.1 * my_rank())
+    with refused_everywhere("the same recipe and layers"):
+        _set(nn.Sequential(*list(model_of())[: 1 + 2 * (my_rank() == 0)]))
+
+
+def _refused_update(message: str, model: nn.Module, optimizer: torch.optim.Optimizer, topology: Topology) -> None:
+    """The update that is due is refused in every process, and model, optimizer and topology are as they were."""
+    before = bits([model.state_dict(), optimizer.state_dict(), topology.state_dict()])
+    with refused_everywhere(message):
+        topology.step()
+    assert bits([model.state_dict(), optimizer.state_dict(), topology.state_dict()]) == before
+
+
+def _weights_that_nobody_averaged() -> None:
+    model = model_of()
+    optimizer, topology = _set(model)
+    train_step(model, optimizer, 1)
+    topology.step()
+    _refused_update("the same weights .* DistributedDataParallel, .* outside no_sync", model, optimizer, topology)
+
+
+def _a_gradient_that_nobody_averaged() -> None:
+    model = model_of()
+    optimizer, topology = _set(model, offpath.MEST, update_freq=1)
+    for layer in (model[0], model[2]):
+        layer.values.grad = torch.randn(layer.nnz, generator=torch.Generator().manual_seed(my_rank()))
+    _refused_update("the same decision", model, optimizer, topology)
+
+
+def _other_steps() -> None:
+    model = model_of()
+    optimizer, topology = _set(model)
+    topology.load_state_dict(topology.state_dict() | {"step": 1 if my_rank() else 3})
+    _refused_update("the same steps", model, optimizer, topology)
+
+
+def _a_rank_that_fails() -> None:
+    def fails(layer: LayerView) -> Tensor:
+        return layer.values.abs() if my_rank() != 1 else torch.full_like(layer.values, torch.nan)
+
+    model = model_of()
+    recipe = parts.Recipe("fails", parts.Every(1), fails, parts.grow.random, parts.PerLayer(parts.Constant(0.3)))
+    optimizer, topology = _set(model, lambda m, o, **_: Topology(m, o, recipe))
+    message = "without NaN" if my_rank() == 1 else "same success .* rank 1 .* its own error says why"
+    _refused_update(f"{message}|without NaN|same success", model, optimizer, topology)
+
+
+for function in (
+    _other_connections, _other_settings, _weights_that_nobody_averaged, _a_gradient_that_nobody_averaged, _other_steps,
+    _a_rank_that_fails,
+):  # fmt: skip
+    check(function)
+
+
+def _mutant(name: str) -> None:
+    """A rank that decides for itself."""
+    own = torch.Generator().manual_seed(my_rank())
+    draw = LayerView.draw_free
+    mutants: dict[str, tuple[type, str, Any]] = {
+        "own gradient": (Processes, "average", lambda self, tensor: tensor),
+        "own draw": (LayerView, "draw_free", lambda self, count: draw(replace(self, generator=own), count)),
+    }
+    kind, method, wrong = mutants[name]
+    right = getattr(kind, method)
+    setattr(kind, method, wrong)
+    try:
+        model = model_of()
+        wrapped = Wrapped(model)
+        recipe, settings = (offpath.SET, {}) if name == "own draw" else (offpath.RigL, {"end_step": 20})
+        optimizer, topology = _set(wrapped, recipe, update_freq=1, **settings)
+        train_step(wrapped, optimizer, 1)
+        _refused_update(
+            "the same decision in all .* may only read what is the same everywhere", model, optimizer, topology
+        )
+    finally:
+        setattr(kind, method, right)
+
+
+for name in ("own gradient", "own draw"):
+    check(_mutant, name)
+
+
+def _sizes_that_cannot_change() -> None:
+    settings = {"end_step": 10, "final_sparsity": 0.9}
+    model = model_of()
+    with refused_everywhere("pass the DistributedDataParallel itself"):
+        _set(model, offpath.GMP, **settings)
+    with refused_everywhere("without static_graph=True"):
+        _set(Wrapped(model, static_graph=True), offpath.GMP, **settings)
+    with refused_everywhere("without a process_group"):
+        _set(Wrapped(model, process_group=distributed.new_group(range(count()))), offpath.GMP, **settings)
+    own, _ = distributed.new_subgroups(1)
+    _, topology = _set(model, offpath.GMP, process_group=own, seed=my_rank(), **settings)
+    topology.step()
+    assert topology.step().dropped > 0
+
+
+check(_sizes_that_cannot_change)
+
+
+def _fully_shard() -> None:
+    """With fixed connections it trains to the numbers of one process; a topology refuses it, unless it is left out."""
+    alone, sharded = model_of(torch.float64), model_of(torch.float64)
+    fully_shard(sharded)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.5) for m in (alone, sharded)]
+    tokens = [integers((8, 12), seed) for seed in range(count())]
+    for optimizer, model, mine in zip(
+        optimizers, (alone, sharded), (torch.cat(tokens), tokens[my_rank()]), strict=True
+    ):
+        model(mine).square().mean().backward()
+        optimizer.step()
+    for a, b in zip(alone.parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(b.full_tensor(), a.detach())
+    for recipe in (offpath.SET, offpath.Static):
+        with refused_everywhere("one plain tensor, got 36 in a DTensor.*leave the sparse layers out of fully_shard"):
+            recipe(sharded, optimizers[1])
+    beside = nn.Sequential(model_of(), nn.Linear(6, 6))
+    fully_shard(beside[1])
+    offpath.SET(beside[0], torch.optim.SGD(beside.parameters(), lr=0.1))
+    with refused_everywhere("is in no parameter group|DTensor|plain tensor"):
+        model = model_of()
+        optimizer, topology = _set(model, update_freq=1)
+        fully_shard(model)
+        topology.step()
+
+
+check(_fully_shard)
