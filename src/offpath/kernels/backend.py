@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from offpath.kernels.row_products import RowProducts
+
 
 class KernelError(ValueError):
     """A kernel was asked for something that it does not compute; nothing was computed instead."""
@@ -113,7 +115,8 @@ class Backend:
     `filled_spmm`, `filled_dx` and `filled_dvalues` compute the same with the absent connections as zeros: an infinite
     operand becomes NaN where it meets one.
     `expand` writes the values of a bitmap's connections into a dense [rows, columns], zero elsewhere; `compress` picks
-    them out of one. What a `native` backend's methods cost is measured on the machine; others compute row by row.
+    them out of one. `rows` are the products on sparse activations. What a `native` backend's methods cost is measured
+    on the machine; others compute row by row.
     """
 
     name: str
@@ -134,5 +137,6 @@ class Backend:
     filled_dvalues: PreparedSddmm
     expand: Callable[[Any, Tensor], Tensor]
     compress: Callable[[Any, Tensor], Tensor]
+    rows: RowProducts
     digest: Callable[[Tensor, Tensor], int] | None = None
     native: bool = False

@@ -12,7 +12,7 @@ from functools import partial
 import torch  # first: the native module joins the OpenMP pool that torch has loaded
 from torch import Tensor
 
-from offpath.kernels import _native
+from offpath.kernels import _native, reference_rows
 from offpath.kernels.backend import Backend, KernelError
 from offpath.kernels.operands import DTYPES, address, are_indices, refuse
 from offpath.kernels.plans import make_bitmap, make_plan, make_tiles
@@ -75,6 +75,7 @@ def make_backend(isa: str) -> Backend:
         filled_dvalues=variant.filled_dvalues,
         expand=variant.expand,
         compress=variant.compress,
+        rows=reference_rows.ROWS,
         digest=_digest,
         native=True,
     )

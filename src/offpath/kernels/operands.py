@@ -1,4 +1,4 @@
-"""What the native CPU kernels expect of a tensor, and how they say what came instead."""
+"""What kernels expect of a tensor, and how they say what came instead."""
 
 from __future__ import annotations
 
@@ -67,3 +67,14 @@ def one_unit_stride(matrix: Tensor) -> tuple[Tensor, tuple[int, int]]:
         matrix = matrix.contiguous()
     batch_stride, feature_stride = matrix.stride()
     return matrix, (feature_stride, batch_stride)
+
+
+def wide(operand: Tensor) -> Tensor:
+    """16-bit operands are summed in float32 and rounded once."""
+    return operand.float() if operand.element_size() == 2 else operand
+
+
+def row_numbers(crow_indices: Tensor) -> Tensor:
+    """The row of each entry."""
+    rows = torch.arange(crow_indices.numel() - 1, device=crow_indices.device)
+    return rows.repeat_interleave(crow_indices.diff())

@@ -11,7 +11,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from offpath.kernels import reference_rows
 from offpath.kernels.backend import Backend
+from offpath.kernels.operands import row_numbers, wide
 
 
 def spmm(crow_indices: Tensor, col_indices: Tensor, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -22,14 +24,14 @@ def spmm(crow_indices: Tensor, col_indices: Tensor, values: Tensor, x: Tensor, b
     >>> spmm(crow_indices, col_indices, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[1.0, 10.0, 100.0]]))
     tensor([[201.,  30.]])
     """
-    products = _wide(values) * _wide(x)[:, col_indices]
-    y = products.new_zeros(x.shape[0], crow_indices.numel() - 1).index_add(1, _rows(crow_indices), products)
-    return (y if bias is None else y + _wide(bias)).to(values.dtype)
+    products = wide(values) * wide(x)[:, col_indices]
+    y = products.new_zeros(x.shape[0], crow_indices.numel() - 1).index_add(1, row_numbers(crow_indices), products)
+    return (y if bias is None else y + wide(bias)).to(values.dtype)
 
 
 def sddmm(crow_indices: Tensor, col_indices: Tensor, dy: Tensor, x: Tensor) -> Tensor:
     """dvalues[s] = <dy[:, r], x[:, col_indices[s]]> for the slots s of row r."""
-    return (_wide(dy)[:, _rows(crow_indices)] * _wide(x)[:, col_indices]).sum(0).to(dy.dtype)
+    return (wide(dy)[:, row_numbers(crow_indices)] * wide(x)[:, col_indices]).sum(0).to(dy.dtype)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def tiled_sddmm(tiles: Plan, dy: Tensor, x: Tensor) -> Tensor:
 
 def bitmap_dx(bitmap: Plan, values: Tensor, dy: Tensor) -> Tensor:
     """dx[:, c] = sum over column c's slots s of values[s] * dy[:, row of s]."""
-    products = _wide(values) * _wide(dy)[:, _rows(bitmap.crow_indices)]
+    products = wide(values) * wide(dy)[:, row_numbers(bitmap.crow_indices)]
     dx = products.new_zeros(dy.shape[0], bitmap.columns)
     return dx.index_add(1, bitmap.col_indices, products).to(values.dtype)
 
@@ -77,29 +79,19 @@ def backward(
     """The gradients of a layer's input, values and bias."""
     dx = bitmap_dx(cast(Plan, bitmap), values, dy) if transpose is None else planned_spmm(transpose, values, dy)
     dx = dx.t().contiguous().t() if feature_major else dx
-    return dx, tiled_sddmm(cast(Plan, tiles or bitmap), dy, x), _wide(dy).sum(0).to(dy.dtype)
+    return dx, tiled_sddmm(cast(Plan, tiles or bitmap), dy, x), wide(dy).sum(0).to(dy.dtype)
 
 
 def expand(bitmap: Plan, values: Tensor) -> Tensor:
     """dense[r, c] = the value of connection (r, c), or zero."""
-    rows = _rows(bitmap.crow_indices)
+    rows = row_numbers(bitmap.crow_indices)
     dense = values.new_zeros(bitmap.crow_indices.numel() - 1, bitmap.columns)
     return dense.index_put((rows, bitmap.col_indices.long()), values)
 
 
 def compress(bitmap: Plan, dense: Tensor) -> Tensor:
     """values[s] = dense[row of s, column of s]."""
-    return dense[_rows(bitmap.crow_indices), bitmap.col_indices.long()]
-
-
-def _wide(operand: Tensor) -> Tensor:
-    # 16-bit operands are summed in float32 and rounded once.
-    return operand.float() if operand.element_size() == 2 else operand
-
-
-def _rows(crow_indices: Tensor) -> Tensor:
-    rows = torch.arange(crow_indices.numel() - 1, device=crow_indices.device)
-    return rows.repeat_interleave(crow_indices.diff())
+    return dense[row_numbers(bitmap.crow_indices), bitmap.col_indices.long()]
 
 
 def _computes(device_type: str, dtype: torch.dtype) -> bool:
@@ -125,4 +117,5 @@ BACKEND = Backend(
     filled_dvalues=tiled_sddmm,
     expand=expand,
     compress=compress,
+    rows=reference_rows.ROWS,
 )

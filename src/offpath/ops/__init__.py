@@ -1,5 +1,6 @@
 """Where a pattern meets a kernel: `torch.library` ops with autograd."""
 
+from offpath.ops import row_products as row_products
 from offpath.ops.choice import (
     PREFERENCES as PREFERENCES,
     Explanation as Explanation,
@@ -8,3 +9,10 @@ from offpath.ops.choice import (
 )
 from offpath.ops.prepared import Connections as Connections
 from offpath.ops.sparse_linear import sparse_linear as sparse_linear
+from offpath.ops.sparse_rows import (
+    SparseRows as SparseRows,
+    above as above,
+    batch_topk as batch_topk,
+    encode_topk as encode_topk,
+    topk_rows as topk_rows,
+)

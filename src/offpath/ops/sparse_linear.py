@@ -16,21 +16,21 @@ from torch.nn import Parameter
 
 from offpath import kernels
 from offpath.kernels import KernelError
+from offpath.ops.library import library
 from offpath.ops.prepared import prepare
 
-_library = torch.library.Library("offpath", "DEF")
-_library.define(
+library.define(
     "sparse_linear(Tensor x, Tensor values, Tensor? bias, Tensor crow_indices, Tensor col_indices, "
     "str prefer='speed', bool feature_major=False) -> Tensor"
 )
-_library.define(
+library.define(
     "sparse_linear_dx(Tensor dy, Tensor values, Tensor crow_indices, Tensor col_indices, SymInt in_features, "
     "str prefer='speed') -> Tensor"
 )
-_library.define(
+library.define(
     "sparse_linear_dvalues(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices, str prefer='speed') -> Tensor"
 )
-_library.define(
+library.define(
     "sparse_linear_backward(Tensor dy, Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, "
     "str prefer='speed', bool feature_major=False) -> (Tensor, Tensor, Tensor)"
 )
@@ -286,6 +286,6 @@ for _name, _kernel, _autograd, _fake in (
     ("sparse_linear_dvalues", _dvalues, _autograd_dvalues, _fake_dvalues),
     ("sparse_linear_backward", _backward, _autograd_backward, _fake_backward),
 ):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    _library.impl(_name, _autograd, "Autograd")
-    torch.library.register_fake(f"offpath::{_name}", _fake, lib=_library)
+    library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    library.impl(_name, _autograd, "Autograd")
+    torch.library.register_fake(f"offpath::{_name}", _fake, lib=library)

@@ -1,0 +1,111 @@
+"""The definition of every product and selection on sparse rows, in plain torch: any device, any floating dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offpath.kernels.backend import KernelError
+from offpath.kernels.operands import row_numbers, wide
+from offpath.kernels.row_products import RowProducts
+
+
+def matmul(crow_indices: Tensor, indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+    """y[b] = sum over the entries of row b of value * weight[index].
+
+    >>> import torch
+    >>> crow_indices, indices = torch.tensor([0, 2, 3]).int(), torch.tensor([0, 2, 1]).int()
+    >>> matmul(crow_indices, indices, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[1.0], [10.0], [100.0]]))
+    tensor([[201.],
+            [ 30.]])
+    """
+    check_rows(crow_indices, indices, weight.shape[0])
+    products = wide(values)[:, None] * wide(weight)[indices.long()]
+    y = products.new_zeros(crow_indices.numel() - 1, weight.shape[1])
+    return y.index_add(0, row_numbers(crow_indices), products).to(values.dtype)
+
+
+def dots(crow_indices: Tensor, indices: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+    """<dy[b], weight[index]> for each entry of row b."""
+    check_rows(crow_indices, indices, weight.shape[0])
+    return (wide(dy)[row_numbers(crow_indices)] * wide(weight)[indices.long()]).sum(1).to(dy.dtype)
+
+
+def weight_gradient(crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor, columns: int) -> Tensor:
+    """Row i is the sum over the entries at i of value * dy[row of the entry]."""
+    check_rows(crow_indices, indices, columns)
+    products = wide(values)[:, None] * wide(dy)[row_numbers(crow_indices)]
+    return products.new_zeros(columns, dy.shape[1]).index_add(0, indices.long(), products).to(values.dtype)
+
+
+def add_weight_gradient(crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor, buffer: Tensor) -> None:
+    """`weight_gradient`, summed with what the buffer holds and rounded once."""
+    check_rows(crow_indices, indices, buffer.shape[0])
+    products = wide(values)[:, None] * wide(dy)[row_numbers(crow_indices)]
+    buffer.copy_(wide(buffer).index_add(0, indices.long(), products))
+
+
+def counts(indices: Tensor, columns: int) -> Tensor:
+    """How many entries each place has, int32 [columns]."""
+    check_indices(indices, columns)
+    return torch.bincount(indices, minlength=columns).int()
+
+
+def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(values, indices) of the k largest entries of each row, ascending in the index; ties go to the lowest index."""
+    check_k(k, x.shape[1])
+    order = x.sort(dim=1, descending=True, stable=True).indices  # NaN sorts as the largest
+    indices = order[:, :k].sort(dim=1).values
+    return x.gather(1, indices), indices.int()
+
+
+def batch_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(crow_indices, indices, values) of the k largest entries of all of x; ties go to the first in row-major order."""
+    check_k(k, x.numel())
+    flat = x.flatten().sort(descending=True, stable=True).indices[:k].sort().values
+    live = torch.zeros_like(x, dtype=torch.bool).flatten().index_fill(0, flat, True).view(x.shape)
+    return (*_rows_of(live), x.flatten()[flat])
+
+
+def above(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(crow_indices, indices, values) of the entries that are larger than their column's threshold, or NaN."""
+    live = ~(x <= threshold)
+    return (*_rows_of(live), x[live])
+
+
+def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """`topk(x @ weight.T + bias, k)`."""
+    return topk(torch.nn.functional.linear(x, weight, bias), k)
+
+
+def check_indices(indices: Tensor, columns: int) -> None:
+    """Raises `KernelError` unless every index is in [0, columns)."""
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= columns):
+        raise KernelError(
+            f"expected indices in [0, {columns}), got {int(indices.min())} to {int(indices.max())}; "
+            "an index names a row of the weight"
+        )
+
+
+def check_rows(crow_indices: Tensor, indices: Tensor, columns: int) -> None:
+    """Raises `KernelError` for indices out of range, and for rows that do not follow one another."""
+    check_indices(indices, columns)
+    if crow_indices[0] != 0 or crow_indices[-1] != indices.numel() or bool((crow_indices.diff() < 0).any()):
+        raise KernelError(
+            f"expected crow_indices to rise from 0 to the number of entries, {indices.numel()}, got {crow_indices}"
+        )
+
+
+def check_k(k: int, most: int) -> None:
+    """Raises `KernelError` unless k entries can be chosen."""
+    if not 0 <= k <= most:
+        raise KernelError(f"expected k of at most the {most} entries to choose from, and at least 0, got {k}")
+
+
+def _rows_of(live: Tensor) -> tuple[Tensor, Tensor]:
+    crow_indices = torch.zeros(live.shape[0] + 1, dtype=torch.int32, device=live.device)
+    crow_indices[1:] = live.sum(1).cumsum(0)
+    return crow_indices, live.nonzero()[:, 1].int()
+
+
+ROWS = RowProducts(matmul, dots, weight_gradient, add_weight_gradient, counts, topk, batch_topk, above, encode_topk)

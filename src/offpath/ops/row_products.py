@@ -1,0 +1,158 @@
+"""The products on sparse rows as ops that autograd, `torch.compile` and `opcheck` know.
+
+Each gradient of the three products is one of the three again, so they can be differentiated as often as one likes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offpath import kernels
+from offpath.kernels import KernelError
+from offpath.ops.library import define
+
+_ops = torch.ops.offpath
+
+
+def _matmul(values: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    _check_rows(crow_indices, indices, values)
+    _check_matrix("weight", weight, values.dtype)
+    return kernels.select(values.device.type, values.dtype).rows.matmul(crow_indices, indices, values, weight)
+
+
+def _dots(dy: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    _check_rows(crow_indices, indices)
+    _check_matrix("dy", dy, dy.dtype, rows=crow_indices.shape[0] - 1)
+    _check_matrix("weight", weight, dy.dtype, width=dy.shape[1])
+    return kernels.select(dy.device.type, dy.dtype).rows.dots(crow_indices, indices, dy, weight)
+
+
+def _weight_gradient(values: Tensor, crow_indices: Tensor, indices: Tensor, dy: Tensor, columns: int) -> Tensor:
+    _check_rows(crow_indices, indices, values)
+    _check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
+    return kernels.select(dy.device.type, dy.dtype).rows.weight_gradient(crow_indices, indices, values, dy, columns)
+
+
+def _add_weight_gradient(buffer: Tensor, values: Tensor, crow_indices: Tensor, indices: Tensor, dy: Tensor) -> None:
+    _check_rows(crow_indices, indices, values)
+    _check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
+    _check_matrix("buffer", buffer, values.dtype, width=dy.shape[1])
+    kernels.select(dy.device.type, dy.dtype).rows.add_weight_gradient(crow_indices, indices, values, dy, buffer)
+
+
+def _check_rows(crow_indices: Tensor, indices: Tensor, values: Tensor | None = None) -> None:
+    fits = (
+        crow_indices.dtype is torch.int32
+        and indices.dtype is torch.int32
+        and crow_indices.dim() == 1
+        and crow_indices.shape[0] > 0
+        and indices.dim() == 1
+        and (values is None or values.shape == indices.shape)
+    )
+    if not fits:
+        got = [crow_indices, indices] if values is None else [crow_indices, indices, values]
+        raise KernelError(
+            "expected crow_indices int32 [rows + 1], indices int32 [nnz] and as many values; got "
+            + ", ".join(f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in got)
+        )
+
+
+def _check_matrix(
+    name: str, matrix: Tensor, dtype: torch.dtype, rows: int | None = None, width: int | None = None
+) -> None:
+    if (
+        matrix.dim() != 2
+        or matrix.dtype is not dtype
+        or (rows is not None and matrix.shape[0] != rows)
+        or (width is not None and matrix.shape[1] != width)
+    ):
+        shape = f"[{'any' if rows is None else rows}, {'any' if width is None else width}]"
+        raise KernelError(f"expected {name} {shape} of {dtype}, got {list(matrix.shape)} of {matrix.dtype}")
+
+
+def _fake_matmul(values, crow_indices, indices, weight):
+    return values.new_empty(crow_indices.shape[0] - 1, weight.shape[1])
+
+
+def _fake_dots(dy, crow_indices, indices, weight):
+    return dy.new_empty(indices.shape[0])
+
+
+def _fake_weight_gradient(values, crow_indices, indices, dy, columns):
+    return values.new_empty(columns, dy.shape[1])
+
+
+def _save_matmul(ctx, inputs, output):
+    values, crow_indices, indices, weight = inputs
+    wants_values, _, _, wants_weight = ctx.needs_input_grad
+    ctx.columns = weight.shape[0]
+    ctx.save_for_backward(values if wants_weight else None, crow_indices, indices, weight if wants_values else None)
+
+
+def _backward_of_matmul(ctx, dy):
+    values, crow_indices, indices, weight = ctx.saved_tensors
+    wants_values, _, _, wants_weight = ctx.needs_input_grad
+    dy = dy.contiguous()
+    dvalues = _ops.rows_dots(dy, crow_indices, indices, weight) if wants_values else None
+    dweight = None
+    if wants_weight:
+        dweight = _ops.rows_weight_gradient(values, crow_indices, indices, dy, ctx.columns)
+    return dvalues, None, None, dweight
+
+
+def _save_dots(ctx, inputs, output):
+    dy, crow_indices, indices, weight = inputs
+    wants_dy, _, _, wants_weight = ctx.needs_input_grad
+    ctx.columns = weight.shape[0]
+    ctx.save_for_backward(dy if wants_weight else None, crow_indices, indices, weight if wants_dy else None)
+
+
+def _backward_of_dots(ctx, gradient):
+    dy, crow_indices, indices, weight = ctx.saved_tensors
+    wants_dy, _, _, wants_weight = ctx.needs_input_grad
+    ddy = _ops.rows_matmul(gradient, crow_indices, indices, weight) if wants_dy else None
+    dweight = None
+    if wants_weight:
+        dweight = _ops.rows_weight_gradient(gradient, crow_indices, indices, dy, ctx.columns)
+    return ddy, None, None, dweight
+
+
+def _save_weight_gradient(ctx, inputs, output):
+    values, crow_indices, indices, dy, _ = inputs
+    wants_values, _, _, wants_dy, _ = ctx.needs_input_grad
+    ctx.save_for_backward(values if wants_dy else None, crow_indices, indices, dy if wants_values else None)
+
+
+def _backward_of_weight_gradient(ctx, gradient):
+    values, crow_indices, indices, dy = ctx.saved_tensors
+    wants_values, _, _, wants_dy, _ = ctx.needs_input_grad
+    gradient = gradient.contiguous()
+    dvalues = _ops.rows_dots(dy, crow_indices, indices, gradient) if wants_values else None
+    ddy = _ops.rows_matmul(values, crow_indices, indices, gradient) if wants_dy else None
+    return dvalues, None, None, ddy, None
+
+
+define(
+    "rows_matmul(Tensor values, Tensor crow_indices, Tensor indices, Tensor weight) -> Tensor",
+    _matmul,
+    _fake_matmul,
+    (_save_matmul, _backward_of_matmul),
+)
+define(
+    "rows_dots(Tensor dy, Tensor crow_indices, Tensor indices, Tensor weight) -> Tensor",
+    _dots,
+    _fake_dots,
+    (_save_dots, _backward_of_dots),
+)
+define(
+    "rows_weight_gradient(Tensor values, Tensor crow_indices, Tensor indices, Tensor dy, SymInt columns) -> Tensor",
+    _weight_gradient,
+    _fake_weight_gradient,
+    (_save_weight_gradient, _backward_of_weight_gradient),
+)
+define(
+    "add_rows_weight_gradient(Tensor(a!) buffer, Tensor values, Tensor crow_indices, Tensor indices, Tensor dy) -> ()",
+    _add_weight_gradient,
+    lambda buffer, values, crow_indices, indices, dy: None,
+)

@@ -1,0 +1,163 @@
+"""Which entries of a sample live: ops that turn dense scores into sparse rows.
+
+The gradient of what was chosen goes to where it was chosen from, and nothing to the rest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offpath import kernels
+from offpath.kernels import KernelError
+from offpath.ops.library import define
+
+_ops = torch.ops.offpath
+
+
+def row_pointer(rows: int, k: int, device: torch.device) -> Tensor:
+    """The `crow_indices` of `rows` rows of k entries each."""
+    if rows * k >= 2**31:
+        raise KernelError(f"expected at most 2^31 - 1 entries, got {rows} rows of {k}; split the batch")
+    return torch.arange(rows + 1, dtype=torch.int32, device=device) * k
+
+
+def _topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    _check_scores(x, k, x.shape[-1])
+    return kernels.select(x.device.type, x.dtype).rows.topk(x, k)
+
+
+def _batch_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    _check_scores(x, k, x.numel())
+    return kernels.select(x.device.type, x.dtype).rows.batch_topk(x, k)
+
+
+def _above(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check_scores(x, 0, 0)
+    if threshold.shape != x.shape[1:] or threshold.dtype is not x.dtype:
+        raise KernelError(
+            f"expected a threshold of {x.dtype} for each of the {x.shape[1]} columns, got {threshold.dtype} "
+            f"{tuple(threshold.shape)}"
+        )
+    return kernels.select(x.device.type, x.dtype).rows.above(x, threshold)
+
+
+def _encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    _check_scores(x, k, weight.shape[0])
+    operands = (weight,) if bias is None else (weight, bias)
+    if (
+        weight.dim() != 2
+        or weight.shape[1] != x.shape[1]
+        or any(operand.dtype is not x.dtype for operand in operands)
+        or (bias is not None and bias.shape != weight.shape[:1])
+    ):
+        raise KernelError(
+            f"expected weight [latents, {x.shape[1]}] and bias [latents] of {x.dtype}, got "
+            + " and ".join(f"{operand.dtype} {tuple(operand.shape)}" for operand in operands)
+        )
+    return kernels.select(x.device.type, x.dtype).rows.encode_topk(x, weight, bias, k)
+
+
+def _check_scores(x: Tensor, k: int, most: int) -> None:
+    if x.dim() != 2:
+        raise KernelError(
+            f"expected scores [rows, columns], got shape {tuple(x.shape)}; flatten the leading dimensions"
+        )
+    if not 0 <= k <= most:
+        raise KernelError(f"expected k from 0 to the {most} entries that there are to choose from, got {k}")
+
+
+def _fake_topk(x, k):
+    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
+
+
+def _fake_batch_topk(x, k):
+    crow_indices = x.new_empty(x.shape[0] + 1, dtype=torch.int32)
+    return crow_indices, x.new_empty(k, dtype=torch.int32), x.new_empty(k)
+
+
+def _fake_above(x, threshold):
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    crow_indices = x.new_empty(x.shape[0] + 1, dtype=torch.int32)
+    return crow_indices, x.new_empty(nnz, dtype=torch.int32), x.new_empty(nnz)
+
+
+def _fake_encode_topk(x, weight, bias, k):
+    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
+
+
+def _save_topk(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.shape = inputs[0].shape
+    ctx.save_for_backward(output[1])
+
+
+def _backward_of_topk(ctx, dvalues, _):
+    (indices,) = ctx.saved_tensors
+    return dvalues.new_zeros(ctx.shape).scatter(1, indices.long(), dvalues), None
+
+
+def _save_sparse(ctx, inputs, output):
+    crow_indices, indices, _ = output
+    ctx.mark_non_differentiable(crow_indices, indices)
+    ctx.shape = inputs[0].shape
+    ctx.save_for_backward(crow_indices, indices)
+
+
+def _backward_of_sparse(ctx, _, __, dvalues):
+    crow_indices, indices = ctx.saved_tensors
+    return to_dense(crow_indices, indices, dvalues, ctx.shape[1]), None
+
+
+def to_dense(crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int) -> Tensor:
+    """Rows with their zeros written out, [rows, columns]; entries at one place add up."""
+    rows = torch.arange(crow_indices.shape[0] - 1, device=indices.device)
+    rows = rows.repeat_interleave(crow_indices.diff(), output_size=indices.shape[0])
+    dense = values.new_zeros(crow_indices.shape[0] - 1, columns)
+    return dense.index_put((rows, indices.long()), values, accumulate=True)
+
+
+def _save_encode(ctx, inputs, output):
+    x, weight, bias, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.has_bias = bias is not None
+    wants_x, wants_weight, *_ = ctx.needs_input_grad
+    ctx.columns = weight.shape[0]
+    ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None, output[1])
+
+
+def _backward_of_encode(ctx, dvalues, _):
+    x, weight, indices = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+    crow_indices = row_pointer(*indices.shape, indices.device)
+    dvalues, flat = dvalues.flatten(), indices.flatten()
+    dx = dweight = dbias = None
+    if wants_x:
+        dx = _ops.rows_matmul(dvalues, crow_indices, flat, weight)
+    if wants_weight:
+        dweight = _ops.rows_weight_gradient(dvalues, crow_indices, flat, x, ctx.columns)
+    if ctx.has_bias and wants_bias:
+        ones = dvalues.new_ones(indices.shape[0], 1)
+        dbias = _ops.rows_weight_gradient(dvalues, crow_indices, flat, ones, ctx.columns)[:, 0]
+    return dx, dweight, dbias, None
+
+
+define("topk_rows(Tensor x, int k) -> (Tensor, Tensor)", _topk, _fake_topk, (_save_topk, _backward_of_topk))
+define(
+    "batch_topk(Tensor x, int k) -> (Tensor, Tensor, Tensor)",
+    _batch_topk,
+    _fake_batch_topk,
+    (_save_sparse, _backward_of_sparse),
+)
+define(
+    "above(Tensor x, Tensor threshold) -> (Tensor, Tensor, Tensor)",
+    _above,
+    _fake_above,
+    (_save_sparse, _backward_of_sparse),
+)
+define(
+    "encode_topk(Tensor x, Tensor weight, Tensor? bias, int k) -> (Tensor, Tensor)",
+    _encode_topk,
+    _fake_encode_topk,
+    (_save_encode, _backward_of_encode),
+)
