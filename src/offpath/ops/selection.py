@@ -129,7 +129,7 @@ def _save_encode(ctx, inputs, output):
 def _backward_of_encode(ctx, dvalues, _):
     x, weight, indices = ctx.saved_tensors
     wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-    crow_indices = row_pointer(*indices.shape, indices.device)
+    crow_indices = row_pointer(indices.shape[0], indices.shape[1], indices.device)
     dvalues, flat = dvalues.flatten(), indices.flatten()
     dx = dweight = dbias = None
     if wants_x:

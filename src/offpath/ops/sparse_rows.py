@@ -76,7 +76,7 @@ class SparseRows:
             raise KernelError(
                 f"expected values and indices [rows, k], got {tuple(values.shape)} and {tuple(indices.shape)}"
             )
-        crow_indices = row_pointer(*values.shape, values.device)
+        crow_indices = row_pointer(values.shape[0], values.shape[1], values.device)
         return cls(crow_indices, indices.reshape(-1).int(), values.reshape(-1), columns)
 
     @property
@@ -147,7 +147,8 @@ class SparseRows:
     def add_weight_gradient(self, dy: Tensor, buffer: Tensor) -> None:
         """buffer += self.T @ dy for `dy` [rows, width] and `buffer` [columns, width].
 
-        Rows of the buffer that no entry names are not touched. What accumulates the gradient of a large weight without a second matrix of its size.
+        Rows of the buffer that no entry names are not touched: so the gradient of a large weight accumulates without a
+        second matrix of its size.
 
         >>> rows, gradient = SparseRows.from_dense(torch.tensor([[0.0, 2.0]])), torch.ones(2, 1)
         >>> rows.add_weight_gradient(torch.tensor([[5.0]]), gradient)
@@ -224,7 +225,8 @@ def above(x: Tensor, threshold: Tensor | float = 0.0) -> SparseRows:
 def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> SparseRows:
     """`topk_rows(x @ weight.T + bias, k)` without storing the product.
 
-    `x` [rows, width], `weight` [latents, width], `bias` [latents] or None, of one dtype. The gradients touch only what was chosen: no [rows, latents] and no [rows, k, width] is ever made.
+    `x` [rows, width], `weight` [latents, width], `bias` [latents] or None, of one dtype. The
+    gradients touch only what was chosen: no [rows, latents] and no [rows, k, width] is ever made.
 
     >>> encode_topk(torch.tensor([[1.0]]), torch.tensor([[1.0], [3.0]]), None, 1).values
     tensor([3.])
