@@ -74,8 +74,10 @@ def above(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """`topk(x @ weight.T + bias, k)`."""
-    return topk(torch.nn.functional.linear(x, weight, bias), k)
+    """`topk(x @ weight.T + bias, k)`, the scores in the type of the sums."""
+    scores = torch.nn.functional.linear(wide(x), wide(weight), None if bias is None else wide(bias))
+    values, indices = topk(scores, k)
+    return values.to(x.dtype), indices
 
 
 def check_indices(indices: Tensor, columns: int) -> None:
