@@ -10,19 +10,18 @@ namespace {
 
 template <class T>
 void call_rows_matmul(int64_t isa, int64_t rows, int64_t width, Address crow_indices, Address indices, Address values,
-                      Address weight, int64_t weight_stride, Address y, int64_t strip, int threads) {
+                      Address weight, int64_t weight_stride, Address y, int threads) {
     nb::gil_scoped_release release;
     rows_matmul<T>(use_kernels<T>(isa), csr_at(crow_indices, indices, rows), at<const T>(values),
-                   {at<const T>(weight), weight_stride}, width, {at<T>(y), width}, false, strip, threads);
+                   {at<const T>(weight), weight_stride}, width, {at<T>(y), width}, false, threads);
 }
 
 template <class T>
 void call_rows_dots(int64_t isa, int64_t rows, int64_t width, Address crow_indices, Address indices, Address dy,
-                    int64_t dy_stride, Address weight, int64_t weight_stride, Address dots, int64_t strip,
-                    int threads) {
+                    int64_t dy_stride, Address weight, int64_t weight_stride, Address dots, int threads) {
     nb::gil_scoped_release release;
     rows_dots<T>(use_kernels<T>(isa), csr_at(crow_indices, indices, rows), {at<const T>(dy), dy_stride},
-                 {at<const T>(weight), weight_stride}, width, at<T>(dots), strip, threads);
+                 {at<const T>(weight), weight_stride}, width, at<T>(dots), threads);
 }
 
 template <class T>

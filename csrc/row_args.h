@@ -21,14 +21,12 @@ template <class T> struct rows_matmul_args {
     bool add; // to what y holds; rows without an entry are then left alone
 };
 
-// dots[s] (+)= <dy[b], weight[index]> for the entries s of row b, over the columns of the block. The block that starts
-// at column 0 starts the sums; the one that ends at `width` writes dots.
+// dots[s] = <dy[b], weight[index]> for the entries s of row b; the block's rows.
 template <class T> struct rows_dots_args {
     Csr entries;
     Rows<const T> dy, weight;
     int64_t width;
-    Sum<T> *sums; // [nnz], working memory; null where every block has all columns
-    T *dots;      // [nnz]
+    T *dots; // [nnz]
 };
 
 // What was found of one row so far. `threshold` is a lower bound of what is wanted; NaN lets everything pass.
@@ -55,6 +53,15 @@ template <class T> struct count_above_args {
     int64_t columns;
     const T *thresholds; // [columns]
     int32_t *counts;
+};
+
+// maxima[i] = the largest of the entries i, i + buckets, i + 2 buckets ... of x, NaN not counted; a bucket of none but
+// those is minus infinity. There are whole registers of buckets. Entries at the end that fill no register may not be
+// counted either: what is wanted is a bound.
+template <class T> struct maxima_args {
+    const T *x;
+    int64_t entries, buckets;
+    Sum<T> *maxima; // [buckets]
 };
 
 // Scores of a block of rows of the weight (whole groups, but for the last) for one panel of tokens: score = bias +

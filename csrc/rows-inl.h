@@ -33,194 +33,178 @@ template <> struct RowVector<bfloat16> {
 };
 #endif
 
-// How many entries ahead the rows of the weight are fetched: they lie anywhere in memory.
-constexpr int64_t entries_ahead = 6;
+// Columns whose sums are kept at hand, in the first-level cache.
+constexpr int64_t columns_at_hand = 1024;
+// Entries whose rows of the weight are read side by side. While they are, the rows of the next ones are fetched: they
+// lie anywhere in memory, and the processor cannot know where.
+constexpr int entries_together = 4;
 
-template <class T> [[gnu::always_inline]] inline void prefetch_row(const T *row, int64_t count) {
-    constexpr int64_t line = 64 / sizeof(T);
-    for (int64_t i = 0; i < count; i += line)
-        __builtin_prefetch(row + i);
-}
+template <class T> [[gnu::always_inline]] inline void fetch(const T *p) { __builtin_prefetch(p); }
 
-// One row of y, `vectors` registers of it (the last of them `tail` lanes), single entries.
-template <class T, int vectors>
-[[gnu::always_inline]] inline void sum_entries(const offpath::rows_matmul_args<T> &args, int64_t row, int64_t column,
-                                               int64_t count) {
+// One register of sums, and what is added to it: single entries, or pairs of them where the CPU multiplies pairs.
+template <class T> struct RowSums {
     using S = Simd<offpath::Sum<T>>;
-    constexpr int64_t lanes = S::lanes;
-    const int64_t begin = args.entries.crow_indices[row], end = args.entries.crow_indices[row + 1];
-    const int64_t nnz = args.entries.crow_indices[args.entries.rows];
-    const int64_t tail = count - (vectors - 1) * lanes;
-    T *y = args.y.data + row * args.y.stride + column;
-    const auto load = [&](const T *p, int v) {
+    static constexpr int64_t columns = S::lanes; // of one step
+    static constexpr int64_t entries = 1;        // that one multiplication takes
+    using Value = typename S::V;
+    static Value value(const T *values, int64_t) { return S::set1(compute(values[0])); }
+
+    static void start(offpath::Sum<T> *sums, const T *y, int64_t n) {
         if constexpr (sizeof(T) == sizeof(offpath::Sum<T>))
-            return v + 1 < vectors || tail == lanes ? S::load(p + v * lanes) : S::load_first(p + v * lanes, tail);
+            S::store(sums, n == columns ? S::load(y) : S::load_first(y, n));
         else
-            return S::load_first(p + v * lanes, v + 1 < vectors ? lanes : tail);
-    };
-    typename S::V acc[vectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v)
-        acc[v] = args.add ? load(y, v) : S::zero();
-    for (int64_t s = begin; s < end; ++s) {
-        if (s + entries_ahead < nnz)
-            prefetch_row(args.weight.data + args.entries.col_indices[s + entries_ahead] * args.weight.stride + column,
-                         count);
-        const T *source = args.weight.data + args.entries.col_indices[s] * args.weight.stride + column;
-        const typename S::V value = S::set1(compute(args.values[s]));
-#pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v)
-            acc[v] = S::fma(value, load(source, v), acc[v]);
+            S::store(sums, S::load_first(y, n));
     }
+    template <int together>
+    [[gnu::always_inline]] static void add(offpath::Sum<T> *sums, const Value (&values)[together],
+                                           const T *const (&rows)[together], int64_t column, int64_t n) {
+        typename S::V acc = S::load(sums);
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v)
+        for (int i = 0; i < together; ++i)
+            acc = S::fma(values[i], RowVector<T>::load_first(rows[i] + column, n), acc);
+        S::store(sums, acc);
+    }
+    static void finish(const offpath::Sum<T> *sums, T *y, int64_t n) {
         if constexpr (sizeof(T) == sizeof(offpath::Sum<T>)) {
-            if (v + 1 < vectors || tail == lanes)
-                S::store(y + v * lanes, acc[v]);
-            else
-                S::store_first(y + v * lanes, acc[v], tail);
-        } else {
-            S::store_first(y + v * lanes, acc[v], v + 1 < vectors ? lanes : tail);
+            if (n == columns)
+                return S::store(y, S::load(sums));
         }
-}
+        S::store_first(y, S::load(sums), n);
+    }
+};
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
-// Two entries at a time: their rows are zipped, so that one instruction multiplies a column of both.
-template <int pairs_of_vectors>
-[[gnu::always_inline]] inline void sum_pairs(const offpath::rows_matmul_args<bfloat16> &args, int64_t row,
-                                             int64_t column, int64_t count) {
+template <> struct RowSums<bfloat16> {
     using B = BfloatPairs;
     using S = Simd<float>;
-    const int64_t begin = args.entries.crow_indices[row], end = args.entries.crow_indices[row + 1];
+    static constexpr int64_t columns = B::entries, entries = 2;
+    using Value = B::V;
+    static Value value(const bfloat16 *values, int64_t left) {
+        return B::set1(values[0].bits | (left > 1 ? uint32_t{values[1].bits} << 16 : 0));
+    }
+
+    static void start(float *sums, const bfloat16 *y, int64_t n) {
+        const __m512 first = S::load_first(y, n < S::lanes ? n : S::lanes);
+        const __m512 second = S::load_first(y + S::lanes, n < S::lanes ? 0 : n - S::lanes);
+        S::store(sums, B::rezip_low(first, second));
+        S::store(sums + S::lanes, B::rezip_high(first, second));
+    }
+    template <int together>
+    [[gnu::always_inline]] static void add(float *sums, const Value (&values)[together / 2],
+                                           const bfloat16 *const (&rows)[together], int64_t column, int64_t n) {
+        __m512 low = S::load(sums), high = S::load(sums + S::lanes);
+#pragma GCC unroll 4
+        for (int i = 0; i < together / 2; ++i) {
+            const B::V a = RowVector<bfloat16>::load_first(rows[2 * i] + column, n);
+            // Without a partner a row meets zeros, not what lies in some other row: zero times infinity is NaN.
+            const B::V b = rows[2 * i + 1] ? RowVector<bfloat16>::load_first(rows[2 * i + 1] + column, n) : B::zero();
+            low = B::dot(values[i], B::zip_low(a, b), low);
+            high = B::dot(values[i], B::zip_high(a, b), high);
+        }
+        S::store(sums, low);
+        S::store(sums + S::lanes, high);
+    }
+    static void finish(const float *sums, bfloat16 *y, int64_t n) {
+        const __m512 low = S::load(sums), high = S::load(sums + S::lanes);
+        S::store_first(y, B::unzip_low(low, high), n < S::lanes ? n : S::lanes);
+        S::store_first(y + S::lanes, B::unzip_high(low, high), n < S::lanes ? 0 : n - S::lanes);
+    }
+};
+#endif
+
+// Adds `count` <= together entries from `s` on to the sums of `columns` columns; the rest of a step has no rows.
+template <class T, int together>
+[[gnu::always_inline]] inline void add_entries(const offpath::rows_matmul_args<T> &args, int64_t s, int64_t count,
+                                               int64_t first_column, int64_t columns, offpath::Sum<T> *sums) {
+    using R = RowSums<T>;
     const int64_t nnz = args.entries.crow_indices[args.entries.rows];
-    const int64_t tail = count - (pairs_of_vectors - 1) * B::entries;
-    bfloat16 *y = args.y.data + row * args.y.stride + column;
-    const auto load = [&](const bfloat16 *p, int v) {
-        return v + 1 < pairs_of_vectors ? B::load(p + v * B::entries) : B::load_first(p + v * B::entries, tail);
+    const auto row_of = [&](int64_t entry) {
+        return args.weight.data + args.entries.col_indices[entry] * args.weight.stride + first_column;
     };
-    const auto row_of = [&](int64_t s) {
-        return args.weight.data + args.entries.col_indices[s] * args.weight.stride + column;
-    };
-    __m512 acc[2 * pairs_of_vectors];
+    const T *rows[together], *next[together];
+    typename R::Value values[together / R::entries];
+    for (int i = 0; i < together; ++i) {
+        rows[i] = i < count ? row_of(s + i) : nullptr;
+        next[i] = row_of(s + count + i < nnz ? s + count + i : s);
+        if (i % R::entries == 0)
+            values[i / R::entries] = R::value(args.values + s + i, count - i);
+    }
+    int64_t column = 0;
+    for (; column + R::columns <= columns; column += R::columns) {
 #pragma GCC unroll 8
-    for (int v = 0; v < 2 * pairs_of_vectors; ++v)
-        acc[v] = S::zero();
-    for (int64_t s = begin; s < end; s += 2) {
-        for (int64_t ahead = s + entries_ahead; ahead < s + entries_ahead + 2 && ahead < nnz; ++ahead)
-            prefetch_row(row_of(ahead), count);
-        const bfloat16 *first = row_of(s);
-        const bool paired = s + 1 < end;
-        const bfloat16 *second = paired ? row_of(s + 1) : first;
-        const B::V values = B::set1(args.values[s].bits | (paired ? uint32_t{args.values[s + 1].bits} << 16 : 0));
-#pragma GCC unroll 4
-        for (int v = 0; v < pairs_of_vectors; ++v) {
-            const B::V a = load(first, v), b = paired ? load(second, v) : B::zero();
-            acc[2 * v] = B::dot(values, B::zip_low(a, b), acc[2 * v]);
-            acc[2 * v + 1] = B::dot(values, B::zip_high(a, b), acc[2 * v + 1]);
-        }
+        for (int i = 0; i < together; ++i)
+            fetch(next[i] + column);
+        R::template add<together>(sums + column, values, rows, column, R::columns);
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < pairs_of_vectors; ++v) {
-        const int64_t n = v + 1 < pairs_of_vectors ? B::entries : tail;
-        const int64_t n_low = n < S::lanes ? n : S::lanes, n_high = n - n_low;
-        bfloat16 *to = y + v * B::entries;
-        __m512 low = B::unzip_low(acc[2 * v], acc[2 * v + 1]), high = B::unzip_high(acc[2 * v], acc[2 * v + 1]);
-        if (args.add) {
-            low = S::add(low, S::load_first(to, n_low));
-            high = S::add(high, S::load_first(to + S::lanes, n_high));
-        }
-        S::store_first(to, low, n_low);
-        S::store_first(to + S::lanes, high, n_high);
-    }
-}
-#endif
-
-// Registers of sums: enough to keep the multipliers busy, few enough for every ISA.
-constexpr int row_vectors = 8;
-
-template <class T, int vectors>
-[[gnu::always_inline]] inline void sum_row(const offpath::rows_matmul_args<T> &args, int64_t row, int64_t column,
-                                           int64_t count) {
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
-    if constexpr (sizeof(T) == 2)
-        return sum_pairs<vectors>(args, row, column, count);
-    else
-#endif
-        sum_entries<T, vectors>(args, row, column, count);
-}
-
-// As much of a row as `vectors` registers hold, in as few pieces as possible; only a single register may be partly
-// full.
-template <class T, int vectors>
-[[gnu::always_inline]] inline void sum_pieces(const offpath::rows_matmul_args<T> &args, int64_t row, int64_t column,
-                                              int64_t count) {
-    constexpr int64_t size = vectors * RowVector<T>::entries;
-    if (count >= size || (vectors == 1 && count > 0)) {
-        const int64_t done = count < size ? count : size;
-        sum_row<T, vectors>(args, row, column, done);
-        column += done;
-        count -= done;
-    }
-    if constexpr (vectors > 1)
-        sum_pieces<T, vectors / 2>(args, row, column, count);
-    else if (count > 0)
-        sum_row<T, 1>(args, row, column, count);
+    if (column < columns)
+        R::template add<together>(sums + column, values, rows, column, columns - column);
 }
 
 // Block: rows are rows of y, batch its columns.
 template <class T> void rows_matmul(const offpath::rows_matmul_args<T> &args, const offpath::Block &block) {
-    constexpr int64_t entries = RowVector<T>::entries;
-    constexpr int most = row_vectors * Simd<offpath::Sum<T>>::lanes / entries;
-    for (int64_t column = block.batch_begin; column < block.batch_end; column += most * entries) {
-        const int64_t left = block.batch_end - column, count = left < most * entries ? left : most * entries;
-        for (int64_t row = block.row_begin; row < block.row_end; ++row)
-            if (!args.add || args.entries.crow_indices[row] < args.entries.crow_indices[row + 1])
-                sum_pieces<T, most>(args, row, column, count);
+    using R = RowSums<T>;
+    alignas(64) offpath::Sum<T> sums[columns_at_hand];
+    for (int64_t column = block.batch_begin; column < block.batch_end; column += columns_at_hand) {
+        const int64_t left = block.batch_end - column, columns = left < columns_at_hand ? left : columns_at_hand;
+        for (int64_t row = block.row_begin; row < block.row_end; ++row) {
+            const int64_t begin = args.entries.crow_indices[row], end = args.entries.crow_indices[row + 1];
+            if (args.add && begin == end)
+                continue;
+            T *y = args.y.data + row * args.y.stride + column;
+            for (int64_t c = 0; c < columns; c += R::columns)
+                if (args.add)
+                    R::start(sums + c, y + c, columns - c < R::columns ? columns - c : R::columns);
+                else
+                    for (int64_t i = c; i < c + R::columns; ++i)
+                        sums[i] = 0;
+            int64_t s = begin;
+            for (; s + entries_together <= end; s += entries_together)
+                add_entries<T, entries_together>(args, s, entries_together, column, columns, sums);
+            for (; s < end; s += R::entries)
+                add_entries<T, R::entries>(args, s, end - s < R::entries ? end - s : R::entries, column, columns, sums);
+            for (int64_t c = 0; c < columns; c += R::columns)
+                R::finish(sums + c, y + c, columns - c < R::columns ? columns - c : R::columns);
+        }
     }
 }
 
-// Block: rows are rows of dy, batch columns.
+// Block: rows are rows of dy.
 template <class T> void rows_dots(const offpath::rows_dots_args<T> &args, const offpath::Block &block) {
     using R = RowVector<T>;
     using S = typename R::S;
     constexpr int together = summed_together<offpath::Sum<T>>;
-    const int64_t columns = block.batch_end - block.batch_begin, whole = columns / R::entries * R::entries;
+    const int64_t columns = args.width, whole = columns / R::entries * R::entries;
     const int64_t nnz = args.entries.crow_indices[args.entries.rows];
     for (int64_t row = block.row_begin; row < block.row_end; ++row) {
-        const T *dy = args.dy.data + row * args.dy.stride + block.batch_begin;
+        const T *dy = args.dy.data + row * args.dy.stride;
         const int64_t end = args.entries.crow_indices[row + 1];
         for (int64_t s = args.entries.crow_indices[row]; s < end; s += together) {
             const int64_t count = end - s < together ? end - s : together;
             const T *sources[together];
             typename S::V acc[together];
+            const T *next[together];
+            const auto row_of = [&](int64_t entry) {
+                return args.weight.data + args.entries.col_indices[entry] * args.weight.stride;
+            };
             for (int i = 0; i < together; ++i) {
-                const int64_t entry = s + (i < count ? i : 0);
-                sources[i] =
-                    args.weight.data + args.entries.col_indices[entry] * args.weight.stride + block.batch_begin;
+                sources[i] = row_of(s + (i < count ? i : 0));
+                next[i] = row_of(s + count + i < nnz ? s + count + i : s);
                 acc[i] = S::zero();
-                if (const int64_t ahead = s + together + i; ahead < nnz)
-                    prefetch_row(args.weight.data + args.entries.col_indices[ahead] * args.weight.stride +
-                                     block.batch_begin,
-                                 columns < 512 / static_cast<int64_t>(sizeof(T)) ? columns : 512 / sizeof(T));
             }
             for (int64_t c = 0; c < whole; c += R::entries) {
                 const typename R::V a = R::load(dy + c);
 #pragma GCC unroll 4
-                for (int i = 0; i < together; ++i)
+                for (int i = 0; i < together; ++i) {
+                    fetch(next[i] + c);
                     acc[i] = R::multiply_add(a, R::load(sources[i] + c), acc[i]);
+                }
             }
             if (whole < columns) {
                 const typename R::V a = R::load_first(dy + whole, columns - whole);
                 for (int i = 0; i < together; ++i)
                     acc[i] = R::multiply_add(a, R::load_first(sources[i] + whole, columns - whole), acc[i]);
             }
-            typename S::V sums = sum_some<offpath::Sum<T>>(acc);
-            if (block.batch_begin > 0)
-                sums = S::add(sums, S::load_first(args.sums + s, count));
-            if (block.batch_end == args.width)
-                S::store_first(args.dots + s, sums, count);
-            else
-                S::store_first(args.sums + s, sums, count);
+            S::store_first(args.dots + s, sum_some<offpath::Sum<T>>(acc), count);
         }
     }
 }

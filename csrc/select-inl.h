@@ -50,6 +50,32 @@ template <class T> void find_above(const offpath::find_above_args<T> &args, cons
     *args.next = i < args.end ? i : args.end;
 }
 
+// The block is not used.
+template <class T> void maxima(const offpath::maxima_args<T> &args, const offpath::Block &) {
+    using R = ScoreVector<T>;
+    using S = typename R::S;
+    constexpr int together = 8;
+    for (int64_t first = 0; first < args.buckets; first += together * S::lanes) {
+        const int64_t left = (args.buckets - first) / S::lanes, vectors = left < together ? left : together;
+        typename S::V largest[together];
+        for (int v = 0; v < together; ++v)
+            largest[v] = S::set1(-__builtin_inf());
+        int64_t begin = first;
+        if (vectors == together)
+            for (; begin + together * S::lanes <= args.entries; begin += args.buckets)
+#pragma GCC unroll 8
+                for (int v = 0; v < together; ++v)
+                    largest[v] = S::larger(R::load_first(args.x + begin + v * S::lanes, S::lanes), largest[v]);
+        // What is left is less than a round, or a narrower one. Less than a register may go uncounted.
+        for (; begin < args.entries; begin += args.buckets)
+            for (int v = 0; v < vectors; ++v)
+                if (const int64_t at = begin + v * S::lanes; at + S::lanes <= args.entries)
+                    largest[v] = S::larger(R::load_first(args.x + at, S::lanes), largest[v]);
+        for (int v = 0; v < vectors; ++v)
+            S::store(args.maxima + first + v * S::lanes, largest[v]);
+    }
+}
+
 // Block: rows.
 template <class T> void count_above(const offpath::count_above_args<T> &args, const offpath::Block &block) {
     using R = ScoreVector<T>;

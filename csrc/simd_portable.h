@@ -29,6 +29,7 @@ template <class T> struct Simd {
         return a;
     }
     static V fma(V a, V b, V c) { return a * b + c; }
+    static V larger(V a, V b) { return a > b ? a : b; }
     static uint32_t above(V a, V threshold) {
         uint32_t bits = 0;
         for (int i = 0; i < lanes; ++i)

@@ -24,13 +24,11 @@ void count_indices(const int32_t *indices, int64_t nnz, int64_t columns, int32_t
 }
 
 Transposed::Transposed(const Csr &rows, int64_t columns)
-    : columns(columns), crow_indices(scratch<int32_t>(columns + 1)),
-      row_of_entry(scratch<int32_t>(rows.crow_indices[rows.rows])),
-      slots(scratch<int32_t>(rows.crow_indices[rows.rows])) {
-    const int64_t nnz = rows.crow_indices[rows.rows];
+    : columns(columns), nnz(rows.crow_indices[rows.rows] - rows.crow_indices[0]),
+      crow_indices(scratch<int32_t>(columns + 1)), row_of_entry(scratch<int32_t>(nnz)), slots(scratch<int32_t>(nnz)) {
     // Where the next entry of each column goes; when all are placed, that is where the next column begins.
     int32_t *next = crow_indices.get() + 1;
-    count_indices(rows.col_indices, nnz, columns, next);
+    count_indices(rows.col_indices + rows.crow_indices[0], nnz, columns, next);
     crow_indices[0] = 0;
     for (int64_t c = 0, begin = 0; c < columns; ++c) {
         const int32_t count = next[c];

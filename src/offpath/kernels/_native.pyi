@@ -216,7 +216,6 @@ def rows_matmul_f32(
     weight: int,
     weight_stride: int,
     y: int,
-    strip: int,
     threads: int,
     /,
 ) -> None: ...
@@ -231,7 +230,6 @@ def rows_dots_f32(
     weight: int,
     weight_stride: int,
     dots: int,
-    strip: int,
     threads: int,
     /,
 ) -> None: ...

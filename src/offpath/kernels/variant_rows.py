@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch  # first: the native module joins the OpenMP pool that torch has loaded
 from torch import Tensor
 
@@ -56,7 +54,6 @@ class RowVariant:
             address(weight),
             weight.stride(0),
             address(y),
-            _strip(weight, indices.shape[0]),
             torch.get_num_threads(),
         )
         return y
@@ -85,7 +82,6 @@ class RowVariant:
             address(weight),
             weight.stride(0),
             address(dots),
-            _strip(weight, indices.shape[0]),
             torch.get_num_threads(),
         )
         return dots
@@ -235,10 +231,6 @@ def _scores(x: Tensor) -> Tensor:
     if x.shape[1] >= 2**31:
         raise KernelError(f"expected fewer than 2^31 columns, got {x.shape[1]}")
     return _rows(x)
-
-
-def _strip(weight: Tensor, nnz: int) -> int:
-    return int(os.environ.get("STRIP", "0"))
 
 
 def _has_rows(matrix: Tensor) -> bool:
