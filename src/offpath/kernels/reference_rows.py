@@ -42,7 +42,9 @@ def add_weight_gradient(crow_indices: Tensor, indices: Tensor, values: Tensor, d
     """`weight_gradient`, summed with what the buffer holds and rounded once."""
     check_rows(crow_indices, indices, buffer.shape[0])
     products = wide(values)[:, None] * wide(dy)[row_numbers(crow_indices)]
-    buffer.copy_(wide(buffer).index_add(0, indices.long(), products))
+    named = indices.long().unique()
+    sums = wide(buffer).index_add(0, indices.long(), products)[named]
+    buffer.index_copy_(0, named, sums.to(buffer.dtype))  # nothing else: a NaN of 16 bits changes on the way back
 
 
 def counts(indices: Tensor, columns: int) -> Tensor:
