@@ -91,7 +91,7 @@ class JumpReLU(nn.Module):
         output = as_output(near.with_values(values), x, self.output)
         if not with_l0:
             return output
-        return output, (near.with_values(steps) @ theta.new_ones(self.n, 1)).view(x.shape[:-1])
+        return output, near.with_values(steps).matmul(theta.new_ones(self.n, 1)).view(x.shape[:-1])
 
     def _rise(self, z: Tensor, theta: Tensor) -> Tensor:
         """Zero, with the gradient -1 / bandwidth for theta where z is near it."""

@@ -73,7 +73,7 @@ class ProductKeyMemory(nn.Module):
         nn.init.normal_(self.values, std=1 / math.sqrt(max(self.out_features, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.lookup(x).to(self.values.dtype) @ self.values).view(*x.shape[:-1], self.out_features)
+        return self.lookup(x).to(self.values.dtype).matmul(self.values).view(*x.shape[:-1], self.out_features)
 
     def lookup(self, x: Tensor) -> SparseRows:
         """Which value rows the samples read, and with which weights: heads * k entries a row, head by head.

@@ -64,7 +64,7 @@ class SparseInputLinear(nn.Module):
         if isinstance(x, Tensor):
             return functional.linear(x, self.weight_t.t(), self.bias)
         values, weight, bias = under_autocast(x.values, self.weight_t, self.bias)
-        y = x.with_values(values) @ weight
+        y = x.with_values(values).matmul(weight)
         return y if bias is None else y + bias
 
     @classmethod
