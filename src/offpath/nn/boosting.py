@@ -113,10 +113,8 @@ class KWinnersBase(KeepsStatistics):
         """The entries of `x` [samples, units] that become zero, as a mask."""
         _, places, winning = self._compete(x, boost)
         if winning is None:
-            losers = torch.ones_like(x, dtype=torch.bool).scatter_(1, places, False)
-        else:
-            losers = ~winning
-        return losers | (x.detach() <= 0) if self.relu else losers
+            winning = torch.zeros_like(x, dtype=torch.bool).scatter_(1, places, True)
+        return ~winning | (x.detach() <= 0) if self.relu else ~winning
 
     def _silence(self, x: Tensor, losers: Tensor) -> Tensor:
         return x.masked_fill_(losers, 0) if self.inplace else x.masked_fill(losers, 0)
@@ -143,7 +141,8 @@ class KWinnersBase(KeepsStatistics):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if key not in state_dict and duty_cycle is not None and duty_cycle.shape == self.duty_cycle.shape:
-            self.learning_iterations.fill_(self.duty_cycle_period if duty_cycle.any() else 0)
+            grown = not duty_cycle.is_meta and bool(duty_cycle.any())
+            self.learning_iterations.fill_(self.duty_cycle_period if grown else 0)
             if key in missing_keys:
                 missing_keys.remove(key)
 
