@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +20,15 @@ class JumpReLU(nn.Module):
     sample live, shape [...], which is the paper's sparsity loss: `loss = error + weight * l0.mean()`.
 
     theta is `threshold`, the exponential of the parameter `log_threshold` [n], hence positive. Neither output nor l0
-    has a gradient for theta almost everywhere; both get the paper's pseudo-derivative (section 4 there)
+    has a gradient for theta almost everywhere; both get the paper's pseudo-derivative for the rectangle kernel,
 
         d output / d theta = -theta / bandwidth,    d l0 / d theta = -1 / bandwidth
         where |z - theta| < bandwidth / 2, else 0
 
     while z gets 1 where it lives, and nothing from l0. So only entries above theta - bandwidth / 2 matter, and only
-    those are selected: where theta is trained, rows store the few zeros just below it as well, since their gradient is
-    needed (`SparseRows.live_counts` leaves them out). NaN lives. Raises `ValueError` for a bandwidth or a first
-    threshold that is not positive.
+    those are selected (of a theta below bandwidth / 2, some that are negative). Where theta is trained, rows store the
+    zeros just below it as well, since their gradient is needed; `SparseRows.live_counts` leaves them out. NaN lives.
+    Raises `ValueError` for a bandwidth or a first threshold that is not positive.
 
     >>> import torch
     >>> layer = JumpReLU(3, bandwidth=0.5, threshold=1.0)
@@ -68,12 +67,6 @@ class JumpReLU(nn.Module):
     def threshold(self) -> Tensor:
         """theta [n]."""
         return self.log_threshold.exp()
-
-    @overload
-    def forward(self, x: Tensor, with_l0: Literal[False] = False) -> SparseRows | Tensor: ...
-
-    @overload
-    def forward(self, x: Tensor, with_l0: Literal[True]) -> tuple[SparseRows | Tensor, Tensor]: ...
 
     def forward(self, x: Tensor, with_l0: bool = False) -> SparseRows | Tensor | tuple[SparseRows | Tensor, Tensor]:
         threshold = self.threshold
