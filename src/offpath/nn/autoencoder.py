@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from offpath.nn.autocast import under_autocast
-from offpath.nn.jumprelu import jump, step
 from offpath.nn.row_blocks import encode_above, encode_batch_topk
+from offpath.nn.straight_through import jump, step
 from offpath.ops import SparseRows, encode_topk
 
 ACTIVATIONS = ("topk", "batch_topk", "jumprelu")
