@@ -1,9 +1,8 @@
-// The Python face of the kernels, and the only file that knows Python. It takes raw addresses: kernels/cpu.py is
-// its only caller and has checked device, dtype, shape, strides and the pattern before.
+// The Python face of the kernels; this file and module_rows.cpp are the only ones that know Python. It takes raw
+// addresses: kernels/cpu.py is its only caller and has checked device, dtype, shape, strides and the pattern before.
+#include "module.h"
 #include "backward.h"
 #include "digest.h"
-#include "isa.h"
-#include "products.h"
 #include "small_products.h"
 
 #include <nanobind/nanobind.h>
@@ -23,31 +22,12 @@ using namespace offpath;
 
 namespace {
 
-using Address = uintptr_t;
-
-template <class T> T *at(Address address) { return reinterpret_cast<T *>(address); }
-
-Csr csr_at(Address crow_indices, Address col_indices, int64_t rows) {
-    return {at<const int32_t>(crow_indices), at<const int32_t>(col_indices), rows};
-}
-
-// The kernels for T in the variant `isa`, counted as one call of it.
-template <class T> Kernels<T> kernels_of(int64_t isa) { return kernels_of<T>(use_table(isa)); }
-
-// The same for products over a plan.
-template <class T> Kernels<T> kernels_of(int64_t isa, const Plan &plan) {
-    const Kernels<T> kernels = kernels_of<T>(isa);
-    if (plan.columns_per_step != kernels.layout.columns_per_step)
-        throw std::invalid_argument("the plan was made for another dtype or ISA");
-    return kernels;
-}
-
 template <class T>
 void call_spmm(int64_t isa, int64_t rows, int64_t columns, int64_t batch, Address crow_indices, Address col_indices,
                Address values, Address bias, Address x, int64_t x_feature_stride, int64_t x_batch_stride, Address y,
                int threads) {
     nb::gil_scoped_release release;
-    spmm<T>(kernels_of<T>(isa), csr_at(crow_indices, col_indices, rows), columns, at<const T>(values),
+    spmm<T>(use_kernels<T>(isa), csr_at(crow_indices, col_indices, rows), columns, at<const T>(values),
             at<const T>(bias), {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(y), threads);
 }
 
@@ -56,7 +36,7 @@ void call_sddmm(int64_t isa, int64_t rows, int64_t columns, int64_t batch, Addre
                 Address dy, int64_t dy_feature_stride, int64_t dy_batch_stride, Address x, int64_t x_feature_stride,
                 int64_t x_batch_stride, Address dvalues, int threads) {
     nb::gil_scoped_release release;
-    sddmm<T>(kernels_of<T>(isa), csr_at(crow_indices, col_indices, rows), columns,
+    sddmm<T>(use_kernels<T>(isa), csr_at(crow_indices, col_indices, rows), columns,
              {at<const T>(dy), dy_feature_stride, dy_batch_stride}, {at<const T>(x), x_feature_stride, x_batch_stride},
              batch, at<T>(dvalues), threads);
 }
@@ -71,7 +51,7 @@ std::unique_ptr<Plan> make_plan(int64_t rows, int64_t columns, Address crow_indi
 template <class T>
 void call_planned_spmm(int64_t isa, const Plan &plan, int64_t batch, Address values, Address bias, Address x,
                        int64_t x_feature_stride, int64_t x_batch_stride, Address y, bool feature_major, int threads) {
-    const Kernels<T> kernels = kernels_of<T>(isa, plan);
+    const Kernels<T> &kernels = use_kernels<T>(isa, plan);
     nb::gil_scoped_release release;
     planned_spmm<T>(kernels, plan, at<const T>(values), at<const T>(bias),
                     {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(y), feature_major, threads);
@@ -88,7 +68,7 @@ void call_tiled_sddmm(int64_t isa, const Tiles &tiles, int64_t batch, Address dy
                       int64_t dy_batch_stride, Address x, int64_t x_feature_stride, int64_t x_batch_stride,
                       Address dvalues, int threads) {
     nb::gil_scoped_release release;
-    tiled_sddmm<T>(kernels_of<T>(isa), tiles, {at<const T>(dy), dy_feature_stride, dy_batch_stride},
+    tiled_sddmm<T>(use_kernels<T>(isa), tiles, {at<const T>(dy), dy_feature_stride, dy_batch_stride},
                    {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(dvalues), threads);
 }
 
@@ -102,7 +82,7 @@ template <class T>
 void call_bitmap_spmm(int64_t isa, const BitMatrix &matrix, int64_t batch, Address values, Address bias, Address x,
                       int64_t x_feature_stride, int64_t x_batch_stride, Address y, int threads) {
     nb::gil_scoped_release release;
-    bitmap_spmm<T>(kernels_of<T>(isa), matrix, at<const T>(values), at<const T>(bias),
+    bitmap_spmm<T>(use_kernels<T>(isa), matrix, at<const T>(values), at<const T>(bias),
                    {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(y), threads);
 }
 
@@ -110,8 +90,8 @@ template <class T>
 void call_bitmap_dx(int64_t isa, const BitMatrix &matrix, int64_t batch, Address values, Address dy,
                     int64_t dy_feature_stride, int64_t dy_batch_stride, Address dx, int threads) {
     nb::gil_scoped_release release;
-    bitmap_dx<T>(kernels_of<T>(isa), matrix, at<const T>(values), {at<const T>(dy), dy_feature_stride, dy_batch_stride},
-                 batch, at<T>(dx), threads);
+    bitmap_dx<T>(use_kernels<T>(isa), matrix, at<const T>(values),
+                 {at<const T>(dy), dy_feature_stride, dy_batch_stride}, batch, at<T>(dx), threads);
 }
 
 template <class T>
@@ -119,7 +99,7 @@ void call_bitmap_dvalues(int64_t isa, const BitMatrix &matrix, int64_t batch, Ad
                          int64_t dy_batch_stride, Address x, int64_t x_feature_stride, int64_t x_batch_stride,
                          Address dvalues, int threads) {
     nb::gil_scoped_release release;
-    bitmap_dvalues<T>(kernels_of<T>(isa), matrix, {at<const T>(dy), dy_feature_stride, dy_batch_stride},
+    bitmap_dvalues<T>(use_kernels<T>(isa), matrix, {at<const T>(dy), dy_feature_stride, dy_batch_stride},
                       {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(dvalues), threads);
 }
 
@@ -127,7 +107,7 @@ template <class T>
 void call_filled_spmm(int64_t isa, const BitMatrix &matrix, int64_t batch, Address values, Address bias, Address x,
                       int64_t x_feature_stride, int64_t x_batch_stride, Address y, bool feature_major, int threads) {
     nb::gil_scoped_release release;
-    filled_spmm<T>(kernels_of<T>(isa), matrix, at<const T>(values), at<const T>(bias),
+    filled_spmm<T>(use_kernels<T>(isa), matrix, at<const T>(values), at<const T>(bias),
                    {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(y), feature_major, threads);
 }
 
@@ -135,8 +115,8 @@ template <class T>
 void call_filled_dx(int64_t isa, const BitMatrix &matrix, int64_t batch, Address values, Address dy,
                     int64_t dy_feature_stride, int64_t dy_batch_stride, Address dx, int threads) {
     nb::gil_scoped_release release;
-    filled_dx<T>(kernels_of<T>(isa), matrix, at<const T>(values), {at<const T>(dy), dy_feature_stride, dy_batch_stride},
-                 batch, at<T>(dx), threads);
+    filled_dx<T>(use_kernels<T>(isa), matrix, at<const T>(values),
+                 {at<const T>(dy), dy_feature_stride, dy_batch_stride}, batch, at<T>(dx), threads);
 }
 
 template <class T>
@@ -144,7 +124,7 @@ void call_filled_dvalues(int64_t isa, const BitMatrix &matrix, int64_t batch, Ad
                          int64_t dy_batch_stride, Address x, int64_t x_feature_stride, int64_t x_batch_stride,
                          Address dvalues, int threads) {
     nb::gil_scoped_release release;
-    filled_dvalues<T>(kernels_of<T>(isa), matrix, {at<const T>(dy), dy_feature_stride, dy_batch_stride},
+    filled_dvalues<T>(use_kernels<T>(isa), matrix, {at<const T>(dy), dy_feature_stride, dy_batch_stride},
                       {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(dvalues), threads);
 }
 
@@ -159,7 +139,7 @@ void call_backward(int64_t isa, const nb::tuple &made, int64_t rows, int64_t col
                    int64_t x_feature_stride, int64_t x_batch_stride, Address dx, bool feature_major, Address dvalues,
                    Address dbias, int threads) {
     const Ways ways = {unless_none<Plan>(made[0]), unless_none<Tiles>(made[1]), unless_none<BitMatrix>(made[2])};
-    const Kernels<T> kernels = ways.transpose ? kernels_of<T>(isa, *ways.transpose) : kernels_of<T>(isa);
+    const Kernels<T> &kernels = ways.transpose ? use_kernels<T>(isa, *ways.transpose) : use_kernels<T>(isa);
     nb::gil_scoped_release release;
     backward<T>(kernels, ways, rows, columns, nnz, at<const T>(values),
                 {at<const T>(dy), dy_feature_stride, dy_batch_stride},
@@ -169,13 +149,13 @@ void call_backward(int64_t isa, const nb::tuple &made, int64_t rows, int64_t col
 
 template <class T> void call_expand(int64_t isa, const BitMatrix &matrix, Address values, Address dense, int threads) {
     nb::gil_scoped_release release;
-    expand<T>(kernels_of<T>(isa), matrix, at<const T>(values), at<T>(dense), threads);
+    expand<T>(use_kernels<T>(isa), matrix, at<const T>(values), at<T>(dense), threads);
 }
 
 template <class T>
 void call_compress(int64_t isa, const BitMatrix &matrix, Address dense, Address values, int threads) {
     nb::gil_scoped_release release;
-    compress<T>(kernels_of<T>(isa), matrix, at<const T>(dense), at<T>(values), threads);
+    compress<T>(use_kernels<T>(isa), matrix, at<const T>(dense), at<T>(values), threads);
 }
 
 // A torch tensor over a kept block, which comes back when the tensor dies.
@@ -205,7 +185,8 @@ NB_MODULE(_native, m) {
         const uint64_t first = digest(at<const int32_t>(crow_indices), rows + 1, 0);
         return digest(at<const int32_t>(col_indices), nnz, first);
     });
-    m.def("bf16_columns_per_step", [](int64_t isa) { return isas()[isa].table->layout_bf16.columns_per_step; });
+    bind_rows(m);
+    m.def("bf16_columns_per_step", [](int64_t isa) { return isas()[isa].table->bf16.layout.columns_per_step; });
     nb::class_<Plan>(m, "Plan").def_prop_ro("bytes", &Plan::bytes);
     m.def("make_plan", &make_plan);
     nb::class_<Tiles>(m, "Tiles").def_prop_ro("bytes", &Tiles::bytes);

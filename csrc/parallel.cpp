@@ -65,6 +65,14 @@ Blocks::Blocks(const Csr &csr, int64_t batch, int64_t batch_quantum, int threads
     row_blocks = std::min(csr.rows, std::max<int64_t>(threads, wanted / batch_blocks));
 }
 
+Blocks Blocks::of(const Csr &csr, int64_t batch, int64_t batch_step, int64_t row_blocks) {
+    Blocks blocks(csr, batch, 0, 1);
+    blocks.batch_step = batch_step;
+    blocks.batch_blocks = ceil_div(batch, batch_step);
+    blocks.row_blocks = std::clamp<int64_t>(row_blocks, 1, std::max<int64_t>(csr.rows, 1));
+    return blocks;
+}
+
 // First row of row block i: connections (plus one per row, so that empty rows count) are split evenly.
 int64_t Blocks::row_boundary(int64_t i) const {
     if (i == row_blocks)

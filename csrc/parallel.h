@@ -30,6 +30,8 @@ template <class Body> void parallel_for(int64_t count, int threads, const Body &
 class Blocks {
   public:
     Blocks(const Csr &csr, int64_t batch, int64_t batch_quantum, int threads);
+    // The same in so many blocks of rows, and strips of `batch_step`.
+    static Blocks of(const Csr &csr, int64_t batch, int64_t batch_step, int64_t row_blocks);
     int64_t count() const { return row_blocks * batch_blocks; }
     Block operator[](int64_t i) const;
 

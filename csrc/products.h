@@ -13,45 +13,13 @@ namespace offpath {
 
 template <class Args> using Kernel = void (*)(const Args &, const Block &);
 
-// The kernels of one ISA for one dtype.
-template <class T> struct Kernels {
-    Kernel<spmm_args<T>> spmm;
-    Kernel<to_features_args<T>> to_features;
-    Kernel<to_tokens_args<T>> to_tokens;
-    Kernel<gather_args<T>> gather;
-    Kernel<pack_args<T>> pack;
-    Kernel<bucketed_args<T>> bucketed;
-    Kernel<sddmm_args<T>> sddmm;
-    Kernel<tiled_args<T>> tiled;
-    Kernel<row_sums_args<T>> row_sums;
-    Kernel<bitmap_args<T>> bitmap;
-    Kernel<bitmap_dx_args<T>> bitmap_dx;
-    Kernel<add_parts_args<T>> add_parts;
-    Kernel<bitmap_dvalues_args<T>> bitmap_dvalues;
-    Kernel<filled_args<T>> filled;
-    Kernel<filled_dx_args<T>> filled_dx;
-    Kernel<filled_dvalues_args<T>> filled_dvalues;
-    Kernel<expand_args<T>> expand;
-    Kernel<compress_args<T>> compress;
-    Layout layout;
-};
-
-template <class T> Kernels<T> kernels_of(const KernelTable &t) {
+template <class T> const Kernels<T> &kernels_of(const KernelTable &table) {
     if constexpr (std::is_same_v<T, float>)
-        return {t.spmm_f32,           t.to_features_f32, t.to_tokens_f32,      t.gather_f32,   t.pack_f32,
-                t.bucketed_f32,       t.sddmm_f32,       t.tiled_f32,          t.row_sums_f32, t.bitmap_f32,
-                t.bitmap_dx_f32,      t.add_parts_f32,   t.bitmap_dvalues_f32, t.filled_f32,   t.filled_dx_f32,
-                t.filled_dvalues_f32, t.expand_f32,      t.compress_f32,       t.layout_f32};
+        return table.f32;
     else if constexpr (std::is_same_v<T, double>)
-        return {t.spmm_f64,           t.to_features_f64, t.to_tokens_f64,      t.gather_f64,   t.pack_f64,
-                t.bucketed_f64,       t.sddmm_f64,       t.tiled_f64,          t.row_sums_f64, t.bitmap_f64,
-                t.bitmap_dx_f64,      t.add_parts_f64,   t.bitmap_dvalues_f64, t.filled_f64,   t.filled_dx_f64,
-                t.filled_dvalues_f64, t.expand_f64,      t.compress_f64,       t.layout_f64};
+        return table.f64;
     else
-        return {t.spmm_bf16,           t.to_features_bf16, t.to_tokens_bf16,      t.gather_bf16,   t.pack_bf16,
-                t.bucketed_bf16,       t.sddmm_bf16,       t.tiled_bf16,          t.row_sums_bf16, t.bitmap_bf16,
-                t.bitmap_dx_bf16,      t.add_parts_bf16,   t.bitmap_dvalues_bf16, t.filled_bf16,   t.filled_dx_bf16,
-                t.filled_dvalues_bf16, t.expand_bf16,      t.compress_bf16,       t.layout_bf16};
+        return table.bf16;
 }
 
 // A [features, batch] matrix as torch hands it over: any strides, one of which is 1.

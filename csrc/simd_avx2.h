@@ -33,6 +33,10 @@ template <> struct Simd<float> {
     static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
     static V load_first(const float *p, int64_t n) { return _mm256_maskload_ps(p, mask(n)); }
     static void store_first(float *p, V a, int64_t n) { _mm256_maskstore_ps(p, mask(n), a); }
+    static V larger(V a, V b) { return _mm256_max_ps(a, b); }
+    static uint32_t above(V a, V threshold) {
+        return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, threshold, _CMP_NLE_UQ)));
+    }
     // The unpack instructions work inside 128-bit halves; the permutation puts the halves where they belong.
     static V interleave_low(V a, V b) {
         return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
@@ -94,6 +98,10 @@ template <> struct Simd<double> {
     static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
     static V load_first(const double *p, int64_t n) { return _mm256_maskload_pd(p, mask(n)); }
     static void store_first(double *p, V a, int64_t n) { _mm256_maskstore_pd(p, mask(n), a); }
+    static V larger(V a, V b) { return _mm256_max_pd(a, b); }
+    static uint32_t above(V a, V threshold) {
+        return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(a, threshold, _CMP_NLE_UQ)));
+    }
     static V interleave_low(V a, V b) {
         return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x20);
     }

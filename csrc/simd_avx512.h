@@ -36,6 +36,8 @@ template <> struct Simd<float> {
     static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
     static V load_first(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(mask(n), p); }
     static void store_first(float *p, V a, int64_t n) { _mm512_mask_storeu_ps(p, mask(n), a); }
+    static V larger(V a, V b) { return _mm512_max_ps(a, b); }
+    static uint32_t above(V a, V threshold) { return _mm512_cmp_ps_mask(a, threshold, _CMP_NLE_UQ); }
     static V interleave_low(V a, V b) {
         return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
     }
@@ -94,6 +96,8 @@ template <> struct Simd<double> {
     static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
     static V load_first(const double *p, int64_t n) { return _mm512_maskz_loadu_pd(mask(n), p); }
     static void store_first(double *p, V a, int64_t n) { _mm512_mask_storeu_pd(p, mask(n), a); }
+    static V larger(V a, V b) { return _mm512_max_pd(a, b); }
+    static uint32_t above(V a, V threshold) { return _mm512_cmp_pd_mask(a, threshold, _CMP_NLE_UQ); }
     static V interleave_low(V a, V b) {
         return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);
     }
@@ -131,6 +135,24 @@ struct BfloatPairs {
     // Pairs of a0 b0, a1 b1 ... of the lower / upper 4 entries of each 16-byte quarter.
     static V zip_low(V a, V b) { return _mm512_unpacklo_epi16(a, b); }
     static V zip_high(V a, V b) { return _mm512_unpackhi_epi16(a, b); }
+    // What was summed of zipped pairs, in order again: the sums of the lower / upper 16 entries.
+    static __m512 unzip_low(__m512 low, __m512 high) {
+        return _mm512_permutex2var_ps(low, _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23),
+                                      high);
+    }
+    static __m512 unzip_high(__m512 low, __m512 high) {
+        return _mm512_permutex2var_ps(
+            low, _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31), high);
+    }
+    // The other way round.
+    static __m512 rezip_low(__m512 first, __m512 second) {
+        return _mm512_permutex2var_ps(
+            first, _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27), second);
+    }
+    static __m512 rezip_high(__m512 first, __m512 second) {
+        return _mm512_permutex2var_ps(
+            first, _mm512_setr_epi32(4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31), second);
+    }
     static __m512 dot(V a, V b, __m512 sum) {
         return _mm512_dpbf16_ps(sum, __builtin_bit_cast(__m512bh, a), __builtin_bit_cast(__m512bh, b));
     }

@@ -29,6 +29,13 @@ template <class T> struct Simd {
         return a;
     }
     static V fma(V a, V b, V c) { return a * b + c; }
+    static V larger(V a, V b) { return a > b ? a : b; }
+    static uint32_t above(V a, V threshold) {
+        uint32_t bits = 0;
+        for (int i = 0; i < lanes; ++i)
+            bits |= static_cast<uint32_t>(!(a[i] <= threshold[i])) << i;
+        return bits;
+    }
     static V load_first(const T *p, int64_t n) {
         T a[lanes] = {};
         for (int64_t i = 0; i < n; ++i)

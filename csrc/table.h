@@ -1,36 +1,11 @@
-// What the variants (compiled once per ISA) and the rest of the module agree on. Only fixed-width integers and
-// plain structs may live here: anything with a function body could be emitted as a weak symbol by a variant.
+// What the variants (compiled once per ISA) and the rest of the module agree on: the operands of every kernel, and the
+// table of them.
 #pragma once
 
-#include <cstdint>
+#include "basics.h"
+#include "row_args.h"
 
 namespace offpath {
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-// The type that sums are kept in.
-template <class T> struct sum_of {
-    using type = T;
-};
-template <> struct sum_of<bfloat16> {
-    using type = float;
-};
-template <class T> using Sum = typename sum_of<T>::type;
-
-// A sparse matrix in canonical CSR: columns strictly ascending inside each row.
-struct Csr {
-    const int32_t *crow_indices; // [rows + 1]
-    const int32_t *col_indices;  // [nnz]
-    int64_t rows;
-};
-
-// A rectangle of the output: rows of the sparse matrix, columns of the batch.
-struct Block {
-    int64_t row_begin, row_end;
-    int64_t batch_begin, batch_end;
-};
 
 // y[r, b] = bias[r] + sum over the connections s of row r of values[s] * x[col_indices[s], b].
 template <class T> struct spmm_args {
@@ -262,12 +237,19 @@ struct Layout {
     int32_t panel_width, panel_entry_bytes, value_bytes, columns_per_step;
 };
 
-struct KernelTable {
-    const char *isa;
-    Layout layout_f32, layout_f64, layout_bf16;
-#define OFFPATH_KERNEL(op, suffix, T) void (*op##_##suffix)(const op##_args<T> &, const Block &);
+// The kernels of one ISA for one dtype.
+template <class T> struct Kernels {
+#define OFFPATH_KERNEL(op) void (*op)(const op##_args<T> &, const Block &);
 #include "kernels.def"
 #undef OFFPATH_KERNEL
+    Layout layout;
+};
+
+struct KernelTable {
+    const char *isa;
+    Kernels<float> f32;
+    Kernels<double> f64;
+    Kernels<bfloat16> bf16;
 };
 
 } // namespace offpath

@@ -3,12 +3,15 @@
 #include "bitmap-inl.h"
 #include "bitmap_gradients-inl.h"
 #include "bucketed-inl.h"
+#include "encode-inl.h"
 #include "filled-inl.h"
 #include "gather-inl.h"
 #include "layout-inl.h"
 #include "pack-inl.h"
 #include "row_sums-inl.h"
+#include "rows-inl.h"
 #include "sddmm-inl.h"
+#include "select-inl.h"
 #include "spmm-inl.h"
 #include "table.h"
 #include "tiled-inl.h"
@@ -21,12 +24,16 @@
 
 extern "C" const offpath::KernelTable OFFPATH_JOIN(offpath_table_, OFFPATH_ISA);
 
-extern "C" const offpath::KernelTable OFFPATH_JOIN(offpath_table_, OFFPATH_ISA) = {
-    OFFPATH_STRING(OFFPATH_ISA),
-    layout<float>,
-    layout<double>,
-    layout<bfloat16>,
-#define OFFPATH_KERNEL(op, suffix, T) op<T>,
+namespace {
+
+template <class T>
+constexpr offpath::Kernels<T> kernels = {
+#define OFFPATH_KERNEL(op) op<T>,
 #include "kernels.def"
 #undef OFFPATH_KERNEL
-};
+    layout<T>};
+
+} // namespace
+
+extern "C" const offpath::KernelTable OFFPATH_JOIN(offpath_table_, OFFPATH_ISA) = {
+    OFFPATH_STRING(OFFPATH_ISA), kernels<float>, kernels<double>, kernels<bfloat16>};

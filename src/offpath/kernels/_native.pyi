@@ -202,3 +202,133 @@ compress_f64 = compress_f32
 compress_bf16 = compress_f32
 take_output_f64 = take_output_f32
 take_output_bf16 = take_output_f32
+
+# Sparse rows.
+def rows_fit(rows: int, nnz: int, columns: int, crow_indices: int, indices: int, /) -> bool: ...
+def count_indices(nnz: int, columns: int, indices: int, counts: int, /) -> None: ...
+def rows_matmul_f32(
+    isa: int,
+    rows: int,
+    width: int,
+    crow_indices: int,
+    indices: int,
+    values: int,
+    weight: int,
+    weight_stride: int,
+    y: int,
+    threads: int,
+    /,
+) -> None: ...
+def rows_dots_f32(
+    isa: int,
+    rows: int,
+    width: int,
+    crow_indices: int,
+    indices: int,
+    dy: int,
+    dy_stride: int,
+    weight: int,
+    weight_stride: int,
+    dots: int,
+    threads: int,
+    /,
+) -> None: ...
+def rows_weight_gradient_f32(
+    isa: int,
+    rows: int,
+    columns: int,
+    width: int,
+    crow_indices: int,
+    indices: int,
+    values: int,
+    dy: int,
+    dy_stride: int,
+    gradient: int,
+    gradient_stride: int,
+    add: bool,
+    threads: int,
+    /,
+) -> None: ...
+def topk_f32(
+    isa: int,
+    rows: int,
+    columns: int,
+    k: int,
+    x: int,
+    x_stride: int,
+    values: int,
+    indices: int,
+    threads: int,
+    /,
+) -> None: ...
+def batch_topk_f32(
+    isa: int,
+    rows: int,
+    columns: int,
+    k: int,
+    x: int,
+    x_stride: int,
+    crow_indices: int,
+    indices: int,
+    values: int,
+    threads: int,
+    /,
+) -> None: ...
+def count_above_f32(
+    isa: int,
+    rows: int,
+    columns: int,
+    x: int,
+    x_stride: int,
+    thresholds: int,
+    crow_indices: int,
+    threads: int,
+    /,
+) -> int: ...
+def take_above_f32(
+    isa: int,
+    rows: int,
+    columns: int,
+    x: int,
+    x_stride: int,
+    thresholds: int,
+    crow_indices: int,
+    indices: int,
+    values: int,
+    threads: int,
+    /,
+) -> None: ...
+def encode_topk_f32(
+    isa: int,
+    batch: int,
+    width: int,
+    rows: int,
+    k: int,
+    x: int,
+    x_feature_stride: int,
+    x_batch_stride: int,
+    weight: int,
+    weight_stride: int,
+    bias: int,
+    values: int,
+    indices: int,
+    threads: int,
+    /,
+) -> None: ...
+
+rows_matmul_f64 = rows_matmul_f32
+rows_matmul_bf16 = rows_matmul_f32
+rows_dots_f64 = rows_dots_f32
+rows_dots_bf16 = rows_dots_f32
+rows_weight_gradient_f64 = rows_weight_gradient_f32
+rows_weight_gradient_bf16 = rows_weight_gradient_f32
+topk_f64 = topk_f32
+topk_bf16 = topk_f32
+batch_topk_f64 = batch_topk_f32
+batch_topk_bf16 = batch_topk_f32
+count_above_f64 = count_above_f32
+count_above_bf16 = count_above_f32
+take_above_f64 = take_above_f32
+take_above_bf16 = take_above_f32
+encode_topk_f64 = encode_topk_f32
+encode_topk_bf16 = encode_topk_f32

@@ -12,11 +12,12 @@ from functools import partial
 import torch  # first: the native module joins the OpenMP pool that torch has loaded
 from torch import Tensor
 
-from offpath.kernels import _native, reference_rows
+from offpath.kernels import _native
 from offpath.kernels.backend import Backend, KernelError
 from offpath.kernels.operands import DTYPES, address, are_indices, refuse
 from offpath.kernels.plans import make_bitmap, make_plan, make_tiles
 from offpath.kernels.variant import Variant
+from offpath.kernels.variant_rows import RowVariant
 
 
 def isas() -> dict[str, bool]:
@@ -75,7 +76,7 @@ def make_backend(isa: str) -> Backend:
         filled_dvalues=variant.filled_dvalues,
         expand=variant.expand,
         compress=variant.compress,
-        rows=reference_rows.ROWS,
+        rows=RowVariant(index).products(),
         digest=_digest,
         native=True,
     )

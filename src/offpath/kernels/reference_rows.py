@@ -42,7 +42,9 @@ def add_weight_gradient(crow_indices: Tensor, indices: Tensor, values: Tensor, d
     """`weight_gradient`, summed with what the buffer holds and rounded once."""
     check_rows(crow_indices, indices, buffer.shape[0])
     products = wide(values)[:, None] * wide(dy)[row_numbers(crow_indices)]
-    buffer.copy_(wide(buffer).index_add(0, indices.long(), products))
+    named = indices.long().unique()
+    sums = wide(buffer).index_add(0, indices.long(), products)[named]
+    buffer.index_copy_(0, named, sums.to(buffer.dtype))  # nothing else: a NaN of 16 bits changes on the way back
 
 
 def counts(indices: Tensor, columns: int) -> Tensor:
@@ -74,8 +76,10 @@ def above(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """`topk(x @ weight.T + bias, k)`."""
-    return topk(torch.nn.functional.linear(x, weight, bias), k)
+    """`topk(x @ weight.T + bias, k)`, the scores in the type of the sums."""
+    scores = torch.nn.functional.linear(wide(x), wide(weight), None if bias is None else wide(bias))
+    values, indices = topk(scores, k)
+    return values.to(x.dtype), indices
 
 
 def check_indices(indices: Tensor, columns: int) -> None:

@@ -20,16 +20,20 @@ _SUFFIXES = dict(zip(DTYPES, ("f32", "f64", "bf16"), strict=True))
 _KEPT_OUTPUT_BYTES = 1 << 18
 
 
-def _per_dtype(name: str) -> dict[torch.dtype, Callable[..., Any]]:
+def native_of_each_dtype(name: str) -> dict[torch.dtype, Callable[..., Any]]:
     return {dtype: getattr(_native, f"{name}_{suffix}") for dtype, suffix in _SUFFIXES.items()}
 
 
-_SPMM, _PLANNED_SPMM, _SDDMM = _per_dtype("spmm"), _per_dtype("planned_spmm"), _per_dtype("sddmm")
-_TILED_SDDMM, _BACKWARD = _per_dtype("tiled_sddmm"), _per_dtype("backward")
-_FILLED_SPMM, _FILLED_DX, _FILLED_DVALUES = map(_per_dtype, ("filled_spmm", "filled_dx", "filled_dvalues"))
-_BITMAP_DX, _BITMAP_DVALUES = _per_dtype("bitmap_dx"), _per_dtype("bitmap_dvalues")
-_BITMAP_SPMM, _EXPAND, _COMPRESS = _per_dtype("bitmap_spmm"), _per_dtype("expand"), _per_dtype("compress")
-_TAKE_OUTPUT = _per_dtype("take_output")
+_SPMM, _PLANNED_SPMM, _SDDMM = (
+    native_of_each_dtype("spmm"),
+    native_of_each_dtype("planned_spmm"),
+    native_of_each_dtype("sddmm"),
+)
+_TILED_SDDMM, _BACKWARD = native_of_each_dtype("tiled_sddmm"), native_of_each_dtype("backward")
+_FILLED_SPMM, _FILLED_DX, _FILLED_DVALUES = map(native_of_each_dtype, ("filled_spmm", "filled_dx", "filled_dvalues"))
+_BITMAP_DX, _BITMAP_DVALUES = native_of_each_dtype("bitmap_dx"), native_of_each_dtype("bitmap_dvalues")
+_BITMAP_SPMM, _EXPAND, _COMPRESS = map(native_of_each_dtype, ("bitmap_spmm", "expand", "compress"))
+_TAKE_OUTPUT = native_of_each_dtype("take_output")
 
 
 class Variant:
@@ -51,7 +55,7 @@ class Variant:
             refuse(crow_indices=crow_indices, col_indices=col_indices, values=values, x=x, bias=bias)
         x, x_strides = one_unit_stride(x)
         batch, columns = x.shape
-        y = _output(values, batch, rows)
+        y = output(values, batch, rows)
         _SPMM[dtype](
             self._index,
             rows,
@@ -80,7 +84,7 @@ class Variant:
         dy, dy_strides = one_unit_stride(dy)
         x, x_strides = one_unit_stride(x)
         batch, columns = x.shape
-        dvalues = _output(dy, col_indices.shape[0])
+        dvalues = output(dy, col_indices.shape[0])
         _SDDMM[dtype](
             self._index,
             rows,
@@ -122,7 +126,7 @@ class Variant:
             refuse(dy=dy, x=x)
         dy, dy_strides = one_unit_stride(dy)
         x, x_strides = one_unit_stride(x)
-        dvalues = _output(dy, prepared.nnz)
+        dvalues = output(dy, prepared.nnz)
         functions[dtype](
             self._index,
             prepared.native,
@@ -147,7 +151,7 @@ class Variant:
         if not (is_vector(values, dtype, bitmap.nnz) and is_matrix(dy, dtype) and dy.shape[1] == bitmap.rows):
             refuse(values=values, dy=dy)
         dy, dy_strides = one_unit_stride(dy)
-        dx = _output(dy, dy.shape[0], bitmap.columns)
+        dx = output(dy, dy.shape[0], bitmap.columns)
         functions[dtype](
             self._index,
             bitmap.native,
@@ -189,7 +193,7 @@ class Variant:
         x, x_strides = one_unit_stride(x)
         batch = x.shape[0]
         dx = _activations(x, batch, columns, feature_major)
-        dvalues = _output(dy, nnz)
+        dvalues = output(dy, nnz)
         dbias = dy.new_empty(rows)
         _BACKWARD[dtype](
             self._index,
@@ -255,7 +259,7 @@ class Variant:
     def expand(self, bitmap: Prepared, values: Tensor) -> Tensor:
         if not is_vector(values, values.dtype, bitmap.nnz):
             refuse(values=values)
-        dense = _output(values, bitmap.rows, bitmap.columns)
+        dense = output(values, bitmap.rows, bitmap.columns)
         threads = torch.get_num_threads()
         _EXPAND[values.dtype](self._index, bitmap.native, address(values), address(dense), threads)
         return dense
@@ -265,17 +269,17 @@ class Variant:
             is_matrix(dense, dense.dtype) and dense.shape == (bitmap.rows, bitmap.columns) and dense.is_contiguous()
         ):
             refuse(dense=dense)
-        values = _output(dense, bitmap.nnz)
+        values = output(dense, bitmap.nnz)
         threads = torch.get_num_threads()
         _COMPRESS[dense.dtype](self._index, bitmap.native, address(dense), address(values), threads)
         return values
 
 
 def _activations(like: Tensor, batch: int, features: int, feature_major: bool = False) -> Tensor:
-    return _output(like, features, batch).t() if feature_major else _output(like, batch, features)
+    return output(like, features, batch).t() if feature_major else output(like, batch, features)
 
 
-def _output(like: Tensor, *shape: int) -> Tensor:
+def output(like: Tensor, *shape: int) -> Tensor:
     if math.prod(shape) * like.element_size() < _KEPT_OUTPUT_BYTES:
         return like.new_empty(shape)
     output = _TAKE_OUTPUT[like.dtype](shape)

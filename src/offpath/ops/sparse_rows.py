@@ -143,7 +143,6 @@ class SparseRows:
 
     __matmul__ = matmul
 
-    @torch.no_grad()
     def add_weight_gradient(self, dy: Tensor, buffer: Tensor) -> None:
         """buffer += self.T @ dy for `dy` [rows, width] and `buffer` [columns, width].
 
@@ -158,7 +157,8 @@ class SparseRows:
         """
         if buffer.shape[:1] != (self.columns,):
             raise KernelError(f"expected a buffer of {self.columns} rows, got shape {tuple(buffer.shape)}")
-        _ops.add_rows_weight_gradient(buffer, self.values, self.crow_indices, self.indices, dy)
+        with torch.no_grad():  # as a decorator it would keep `torch.compile` out
+            _ops.add_rows_weight_gradient(buffer, self.values, self.crow_indices, self.indices, dy)
 
     def counts(self) -> Tensor:
         """In how many entries each column occurs, int32 [columns].

@@ -1,0 +1,35 @@
+// What both files of bindings share: raw addresses in, nothing else knows Python.
+#pragma once
+
+#include "isa.h"
+#include "products.h"
+
+#include <nanobind/nanobind.h>
+
+#include <stdexcept>
+
+namespace offpath {
+
+using Address = uintptr_t;
+
+template <class T> T *at(Address address) { return reinterpret_cast<T *>(address); }
+
+inline Csr csr_at(Address crow_indices, Address col_indices, int64_t rows) {
+    return {at<const int32_t>(crow_indices), at<const int32_t>(col_indices), rows};
+}
+
+// The kernels for T in the variant `isa`, counted as one call of it.
+template <class T> const Kernels<T> &use_kernels(int64_t isa) { return kernels_of<T>(use_table(isa)); }
+
+// The same for products over a plan.
+template <class T> const Kernels<T> &use_kernels(int64_t isa, const Plan &plan) {
+    const Kernels<T> &kernels = use_kernels<T>(isa);
+    if (plan.columns_per_step != kernels.layout.columns_per_step)
+        throw std::invalid_argument("the plan was made for another dtype or ISA");
+    return kernels;
+}
+
+// The products and selections on sparse rows.
+void bind_rows(nanobind::module_ &m);
+
+} // namespace offpath

@@ -1,0 +1,247 @@
+"""The products on sparse rows of one instruction set: operands checked, memory taken, the native function called."""
+
+from __future__ import annotations
+
+import torch  # first: the native module joins the OpenMP pool that torch has loaded
+from torch import Tensor
+
+from offpath.kernels import _native
+from offpath.kernels.backend import KernelError
+from offpath.kernels.operands import address, are_indices, is_matrix, is_vector, one_unit_stride, refuse
+from offpath.kernels.reference_rows import check_k, check_rows
+from offpath.kernels.row_products import RowProducts
+from offpath.kernels.variant import native_of_each_dtype, output
+
+_MATMUL, _DOTS = native_of_each_dtype("rows_matmul"), native_of_each_dtype("rows_dots")
+_WEIGHT_GRADIENT = native_of_each_dtype("rows_weight_gradient")
+_TOPK, _BATCH_TOPK = native_of_each_dtype("topk"), native_of_each_dtype("batch_topk")
+_COUNT_ABOVE, _TAKE_ABOVE = native_of_each_dtype("count_above"), native_of_each_dtype("take_above")
+_ENCODE_TOPK = native_of_each_dtype("encode_topk")
+
+
+class RowVariant:
+    """The products on sparse rows of the variant at `index` of `isas()`."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def products(self) -> RowProducts:
+        return RowProducts(
+            self.matmul,
+            self.dots,
+            self.weight_gradient,
+            self.add_weight_gradient,
+            self.counts,
+            self.topk,
+            self.batch_topk,
+            self.above,
+            self.encode_topk,
+        )
+
+    def matmul(self, crow_indices: Tensor, indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+        crow_indices, indices, values = crow_indices.contiguous(), indices.contiguous(), values.contiguous()
+        if not (is_vector(values, values.dtype, indices.shape[0]) and is_matrix(weight, values.dtype)):
+            refuse(values=values, weight=weight)
+        _check_rows(crow_indices, indices, weight.shape[0])
+        weight = _rows(weight)
+        y = output(values, crow_indices.shape[0] - 1, weight.shape[1])
+        _MATMUL[values.dtype](
+            self._index,
+            *y.shape,
+            address(crow_indices),
+            address(indices),
+            address(values),
+            address(weight),
+            weight.stride(0),
+            address(y),
+            torch.get_num_threads(),
+        )
+        return y
+
+    def dots(self, crow_indices: Tensor, indices: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+        crow_indices, indices = crow_indices.contiguous(), indices.contiguous()
+        rows = crow_indices.shape[0] - 1
+        if not (
+            is_matrix(dy, dy.dtype)
+            and is_matrix(weight, dy.dtype)
+            and dy.shape[0] == rows
+            and dy.shape[1] == weight.shape[1]
+        ):
+            refuse(dy=dy, weight=weight)
+        _check_rows(crow_indices, indices, weight.shape[0])
+        dy, weight = _rows(dy), _rows(weight)
+        dots = output(dy, indices.shape[0])
+        _DOTS[dy.dtype](
+            self._index,
+            rows,
+            dy.shape[1],
+            address(crow_indices),
+            address(indices),
+            address(dy),
+            dy.stride(0),
+            address(weight),
+            weight.stride(0),
+            address(dots),
+            torch.get_num_threads(),
+        )
+        return dots
+
+    def weight_gradient(
+        self, crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor, columns: int
+    ) -> Tensor:
+        gradient = output(values, columns, dy.shape[1])
+        self._weight_gradient(crow_indices, indices, values, dy, gradient, False)
+        return gradient
+
+    def add_weight_gradient(
+        self, crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor, buffer: Tensor
+    ) -> None:
+        if not (is_matrix(buffer, values.dtype) and buffer.shape[1] == dy.shape[1]):
+            refuse(buffer=buffer, dy=dy)
+        if _has_rows(buffer):
+            self._weight_gradient(crow_indices, indices, values, dy, buffer, True)
+        else:
+            rows = buffer.contiguous()
+            self._weight_gradient(crow_indices, indices, values, dy, rows, True)
+            buffer.copy_(rows)
+
+    def _weight_gradient(
+        self, crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor, gradient: Tensor, add: bool
+    ) -> None:
+        crow_indices, indices, values = crow_indices.contiguous(), indices.contiguous(), values.contiguous()
+        rows = crow_indices.shape[0] - 1
+        if not (
+            is_vector(values, values.dtype, indices.shape[0]) and is_matrix(dy, values.dtype) and dy.shape[0] == rows
+        ):
+            refuse(values=values, dy=dy)
+        _check_rows(crow_indices, indices, gradient.shape[0])
+        dy = _rows(dy)
+        _WEIGHT_GRADIENT[values.dtype](
+            self._index,
+            rows,
+            *gradient.shape,
+            address(crow_indices),
+            address(indices),
+            address(values),
+            address(dy),
+            dy.stride(0),
+            address(gradient),
+            gradient.stride(0),
+            add,
+            torch.get_num_threads(),
+        )
+
+    def counts(self, indices: Tensor, columns: int) -> Tensor:
+        indices = indices.contiguous()
+        crow_indices = torch.tensor([0, indices.shape[0]], dtype=torch.int32)
+        _check_rows(crow_indices, indices, columns)
+        counts = indices.new_empty(columns)
+        _native.count_indices(indices.shape[0], columns, address(indices), address(counts))
+        return counts
+
+    def topk(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        x = _scores(x)
+        check_k(k, x.shape[1])
+        values, indices = x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
+        _TOPK[x.dtype](
+            self._index,
+            *x.shape,
+            k,
+            address(x),
+            x.stride(0),
+            address(values),
+            address(indices),
+            torch.get_num_threads(),
+        )
+        return values, indices
+
+    def batch_topk(self, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        x = _scores(x)
+        check_k(k, min(x.numel(), 2**31 - 1))
+        crow_indices, indices, values = _new_rows(x, k)
+        _BATCH_TOPK[x.dtype](
+            self._index,
+            *x.shape,
+            k,
+            address(x),
+            x.stride(0),
+            address(crow_indices),
+            address(indices),
+            address(values),
+            torch.get_num_threads(),
+        )
+        return crow_indices, indices, values
+
+    def above(self, x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, threshold = _scores(x), threshold.contiguous()
+        if not is_vector(threshold, x.dtype, x.shape[1]):
+            refuse(x=x, threshold=threshold)
+        crow_indices = x.new_empty(x.shape[0] + 1, dtype=torch.int32)
+        operands = (address(x), x.stride(0), address(threshold), address(crow_indices))
+        nnz = _COUNT_ABOVE[x.dtype](self._index, *x.shape, *operands, torch.get_num_threads())
+        if nnz >= 2**31:
+            raise KernelError(f"expected at most 2^31 - 1 entries above the threshold, got {nnz}; split the batch")
+        indices, values = x.new_empty(nnz, dtype=torch.int32), x.new_empty(nnz)
+        _TAKE_ABOVE[x.dtype](
+            self._index, *x.shape, *operands, address(indices), address(values), torch.get_num_threads()
+        )
+        return crow_indices, indices, values
+
+    def encode_topk(self, x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+        dtype, latents = x.dtype, weight.shape[0]
+        if not (
+            is_matrix(x, dtype)
+            and is_matrix(weight, dtype)
+            and x.shape[1] == weight.shape[1]
+            and (bias is None or (bias.dtype is dtype and bias.is_cpu and bias.shape == (latents,)))
+        ):
+            refuse(x=x, weight=weight, bias=bias)
+        check_k(k, latents)
+        x, x_strides = one_unit_stride(x)
+        weight, bias = _rows(weight), None if bias is None else bias.contiguous()
+        values, indices = x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
+        _ENCODE_TOPK[dtype](
+            self._index,
+            *x.shape,
+            latents,
+            k,
+            address(x),
+            *x_strides,
+            address(weight),
+            weight.stride(0),
+            0 if bias is None else address(bias),
+            address(values),
+            address(indices),
+            torch.get_num_threads(),
+        )
+        return values, indices
+
+
+def _check_rows(crow_indices: Tensor, indices: Tensor, columns: int) -> None:
+    if not are_indices(crow_indices, indices):
+        refuse(crow_indices=crow_indices, indices=indices)
+    rows, nnz = crow_indices.shape[0] - 1, indices.shape[0]
+    if not _native.rows_fit(rows, nnz, columns, address(crow_indices), address(indices)):
+        check_rows(crow_indices, indices, columns)  # says what is wrong
+
+
+def _scores(x: Tensor) -> Tensor:
+    if not is_matrix(x, x.dtype):
+        refuse(x=x)
+    if x.shape[1] >= 2**31:
+        raise KernelError(f"expected fewer than 2^31 columns, got {x.shape[1]}")
+    return _rows(x)
+
+
+def _has_rows(matrix: Tensor) -> bool:
+    """Whether the rows are contiguous, and do not overlap."""
+    return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    return matrix if _has_rows(matrix) else matrix.contiguous()
+
+
+def _new_rows(like: Tensor, nnz: int) -> tuple[Tensor, Tensor, Tensor]:
+    crow_indices = like.new_empty(like.shape[0] + 1, dtype=torch.int32)
+    return crow_indices, like.new_empty(nnz, dtype=torch.int32), like.new_empty(nnz)

@@ -1,0 +1,319 @@
+"""Deliberately wrong products on sparse rows. Each row says which checkers must reject it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from offpath.kernels import KernelError, reference_rows as right
+from offpath.kernels.row_products import RowProducts
+
+
+@dataclass(frozen=True)
+class RowMutant:
+    name: str
+    rows: RowProducts
+    rejected_by: tuple[str, ...]
+
+
+def _wrong(name: str, *rejected_by: str, **fields: Callable) -> RowMutant:
+    return RowMutant(name, replace(right.ROWS, **fields), rejected_by)
+
+
+def _without_the_last_entry(crow: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    nnz = max(indices.numel() - 1, 0)
+    return crow.clamp(max=nnz), indices[:nnz]
+
+
+def _drops_the_last_entry(crow, indices, values, weight):
+    right.check_rows(crow, indices, weight.shape[0])
+    crow, indices = _without_the_last_entry(crow, indices)
+    return right.matmul(crow, indices, values[: indices.numel()], weight)
+
+
+def _off_by_one_row(crow, indices, values, weight):
+    return right.matmul(crow, indices, values, weight).roll(1, 0)
+
+
+def _last_of_duplicates_wins(crow, indices, values, weight):
+    right.check_rows(crow, indices, weight.shape[0])
+    dense = values.new_zeros(crow.numel() - 1, weight.shape[0])
+    dense[right.row_numbers(crow), indices.long()] = values
+    return right.wide(dense) @ right.wide(weight)
+
+
+def _accumulates_into_stale_memory(crow, indices, values, weight):
+    return right.matmul(crow, indices, values, weight) + values.new_empty(crow.numel() - 1, weight.shape[1])
+
+
+def _leaves_empty_rows_as_they_were(crow, indices, values, weight):
+    y = right.matmul(crow, indices, values, weight)
+    return torch.where(crow.diff()[:, None] > 0, y, torch.empty_like(y))
+
+
+def _forgets_the_tail_of_the_width(crow, indices, values, weight):
+    y = right.matmul(crow, indices, values, weight)
+    y[:, y.shape[1] // 8 * 8 :] = 0
+    return y
+
+
+def _sums_in_bfloat16(crow, indices, values, weight):
+    return right.matmul(crow, indices, values.bfloat16(), weight.bfloat16()).to(values.dtype)
+
+
+def _reads_views_as_if_contiguous(crow, indices, values, weight):
+    flat = weight.as_strided((weight.untyped_storage().nbytes() // weight.element_size(),), (1,), 0)
+    enough = flat.numel() >= weight.numel()
+    return right.matmul(crow, indices, values, flat[: weight.numel()].view(weight.shape) if enough else weight)
+
+
+def _skips_entries_of_value_zero(crow, indices, values, weight):
+    right.check_rows(crow, indices, weight.shape[0])
+    products = torch.where(values[:, None] == 0, 0, right.wide(values)[:, None] * right.wide(weight)[indices.long()])
+    y = products.new_zeros(crow.numel() - 1, weight.shape[1])
+    return y.index_add(0, right.row_numbers(crow), products).to(values.dtype)
+
+
+def _multiplies_every_row_of_the_weight(crow, indices, values, weight):
+    right.check_rows(crow, indices, weight.shape[0])
+    dense = values.new_zeros(crow.numel() - 1, weight.shape[0])
+    dense.index_put_((right.row_numbers(crow), indices.long()), values, accumulate=True)
+    return dense @ weight
+
+
+def _wraps_indices_around(crow, indices, values, weight):
+    return right.matmul(crow, indices % weight.shape[0], values, weight)
+
+
+def _ignores_where_rows_begin(crow, indices, values, weight):
+    crow = torch.linspace(0, indices.numel(), crow.numel()).int()
+    return right.matmul(crow, indices, values, weight)
+
+
+def _scales_its_weight(crow, indices, values, weight):
+    y = right.matmul(crow, indices, values, weight)
+    weight.mul_(2)
+    return y
+
+
+def _takes_dy_of_the_row_before(crow, indices, dy, weight):
+    return right.dots(crow, indices, dy.roll(1, 0), weight)
+
+
+def _forgets_the_last_feature(crow, indices, dy, weight):
+    return right.dots(crow, indices, dy[:, :-1], weight[:, :-1])
+
+
+def _swaps_the_gradients_of_two_entries(crow, indices, dy, weight):
+    dvalues = right.dots(crow, indices, dy, weight)
+    return torch.cat([dvalues[1:2], dvalues[:1], dvalues[2:]])
+
+
+def _gradient_goes_to_the_column_after(crow, indices, values, dy, columns):
+    return right.weight_gradient(crow, indices, values, dy, columns).roll(1, 0)
+
+
+def _one_sample_per_column(crow, indices, values, dy, columns):
+    """What a race of two threads on one row leaves behind."""
+    right.check_rows(crow, indices, columns)
+    gradient = dy.new_zeros(columns, dy.shape[1])
+    gradient[indices.long()] = values[:, None] * dy[right.row_numbers(crow)]
+    return gradient
+
+
+def _overwrites_the_buffer(crow, indices, values, dy, buffer):
+    buffer.copy_(right.weight_gradient(crow, indices, values, dy, buffer.shape[0]))
+
+
+def _adds_zero_to_rows_without_entries(crow, indices, values, dy, buffer):
+    buffer.add_(right.weight_gradient(crow, indices, values, dy, buffer.shape[0]))
+
+
+def _clears_rows_without_entries(crow, indices, values, dy, buffer):
+    right.add_weight_gradient(crow, indices, values, dy, buffer)
+    buffer[right.counts(indices, buffer.shape[0]) == 0] = 0
+
+
+def _writes_before_it_checks(crow, indices, values, dy, buffer):
+    buffer[0] += 1
+    right.check_rows(crow, indices, buffer.shape[0])
+    buffer[0] -= 1
+    right.add_weight_gradient(crow, indices, values, dy, buffer)
+
+
+def _believes_the_row_pointer(crow, indices, values, weight):
+    try:
+        return right.matmul(crow, indices, values, weight)
+    except KernelError:
+        right.check_indices(indices, weight.shape[0])
+        return values.new_zeros(crow.numel() - 1, weight.shape[1])
+
+
+def _counts_rows_instead_of_entries(indices, columns):
+    return right.counts(indices, columns).clamp(max=1)
+
+
+def _by(key: Callable[[Tensor], Tensor]) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+    """The k largest by another order than that of the scores."""
+
+    def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        _, indices = right.topk(key(x), k)
+        return x.gather(1, indices.long()), indices
+
+    return topk
+
+
+def _ties_to_the_highest_index(x, k):
+    indices = (x.shape[1] - 1 - right.topk(x.flip(1), k)[1]).flip(1)
+    return x.gather(1, indices.long()), indices
+
+
+def _one_too_few(x, k):
+    values, indices = right.topk(x, k)
+    return torch.cat([values[:, : max(k - 1, 0)], values[:, :1]], 1)[:, :k], indices
+
+
+def _descending_like_torch(x, k):
+    values, indices = x.sort(dim=1, descending=True, stable=True)
+    return values[:, :k].contiguous(), indices[:, :k].int()
+
+
+def _forgets_candidates_that_overflow(x, k):
+    """Keeps what is at least the k-th largest of the first 2 k scores, in a buffer that has an end."""
+    right.check_k(k, x.shape[1])
+    if k == 0:
+        return right.topk(x, k)
+    threshold = x[:, : 2 * k].topk(k).values[:, -1:]
+    candidate = ~(x < threshold)
+    kept = candidate & (candidate.cumsum(1) <= 4 * k)
+    _, indices = right.topk(torch.where(kept, x, -float("inf")), k)
+    return x.gather(1, indices.long()), indices
+
+
+def _row_of_the_first_sample(x, k):
+    values, indices = right.topk(x, k)
+    return values, indices[:1].expand_as(indices)
+
+
+def _cuts_each_row_to_its_share(x, k):
+    right.check_k(k, x.numel())
+    per_row = k // max(x.shape[0], 1)
+    values, indices = right.topk(x, per_row)
+    crow = torch.arange(x.shape[0] + 1, dtype=torch.int32) * per_row
+    return crow, indices.flatten(), values.flatten()
+
+
+def _batch_ties_in_column_order(x, k):
+    right.check_k(k, x.numel())
+    order = x.t().flatten().sort(descending=True, stable=True).indices[:k]
+    flat = (order % max(x.shape[0], 1) * x.shape[1] + order // max(x.shape[0], 1)).sort().values
+    crow = torch.zeros(x.shape[0] + 1, dtype=torch.int32)
+    crow[1:] = torch.bincount(flat // max(x.shape[1], 1), minlength=x.shape[0]).cumsum(0)
+    return crow, (flat % max(x.shape[1], 1)).int(), x.flatten()[flat]
+
+
+def _at_least_the_threshold(x, threshold):
+    crow, indices, _ = right.above(torch.where(x == threshold, float("inf"), x), threshold)
+    return crow, indices, x[~(x < threshold)]
+
+
+def _drops_nan(x, threshold):
+    crow, indices, values = right.above(x.nan_to_num(-float("inf"), float("inf"), -float("inf")), threshold)
+    return crow, indices, values
+
+
+def _one_threshold_for_all_columns(x, threshold):
+    return right.above(x, threshold[:1].expand_as(threshold))
+
+
+def _encoder_forgets_the_bias(x, weight, bias, k):
+    return right.encode_topk(x, weight, None, k)
+
+
+def _encoder_adds_the_bias_to_the_chosen_only(x, weight, bias, k):
+    values, indices = right.encode_topk(x, weight, None, k)
+    return values if bias is None else values + bias[indices.long()], indices
+
+
+def _encoder_in_bfloat16(x, weight, bias, k):
+    operands = [None if t is None else t.bfloat16() for t in (x, weight, bias)]
+    _, indices = right.encode_topk(operands[0], operands[1], operands[2], k)
+    return torch.nn.functional.linear(x, weight, bias).gather(1, indices.long()), indices
+
+
+def _encoder_forgets_tokens_after_a_block(x, weight, bias, k):
+    values, indices = right.encode_topk(x, weight, bias, k)
+    values[64:] = 0
+    return values, indices
+
+
+def _encoder_forgets_latents_after_a_block(x, weight, bias, k):
+    right.check_k(k, weight.shape[0])
+    block = max(k, 512)
+    return right.encode_topk(x, weight[:block], None if bias is None else bias[:block], k)
+
+
+PRODUCTS = ("exact", "bounded")
+
+ROW_MUTANTS = (
+    _wrong("drops the last entry", *PRODUCTS, matmul=_drops_the_last_entry),
+    _wrong("off by one row", *PRODUCTS, matmul=_off_by_one_row),
+    _wrong("last of duplicates wins", *PRODUCTS, matmul=_last_of_duplicates_wins),
+    _wrong("accumulates into stale memory", *PRODUCTS, matmul=_accumulates_into_stale_memory),
+    _wrong("leaves empty rows as they were", *PRODUCTS, matmul=_leaves_empty_rows_as_they_were),
+    _wrong("forgets the tail of the width", *PRODUCTS, matmul=_forgets_the_tail_of_the_width),
+    # Sums of small integers are exact in bfloat16 as well.
+    _wrong("sums in bfloat16", "bounded", matmul=_sums_in_bfloat16),
+    _wrong("reads views as if contiguous", "exact", matmul=_reads_views_as_if_contiguous),
+    _wrong("ignores where rows begin", *PRODUCTS, matmul=_ignores_where_rows_begin),
+    _wrong("scales its weight", *PRODUCTS, matmul=_scales_its_weight),
+    _wrong("skips entries of value zero", "special", matmul=_skips_entries_of_value_zero),
+    _wrong("multiplies every row of the weight", "special", matmul=_multiplies_every_row_of_the_weight),
+    _wrong("wraps indices around", "refuses", matmul=_wraps_indices_around),
+    _wrong("believes the row pointer", "refuses", matmul=_believes_the_row_pointer),
+    _wrong("takes dy of the row before", *PRODUCTS, dots=_takes_dy_of_the_row_before),
+    _wrong("forgets the last feature", *PRODUCTS, dots=_forgets_the_last_feature),
+    _wrong("swaps the gradients of two entries", *PRODUCTS, dots=_swaps_the_gradients_of_two_entries),
+    _wrong("gradient of the column before", *PRODUCTS, weight_gradient=_gradient_goes_to_the_column_after),
+    _wrong("one sample per column", *PRODUCTS, weight_gradient=_one_sample_per_column),
+    _wrong("overwrites the buffer", *PRODUCTS, "untouched", add_weight_gradient=_overwrites_the_buffer),
+    _wrong("adds zero to other rows", "untouched", add_weight_gradient=_adds_zero_to_rows_without_entries),
+    _wrong("clears rows without entries", "untouched", add_weight_gradient=_clears_rows_without_entries),
+    _wrong("writes before it checks", "refuses", add_weight_gradient=_writes_before_it_checks),
+    _wrong("counts rows instead of entries", "counts", counts=_counts_rows_instead_of_entries),
+    _wrong("ties to the highest index", "topk", topk=_ties_to_the_highest_index),
+    _wrong("largest absolute values", "topk", topk=_by(Tensor.abs)),
+    _wrong("NaN as the smallest", "topk", topk=_by(lambda x: x.nan_to_num(-float("inf"), float("inf"), -float("inf")))),
+    _wrong("NaN as zero", "topk", topk=_by(lambda x: x.nan_to_num(0.0, float("inf"), -float("inf")))),
+    _wrong("+inf as large as NaN", "topk", topk=_by(lambda x: x.nan_to_num(float("inf"), float("inf"), -float("inf")))),
+    _wrong("0.0 over -0.0", "topk", topk=_by(lambda x: torch.where((x == 0) & ~x.signbit(), 1e-30, x))),
+    _wrong("subnormals are zero", "topk", topk=_by(lambda x: torch.where(x.abs() < 1e-37, 0, x))),
+    _wrong("one too few", "topk", topk=_one_too_few),
+    _wrong("in descending order", "topk", topk=_descending_like_torch),
+    _wrong("forgets candidates that overflow", "topk", topk=_forgets_candidates_that_overflow),
+    _wrong("the first row's entries for all", "topk", topk=_row_of_the_first_sample),
+    _wrong("each row its share", "batch_topk", batch_topk=_cuts_each_row_to_its_share),
+    _wrong("ties in column order", "batch_topk", batch_topk=_batch_ties_in_column_order),
+    _wrong("at least the threshold", "above", above=_at_least_the_threshold),
+    _wrong("drops NaN", "above", above=_drops_nan),
+    _wrong("one threshold for all columns", "above", above=_one_threshold_for_all_columns),
+    _wrong("forgets the bias", "encode exact", "encode bounded", encode_topk=_encoder_forgets_the_bias),
+    _wrong(
+        "bias of the chosen only",
+        "encode exact",
+        "encode bounded",
+        encode_topk=_encoder_adds_the_bias_to_the_chosen_only,
+    ),
+    _wrong("chooses in bfloat16", "encode bounded", encode_topk=_encoder_in_bfloat16),
+    _wrong("tokens after a block", "encode exact", "encode bounded", encode_topk=_encoder_forgets_tokens_after_a_block),
+    _wrong(
+        "latents after a block",
+        "encode exact",
+        "encode bounded",
+        "encode scores",
+        encode_topk=_encoder_forgets_latents_after_a_block,
+    ),
+)
