@@ -85,7 +85,7 @@ def _fake_weight_gradient(values, crow_indices, indices, dy, columns):
 
 def _save_matmul(ctx, inputs, output):
     values, crow_indices, indices, weight = inputs
-    wants_values, _, _, wants_weight = ctx.needs_input_grad
+    wants_values, _, _, wants_weight, *_ = ctx.needs_input_grad
     ctx.columns = weight.shape[0]
     ctx.save_for_backward(values if wants_weight else None, crow_indices, indices, weight if wants_values else None)
 
@@ -103,7 +103,7 @@ def _backward_of_matmul(ctx, dy):
 
 def _save_dots(ctx, inputs, output):
     dy, crow_indices, indices, weight = inputs
-    wants_dy, _, _, wants_weight = ctx.needs_input_grad
+    wants_dy, _, _, wants_weight, *_ = ctx.needs_input_grad
     ctx.columns = weight.shape[0]
     ctx.save_for_backward(dy if wants_weight else None, crow_indices, indices, weight if wants_dy else None)
 
@@ -120,7 +120,7 @@ def _backward_of_dots(ctx, gradient):
 
 def _save_weight_gradient(ctx, inputs, output):
     values, crow_indices, indices, dy, _ = inputs
-    wants_values, _, _, wants_dy, _ = ctx.needs_input_grad
+    wants_values, _, _, wants_dy, *_ = ctx.needs_input_grad
     ctx.save_for_backward(values if wants_dy else None, crow_indices, indices, dy if wants_values else None)
 
 
