@@ -27,6 +27,15 @@ WIDTH, LATENTS, ROWS = 12, 64, 40
 FLOAT = unit_roundoff(torch.float32)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On so little data, threads only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def _plain(input: Tensor, weight: Tensor, bias: Tensor, k: int, activation: str) -> EncoderOutput:
     """The formula, for autograd: what both encoders claim to compute."""
     pre_acts = F.relu(F.linear(input, weight, bias))

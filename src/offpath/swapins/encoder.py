@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from offpath.ops import SparseRows
@@ -31,7 +32,8 @@ def few_live(dense: Tensor) -> bool:
 def pre_activations(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x @ weight.T + bias, [rows, latents], for those who use all of them.
 
-    Losses such as AuxK send a gradient to a few of them; the backward pass then touches only these.
+    Losses such as AuxK send a gradient to a few of them; the backward pass then touches only these. It cannot be
+    differentiated once more.
 
     >>> weight = torch.ones(3, 2, requires_grad=True)
     >>> pre_activations(torch.ones(1, 2), weight, torch.zeros(3))[0, 1].backward()
@@ -51,6 +53,7 @@ class _PreActivations(torch.autograd.Function):
         return torch.nn.functional.linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable  # a derivative of it would have to know of the entries that are zero as well
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad

@@ -30,9 +30,10 @@ ARCHITECTURE = "offpath_topk"
 def patch() -> Patch:
     """Let SAELens multiply sparse activations with offpath, until `undo()` or the end of a `with` block.
 
-    That is the decoder of TopK autoencoders with `use_sparse_activations=True`, and of all TopK and JumpReLU ones where
-    few activations live, and the auxiliary loss for dead latents. Tensors on other devices than the CPU go to SAELens'
-    own products, as before. Raises `SwapInError` for a version without the functions to replace.
+    That is the decoder of TopK autoencoders trained with `use_sparse_activations=True`; of all TopK and JumpReLU ones
+    where few activations live and want no gradient; and the auxiliary loss for dead latents. Tensors on other devices
+    than the CPU go to SAELens' own products, as before. Raises `SwapInError` for a version without the functions to
+    replace.
 
     >>> from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
     >>> sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=8, d_sae=64))
@@ -160,11 +161,16 @@ class _LiveActivations:
 
 
 def _live(acts: Any) -> Any:
-    """`acts` [..., d_sae] as its live entries on the CPU, as it is on other devices or where too many live."""
+    """`acts` [..., d_sae] as its live entries on the CPU; as it is on other devices or where too many live.
+
+    Dense activations that want a gradient stay dense: theirs has entries where they are zero as well.
+    """
     if isinstance(acts, _LiveActivations) or acts.device.type != "cpu":
         return acts
     if acts.is_sparse:
         return _LiveActivations(_from_coo(acts), acts.shape[:-1])
+    if acts.requires_grad:
+        return acts
     flat = acts.reshape(-1, acts.shape[-1])
     return _LiveActivations(SparseRows.from_dense(flat), acts.shape[:-1]) if few_live(flat) else acts
 
