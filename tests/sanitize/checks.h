@@ -22,8 +22,8 @@ constexpr const char *name_of = std::is_same_v<T, float>    ? "float32"
                                 : std::is_same_v<T, double> ? "float64"
                                                             : "bfloat16";
 
-inline double widen(double a) { return a; }
-inline double widen(bfloat16 a) { return std::bit_cast<float>(static_cast<uint32_t>(a.bits) << 16); }
+inline double to_double(double a) { return a; }
+inline double to_double(bfloat16 a) { return std::bit_cast<float>(static_cast<uint32_t>(a.bits) << 16); }
 
 // To the nearest, ties to even.
 template <class T> T round_to(double a) {
@@ -65,8 +65,8 @@ template <class T> double bound(const Sum64 &sum) {
 template <class T>
 void check(const std::string &what, const GuardedArray<T> &got, const std::vector<Sum64> &expected, bool exact) {
     for (size_t i = 0; i < expected.size(); ++i) {
-        const double y = widen(got[i]);
-        const bool right = exact ? y == widen(round_to<T>(expected[i].value))
+        const double y = to_double(got[i]);
+        const bool right = exact ? y == to_double(round_to<T>(expected[i].value))
                                  : std::abs(y - expected[i].value) <= bound<T>(expected[i]);
         if (!right) { // so that NaN is wrong
             std::cerr << "WRONG RESULT: " << what << ": entry " << i << " of " << expected.size() << " is " << y

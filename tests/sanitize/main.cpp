@@ -4,6 +4,7 @@
 #include "digest.h"
 #include "isa.h"
 #include "operands.h"
+#include "rows.h"
 #include "self_test.h"
 #include "small_products.h"
 
@@ -132,6 +133,7 @@ int main(int count, char **arguments) {
         return self_test(arguments[2]);
     for (const Isa &isa : isas())
         std::cout << isa.table->isa << (isa.runs_here ? ": checked\n" : ": NOT CHECKED, this CPU cannot run it\n");
+    check_all_rows();
     const std::vector<Problem> all = problems();
     for (size_t i = 0; i < all.size(); ++i) {
         std::cout << '\r' << i + 1 << " of " << all.size() << " problems" << std::flush;

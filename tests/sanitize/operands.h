@@ -92,18 +92,18 @@ template <class T> struct Operands {
         dvalues.resize(pattern.nnz());
         dbias.resize(rows);
         for (int64_t i = 0; i < batch * rows; ++i)
-            dbias[i % rows].add(widen(dy_entries[i]));
+            dbias[i % rows].add(to_double(dy_entries[i]));
         expanded.resize(rows * columns);
         compressed.resize(pattern.nnz());
         for (int64_t r = 0; r < rows; ++r)
             for (int32_t s = pattern.crow_indices[r]; s < pattern.crow_indices[r + 1]; ++s) {
                 const int64_t c = pattern.col_indices[s];
-                const double value = widen(value_entries[s]);
+                const double value = to_double(value_entries[s]);
                 expanded[r * columns + c].add(value);
-                compressed[s].add(widen(dense_entries[r * columns + c]));
+                compressed[s].add(to_double(dense_entries[r * columns + c]));
                 for (int64_t b = 0; b < batch; ++b) {
-                    const double x_entry = widen(x_entries[b * columns + c]),
-                                 dy_entry = widen(dy_entries[b * rows + r]);
+                    const double x_entry = to_double(x_entries[b * columns + c]),
+                                 dy_entry = to_double(dy_entries[b * rows + r]);
                     y[b * rows + r].add(value * x_entry);
                     dx[b * columns + c].add(value * dy_entry);
                     dvalues[s].add(dy_entry * x_entry);
@@ -111,6 +111,6 @@ template <class T> struct Operands {
             }
         y_with_bias = y;
         for (int64_t i = 0; i < batch * rows; ++i)
-            y_with_bias[i].add(widen(bias_entries[i % rows]));
+            y_with_bias[i].add(to_double(bias_entries[i % rows]));
     }
 };
