@@ -39,6 +39,11 @@ def version() -> str:
     return distribution(PACKAGE).version
 
 
+def folder() -> Path:
+    """Where the package keeps the model."""
+    return Path(str(distribution(PACKAGE).locate_file(MODEL_FILES)))
+
+
 def load(layer: int) -> tuple[Callable[[str], list[int]], Callable[[Tensor], Tensor]]:
     """(text -> token ids, windows of ids [windows, length] -> activations [windows, length, 384] after `layer`).
 
@@ -47,12 +52,12 @@ def load(layer: int) -> tuple[Callable[[str], list[int]], Callable[[Tensor], Ten
     """
     if not 1 <= layer <= LAYERS:
         raise RunError(f"expected a layer from 1 to {LAYERS}, got {layer}")
-    folder = Path(str(distribution(PACKAGE).locate_file(MODEL_FILES)))
+    files = folder()
     # Late: both come with the `sae` extra, and take seconds.
     from tokenizers import Tokenizer
     from transformers import BertModel, utils
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(files / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     begin, end = tokenizer.encode("", add_special_tokens=True).ids
@@ -60,7 +65,7 @@ def load(layer: int) -> tuple[Callable[[str], list[int]], Callable[[Tensor], Ten
     utils.logging.set_verbosity_error()  # the weights of the pooling layer, which we leave out, are worth a report
     utils.logging.disable_progress_bar()
     try:
-        model = BertModel.from_pretrained(folder, add_pooling_layer=False, local_files_only=True).eval()
+        model = BertModel.from_pretrained(files, add_pooling_layer=False, local_files_only=True).eval()
     finally:
         utils.logging.set_verbosity(verbosity)
         utils.logging.enable_progress_bar()

@@ -110,5 +110,5 @@ def _memory(axes: Axes, lanes: tuple[SaeLane, ...]) -> None:
 def _bars(axes: Axes, lanes: tuple[SaeLane, ...], heights: list[float], text: str) -> None:
     for place, (lane, height) in enumerate(zip(lanes, heights, strict=True)):
         axes.bar(place, height, color=COLORS[lane.name], width=0.6)
-        axes.annotate(text.format(height), (place, height / 2), ha="center", va="center", color="white")
+        axes.annotate(text.format(height), (place, height / 5), ha="center", va="center", color="white")
     axes.set_xticks(range(len(lanes)), [lane.name for lane in lanes])

