@@ -69,6 +69,8 @@ template <class T> void encode(const offpath::encode_args<T> &args, const offpat
                     S::store(scores, acc[row][v]);
                     for (; bits; bits &= bits - 1) {
                         const int lane = __builtin_ctz(bits);
+                        if (v * S::lanes + lane >= args.tokens)
+                            break; // behind the last token are zeros, whose scores may be NaN
                         offpath::Found<offpath::Sum<T>> &found = args.found[v * S::lanes + lane];
                         found.values[found.count] = scores[lane];
                         found.indices[found.count++] = static_cast<int32_t>(first + row);

@@ -72,7 +72,7 @@ template <class T> struct encode_args {
     const void *panel;
     int64_t width, tokens; // tokens of the panel
     Found<Sum<T>> *found;  // [tokens]
-    Sum<T> *thresholds;    // [panel width], those of `found`; behind the last token infinity
+    Sum<T> *thresholds;    // [panel width], those of `found`; anything behind the last token
 };
 
 } // namespace offpath

@@ -17,6 +17,8 @@ inline int64_t row_tasks(const Csr &rows) {
 template <class T>
 void rows_matmul(const Kernels<T> &kernels, const Csr &rows, const T *values, Rows<const T> weight, int64_t width,
                  Rows<T> y, bool add, int threads) {
+    if (width == 0)
+        return;
     const rows_matmul_args<T> args{rows, values, weight, y, add};
     const Blocks blocks = Blocks::of(rows, width, width, row_tasks(rows));
     const int64_t work = (rows.crow_indices[rows.rows] + rows.rows) * width;

@@ -75,12 +75,11 @@ template <class T> void shrink(Found<T> &found, int64_t k, std::vector<SortKey<T
 constexpr int64_t most_lanes = 16;
 inline int64_t found_capacity(int64_t k) { return std::max<int64_t>(4 * k, 256) + most_lanes; }
 
-// Buckets whose maxima bound the k-th largest of a row from below: enough of them that hardly more than k entries pass.
-// None where a row is too short for that to pay.
+// Buckets whose maxima bound the k-th largest of a row from below: so many, if the row has them, that hardly more than
+// k entries pass. None where a row is too short for that to pay.
 inline int64_t buckets_for(int64_t k, int64_t columns) {
-    constexpr int64_t whole = 8 * most_lanes;
-    const int64_t buckets = ceil_div(8 * k, whole) * whole;
-    return columns >= 4 * buckets ? buckets : 0;
+    const int64_t buckets = std::min(8 * k, columns / 4) / most_lanes * most_lanes;
+    return buckets >= 2 * k && buckets >= 64 ? buckets : 0;
 }
 
 // The largest number below x, where everything from x on shall pass; NaN, which lets everything pass, for minus

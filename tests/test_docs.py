@@ -63,5 +63,8 @@ def test_tables_of_the_study_are_those_of_the_committed_result() -> None:
 def test_public_functions_have_an_example() -> None:
     recipes = offpath.Static, offpath.SET, offpath.RigL, offpath.MEST, offpath.GMP, offpath.topology.Topology
     public = offpath.sparsify, offpath.densify, offpath.fuse, offpath.SparseLinear, offpath.Pattern, offpath.nn.rewire
-    for function in (*public, *recipes):
+    nn = offpath.nn
+    activations = nn.TopK, nn.BatchTopK, nn.JumpReLU, nn.KWinners, nn.KWinners2d, nn.update_boost_strength
+    readers = nn.SparseInputLinear, nn.SparseInputLinear.from_linear, nn.ProductKeyMemory
+    for function in (*public, *recipes, *activations, *readers):
         assert ">>>" in (function.__doc__ or ""), function

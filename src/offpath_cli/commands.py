@@ -23,8 +23,14 @@ app = typer.Typer(
 )
 INTERRUPTED = 130
 
-Data = Annotated[str, typer.Option(help="digits, mnist-5k, mnist, fashion-mnist or cifar10.")]
-Model = Annotated[str, typer.Option(help="mlp-small, mlp or mlp-wide.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="digits, mnist-5k, mnist, fashion-mnist or cifar10; for an sae tinyshakespeare (its default), "
+        "python-source or synthetic."
+    ),
+]
+Model = Annotated[str, typer.Option(help="mlp-small, mlp, mlp-wide; or sae, sae-batch-topk, sae-jumprelu.")]
 Sparsity = Annotated[float, typer.Option(help="Share of the hidden weights that do not exist, in [0, 1).")]
 Distribution = Annotated[str, typer.Option(help="How layers share the connections: uniform or erk.")]
 Method = Annotated[
@@ -32,6 +38,9 @@ Method = Annotated[
 ]
 DropFraction = Annotated[float, typer.Option(help="Share of the connections that move in an update, in (0, 1].")]
 UpdateFreq = Annotated[int, typer.Option(help="Steps between updates, which end after 75 % of the first --epochs.")]
+Latents = Annotated[int | None, typer.Option(help="Latents of an sae (default: 6144).")]
+Live = Annotated[int | None, typer.Option("--k", help="Live latents of a token, on average (default: 32).")]
+Layer = Annotated[int | None, typer.Option(help="Transformer layer whose activations an sae reads (default: 3 of 6).")]
 Epochs = Annotated[int, typer.Option(help="Passes over the training data.")]
 BatchSize = Annotated[int, typer.Option(help="Samples a step, of all processes together.")]
 LearningRate = Annotated[float, typer.Option(help="Adam's learning rate.")]
@@ -132,6 +141,9 @@ def train(
     learning_rate: LearningRate = 1e-3,
     seed: Seed = 0,
     device: Device = "cpu",
+    latents: Latents = None,
+    k: Live = None,
+    layer: Layer = None,
     data_dir: DataDir = None,
     out: Out = None,
     resume: Resume = False,
@@ -141,6 +153,12 @@ def train(
 
     Under torchrun (torchrun --nproc-per-node 2 --no-python offpath train ...), the processes share out each batch.
     """
+    from offpath_cli import sae
+
+    if sae.is_meant(context):
+        sae.train(context)
+        return
+
     from offpath.studies import train as train_run
     from offpath.studies.ranks import ranks_of_torchrun
     from offpath.studies.train_report import write_report
@@ -177,12 +195,21 @@ def race(
     learning_rate: LearningRate = 1e-3,
     seed: Seed = 0,
     device: Device = "cpu",
+    latents: Latents = None,
+    k: Live = None,
+    layer: Layer = None,
     data_dir: DataDir = None,
     out: Out = None,
     resume: Resume = False,
     quick: Quick = False,
 ) -> None:
     """Train a dense model and its sparse twin side by side; write the table, race.json and report.html."""
+    from offpath_cli import sae
+
+    if sae.is_meant(context):
+        sae.race(context)
+        return
+
     from offpath.studies import race as run_race
     from offpath.studies.report import write_report
     from offpath_cli.display import RaceDisplay, print_race

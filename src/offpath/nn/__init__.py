@@ -1,4 +1,14 @@
-"""Layers with sparse weights."""
+"""Layers with sparse weights, and layers that make and read sparse activations."""
 
+from offpath.nn.autoencoder import SAELoss as SAELoss, SparseAutoencoder as SparseAutoencoder
+from offpath.nn.jumprelu import JumpReLU as JumpReLU
+from offpath.nn.kwinners import (
+    KWinners as KWinners,
+    KWinners2d as KWinners2d,
+    update_boost_strength as update_boost_strength,
+)
 from offpath.nn.linear import SparseLinear as SparseLinear
+from offpath.nn.product_key_memory import ProductKeyMemory as ProductKeyMemory
 from offpath.nn.rewire import check_rewire as check_rewire, rewire as rewire
+from offpath.nn.sparse_input_linear import SparseInputLinear as SparseInputLinear
+from offpath.nn.topk import BatchTopK as BatchTopK, TopK as TopK

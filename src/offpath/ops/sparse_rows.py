@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,6 @@ from offpath.ops.selection import row_pointer, to_dense
 _ops = torch.ops.offpath
 
 
-@dataclass(frozen=True, eq=False)
 class SparseRows:
     """Rows of (indices, values): a matrix of shape (rows, columns) that stores the live entries of each row.
 
@@ -32,25 +29,22 @@ class SparseRows:
             [301.]])
     """
 
-    crow_indices: Tensor
-    indices: Tensor
-    values: Tensor
-    columns: int
-
-    def __post_init__(self) -> None:
+    # Not a frozen dataclass: torch.compile cannot rebuild one that holds what it traces.
+    def __init__(self, crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int) -> None:
         if (
-            self.crow_indices.dim() != 1
-            or self.crow_indices.shape[0] == 0
-            or self.indices.dim() != 1
-            or self.values.shape != self.indices.shape
-            or self.crow_indices.dtype is not torch.int32
-            or self.indices.dtype is not torch.int32
-            or not self.values.dtype.is_floating_point
+            crow_indices.dim() != 1
+            or crow_indices.shape[0] == 0
+            or indices.dim() != 1
+            or values.shape != indices.shape
+            or crow_indices.dtype is not torch.int32
+            or indices.dtype is not torch.int32
+            or not values.dtype.is_floating_point
         ):
             raise KernelError(
                 "expected crow_indices int32 [rows + 1], indices int32 [nnz] and floating values [nnz]; got "
-                + ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in (self.crow_indices, self.indices, self.values))
+                + ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in (crow_indices, indices, values))
             )
+        self.crow_indices, self.indices, self.values, self.columns = crow_indices, indices, values, columns
 
     @classmethod
     def from_dense(cls, dense: Tensor) -> SparseRows:
@@ -117,7 +111,7 @@ class SparseRows:
         >>> rows.with_values(rows.values.relu()).to_dense()
         tensor([[0., 0.]])
         """
-        return replace(self, values=values)
+        return SparseRows(self.crow_indices, self.indices, values, self.columns)
 
     def relu(self) -> SparseRows:
         """max(value, 0) at the same places; an entry that is not positive passes no gradient."""
@@ -141,7 +135,8 @@ class SparseRows:
             raise KernelError(f"expected a weight of {self.columns} rows, got shape {tuple(weight.shape)}")
         return _ops.rows_matmul(self.values, self.crow_indices, self.indices, weight)
 
-    __matmul__ = matmul
+    def __matmul__(self, weight: Tensor) -> Tensor:
+        return self.matmul(weight)
 
     def add_weight_gradient(self, dy: Tensor, buffer: Tensor) -> None:
         """buffer += self.T @ dy for `dy` [rows, width] and `buffer` [columns, width].

@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from offpath.studies.config import RunConfig, RunError
+from offpath.studies.config import RunError
 from offpath.studies.files import write_whole
-from offpath.studies.run import Meter, Run
+from offpath.studies.resumable import Resumable
 from offpath.topology import Topology, TopologyError
 
 FORMAT_VERSION = 1
@@ -31,7 +31,7 @@ CHANGEABLE = {"epochs", "data_dir"}
 LAYER_TENSORS = ("unmoved", "explored")
 
 
-def save_checkpoint(run: Run, path: Path) -> None:
+def save_checkpoint(run: Resumable, path: Path) -> None:
     """Write the whole state of `run` to `path`, atomically."""
     tensors = {f"model/{key}": value for key, value in run.model.state_dict().items()}
     tensors["rng_state"] = run.rng_state
@@ -58,13 +58,13 @@ def save_checkpoint(run: Run, path: Path) -> None:
     write_whole(path, lambda beside: save_file(contiguous, beside, metadata=metadata))
 
 
-def load_checkpoint(run: Run, path: Path) -> None:
+def load_checkpoint(run: Resumable, path: Path) -> None:
     """Put `run` where the checkpoint at `path` left off: read by the first process, and handed to the others.
 
     Raises `RunError` when the file is missing, corrupt, truncated, or belongs to another run.
     """
     tensors, header = run.ranks.from_first(lambda: _read(path))
-    saved, current = RunConfig.from_json(header["config"]).to_json(), run.config.to_json()
+    saved, current = type(run.config).from_json(header["config"]).to_json(), run.config.to_json()
     differing = [key for key in saved if key not in CHANGEABLE and saved[key] != current[key]]
     if differing:
         key = differing[0]
@@ -75,7 +75,7 @@ def load_checkpoint(run: Run, path: Path) -> None:
         _load_topology(run.topology, tensors, header["topology"], path)
     run.rng_state = tensors["rng_state"]
     run.step = header["step"]
-    run.meter = Meter(**header["meter"])
+    run.meter = type(run.meter)(**header["meter"])
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -7,14 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
 from offpath.studies.checkpoint import load_checkpoint, save_checkpoint
 from offpath.studies.config import RunConfig, RunError
 from offpath.studies.files import write_text
-from offpath.studies.run import Run
+from offpath.studies.resumable import Resumable
+
+
+class AnyConfig(Protocol):
+    """What a run is asked to do."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The config as plain JSON values."""
 
 
 class RunFolder:
@@ -50,12 +57,12 @@ class RunFolder:
         if self.checkpoint_file.exists() or (started and self.config_file.exists()):
             raise RunError(f"{self.path} already holds a run; go on with it by --resume, or choose another --out")
 
-    def start(self, config: RunConfig) -> None:
+    def start(self, config: AnyConfig) -> None:
         """Begin a new run here."""
         write_text(self.metrics_file, "")
         self.write_config(config)
 
-    def write_config(self, config: RunConfig) -> None:
+    def write_config(self, config: AnyConfig) -> None:
         """Write what the run is asked to do."""
         text = json.dumps(config.to_json(), indent=2) + "\n"
         if not self.config_file.exists() or self.config_file.read_text() != text:
@@ -63,8 +70,12 @@ class RunFolder:
 
     def config(self) -> RunConfig:
         """The config of the run that is here. Raises `RunError` when there is none or it is broken."""
+        return RunConfig.from_json(self.config_values())
+
+    def config_values(self) -> Any:
+        """The config as the plain values that its file holds. Raises `RunError` when there is none or it is broken."""
         try:
-            return RunConfig.from_json(json.loads(self.config_file.read_text()))
+            return json.loads(self.config_file.read_text())
         except FileNotFoundError as error:
             raise RunError(
                 f"expected a run in {self.path}, but {self.config_file.name} is missing; start it without --resume"
@@ -78,7 +89,7 @@ class RunFolder:
             return replace(config, end_step=self.config().end_step)
         return config
 
-    def restore(self, run: Run) -> None:
+    def restore(self, run: Resumable) -> None:
         """Put `run` at the folder's checkpoint, and drop the metrics of epochs that it does not contain.
 
         A run that was stopped before its first checkpoint starts from the beginning. Raises `RunError` when the
@@ -100,7 +111,7 @@ class RunFolder:
             )
         return exists
 
-    def save(self, run: Run) -> None:
+    def save(self, run: Resumable) -> None:
         """Write the checkpoint."""
         save_checkpoint(run, self.checkpoint_file)
 

@@ -10,6 +10,7 @@ import ctypes
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from offpath.cost import TrainingBytes, training_bytes
 from offpath.nn import SparseLinear
 from offpath.studies.config import RunConfig, RunError
 from offpath.studies.data import load
+from offpath.studies.folder import AnyConfig
+from offpath.studies.resumable import Resumable
 from offpath.studies.run import Run
 
 STEPS = 5
@@ -33,12 +36,12 @@ class Memory:
     kept: TrainingBytes
 
 
-def training_memory(config: RunConfig, threads: int) -> Memory:
-    """Measure a few training steps of `config` in a process that holds torch and the data already.
+def training_memory(config: AnyConfig, threads: int, module: str = __name__) -> Memory:
+    """Measure a few training steps of `config` in a process that holds torch and the data already: that of `module`.
 
     Linux only. Raises `RunError` when the process fails.
     """
-    command = [sys.executable, "-m", __name__, json.dumps(config.to_json()), str(threads)]
+    command = [sys.executable, "-m", module, json.dumps(config.to_json()), str(threads)]
     # A session of its own: Ctrl-C on the terminal is for the race, which waits the few seconds that this takes.
     finished = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
     if finished.returncode != 0:
@@ -51,11 +54,16 @@ def training_memory(config: RunConfig, threads: int) -> Memory:
 def _measure(config: RunConfig) -> Memory:
     dataset = load(config.data, Path(config.data_dir) if config.data_dir else None)
     _warm_up()
+    # With an update among the few steps: it is a part of training like the others.
+    return measure(lambda: Run(replace(config, update_freq=min(config.update_freq, 2)), dataset))
+
+
+def measure(make_run: Callable[[], Resumable]) -> Memory:
+    """What making a run and a few of its steps add to this process."""
     ctypes.CDLL(None).malloc_trim(0)  # or the run would reuse what loading the data has freed
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
     before = resident_bytes("VmRSS")
-    # With an update among the few steps: it is a part of training like the others.
-    run = Run(replace(config, update_freq=min(config.update_freq, 2)), dataset)
+    run = make_run()
     run.advance(STEPS)
     return Memory(resident_bytes("VmHWM") - before, training_bytes(run.model, run.optimizer))
 

@@ -6,7 +6,7 @@ import json
 import statistics
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from offpath.studies.files import write_text
 from offpath.studies.folder import RunFolder
 from offpath.studies.interrupt import StopRequest, stop_on_signal
 from offpath.studies.memory import training_memory
+from offpath.studies.resumable import Resumable
 from offpath.studies.run import Run
 
 # The twins take turns in short chunks: whatever disturbs the machine then hits both.
@@ -72,13 +73,16 @@ class RaceResult:
         return cls(**lanes, config=values["config"], machine=values["machine"], data_source=values["data_source"])
 
 
-class RaceObserver(Protocol):
+Racing = TypeVar("Racing", bound=Resumable)
+
+
+class RaceObserver(Protocol[Racing]):
     """Whoever watches a race."""
 
-    def on_start(self, runs: dict[str, Run]) -> None:
+    def on_start(self, runs: dict[str, Racing]) -> None:
         """Called once, before the first step, with the runs by name (`dense`, `sparse`)."""
 
-    def on_chunk(self, runs: dict[str, Run]) -> None:
+    def on_chunk(self, runs: dict[str, Racing]) -> None:
         """Called after each chunk of steps of both."""
 
     def on_epoch(self, records: dict[str, dict[str, Any]]) -> None:
@@ -88,7 +92,7 @@ class RaceObserver(Protocol):
         """Called when the training is done and peak memory is about to be measured."""
 
 
-def race(config: RunConfig, out: Path, observer: RaceObserver, resume: bool = False) -> RaceResult | None:
+def race(config: RunConfig, out: Path, observer: RaceObserver[Run], resume: bool = False) -> RaceResult | None:
     """Train the static dense twin of `config` and `config` itself in turns; None when Ctrl-C stopped them.
 
     `out` gets a run folder for each (`dense`, `sparse`) and, at the end, `race.json`. A stopped race goes on with
@@ -124,7 +128,7 @@ def race(config: RunConfig, out: Path, observer: RaceObserver, resume: bool = Fa
         config = lanes["sparse"][0].config
         root.write_config(config)
         with stop_on_signal() as stop:
-            if not _take_turns(lanes, observer, stop):
+            if not take_turns(lanes, observer, stop):
                 return None
             observer.on_measuring()
             dense, sparse = (_lane(name, *lane) for name, lane in lanes.items())
@@ -133,7 +137,7 @@ def race(config: RunConfig, out: Path, observer: RaceObserver, resume: bool = Fa
         return result
 
 
-def _take_turns(lanes: dict[str, tuple[Run, RunFolder]], observer: RaceObserver, stop: StopRequest) -> bool:
+def take_turns(lanes: dict[str, tuple[Racing, RunFolder]], observer: RaceObserver[Racing], stop: StopRequest) -> bool:
     """Advance whoever is behind until all are done; False when Ctrl-C ended it."""
     runs = {name: run for name, (run, _) in lanes.items()}
     observer.on_start(runs)
@@ -154,13 +158,19 @@ def _take_turns(lanes: dict[str, tuple[Run, RunFolder]], observer: RaceObserver,
     return all(run.step == run.total_steps for run in runs.values())
 
 
+def step_quartiles(epochs: list[dict[str, Any]]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of the steps' seconds, after the first epoch where there are more."""
+    timed = epochs[WARM_UP_EPOCHS:] or epochs
+    steps = [seconds for record in timed for seconds in record["step_seconds"]]
+    lower, median, upper = statistics.quantiles(steps, n=4, method="inclusive") if len(steps) > 1 else steps * 3
+    return lower, median, upper
+
+
 def _lane(name: str, run: Run, folder: RunFolder) -> Lane:
     epochs = folder.metrics()
     if len(epochs) != run.config.epochs:
         raise RunError(f"expected {run.config.epochs} records in {folder.metrics_file}, got {len(epochs)}; race again")
-    timed = epochs[WARM_UP_EPOCHS:] or epochs
-    steps = [seconds for record in timed for seconds in record["step_seconds"]]
-    lower, median, upper = statistics.quantiles(steps, n=4, method="inclusive") if len(steps) > 1 else steps * 3
+    lower, median, upper = step_quartiles(epochs)
     memory = training_memory(run.config, torch.get_num_threads())
     return Lane(
         name=name,

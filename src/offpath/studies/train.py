@@ -4,30 +4,34 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from offpath.studies.config import RunConfig
 from offpath.studies.data import load
 from offpath.studies.folder import RunFolder
 from offpath.studies.interrupt import stop_on_signal
 from offpath.studies.ranks import ALONE, Ranks
+from offpath.studies.resumable import Resumable
 from offpath.studies.run import Run
 
+AnyRun = TypeVar("AnyRun", bound=Resumable)
+Watched = TypeVar("Watched", bound=Resumable, contravariant=True)
 
-class Observer(Protocol):
+
+class Observer(Protocol[Watched]):
     """Whoever watches a run."""
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: Watched) -> None:
         """Called once, before the first step."""
 
-    def on_step(self, run: Run) -> None:
+    def on_step(self, run: Watched) -> None:
         """Called after every step."""
 
-    def on_epoch(self, run: Run, record: dict[str, Any]) -> None:
+    def on_epoch(self, run: Watched, record: dict[str, Any]) -> None:
         """Called after every epoch with its record, the one that stands in `metrics.jsonl`."""
 
 
-def train(config: RunConfig, out: Path, observer: Observer, resume: bool = False, ranks: Ranks = ALONE) -> bool:
+def train(config: RunConfig, out: Path, observer: Observer[Run], resume: bool = False, ranks: Ranks = ALONE) -> bool:
     """Train `config` in the folder `out`; True when it ran to its end, False when Ctrl-C stopped it.
 
     A checkpoint is written after every epoch and when the run is stopped. With `resume`, the run in `out` goes on
@@ -45,21 +49,27 @@ def train(config: RunConfig, out: Path, observer: Observer, resume: bool = False
             folder.restore(run)
         else:
             ranks.from_first(lambda: _start(folder, run.config))
-        observer.on_start(run)
-        with stop_on_signal() as stop:
-            while run.step < run.total_steps and not ranks.any(stop.made):
-                run.advance()
-                observer.on_step(run)
-                if run.at_epoch_end:
-                    record = run.finish_epoch()
-                    if ranks.first:
-                        folder.append_metrics(record)
-                        folder.save(run)
-                    observer.on_epoch(run, record)
-            if not run.at_epoch_end and ranks.first:
-                folder.save(run)
-            ranks.any(True)  # a process that ended earlier would make torchrun stop the one that still writes
-        return run.step == run.total_steps
+        return advance_to_the_end(run, folder, observer)
+
+
+def advance_to_the_end(run: AnyRun, folder: RunFolder, observer: Observer[AnyRun]) -> bool:
+    """Train until `run` is done or Ctrl-C comes, and keep its locked folder up to date; True when it is done."""
+    ranks = run.ranks
+    observer.on_start(run)
+    with stop_on_signal() as stop:
+        while run.step < run.total_steps and not ranks.any(stop.made):
+            run.advance()
+            observer.on_step(run)
+            if run.at_epoch_end:
+                record = run.finish_epoch()
+                if ranks.first:
+                    folder.append_metrics(record)
+                    folder.save(run)
+                observer.on_epoch(run, record)
+        if not run.at_epoch_end and ranks.first:
+            folder.save(run)
+        ranks.any(True)  # a process that ended earlier would make torchrun stop the one that still writes
+    return run.step == run.total_steps
 
 
 def _start(folder: RunFolder, config: RunConfig) -> None:

@@ -1,0 +1,290 @@
+"""`SparseAutoencoder`: a wide dictionary of which each input uses a few entries, computed only where these are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from offpath.nn.autocast import under_autocast
+from offpath.nn.row_blocks import encode_above, encode_batch_topk
+from offpath.nn.straight_through import jump, step
+from offpath.ops import SparseRows, encode_topk
+
+ACTIVATIONS = ("topk", "batch_topk", "jumprelu")
+# BatchTopK's threshold for inference follows the batches of about this many training steps.
+THRESHOLD_STEPS = 100
+
+
+@dataclass(frozen=True)
+class SAELoss:
+    """What `SparseAutoencoder.loss` found; `total` and its three terms carry gradients, the other numbers do not.
+
+    `total` = `fvu` + aux_coefficient * `aux` + l0_coefficient * `l0_loss`. `fvu` is the fraction of the variance that
+    is left unexplained, sum |x - reconstruction|^2 / sum |x - mean of the batch|^2; `aux` the same for the residual, of
+    which the dead latents explain a part (0 where none is dead); `l0_loss` is 0 but for JumpReLU. `mse` is the mean
+    over all entries, `l0` the mean number of live latents of a row, `dead` the number of dead latents.
+    """
+
+    total: Tensor
+    fvu: Tensor
+    aux: Tensor
+    l0_loss: Tensor
+    mse: Tensor
+    l0: Tensor
+    dead: int
+
+
+class SparseAutoencoder(nn.Module):
+    """A sparse autoencoder whose encoder keeps, and whose decoder reads, only what is live.
+
+    Input [..., d_model]. reconstruction = latents @ decoder_weight + decoder_bias, latents = activation((x -
+    decoder_bias) @ encoder_weight.T + encoder_bias); both weights are [latents, d_model]. The activation is one of
+
+    - "topk": the `k` largest of each row (Gao et al., "Scaling and evaluating sparse autoencoders", 2024);
+    - "batch_topk": the k * rows largest of the batch; in `eval()`, those above a `threshold` that the training has
+      averaged (Bussmann et al., 2024);
+    - "jumprelu": those above a threshold of their own that is learned, with straight-through gradients of `bandwidth`
+      and the penalty l0_coefficient * (L0 / k - 1)^2 (Rajamanoharan et al., 2024).
+
+    Latents that are not positive are 0 and get no gradient. With `tied_init` the encoder starts as the decoder, whose
+    rows have norm 1. A latent is dead when it has not fired for `dead_after` rows (`tokens_since_fired`, int64
+    [latents]); the `k_aux` best dead ones of each row (d_model // 2 unless given) are trained to explain the residual.
+    Raises `ValueError` for sizes and options that do not fit. A training step:
+
+    >>> import torch
+    >>> sae = SparseAutoencoder(d_model=8, latents=32, k=4)
+    >>> optimizer = torch.optim.Adam(sae.parameters())
+    >>> loss = sae.loss(torch.randn(64, 8))
+    >>> loss.total.backward()
+    >>> sae.project_decoder_gradient_()
+    >>> optimizer.step()
+    >>> sae.normalize_decoder_()
+    >>> sae.encode(torch.randn(2, 8))
+    SparseRows(shape=(2, 32), nnz=8, float32, 4 live in a row)
+    """
+
+    threshold: Tensor
+    tokens_since_fired: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        latents: int,
+        k: int = 32,
+        activation: str = "topk",
+        *,
+        tied_init: bool = True,
+        k_aux: int | None = None,
+        aux_coefficient: float = 1 / 32,
+        dead_after: int = 10_000_000,
+        bandwidth: float = 0.001,
+        l0_coefficient: float = 1.0,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        k_aux = d_model // 2 if k_aux is None else k_aux
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if d_model < 1 or not 1 <= k <= latents:
+            raise ValueError(
+                f"expected d_model of at least 1 and k from 1 to the number of latents, got d_model={d_model}, "
+                f"latents={latents}, k={k}"
+            )
+        if k_aux < 0 or dead_after < 1:
+            raise ValueError(
+                f"expected k_aux of at least 0 and dead_after of at least 1, got {k_aux} and {dead_after}; "
+                "aux_coefficient=0 turns the auxiliary loss off"
+            )
+        if not (math.isfinite(bandwidth) and bandwidth > 0):
+            raise ValueError(f"expected a positive bandwidth, got {bandwidth}")
+        self.d_model, self.latents, self.k, self.activation = d_model, latents, k, activation
+        self.tied_init, self.k_aux, self.dead_after = tied_init, k_aux, dead_after
+        self.aux_coefficient, self.l0_coefficient, self.bandwidth = aux_coefficient, l0_coefficient, bandwidth
+        self.encoder_weight, self.decoder_weight = (
+            nn.Parameter(torch.empty(latents, d_model, device=device, dtype=dtype)) for _ in range(2)
+        )
+        self.encoder_bias = nn.Parameter(torch.empty(latents, device=device, dtype=dtype))
+        self.decoder_bias = nn.Parameter(torch.empty(d_model, device=device, dtype=dtype))
+        if activation == "jumprelu":
+            self.log_threshold = nn.Parameter(torch.empty(latents, device=device, dtype=dtype))
+        elif activation == "batch_topk":
+            self.register_buffer("threshold", torch.empty((), device=device, dtype=dtype))
+        self.register_buffer("tokens_since_fired", torch.empty(latents, dtype=torch.int64, device=device))
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw decoder rows of norm 1, the encoder as a copy or likewise; biases 0, thresholds 0.001, all alive."""
+        self.tokens_since_fired.zero_()
+        if self.decoder_weight.is_meta:
+            return
+        for weight in (self.decoder_weight, self.encoder_weight):
+            # Drawn on the CPU so that a seed gives the same numbers on every device.
+            draw = torch.randn(weight.shape, generator=generator, dtype=torch.float64, device="cpu")
+            weight.copy_(nn.functional.normalize(draw))
+            if self.tied_init:
+                self.encoder_weight.copy_(weight)
+                break
+        self.encoder_bias.zero_()
+        self.decoder_bias.zero_()
+        if self.activation == "jumprelu":
+            self.log_threshold.fill_(math.log(0.001))
+        elif self.activation == "batch_topk":
+            self.threshold.fill_(torch.nan)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction of `x` [..., d_model], in its shape."""
+        return self.decode(self.encode(x)).view(x.shape)
+
+    def encode(self, x: Tensor) -> SparseRows:
+        """The latents of `x` [..., d_model] as sparse rows [rows, latents], one for each leading position.
+
+        Raises `ValueError` for another width, and for "batch_topk" in `eval()` before it has a threshold.
+        """
+        rows, thresholds = self._scores(self._centered(x))
+        return rows if thresholds is None else self._jumped(rows, thresholds)
+
+    def decode(self, rows: SparseRows) -> Tensor:
+        """The reconstruction [rows, d_model] of latents [rows, latents]."""
+        _, weight, _ = under_autocast(rows.values, self.decoder_weight, None)
+        return rows.to(weight.dtype) @ weight + self.decoder_bias
+
+    def loss(self, x: Tensor) -> SAELoss:
+        """The loss of a batch `x` [..., d_model]; in `train()`, also counts which latents fired.
+
+        An empty batch has the loss 0. Raises `ValueError` for rows that are all the same: they have no variance of
+        which a part could be explained.
+        """
+        x = x.reshape(-1, x.shape[-1]) if x.dim() else x
+        rows, thresholds = self._scores(self._centered(x))
+        live = rows if thresholds is None else self._jumped(rows, thresholds)
+        if self.training:
+            self._count(live)
+        residual = x - self.decode(live)
+        fvu = _share_of_variance(residual, x, "expected rows that differ")
+        zero = fvu.new_zeros(())
+        aux, l0_loss = zero, zero
+        if thresholds is not None and x.shape[0]:
+            l0_loss = (step(rows.values, thresholds, self.bandwidth).sum() / x.shape[0] / self.k - 1).square()
+        dead = (self.tokens_since_fired >= self.dead_after).nonzero()[:, 0]
+        if len(dead) and self.k_aux and self.aux_coefficient and self.training:
+            aux = self._auxiliary_loss(x, residual.detach(), dead)
+        return SAELoss(
+            total=fvu + self.aux_coefficient * aux + self.l0_coefficient * l0_loss,
+            fvu=fvu,
+            aux=aux,
+            l0_loss=l0_loss,
+            mse=residual.detach().square().sum() / max(1, residual.numel()),
+            l0=(live.values > 0).to(fvu.dtype).sum() / max(1, x.shape[0]),
+            dead=len(dead),
+        )
+
+    @torch.no_grad()
+    def calibrate_threshold_(self, x: Tensor) -> None:
+        """Set the threshold, or JumpReLU's of every latent, so that `x` [..., d_model] has about `k` live in a row.
+
+        Raises `ValueError` for "topk", which has no threshold, and where fewer pre-activations are positive.
+        """
+        if self.activation == "topk":
+            raise ValueError("expected a batch_topk or jumprelu autoencoder: topk has no threshold")
+        centered = self._centered(x)
+        chosen = encode_batch_topk(*self._encoder(centered), self.k * centered.shape[0])
+        if chosen.nnz < max(1, self.k * centered.shape[0]):
+            raise ValueError(
+                f"expected {self.k * centered.shape[0]} positive pre-activations of which the least is the threshold, "
+                f"got {chosen.nnz} from {centered.shape[0]} rows"
+            )
+        least = chosen.values.min()
+        if self.activation == "jumprelu":
+            self.log_threshold.copy_(least.log().expand(self.latents))
+        else:
+            self.threshold.copy_(least)
+
+    @torch.no_grad()
+    def normalize_decoder_(self) -> None:
+        """Give each row of the decoder norm 1: call it after every step of the optimizer. A row of zeros stays."""
+        self.decoder_weight.copy_(nn.functional.normalize(self.decoder_weight))
+
+    @torch.no_grad()
+    def project_decoder_gradient_(self) -> None:
+        """Remove from the decoder's gradient what is parallel to each row: call it before every step of the optimizer.
+
+        It would change the norm of a row, which is set to 1 again afterwards (Bricken et al., "Towards
+        Monosemanticity", 2023).
+        """
+        if self.decoder_weight.grad is not None:
+            rows = nn.functional.normalize(self.decoder_weight)
+            along = (self.decoder_weight.grad * rows).sum(1, keepdim=True)
+            self.decoder_weight.grad.addcmul_(along, rows, value=-1)
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, latents={self.latents}, k={self.k}, activation={self.activation!r}"
+
+    def _centered(self, x: Tensor) -> Tensor:
+        if x.dim() == 0 or x.shape[-1] != self.d_model:
+            raise ValueError(f"expected an input [..., {self.d_model}], got shape {tuple(x.shape)}")
+        return x.reshape(-1, self.d_model) - self.decoder_bias
+
+    def _encoder(self, centered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        centered, weight, bias = under_autocast(centered, self.encoder_weight, self.encoder_bias)
+        assert bias is not None
+        if centered.dtype is not weight.dtype:
+            raise ValueError(f"expected an input of {weight.dtype}, got {centered.dtype}; convert it by x.to(...)")
+        return centered, weight, bias
+
+    def _scores(self, centered: Tensor) -> tuple[SparseRows, Tensor | None]:
+        """The chosen latents; for JumpReLU, what may pass or trains a threshold, and the threshold of each entry."""
+        operands = self._encoder(centered)
+        if self.activation == "topk":
+            return encode_topk(*operands, self.k).relu(), None
+        if self.activation == "batch_topk":
+            if self.training:
+                return encode_batch_topk(*operands, self.k * centered.shape[0]), None
+            if self.threshold.isnan():
+                raise ValueError(
+                    "expected a threshold for eval(), but nothing has set it yet; train with loss(), or call "
+                    "calibrate_threshold_"
+                )
+            return encode_above(*operands, self.threshold.expand(self.latents)), None
+        thresholds = self.log_threshold.exp()
+        margin = self.bandwidth / 2 if self.training else 0.0
+        rows = encode_above(*operands, thresholds.detach() - margin)
+        return rows, thresholds[rows.indices.long()]
+
+    def _jumped(self, rows: SparseRows, thresholds: Tensor) -> SparseRows:
+        return rows.with_values(jump(rows.values, thresholds, self.bandwidth))
+
+    def _auxiliary_loss(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+        """AuxK (Gao et al., 2024): how much of the residual the best dead latents leave unexplained."""
+        centered, weight, bias = self._encoder(self._centered(x))
+        rows = encode_topk(centered, weight[dead], bias[dead], min(self.k_aux, len(dead))).relu()
+        _, decoder, _ = under_autocast(rows.values, self.decoder_weight[dead], None)
+        return _share_of_variance(residual - rows.to(decoder.dtype) @ decoder, residual)
+
+    @torch.no_grad()
+    def _count(self, live: SparseRows) -> None:
+        self.tokens_since_fired += live.shape[0]
+        self.tokens_since_fired[live.indices[live.values > 0].long()] = 0
+        if self.activation == "batch_topk" and live.nnz:
+            least = live.values.min().to(self.threshold.dtype)
+            if least.isfinite():
+                first = self.threshold.isnan()
+                self.threshold.copy_(least if first else self.threshold.lerp(least, 1 / THRESHOLD_STEPS))
+
+
+def _share_of_variance(error: Tensor, of: Tensor, refusal: str = "") -> Tensor:
+    """sum error^2 / sum (of - its mean over rows)^2.
+
+    Of a batch without variance it is 0 if the batch is empty, else refused where there is a `refusal`, else 0.
+    """
+    variance = (of - of.mean(0)).square().sum() if of.shape[0] else of.new_zeros(())
+    if variance == 0:
+        if refusal and of.shape[0]:
+            raise ValueError(f"{refusal}, got {of.shape[0]} that are all the same; give a larger batch")
+        return error.sum() * 0
+    return error.square().sum() / variance

@@ -1,0 +1,100 @@
+"""Encoders that choose among the pre-activations of a few rows at a time, so that all of them are never stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from offpath.ops import SparseRows, above, batch_topk
+
+_ops = torch.ops.offpath
+# Pre-activations of one block: few enough for 16 MiB in float32, enough for a product at full speed.
+BLOCK_ENTRIES = 2**22
+
+
+def encode_above(x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor) -> SparseRows:
+    """The entries of `x @ weight.T + bias` that are larger than the `threshold` [latents] of their column, or NaN.
+
+    `x` [rows, width], `weight` [latents, width] and `bias` [latents] get their gradients, the threshold gets none. It
+    may be of a wider dtype than they are.
+
+    >>> encode_above(torch.tensor([[2.0]]), torch.tensor([[1.0], [-1.0]]), torch.zeros(2), torch.zeros(2)).values
+    tensor([2.])
+    """
+    found = [above(scores.to(threshold.dtype), threshold) for _, scores in _blocks(x, weight, bias)]
+    if not found:
+        found = [above(threshold.new_empty(0, weight.shape[0]), threshold)]
+    crow_indices = functional.pad(torch.cat([rows.crow_indices.diff() for rows in found]).cumsum(0), (1, 0)).int()
+    indices, values = (torch.cat([getattr(rows, part) for rows in found]) for part in ("indices", "values"))
+    return _with_gradient(x, weight, bias, crow_indices, indices, values.to(x.dtype))
+
+
+def encode_batch_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> SparseRows:
+    """The positive ones (and NaN) among the k largest entries of all of `x @ weight.T + bias`.
+
+    Of equal entries the first in row-major order are chosen. `x` [rows, width], `weight` [latents, width] and `bias`
+    [latents] get their gradients (Bussmann et al., "BatchTopK Sparse Autoencoders", 2024).
+
+    >>> x, weight = torch.tensor([[1.0], [5.0]]), torch.tensor([[1.0], [3.0]])
+    >>> encode_batch_topk(x, weight, torch.zeros(2), 2).to_dense()
+    tensor([[ 0.,  0.],
+            [ 5., 15.]])
+    """
+    row_numbers, indices = (x.new_empty(0, dtype=torch.int32) for _ in range(2))
+    values, floor = x.new_empty(0), 0.0
+    for first, scores in _blocks(x, weight, bias):
+        found = above(scores, floor)
+        numbers = torch.arange(first, first + scores.shape[0], dtype=torch.int32, device=x.device)
+        numbers = numbers.repeat_interleave(found.crow_indices.diff(), output_size=found.nnz)
+        row_numbers = torch.cat([row_numbers, numbers])
+        indices, values = torch.cat([indices, found.indices]), torch.cat([values, found.values])
+        if len(values) > k:
+            # Later entries have to be larger than the least of these: an equal one comes after it in row-major order.
+            best = batch_topk(values[None], k).indices.long()
+            row_numbers, indices, values = row_numbers[best], indices[best], values[best]
+            floor = float(values.nan_to_num(nan=torch.inf).min()) if k else torch.inf
+    per_row = torch.bincount(row_numbers, minlength=x.shape[0])
+    return _with_gradient(x, weight, bias, functional.pad(per_row.cumsum(0), (1, 0)).int(), indices, values)
+
+
+def _blocks(x: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first row, pre-activations) of each block of rows."""
+    rows = max(1, BLOCK_ENTRIES // max(1, weight.shape[0]))
+    for first in range(0, x.shape[0], rows):
+        with torch.no_grad():
+            scores = functional.linear(x[first : first + rows], weight, bias)
+        yield first, scores
+
+
+def _with_gradient(
+    x: Tensor, weight: Tensor, bias: Tensor, crow_indices: Tensor, indices: Tensor, values: Tensor
+) -> SparseRows:
+    apply: Callable[..., Tensor] = _Encoded.apply
+    return SparseRows(crow_indices, indices, apply(values, crow_indices, indices, x, weight, bias), weight.shape[0])
+
+
+class _Encoded(torch.autograd.Function):
+    """Entries of x @ weight.T + bias that have been computed, with the gradients of x, weight and bias at them."""
+
+    @staticmethod
+    def forward(ctx, values, crow_indices, indices, x, weight, bias):
+        ctx.save_for_backward(crow_indices, indices, x, weight)
+        return values
+
+    @staticmethod
+    def backward(ctx, dvalues):
+        crow_indices, indices, x, weight = ctx.saved_tensors
+        *_, wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        dvalues = dvalues.contiguous()
+        dx = dweight = dbias = None
+        if wants_x:
+            dx = _ops.rows_matmul(dvalues, crow_indices, indices, weight)
+        if wants_weight:
+            dweight = _ops.rows_weight_gradient(dvalues, crow_indices, indices, x, weight.shape[0])
+        if wants_bias:
+            ones = dvalues.new_ones(x.shape[0], 1)
+            dbias = _ops.rows_weight_gradient(dvalues, crow_indices, indices, ones, weight.shape[0])[:, 0]
+        return None, None, None, dx, dweight, dbias

@@ -1,0 +1,52 @@
+"""What the modules that choose live units share: [..., n] becomes rows, and rows become what the caller wants."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from offpath.ops import SparseRows
+from offpath.ops.selection import to_dense
+
+OUTPUTS = ("rows", "dense")
+
+
+def check_output(output: str) -> str:
+    """Raises `ValueError` unless `output` is one that `as_output` makes."""
+    if output not in OUTPUTS:
+        raise ValueError(f"expected output to be 'rows' (SparseRows) or 'dense' (a tensor), got {output!r}")
+    return output
+
+
+def check_k(k: int) -> int:
+    """Raises `ValueError` unless `k` can be a number of units."""
+    if not isinstance(k, int) or isinstance(k, bool) or k < 0:
+        raise ValueError(f"expected k to be an int of at least 0, got {k!r}; round what a schedule computes")
+    return k
+
+
+def flatten(x: Tensor, n: int | None = None) -> Tensor:
+    """[..., n] as [rows, n]. Raises `ValueError` for a scalar, and for other than n units where n is given."""
+    if x.dim() == 0 or (n is not None and x.shape[-1] != n):
+        raise ValueError(f"expected [..., {'units' if n is None else n}], got shape {tuple(x.shape)}")
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def as_output(rows: SparseRows, like: Tensor, output: str) -> SparseRows | Tensor:
+    """The rows themselves, or a dense tensor of the shape of `like`. Their indices must be in range."""
+    if output == "rows":
+        return rows
+    return to_dense(rows.crow_indices, rows.indices, rows.values, rows.columns).view(like.shape)
+
+
+def round_down(threshold: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest number of `dtype` that is not above `threshold`: the same entries of that dtype exceed both.
+
+    >>> round_down(torch.tensor(1.007), torch.bfloat16)
+    tensor(1., dtype=torch.bfloat16)
+    """
+    nearest = threshold.to(dtype)
+    below = torch.nextafter(nearest, torch.full_like(nearest, -math.inf))
+    return torch.where(nearest > threshold, below, nearest)

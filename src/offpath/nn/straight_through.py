@@ -1,0 +1,62 @@
+"""JumpReLU on entries of a matrix, with the straight-through gradients of its thresholds.
+
+Both functions are piecewise constant in the threshold; the gradients are the estimates of Rajamanoharan et al.
+("Jumping Ahead: Improving Reconstruction Fidelity with JumpReLU Sparse Autoencoders", 2024): entries within half a
+bandwidth of their threshold stand for the density there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def jump(values: Tensor, thresholds: Tensor, bandwidth: float) -> Tensor:
+    """The values that are larger than their threshold (or NaN), and 0 in place of the others; all [nnz].
+
+    The gradient of a threshold is -threshold / bandwidth for each entry within half a `bandwidth` of it.
+
+    >>> jump(torch.tensor([0.5, 2.0]), torch.tensor([1.0, 1.0]), 0.1)
+    tensor([0., 2.])
+    """
+    return _Jump.apply(values, thresholds, bandwidth)
+
+
+def step(values: Tensor, thresholds: Tensor, bandwidth: float) -> Tensor:
+    """1 where a value is larger than its threshold, and 0 elsewhere; all [nnz]. Their sum is the L0 norm.
+
+    The gradient of a threshold is -1 / bandwidth for each entry within half a `bandwidth` of it; values get none.
+
+    >>> step(torch.tensor([0.5, 2.0]), torch.tensor([1.0, 1.0]), 0.1)
+    tensor([0., 1.])
+    """
+    return _Step.apply(values, thresholds, bandwidth)
+
+
+class _Jump(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, thresholds, bandwidth):
+        ctx.save_for_backward(values, thresholds)
+        ctx.bandwidth = bandwidth
+        return torch.where(values <= thresholds, 0.0, values)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        values, thresholds = ctx.saved_tensors
+        through = torch.where(values <= thresholds, 0.0, gradient).to(values.dtype)
+        near = (values - thresholds).abs() < ctx.bandwidth / 2
+        return through, torch.where(near, -thresholds / ctx.bandwidth * gradient, 0.0), None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, thresholds, bandwidth):
+        ctx.save_for_backward(values, thresholds)
+        ctx.bandwidth = bandwidth
+        return (values > thresholds).to(thresholds.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        values, thresholds = ctx.saved_tensors
+        near = (values - thresholds).abs() < ctx.bandwidth / 2
+        return None, torch.where(near, -gradient / ctx.bandwidth, 0.0), None

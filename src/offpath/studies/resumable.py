@@ -1,0 +1,53 @@
+"""What a run has to have so that it can be stopped, written to a folder, taken up again and raced."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from offpath.studies.ranks import Ranks
+from offpath.topology import Topology
+
+
+class Resumable(Protocol):
+    """A run; `meter` is a dataclass of what the current epoch has summed up, `config` has `to_json` and `from_json`."""
+
+    step: int
+    meter: Any
+    rng_state: Tensor
+
+    @property
+    def config(self) -> Any:
+        """What the run was asked to do."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """What trains it."""
+
+    @property
+    def topology(self) -> Topology | None:
+        """What moves its connections."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share its batches."""
+
+    @property
+    def total_steps(self) -> int:
+        """Steps from the start to the end of the last epoch."""
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """Whether the last step was the last of an epoch."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Train for `steps` steps, at most to the end of the epoch."""
+
+    def finish_epoch(self) -> dict[str, Any]:
+        """The record of the epoch that has ended."""

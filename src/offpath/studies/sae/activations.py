@@ -1,0 +1,122 @@
+"""Activations to train on: taken from the transformer once, kept in the user's cache, and read from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from offpath.studies.data.errors import DataError
+from offpath.studies.data.locate import cache_dir
+from offpath.studies.files import write_whole
+from offpath.studies.interrupt import StopRequest
+from offpath.studies.sae import minilm
+from offpath.studies.sae.config import SaeConfig
+from offpath.studies.sae.text import read_text
+
+WINDOW_TOKENS = 126  # with its two marks, the 128 that the model was trained with
+SHARD_WINDOWS = 64
+TEST_SHARE = 0.1
+# Of "synthetic": each sample sums a few of many directions, some of them often and most of them rarely.
+SYNTHETIC = {"d_model": 64, "directions": 256, "per_sample": 8, "samples": 20_000}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Samples [n, d_model] float32, divided by the standard deviation of the training part around its `mean`."""
+
+    train: Tensor
+    test: Tensor
+    mean: Tensor
+    source: str
+
+
+def load(
+    config: SaeConfig, on_shard: Callable[[int, int], None] = lambda done, total: None, stop: StopRequest | None = None
+) -> Activations | None:
+    """The activations that `config` asks for; None where `stop` was made before all had been taken.
+
+    Those of a transformer are taken once and kept in the user's cache, as float16; `on_shard(done, total)` is told of
+    every part. What is there is not taken again. Raises `DataError` or `RunError`.
+    """
+    if config.data == "synthetic":
+        samples, source = _synthetic(), "made here: sums of 8 of 256 random directions of 64 dimensions"
+    else:
+        text, place = read_text(config.data, Path(config.data_dir) if config.data_dir else None)
+        folder = cache_dir() / "activations" / _fingerprint(text, config.layer)
+        taken = _take(text, config.layer, folder, on_shard, stop or StopRequest())
+        if taken is None:
+            return None
+        samples, source = taken, f"layer {config.layer} of all-MiniLM-L6-v2 on {place}"
+    held_back = max(2, int(TEST_SHARE * len(samples)))
+    train, test = samples[:-held_back].float(), samples[-held_back:].float()
+    mean = train.mean(0)
+    scale = (train - mean).square().mean().sqrt()
+    return Activations(train.div_(scale), test.div_(scale), mean / scale, source)
+
+
+def _fingerprint(text: str, layer: int) -> str:
+    asked = json.dumps([minilm.PACKAGE, minilm.version(), layer, WINDOW_TOKENS, SHARD_WINDOWS])
+    return hashlib.sha256((asked + text).encode()).hexdigest()[:16]
+
+
+def _take(
+    text: str, layer: int, folder: Path, on_shard: Callable[[int, int], None], stop: StopRequest
+) -> Tensor | None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        count = folder / "shards.json"
+        if not count.exists() or not all(path.exists() for path in _shards(folder, json.loads(count.read_text()))):
+            encode, activations = minilm.load(layer)
+            ids = torch.tensor(encode(text))
+            windows = ids[: len(ids) // WINDOW_TOKENS * WINDOW_TOKENS].view(-1, WINDOW_TOKENS).split(SHARD_WINDOWS)
+            if len(ids) < 10 * WINDOW_TOKENS:
+                raise DataError(f"a text of at least {10 * WINDOW_TOKENS} tokens", f"{len(ids)}", "name another file")
+            for done, (path, some) in enumerate(zip(_shards(folder, len(windows)), windows, strict=True)):
+                if stop.made:
+                    return None
+                on_shard(done, len(windows))
+                if not path.exists():
+                    values = activations(some).flatten(0, 1).half().numpy()
+                    write_whole(path, partial(_save, values))
+            write_whole(count, lambda beside: beside.write_text(str(len(windows))))
+        return torch.from_numpy(np.concatenate([_read(p) for p in _shards(folder, json.loads(count.read_text()))]))
+
+
+def _shards(folder: Path, count: int) -> list[Path]:
+    return [folder / f"{number:05}.npy" for number in range(count)]
+
+
+def _save(values: np.ndarray, path: Path) -> None:
+    with path.open("wb") as file:  # given a name, numpy would append .npy to it
+        np.save(file, values)
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        values = np.load(path)
+        if values.ndim != 2 or values.shape[1] != minilm.D_MODEL or values.dtype != np.float16:
+            raise ValueError(f"{values.dtype} {values.shape}")
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"activations in {path}", str(error), "delete that file; they are taken again") from error
+    return values
+
+
+def _synthetic() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(SYNTHETIC["directions"], SYNTHETIC["d_model"], generator=generator)
+    directions = torch.nn.functional.normalize(directions)
+    rates = 1 / torch.arange(1, SYNTHETIC["directions"] + 1)  # Zipf's law
+    which = torch.multinomial(
+        rates.expand(SYNTHETIC["samples"], -1), SYNTHETIC["per_sample"], replacement=False, generator=generator
+    )
+    sizes = 0.5 + torch.rand(which.shape, generator=generator)
+    return torch.einsum("sf,sfd->sd", sizes, directions[which])

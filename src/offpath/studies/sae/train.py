@@ -1,0 +1,54 @@
+"""Training one autoencoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from offpath.studies.folder import RunFolder
+from offpath.studies.interrupt import stop_on_signal
+from offpath.studies.sae.activations import Activations, load
+from offpath.studies.sae.config import SaeConfig
+from offpath.studies.sae.run import SaeRun
+from offpath.studies.train import Observer, advance_to_the_end
+
+
+class TakingObserver(Protocol):
+    """Whoever watches how activations are taken."""
+
+    def on_shard(self, done: int, total: int) -> None:
+        """Called before each part of the text that is read, with how many of all are done."""
+
+
+class SaeObserver(TakingObserver, Observer[SaeRun], Protocol):
+    """Whoever watches a run of an autoencoder."""
+
+
+def train(config: SaeConfig, out: Path, observer: SaeObserver, resume: bool = False) -> bool:
+    """Train `config` in the folder `out`; True when it ran to its end, False when Ctrl-C stopped it.
+
+    The activations are taken first, where the cache has none. With `resume`, the run in `out` goes on, to the same
+    numbers as if it had never stopped. Raises `RunError` or `DataError`.
+    """
+    folder = RunFolder(out)
+    with folder.locked():
+        if not resume:
+            folder.refuse_existing()
+        data = taken(config, observer)
+        if not resume and data is None:
+            folder.start(config)  # nothing has been trained, but --resume finds what was asked for
+        if data is None:
+            return False
+        run = SaeRun(config, data)
+        if resume:
+            folder.restore(run)
+        else:
+            folder.start(config)
+        return advance_to_the_end(run, folder, observer)
+
+
+def taken(config: SaeConfig, observer: TakingObserver) -> Activations | None:
+    """The activations of `config`; None where Ctrl-C stopped them from being taken. What was taken is kept."""
+    with stop_on_signal() as stop:
+        data = load(config, observer.on_shard, stop)
+    return None if stop.made else data

@@ -1,0 +1,111 @@
+"""`offpath train` and `offpath race` with `--model sae`: what the options mean there."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import typer
+
+INTERRUPTED = 130
+ONLY_HERE = ("latents", "k", "layer")
+QUICK = {"latents": 1024, "k": 16, "epochs": 2, "batch_size": 512}
+
+
+def is_meant(context: typer.Context) -> bool:
+    """Whether the command is about an autoencoder; refuses options that are, where it is not."""
+    from offpath.studies import RunError
+    from offpath.studies.sae import MODELS
+
+    folder = context.params["out"]
+    if context.params["resume"] and folder is not None and "model" not in _given(context):
+        from offpath.studies.folder import RunFolder
+
+        values = RunFolder(folder).config_values()
+        return isinstance(values, dict) and values.get("model") in MODELS
+    if context.params["model"] in MODELS:
+        return True
+    for name in _given(context) & set(ONLY_HERE):
+        raise RunError(f"expected --{name} with one of --model {', '.join(MODELS)}, got {context.params['model']}")
+    return False
+
+
+def train(context: typer.Context) -> None:
+    """Train one autoencoder, and write report.html."""
+    from offpath.studies.sae import train as train_run
+    from offpath.studies.sae.report import write_train_report
+    from offpath_cli.sae_display import SaeTrainDisplay
+
+    folder, config = _asked("train", context)
+    with SaeTrainDisplay() as display:
+        finished = train_run(config, folder, display, context.params["resume"])
+    if not finished:
+        display.say(f"stopped; go on with: offpath train --out {shlex.quote(str(folder))} --resume")
+        raise typer.Exit(INTERRUPTED)
+    write_train_report(folder)
+    display.say(f"the run is in {folder}")
+    display.say(f"plots: {folder / 'report.html'}   numbers: {folder / 'metrics.jsonl'}")
+
+
+def race(context: typer.Context) -> None:
+    """Train an autoencoder computed densely and sparsely, side by side."""
+    from offpath.studies.sae import race as run_race
+    from offpath.studies.sae.report import write_race_report
+    from offpath_cli.sae_display import SaeRaceDisplay, print_sae_race
+
+    folder, config = _asked("race", context)
+    with SaeRaceDisplay() as display:
+        result = run_race(config, folder, display, context.params["resume"])
+    if result is None:
+        display.say(f"stopped; go on with: offpath race --out {shlex.quote(str(folder))} --resume")
+        raise typer.Exit(INTERRUPTED)
+    write_race_report(result, folder / "report.html")
+    print_sae_race(result, display)
+    display.say(f"plots: {folder / 'report.html'}   numbers: {folder / 'race.json'}")
+
+
+def _asked(command: str, context: typer.Context) -> tuple[Path, Any]:
+    """The folder and the config that the options ask for; with --resume the one in the folder."""
+    from offpath.studies import RunError
+    from offpath.studies.folder import RunFolder
+    from offpath.studies.sae import SaeConfig, minilm
+
+    known = {field.name for field in fields(SaeConfig)}
+    given = _given(context)
+    for name in sorted(given - known - {"out", "resume", "quick"}):
+        raise RunError(f"expected no --{name.replace('_', '-')} for an autoencoder; leave it out")
+    asked = {name: context.params[name] for name in given & known}
+    if "data_dir" in asked:
+        # Absolute: a resumed run may start from another folder.
+        asked["data_dir"] = str(asked["data_dir"].expanduser().resolve())
+    quick, out = context.params["quick"], context.params["out"]
+    if not context.params["resume"]:
+        if quick:
+            asked = {"data": "python-source" if minilm.is_installed() else "synthetic"} | QUICK | asked
+        config = SaeConfig(**asked)
+        name = f"{command}-{config.data}-{config.model}-k{config.k}-seed{config.seed}"
+        return out or Path("runs") / name, config
+    if quick:
+        raise RunError("expected --quick on a new run only; with --resume, say how many --epochs")
+    if out is None:
+        raise RunError("expected --out with --resume: the folder of the run to go on with")
+    config = SaeConfig.from_json(RunFolder(out).config_values())
+    for name in sorted(asked.keys() - {"epochs", "data_dir"}):
+        if asked[name] != getattr(config, name):
+            raise RunError(
+                f"expected --resume to go on with {name}={getattr(config, name)!r} as the run was started, "
+                f"got {asked[name]!r}; leave the option out, or start a new run"
+            )
+    if asked.get("epochs", config.epochs) < config.epochs:
+        raise RunError(f"expected at least the {config.epochs} epochs that the run has, got {asked['epochs']}")
+    return out, replace(config, **{name: asked[name] for name in asked.keys() & {"epochs", "data_dir"}})
+
+
+def _given(context: typer.Context) -> set[str]:
+    return {
+        name
+        for name in context.params
+        if getattr(context.get_parameter_source(name), "name", "DEFAULT") not in ("DEFAULT", "DEFAULT_MAP")
+    }
