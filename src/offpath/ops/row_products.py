@@ -16,32 +16,33 @@ _ops = torch.ops.offpath
 
 
 def _matmul(values: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    _check_rows(crow_indices, indices, values)
-    _check_matrix("weight", weight, values.dtype)
+    check_rows(crow_indices, indices, values)
+    check_matrix("weight", weight, values.dtype)
     return kernels.select(values.device.type, values.dtype).rows.matmul(crow_indices, indices, values, weight)
 
 
 def _dots(dy: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    _check_rows(crow_indices, indices)
-    _check_matrix("dy", dy, dy.dtype, rows=crow_indices.shape[0] - 1)
-    _check_matrix("weight", weight, dy.dtype, width=dy.shape[1])
+    check_rows(crow_indices, indices)
+    check_matrix("dy", dy, dy.dtype, rows=crow_indices.shape[0] - 1)
+    check_matrix("weight", weight, dy.dtype, width=dy.shape[1])
     return kernels.select(dy.device.type, dy.dtype).rows.dots(crow_indices, indices, dy, weight)
 
 
 def _weight_gradient(values: Tensor, crow_indices: Tensor, indices: Tensor, dy: Tensor, columns: int) -> Tensor:
-    _check_rows(crow_indices, indices, values)
-    _check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
+    check_rows(crow_indices, indices, values)
+    check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
     return kernels.select(dy.device.type, dy.dtype).rows.weight_gradient(crow_indices, indices, values, dy, columns)
 
 
 def _add_weight_gradient(buffer: Tensor, values: Tensor, crow_indices: Tensor, indices: Tensor, dy: Tensor) -> None:
-    _check_rows(crow_indices, indices, values)
-    _check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
-    _check_matrix("buffer", buffer, values.dtype, width=dy.shape[1])
+    check_rows(crow_indices, indices, values)
+    check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
+    check_matrix("buffer", buffer, values.dtype, width=dy.shape[1])
     kernels.select(dy.device.type, dy.dtype).rows.add_weight_gradient(crow_indices, indices, values, dy, buffer)
 
 
-def _check_rows(crow_indices: Tensor, indices: Tensor, values: Tensor | None = None) -> None:
+def check_rows(crow_indices: Tensor, indices: Tensor, values: Tensor | None = None) -> None:
+    """Raises `KernelError` unless these are parts of sparse rows; what the indices say is for the kernels to check."""
     fits = (
         crow_indices.dtype is torch.int32
         and indices.dtype is torch.int32
@@ -58,9 +59,10 @@ def _check_rows(crow_indices: Tensor, indices: Tensor, values: Tensor | None = N
         )
 
 
-def _check_matrix(
+def check_matrix(
     name: str, matrix: Tensor, dtype: torch.dtype, rows: int | None = None, width: int | None = None
 ) -> None:
+    """Raises `KernelError` unless `matrix` has this dtype and shape."""
     if (
         matrix.dim() != 2
         or matrix.dtype is not dtype
