@@ -33,7 +33,7 @@ template <class T> struct sparse_dots_args {
 // gradient[s] = sum over the entries at input i of value * dy[row of the entry, o] for the connections s = (i, o) of
 // the block's inputs.
 template <class T> struct sparse_gradient_args {
-    Csr users; // which rows use each input
+    Csr users;       // which rows use each input
     const T *values; // [nnz], in the order of the inputs
     Csr connections;
     const Sum<T> *dy;

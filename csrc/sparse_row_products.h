@@ -24,8 +24,7 @@ void sparse_matmul(const Kernels<T> &kernels, const Csr &rows, const T *values, 
         return;
     constexpr int64_t most_parts = 8, tasks = 32, lanes = 64 / sizeof(Sum<T>);
     const int64_t work = sparse_work(rows, weight.connections);
-    const int64_t parts =
-        std::clamp<int64_t>(std::min(tasks, work / connections_per_task) / rows.rows, 1, most_parts);
+    const int64_t parts = std::clamp<int64_t>(std::min(tasks, work / connections_per_task) / rows.rows, 1, most_parts);
     const int64_t step = ceil_div(rows.rows, ceil_div(rows.rows, rows_at_once));
     const int64_t padded = ceil_div(width, lanes) * lanes;
     const auto sums = scratch<Sum<T>>(parts * step * padded);

@@ -8,7 +8,8 @@
 namespace {
 
 // While the connections of one input are used, those of the next are fetched: they lie anywhere in memory.
-template <class T> [[gnu::always_inline]] inline void fetch_connection(const offpath::SparseWeight<T> &weight, int64_t s) {
+template <class T>
+[[gnu::always_inline]] inline void fetch_connection(const offpath::SparseWeight<T> &weight, int64_t s) {
     __builtin_prefetch(weight.connections.col_indices + s);
     __builtin_prefetch(weight.values + s);
 }
@@ -55,9 +56,8 @@ template <class T> void sparse_matmul(const offpath::sparse_matmul_args<T> &args
 
 // A register of sums over the connections from `begin` to `end`, of weight * dy.
 template <class T>
-[[gnu::always_inline]] inline typename Simd<offpath::Sum<T>>::V dot_at(const offpath::SparseWeight<T> &weight,
-                                                                       int64_t begin, int64_t end, int64_t next,
-                                                                       const offpath::Sum<T> *dy) {
+[[gnu::always_inline]] inline typename Simd<offpath::Sum<T>>::V
+dot_at(const offpath::SparseWeight<T> &weight, int64_t begin, int64_t end, int64_t next, const offpath::Sum<T> *dy) {
     using S = Simd<offpath::Sum<T>>;
     const int32_t *outputs = weight.connections.col_indices;
     typename S::V acc = S::zero();

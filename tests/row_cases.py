@@ -81,7 +81,7 @@ def _add_weight_gradient(rows: RowProducts, p: RowProblem, operands: Operands) -
 
 @cache
 def sparse_weight(p: RowProblem) -> Pattern:
-    """Connections of some places to some outputs: about a third, with places that have none and places that have all."""
+    """Connections of places to outputs: about a third, with places that have none and places that have all."""
     generator = torch.Generator().manual_seed(p.columns * 7919 + p.width)
     mask = torch.rand(p.columns, p.width, generator=generator) < 0.35
     mask[1::5] = False

@@ -17,7 +17,17 @@ from cases import Operands, gaussian, small_integers
 from checkers import gamma, in_float64, poisoned_memory, unit_roundoff
 from offpath.kernels import KernelError, reference_rows
 from offpath.kernels.row_products import RowProducts
-from row_cases import PRODUCTS, SPECIAL_PROBLEMS, EncodeProblem, RowProblem, RowProduct, ks, scores, signs, sparse_weight
+from row_cases import (
+    PRODUCTS,
+    SPECIAL_PROBLEMS,
+    EncodeProblem,
+    RowProblem,
+    RowProduct,
+    ks,
+    scores,
+    signs,
+    sparse_weight,
+)
 
 DEFINITION = reference_rows.ROWS
 SPARSE_WEIGHT = ("sparse_matmul", "sparse_dots", "sparse_weight_gradient")

@@ -165,9 +165,9 @@ def _sparse_one_connection_too_many(crow, indices, values, w_crow, w_indices, w_
     after = w_crow[1:].long()[indices.long()]
     inside = after < w_indices.numel()
     places = right.row_numbers(crow)[inside], w_indices.long()[after[inside]]
-    return y.index_put(places, right.wide(values * 0)[inside] * right.wide(w_values)[after[inside]], accumulate=True).to(
-        values.dtype
-    )
+    return y.index_put(
+        places, right.wide(values * 0)[inside] * right.wide(w_values)[after[inside]], accumulate=True
+    ).to(values.dtype)
 
 
 def _sparse_reads_every_connection(crow, indices, values, w_crow, w_indices, w_values, width):

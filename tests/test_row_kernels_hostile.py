@@ -278,9 +278,15 @@ def _misfits() -> dict[str, tuple[str, Callable[[RowProducts], object]]]:
             "add_weight_gradient",
             lambda r: r.add_weight_gradient(crow, indices, values, dy, weight[:, :3].contiguous()),
         ),
-        "sparse weight of doubles": ("sparse_matmul", lambda r: r.sparse_matmul(*rows, values, *sparse, two.double(), 4)),
+        "sparse weight of doubles": (
+            "sparse_matmul",
+            lambda r: r.sparse_matmul(*rows, values, *sparse, two.double(), 4),
+        ),
         "sparse weight too short": ("sparse_matmul", lambda r: r.sparse_matmul(*rows, values, *sparse, two[:1], 4)),
-        "sparse weight of half": ("sparse_matmul", lambda r: r.sparse_matmul(*rows, values.half(), *sparse, two.half(), 4)),
+        "sparse weight of half": (
+            "sparse_matmul",
+            lambda r: r.sparse_matmul(*rows, values.half(), *sparse, two.half(), 4),
+        ),
         "values too few for a sparse weight": (
             "sparse_matmul",
             lambda r: r.sparse_matmul(*rows, values[:2], *sparse, two, 4),

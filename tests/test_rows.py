@@ -88,9 +88,7 @@ OPERATIONS = (
     Op(
         "rows_sparse_weight_gradient",
         lambda p: [p.indices.shape, (p.rows, p.width)],
-        lambda p, values, dy: OPS.rows_sparse_weight_gradient(
-            values, p.crow_indices, p.indices, dy, *_indices_of(p)
-        ),
+        lambda p, values, dy: OPS.rows_sparse_weight_gradient(values, p.crow_indices, p.indices, dy, *_indices_of(p)),
         lambda p, values, dy: _at_connections(p, _dense(p, values).t() @ dy),
     ),
     Op(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offpath.kernels import _native
 from offpath.kernels.backend import KernelError
-from offpath.kernels.operands import address, are_indices, is_matrix, is_vector, one_unit_stride, refuse
+from offpath.kernels.operands import address, is_matrix, is_vector, one_unit_stride, refuse
 from offpath.kernels.reference_rows import check_k
 from offpath.kernels.row_products import RowProducts
 from offpath.kernels.variant import native_of_each_dtype, output

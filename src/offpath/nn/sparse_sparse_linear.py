@@ -15,10 +15,11 @@ from offpath.pattern import Pattern
 class SparseSparseLinear(SparseWeightModule):
     """`SparseLinear` for inputs of which each sample has a few live units: only their connections are used.
 
-    y = x @ W.T + bias for `x` `SparseRows` of shape (rows, in_features), giving [rows, out_features] in float32, float64
-    or bfloat16. The work is in proportion to the product of both densities ("sparse-sparse", Hunter, Spracklen and Ahmad,
-    "Two Sparsities Are Better Than One", 2022). A dense tensor [..., in_features] is taken for the rows of its nonzeros:
-    an entry that is zero gets a gradient of zero, which is right behind a ReLU or a selection and nowhere else.
+    y = x @ W.T + bias for `x` `SparseRows` of shape (rows, in_features), giving [rows, out_features] in float32,
+    float64 or bfloat16. The work is in proportion to the product of both densities ("sparse-sparse", Hunter, Spracklen
+    and Ahmad, "Two Sparsities Are Better Than One", 2022). A dense tensor [..., in_features] is taken for the rows of
+    its nonzeros: an entry that is zero gets a gradient of zero, which is right behind a ReLU or a selection and nowhere
+    else.
 
     The parameters are `values` [nnz], ordered by input, and `bias` [out_features]. The weight is stored by input, so
     that the connections of a live unit lie side by side: `pattern` has shape (in_features, out_features), and the

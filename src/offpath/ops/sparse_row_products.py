@@ -1,8 +1,8 @@
 """The products of sparse rows with a sparse weight, as ops that autograd, `torch.compile` and `opcheck` know.
 
-The weight is seen from its inputs: canonical CSR of shape (in, out), so that the connections of a live input lie side by
-side. All three are derivatives of one sum, over the pairs of an entry and a connection at its place, of value * weight *
-dy: so each gradient is one of the three again, and they can be differentiated as often as one likes.
+The weight is seen from its inputs: canonical CSR of shape (in, out), so that the connections of a live input lie side
+by side. All three are derivatives of one sum, over the pairs of an entry and a connection at its place, of value *
+weight * dy: so each gradient is one of the three again, and they can be differentiated as often as one likes.
 """
 
 from __future__ import annotations
@@ -91,9 +91,7 @@ def _weight_gradient(
     )
 
 
-def _prepared(
-    operand: Tensor, w_crow_indices: Tensor, w_indices: Tensor, out_features: int
-) -> tuple[Backend, Pattern]:
+def _prepared(operand: Tensor, w_crow_indices: Tensor, w_indices: Tensor, out_features: int) -> tuple[Backend, Pattern]:
     backend = kernels.select(operand.device.type, operand.dtype)
     shape = (w_crow_indices.shape[0] - 1, out_features)
     return backend, prepare(backend, w_crow_indices, w_indices, shape).pattern
