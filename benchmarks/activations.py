@@ -1,7 +1,8 @@
 """Sparse activations against what PyTorch has today: products, selection, an MLP layer, an autoencoder's step.
 
 Run with: .venv/bin/python benchmarks/activations.py [--out FILE] [--rounds N]
-Everything of one table is measured in turns; results are compared with float64 (or, where a whole step is timed, with
+Everything of one table is measured in turns, one call at a time: in training, no product finds its weight in the cache
+because it has just been computed. Results are compared with float64 (or, where a whole step is timed, with
 the dense step) before any time is reported. A ratio above 1 says how many times faster offpath is. GB/s are the bytes
 that the product reads and writes if nothing stays in cache, beside the bandwidth of a copy-free read of the weight.
 """
@@ -90,6 +91,7 @@ def _products(size: Size, dtype: torch.dtype, zipf: bool, rounds: int) -> str:
             "read": lambda: weight.view(torch.int16 if dtype is torch.bfloat16 else torch.int32).sum(),
         },
         rounds,
+        sample_seconds=0,
     )
     entry_bytes = weight.element_size()
     gathered, written = rows.nnz * size.width * entry_bytes, weight.numel() * entry_bytes
@@ -124,7 +126,9 @@ def selection(rounds: int) -> Iterator[str]:
             if not torch.equal(topk_rows(x, k).values.view(rows, k).sort().values, expected):
                 raise AssertionError("top-k chose other values than torch.topk")
             timings = interleaved(
-                {"torch": lambda x=x, k=k: x.topk(k, sorted=False), "rows": lambda x=x, k=k: topk_rows(x, k)}, rounds
+                {"torch": lambda x=x, k=k: x.topk(k, sorted=False), "rows": lambda x=x, k=k: topk_rows(x, k)},
+                rounds,
+                sample_seconds=0,
             )
             yield f"top {k} of {columns}, {rows} rows, {dtype}: {_ratio(timings['torch'], timings['rows'])}"
 
@@ -217,7 +221,7 @@ def autoencoder_steps(rounds: int) -> Iterator[str]:
         for name, found in losses.items():
             # Sums in another order, and then Adam, which divides small gradients by their size: a part in 10^4.
             torch.testing.assert_close(found, losses["dense"], rtol=1e-4, atol=0, msg=f"{name}: another loss")
-        timings = interleaved(calls, rounds)
+        timings = interleaved(calls, rounds, sample_seconds=0)
         for name in STEPS:
             yield f"{size} step, {name:<32} {timings[name].median_seconds * 1e3:7.1f} ms, offpath is " + _ratio(
                 timings[name], timings["offpath"]
@@ -275,7 +279,7 @@ def mlp_layer(rounds: int, batch: int = 256, width: int = 2048, k: int = 102) ->
         }.items():
             calls[dtype, kind, "dense"] = lambda run=run, c=choose_dense, d=dtype: run(layers[d][0], c)
             calls[dtype, kind, "rows"] = lambda run=run, c=choose_rows, d=dtype: run(layers[d][1], c)
-    timings = interleaved(calls, rounds)
+    timings = interleaved(calls, rounds, sample_seconds=0)
     for dtype in layers:
         for kind in ("ReLU", "k-winners"):
             yield f"{width} x {width}, batch {batch}, {kind} at {k / width:.0%} live, {dtype}: " + _ratio(

@@ -1,6 +1,7 @@
 // The products on sparse rows: what the entries name is read, and nothing else.
 #pragma once
 
+#include "layout-inl.h"
 #include "reduce-inl.h"
 #include "simd.h"
 #include "table.h"
@@ -33,139 +34,130 @@ template <> struct RowVector<bfloat16> {
 };
 #endif
 
-// Columns whose sums are kept at hand, in the first-level cache.
-constexpr int64_t columns_at_hand = 1024;
-// Entries whose rows of the weight are read side by side. While they are, the rows of the next ones are fetched: they
-// lie anywhere in memory, and the processor cannot know where.
-constexpr int entries_together = 4;
+// While an entry's row of the weight is read, the row of one so many entries later is fetched: they lie anywhere in
+// memory, and the processor cannot know where.
+constexpr int64_t entries_ahead = 4;
 
 template <class T> [[gnu::always_inline]] inline void fetch(const T *p) { __builtin_prefetch(p); }
 
-// One register of sums, and what is added to it: single entries, or pairs of them where the CPU multiplies pairs.
-template <class T> struct RowSums {
+// Some registers full of neighbouring columns of a row of y, to which entries are added one by one; of a single
+// register only the first `n` columns may count.
+template <class T, int vectors> struct RowSums {
     using S = Simd<offpath::Sum<T>>;
-    static constexpr int64_t columns = S::lanes; // of one step
-    static constexpr int64_t entries = 1;        // that one multiplication takes
-    using Value = typename S::V;
-    static Value value(const T *values, int64_t) { return S::set1(compute(values[0])); }
+    static constexpr int64_t columns = S::lanes; // of a register of the weight
+    static constexpr int64_t entries = 1;        // that are added at a time
+    typename S::V sums[vectors];
 
-    static void start(offpath::Sum<T> *sums, const T *y, int64_t n) {
-        if constexpr (sizeof(T) == sizeof(offpath::Sum<T>))
-            S::store(sums, n == columns ? S::load(y) : S::load_first(y, n));
-        else
-            S::store(sums, S::load_first(y, n));
+    [[gnu::always_inline]] void start(const T *y, int64_t n) {
+#pragma GCC unroll 32
+        for (int v = 0; v < vectors; ++v)
+            sums[v] = y ? RowVector<T>::load_first(y + v * columns, n) : S::zero();
     }
-    template <int together>
-    [[gnu::always_inline]] static void add(offpath::Sum<T> *sums, const Value (&values)[together],
-                                           const T *const (&rows)[together], int64_t column, int64_t n) {
-        typename S::V acc = S::load(sums);
-#pragma GCC unroll 8
-        for (int i = 0; i < together; ++i)
-            acc = S::fma(values[i], RowVector<T>::load_first(rows[i] + column, n), acc);
-        S::store(sums, acc);
-    }
-    static void finish(const offpath::Sum<T> *sums, T *y, int64_t n) {
-        if constexpr (sizeof(T) == sizeof(offpath::Sum<T>)) {
-            if (n == columns)
-                return S::store(y, S::load(sums));
+    [[gnu::always_inline]] void add(const T *values, const T *row, const T *, int64_t n, const T *next, const T *) {
+        const typename S::V value = S::set1(compute(*values));
+#pragma GCC unroll 32
+        for (int v = 0; v < vectors; ++v) {
+            fetch(next + v * columns);
+            sums[v] = S::fma(value, RowVector<T>::load_first(row + v * columns, n), sums[v]);
         }
-        S::store_first(y, S::load(sums), n);
+    }
+    [[gnu::always_inline]] void finish(T *y, int64_t n) {
+#pragma GCC unroll 32
+        for (int v = 0; v < vectors; ++v)
+            if constexpr (sizeof(T) == sizeof(offpath::Sum<T>) && vectors > 1)
+                S::store(y + v * columns, sums[v]);
+            else
+                S::store_first(y + v * columns, sums[v], n);
     }
 };
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
-template <> struct RowSums<bfloat16> {
+// Two entries at a time: their rows are zipped, so that one instruction multiplies a column of both.
+template <int vectors> struct RowSums<bfloat16, vectors> {
     using B = BfloatPairs;
     using S = Simd<float>;
     static constexpr int64_t columns = B::entries, entries = 2;
-    using Value = B::V;
-    static Value value(const bfloat16 *values, int64_t left) {
-        return B::set1(values[0].bits | (left > 1 ? uint32_t{values[1].bits} << 16 : 0));
-    }
+    __m512 low[vectors], high[vectors];
 
-    static void start(float *sums, const bfloat16 *y, int64_t n) {
-        const __m512 first = S::load_first(y, n < S::lanes ? n : S::lanes);
-        const __m512 second = S::load_first(y + S::lanes, n < S::lanes ? 0 : n - S::lanes);
-        S::store(sums, B::rezip_low(first, second));
-        S::store(sums + S::lanes, B::rezip_high(first, second));
-    }
-    template <int together>
-    [[gnu::always_inline]] static void add(float *sums, const Value (&values)[together / 2],
-                                           const bfloat16 *const (&rows)[together], int64_t column, int64_t n) {
-        __m512 low = S::load(sums), high = S::load(sums + S::lanes);
-#pragma GCC unroll 4
-        for (int i = 0; i < together / 2; ++i) {
-            const B::V a = RowVector<bfloat16>::load_first(rows[2 * i] + column, n);
-            // Without a partner a row meets zeros, not what lies in some other row: zero times infinity is NaN.
-            const B::V b = rows[2 * i + 1] ? RowVector<bfloat16>::load_first(rows[2 * i + 1] + column, n) : B::zero();
-            low = B::dot(values[i], B::zip_low(a, b), low);
-            high = B::dot(values[i], B::zip_high(a, b), high);
+    [[gnu::always_inline]] static int64_t low_lanes(int64_t n) { return n < S::lanes ? n : S::lanes; }
+    [[gnu::always_inline]] void start(const bfloat16 *y, int64_t n) {
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; ++v) {
+            low[v] = high[v] = S::zero();
+            if (y) {
+                const __m512 first = S::load_first(y + v * columns, low_lanes(n));
+                const __m512 second = S::load_first(y + v * columns + S::lanes, n - low_lanes(n));
+                low[v] = B::rezip_low(first, second);
+                high[v] = B::rezip_high(first, second);
+            }
         }
-        S::store(sums, low);
-        S::store(sums + S::lanes, high);
     }
-    static void finish(const float *sums, bfloat16 *y, int64_t n) {
-        const __m512 low = S::load(sums), high = S::load(sums + S::lanes);
-        S::store_first(y, B::unzip_low(low, high), n < S::lanes ? n : S::lanes);
-        S::store_first(y + S::lanes, B::unzip_high(low, high), n < S::lanes ? 0 : n - S::lanes);
+    // Without a partner a row meets zeros, not what lies in some other row: zero times infinity is NaN.
+    [[gnu::always_inline]] void add(const bfloat16 *values, const bfloat16 *row, const bfloat16 *partner, int64_t n,
+                                    const bfloat16 *next, const bfloat16 *next_partner) {
+        const B::V pair = B::set1(values[0].bits | (partner ? uint32_t{values[1].bits} << 16 : 0));
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; ++v) {
+            fetch(next + v * columns);
+            fetch(next_partner + v * columns);
+            const B::V a = RowVector<bfloat16>::load_first(row + v * columns, n);
+            const B::V b = partner ? RowVector<bfloat16>::load_first(partner + v * columns, n) : B::zero();
+            low[v] = B::dot(pair, B::zip_low(a, b), low[v]);
+            high[v] = B::dot(pair, B::zip_high(a, b), high[v]);
+        }
+    }
+    [[gnu::always_inline]] void finish(bfloat16 *y, int64_t n) {
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; ++v) {
+            S::store_first(y + v * columns, B::unzip_low(low[v], high[v]), low_lanes(n));
+            S::store_first(y + v * columns + S::lanes, B::unzip_high(low[v], high[v]), n - low_lanes(n));
+        }
     }
 };
 #endif
 
-// Adds `count` <= together entries from `s` on to the sums of `columns` columns; the rest of a step has no rows.
-template <class T, int together>
-[[gnu::always_inline]] inline void add_entries(const offpath::rows_matmul_args<T> &args, int64_t s, int64_t count,
-                                               int64_t first_column, int64_t columns, offpath::Sum<T> *sums) {
-    using R = RowSums<T>;
-    const int64_t nnz = args.entries.crow_indices[args.entries.rows];
-    const auto row_of = [&](int64_t entry) {
-        return args.weight.data + args.entries.col_indices[entry] * args.weight.stride + first_column;
-    };
-    const T *rows[together], *next[together];
-    typename R::Value values[together / R::entries];
-    for (int i = 0; i < together; ++i) {
-        rows[i] = i < count ? row_of(s + i) : nullptr;
-        next[i] = row_of(s + count + i < nnz ? s + count + i : s);
-        if (i % R::entries == 0)
-            values[i / R::entries] = R::value(args.values + s + i, count - i);
-    }
-    int64_t column = 0;
-    for (; column + R::columns <= columns; column += R::columns) {
-#pragma GCC unroll 8
-        for (int i = 0; i < together; ++i)
-            fetch(next[i] + column);
-        R::template add<together>(sums + column, values, rows, column, R::columns);
-    }
-    if (column < columns)
-        R::template add<together>(sums + column, values, rows, column, columns - column);
+// `vectors` registers of one row of y.
+template <class T, int vectors>
+[[gnu::always_inline]] inline void sum_row(const offpath::rows_matmul_args<T> &args, int64_t row, int64_t column,
+                                           int64_t n) {
+    using R = RowSums<T, vectors>;
+    const int64_t begin = args.entries.crow_indices[row], end = args.entries.crow_indices[row + 1];
+    const int64_t last = args.entries.crow_indices[args.entries.rows] - 1;
+    const T *weight = args.weight.data + column;
+    const auto row_of = [&](int64_t s) { return weight + args.entries.col_indices[s] * args.weight.stride; };
+    const auto ahead = [&](int64_t s) { return row_of(s + entries_ahead < last ? s + entries_ahead : last); };
+    T *y = args.y.data + row * args.y.stride + column;
+    R sums;
+    sums.start(args.add ? y : nullptr, n);
+    int64_t s = begin;
+    for (; s + R::entries <= end; s += R::entries)
+        sums.add(args.values + s, row_of(s), row_of(s + R::entries - 1), n, ahead(s), ahead(s + 1));
+    if (s < end)
+        sums.add(args.values + s, row_of(s), nullptr, n, ahead(s), ahead(s + 1));
+    sums.finish(y, n);
+}
+
+// All columns from `column` to `end`, as wide as the registers allow.
+template <class T, int vectors>
+[[gnu::always_inline]] inline void sum_columns(const offpath::rows_matmul_args<T> &args, int64_t row, int64_t column,
+                                               int64_t end) {
+    constexpr int64_t columns = RowSums<T, vectors>::columns;
+    for (; column + vectors * columns <= end; column += vectors * columns)
+        sum_row<T, vectors>(args, row, column, columns);
+    if constexpr (vectors > 1)
+        sum_columns<T, vectors / 2>(args, row, column, end);
+    else if (column < end)
+        sum_row<T, 1>(args, row, column, end - column);
 }
 
 // Block: rows are rows of y, batch its columns.
 template <class T> void rows_matmul(const offpath::rows_matmul_args<T> &args, const offpath::Block &block) {
-    using R = RowSums<T>;
-    alignas(64) offpath::Sum<T> sums[columns_at_hand];
-    for (int64_t column = block.batch_begin; column < block.batch_end; column += columns_at_hand) {
-        const int64_t left = block.batch_end - column, columns = left < columns_at_hand ? left : columns_at_hand;
-        for (int64_t row = block.row_begin; row < block.row_end; ++row) {
-            const int64_t begin = args.entries.crow_indices[row], end = args.entries.crow_indices[row + 1];
-            if (args.add && begin == end)
-                continue;
-            T *y = args.y.data + row * args.y.stride + column;
-            for (int64_t c = 0; c < columns; c += R::columns)
-                if (args.add)
-                    R::start(sums + c, y + c, columns - c < R::columns ? columns - c : R::columns);
-                else
-                    for (int64_t i = c; i < c + R::columns; ++i)
-                        sums[i] = 0;
-            int64_t s = begin;
-            for (; s + entries_together <= end; s += entries_together)
-                add_entries<T, entries_together>(args, s, entries_together, column, columns, sums);
-            for (; s < end; s += R::entries)
-                add_entries<T, R::entries>(args, s, end - s < R::entries ? end - s : R::entries, column, columns, sums);
-            for (int64_t c = 0; c < columns; c += R::columns)
-                R::finish(sums + c, y + c, columns - c < R::columns ? columns - c : R::columns);
-        }
-    }
+    // As many registers of sums as an ISA has beside what is multiplied.
+    constexpr int registers = panel_vectors * 6,
+                  vectors = registers * Simd<offpath::Sum<T>>::lanes / RowSums<T, 1>::columns;
+    for (int64_t row = block.row_begin; row < block.row_end; ++row)
+        if (!args.add || args.entries.crow_indices[row] < args.entries.crow_indices[row + 1])
+            sum_columns<T, vectors>(args, row, block.batch_begin, block.batch_end);
 }
 
 // Block: rows are rows of dy.

@@ -12,7 +12,7 @@ import torch
 
 from offpath import kernels
 from offpath.kernels import cpu
-from offpath.kernels.calibration import processor
+from offpath.kernels.measured import processor
 
 
 @dataclass(frozen=True)

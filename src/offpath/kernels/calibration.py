@@ -1,33 +1,21 @@
-"""Measures what each method costs on this machine: once, in seconds, on first need, and keeps it for later processes.
-
-The table lies in the user's cache directory (`OFFPATH_CACHE_DIR`, else `$XDG_CACHE_HOME/offpath`, else
-`~/.cache/offpath`) under a fingerprint of processor, cores, instruction set and versions. A process that finds another
-one measuring waits for its table: two that measured at once would disturb each other.
-"""
+"""Measures what each method costs on this machine: once, in seconds, on first need (see measured.py)."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import logging
 import math
-import os
-import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import version
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from offpath.kernels import cpu
 from offpath.kernels.backend import Backend
 from offpath.kernels.costs import BATCHES, DENSITIES, GRID, LARGE_SIZES, CostTable
+from offpath.kernels.measured import measured_once
 from offpath.kernels.methods import METHODS, PreparedMatrix, PreparedWeight
 
 _log = logging.getLogger("offpath")
@@ -49,41 +37,13 @@ HALVES = (range(DENSITIES.index(0.5)), range(DENSITIES.index(0.5), len(DENSITIES
 
 @cache
 def cost_table(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> CostTable:
-    """What the methods of `backend` cost for `dtype` (float64 follows float32): from the cache, or measured now.
-
-    A cache that cannot be read or written costs the measurement in every process, and a warning.
-    """
+    """What the methods of `backend` cost for `dtype` (float64 follows float32): from the cache, or measured now."""
     dtype = torch.float32 if dtype is torch.float64 else dtype
-    path = cache_folder() / f"costs-{_fingerprint(backend, dtype, sizes)}.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
-            table = _read(path, sizes)
-            if table is None:
-                table = measure(backend, dtype, sizes)
-                _write(path, table)
-        return table
-    except OSError as error:
-        _log.warning("offpath measures its kernels in every process: cannot use %s (%s)", path.parent, error)
-        return measure(backend, dtype, sizes)
-
-
-def cache_folder() -> Path:
-    """Where the tables lie."""
-    chosen = os.environ.get("OFFPATH_CACHE_DIR")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offpath"
-
-
-def processor() -> str:
-    """The processor as the system tells it; the numbers tell apart generations that a cloud calls by one name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    facts = {}
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().split("\n\n")[0].splitlines():
-            key, _, fact = line.partition(":")
-            facts[key.strip()] = fact.strip()
-    name = facts.get("model name") or platform.processor() or "unknown"
-    return f"{name} (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else name
+    facts: list[object] = [METHODS, sizes, DENSITIES, BATCHES]
+    seconds = measured_once(
+        "costs", backend, dtype, facts, _is_complete, lambda: measure(backend, dtype, sizes).seconds
+    )
+    return CostTable(sizes, seconds)
 
 
 def measure(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> CostTable:
@@ -193,39 +153,11 @@ def _run(weight: PreparedWeight, backend: Backend, product: str, method: str, va
     return weight.dvalues(backend, method, x, x)
 
 
-def _fingerprint(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> str:
-    built = Path(cpu.native_file()).stat()
-    facts: list[object] = [processor(), os.cpu_count(), backend.name, str(dtype), torch.__version__, version("offpath")]
-    facts += [built.st_size, built.st_mtime_ns, METHODS, sizes, DENSITIES, BATCHES]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _read(path: Path, sizes: Sizes) -> CostTable | None:
-    try:
-        seconds = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    complete = isinstance(seconds, dict) and all(
+def _is_complete(seconds: Any) -> bool:
+    return isinstance(seconds, dict) and all(
         isinstance(column := seconds.get(product, {}).get(method), list)
         and len(column) == len(GRID)
         and all(isinstance(s, float) and s > 0 for s in column)
         for product, methods in METHODS.items()
         for method in methods
     )
-    return CostTable(sizes, seconds) if complete else None
-
-
-def _write(path: Path, table: CostTable) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(table.seconds))
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from offpath.nn.sparse_output import as_output, check_output, flatten, round_down
+from offpath.nn.straight_through import jump, step
 from offpath.ops import SparseRows, above
 
 
@@ -70,27 +71,14 @@ class JumpReLU(nn.Module):
 
     def forward(self, x: Tensor, with_l0: bool = False) -> SparseRows | Tensor | tuple[SparseRows | Tensor, Tensor]:
         threshold = self.threshold
-        learns = threshold.requires_grad
-        lowest = threshold.detach() - self.bandwidth / 2 if learns else threshold
+        lowest = threshold.detach() - self.bandwidth / 2 if threshold.requires_grad else threshold
         near = above(flatten(x, self.n), round_down(lowest, x.dtype))
         theta = threshold[near.indices.long()]
-        live = ~(near.values <= theta)
-        values = near.values.masked_fill(~live, 0)
-        steps = live.to(theta.dtype)
-        if learns:
-            rise = self._rise(near.values, theta)
-            values = values + (theta.detach() * rise).to(values.dtype)
-            steps = steps + rise
-        output = as_output(near.with_values(values), x, self.output)
+        output = as_output(near.with_values(jump(near.values, theta, self.bandwidth)), x, self.output)
         if not with_l0:
             return output
+        steps = step(near.values, theta, self.bandwidth)
         return output, near.with_values(steps).matmul(theta.new_ones(self.n, 1)).view(x.shape[:-1])
-
-    def _rise(self, z: Tensor, theta: Tensor) -> Tensor:
-        """Zero, with the gradient -1 / bandwidth for theta where z is near it."""
-        half = self.bandwidth / 2
-        near = (z > theta - half) & (z < theta + half)
-        return torch.where(near, (theta.detach() - theta) / self.bandwidth, 0.0)
 
     def extra_repr(self) -> str:
         return f"n={self.n}, bandwidth={self.bandwidth}, output={self.output!r}"

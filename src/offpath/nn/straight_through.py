@@ -23,7 +23,7 @@ def jump(values: Tensor, thresholds: Tensor, bandwidth: float) -> Tensor:
 
 
 def step(values: Tensor, thresholds: Tensor, bandwidth: float) -> Tensor:
-    """1 where a value is larger than its threshold, and 0 elsewhere; all [nnz]. Their sum is the L0 norm.
+    """1 where a value is larger than its threshold (or NaN), and 0 elsewhere; all [nnz]. Their sum is the L0 norm.
 
     The gradient of a threshold is -1 / bandwidth for each entry within half a `bandwidth` of it; values get none.
 
@@ -53,7 +53,7 @@ class _Step(torch.autograd.Function):
     def forward(ctx, values, thresholds, bandwidth):
         ctx.save_for_backward(values, thresholds)
         ctx.bandwidth = bandwidth
-        return (values > thresholds).to(thresholds.dtype)
+        return (~(values <= thresholds)).to(thresholds.dtype)
 
     @staticmethod
     def backward(ctx, gradient):

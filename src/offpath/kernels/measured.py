@@ -1,0 +1,101 @@
+"""Numbers that are measured once on a machine and kept for later processes.
+
+They lie in the user's cache directory (`OFFPATH_CACHE_DIR`, else `$XDG_CACHE_HOME/offpath`, else `~/.cache/offpath`)
+under a fingerprint of processor, cores, instruction set and versions. A process that finds another one measuring waits
+for its numbers: two that measured at once would disturb each other.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offpath.kernels import cpu
+from offpath.kernels.backend import Backend
+
+_log = logging.getLogger("offpath")
+
+
+def cache_folder() -> Path:
+    """Where they lie."""
+    chosen = os.environ.get("OFFPATH_CACHE_DIR")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offpath"
+
+
+def processor() -> str:
+    """The processor as the system tells it; the numbers tell apart generations that a cloud calls by one name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    facts = {}
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().split("\n\n")[0].splitlines():
+            key, _, fact = line.partition(":")
+            facts[key.strip()] = fact.strip()
+    name = facts.get("model name") or platform.processor() or "unknown"
+    return f"{name} (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else name
+
+
+def measured_once(
+    name: str,
+    backend: Backend,
+    dtype: torch.dtype,
+    facts: list[object],
+    is_complete: Callable[[Any], bool],
+    measure: Callable[[], Any],
+) -> Any:
+    """What `measure()` gives (something that JSON holds): from the cache where it is complete, or measured now.
+
+    `facts` are all that it depends on besides the machine, `backend` and `dtype`. A cache that cannot be read or
+    written costs the measurement in every process, and a warning.
+    """
+    path = cache_folder() / f"{name}-{_fingerprint(backend, dtype, facts)}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):
+            found = _read(path)
+            if found is None or not is_complete(found):
+                found = measure()
+                _write(path, found)
+        return found
+    except OSError as error:
+        _log.warning("offpath measures its kernels in every process: cannot use %s (%s)", path.parent, error)
+        return measure()
+
+
+def _fingerprint(backend: Backend, dtype: torch.dtype, facts: list[object]) -> str:
+    built = Path(cpu.native_file()).stat()
+    machine = [processor(), os.cpu_count(), backend.name, str(dtype), torch.__version__, version("offpath")]
+    return hashlib.sha256(json.dumps([*machine, built.st_size, built.st_mtime_ns, *facts]).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _write(path: Path, found: Any) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(found))
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

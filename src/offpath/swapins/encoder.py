@@ -1,0 +1,139 @@
+"""What the swap-ins share of an encoder: all of its pre-activations for those who ask, and single ones for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map
+
+from offpath.ops import SparseRows
+from offpath.ops.selection import row_pointer
+
+_ops = torch.ops.offpath
+
+# Sparse rows read a row of the weight for each entry, at the speed of memory; on the CPUs that we know, a dense product
+# is as fast where 6 % to 10 % of the entries live.
+SPARSE_BELOW = 1 / 16
+
+
+def few_live(dense: Tensor) -> bool:
+    """Whether so few entries are other than zero that sparse rows pay.
+
+    >>> few_live(torch.eye(32)), few_live(torch.eye(8))
+    (True, False)
+    """
+    return int(torch.count_nonzero(dense)) <= dense.numel() * SPARSE_BELOW
+
+
+def pre_activations(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x @ weight.T + bias, [rows, latents], for those who use all of them.
+
+    Losses such as AuxK send a gradient to a few of them; the backward pass then touches only these. It cannot be
+    differentiated once more.
+
+    >>> weight = torch.ones(3, 2, requires_grad=True)
+    >>> pre_activations(torch.ones(1, 2), weight, torch.zeros(3))[0, 1].backward()
+    >>> weight.grad
+    tensor([[0., 0.],
+            [1., 1.],
+            [0., 0.]])
+    """
+    result: Tensor = _PreActivations.apply(x, weight, bias)
+    return result
+
+
+class _PreActivations(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # a derivative of it would have to know of the entries that are zero as well
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        dbias = gradient.sum(0) if wants_bias else None
+        if not few_live(gradient):
+            return gradient @ weight if wants_x else None, gradient.T @ x if wants_weight else None, dbias
+        rows = SparseRows.from_dense(gradient)
+        dx = rows @ weight if wants_x else None
+        dweight = None
+        if wants_weight:
+            dweight = _ops.rows_weight_gradient(rows.values, rows.crow_indices, rows.indices, x, weight.shape[0])
+        return dx, dweight, dbias
+
+
+def activations_at(indices: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """<x[b], weight[i]> + bias[i] for the latents i = indices[b, :] of each row: int32 [rows, k] to [rows, k].
+
+    >>> activations_at(torch.tensor([[1]]).int(), torch.tensor([[2.0]]), torch.tensor([[1.0], [3.0]]), torch.ones(2))
+    tensor([[7.]])
+    """
+    crow_indices = row_pointer(indices.shape[0], indices.shape[1], indices.device)
+    flat = indices.flatten()
+    return (_ops.rows_dots(x, crow_indices, flat, weight) + bias.index_select(0, flat)).view(indices.shape)
+
+
+class LazyPreActivations(Tensor):
+    """Pre-activations that nobody has asked for yet: the first use of any kind computes them.
+
+    So [rows, latents] is not stored where only the largest few are wanted, and whoever does look sees the numbers, with
+    their gradient. Raises `RuntimeError` when an operand was written to in between.
+
+    >>> x, weight = torch.ones(1, 2), torch.ones(3, 2)
+    >>> lazy = LazyPreActivations(lambda x, weight: x @ weight.T, x, weight)
+    >>> lazy + 1
+    tensor([[3., 3., 3.]])
+    """
+
+    _compute: Callable[..., Tensor]
+    _operands: tuple[Tensor, ...]
+    _versions: tuple[int, ...]
+    _computed: Tensor | None
+
+    @staticmethod
+    def __new__(cls, compute: Callable[..., Tensor], x: Tensor, weight: Tensor, *others: Tensor) -> LazyPreActivations:
+        shape = (*x.shape[:-1], weight.shape[0])
+        lazy: LazyPreActivations = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=x.dtype, device=x.device)
+        lazy._compute, lazy._operands, lazy._computed = compute, (x, weight, *others), None
+        lazy._versions = tuple(map(_version, lazy._operands))
+        return lazy
+
+    def __init__(self, *operands: Any) -> None:
+        super().__init__()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(_computed, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise RuntimeError(
+            f"expected a torch function to compute these pre-activations first, got {func}; add 0 to them"
+        )
+
+
+def _computed(operand: Any) -> Any:
+    if not isinstance(operand, LazyPreActivations):
+        return operand
+    if operand._computed is None:
+        if tuple(map(_version, operand._operands)) != operand._versions:
+            raise RuntimeError(
+                "expected the input and the encoder as they were when it encoded, but one of them has been written to "
+                "since; look at the pre-activations before the optimizer's step"
+            )
+        with torch.autocast("cpu", enabled=False):
+            operand._computed = operand._compute(*operand._operands)
+    return operand._computed
+
+
+def _version(operand: Tensor) -> int:
+    return -1 if operand.is_inference() else operand._version

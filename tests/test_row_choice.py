@@ -1,0 +1,85 @@
+"""Products on sparse rows that are computed densely: the same numbers, where it pays, and by what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from offpath import kernels
+from offpath.kernels import KernelError, row_calibration
+from offpath.ops import SparseRows, forced_dense_rows, row_choice, row_products, topk_rows
+
+BACKEND = kernels.default_backend()[0]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OFFPATH_CACHE_DIR", str(tmp_path))
+    row_calibration.break_evens.cache_clear()
+    yield tmp_path
+    row_calibration.break_evens.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dense_and_sparse_give_the_same(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    # Small integers: sums are exact in every order, and in bfloat16.
+    values = torch.randint(-2, 3, (5, 4)).to(dtype).requires_grad_()
+    indices = torch.tensor([[0, 3, 3, 6], [1, 2, 5, 0], [6, 6, 6, 6], [0, 1, 2, 3], [5, 4, 2, 1]])
+    weight = torch.randint(-2, 3, (7, 9)).to(dtype).requires_grad_()
+    found = []
+    for dense in (False, True):
+        with forced_dense_rows(dense):
+            y = SparseRows.from_topk(values, indices, 7) @ weight
+            found.append((y.detach(), *torch.autograd.grad(y.sum(), (values, weight))))
+    for sparse, densely in zip(*found, strict=True):
+        assert torch.equal(sparse, densely)
+
+
+def test_an_index_out_of_range_is_refused_densely_as_well() -> None:
+    rows = SparseRows.from_topk(torch.ones(2, 1), torch.tensor([[0], [3]]), 3)
+    with forced_dense_rows(True), pytest.raises(KernelError, match=r"indices in \[0, 3\)"):
+        rows.matmul(torch.ones(3, 2))
+    with forced_dense_rows(True), pytest.raises(KernelError, match=r"indices in \[0, 3\)"):
+        torch.ops.offpath.rows_dots(torch.ones(2, 2), rows.crow_indices, rows.indices, torch.ones(3, 2))
+
+
+def test_what_was_measured_decides_and_only_where_there_is_a_question(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[torch.dtype] = []
+
+    def measure(_: kernels.Backend, dtype: torch.dtype) -> dict[str, float]:
+        measured.append(dtype)
+        return {"matmul": 0.2, "dots": 0.9, "weight_gradient": 0.9}
+
+    monkeypatch.setattr(row_calibration, "measure", measure)
+    densely: list[bool] = []
+    monkeypatch.setattr(
+        row_products, "_dense", lambda b, c, i, v, columns: densely.append(True) or torch.zeros(64, columns)
+    )
+    weight, x = torch.randn(256, 1024), torch.randn(64, 256)
+    topk_rows(x, 10).matmul(weight)
+    assert not measured, "4 % live: no machine would compute that densely"
+    topk_rows(x, 48).matmul(weight)
+    assert len(measured) == 1 and not densely
+    topk_rows(x, 64).matmul(weight)
+    assert densely == [True] and len(measured) == 1
+
+
+def test_break_evens_are_kept_in_the_cache_and_measured_anew_where_they_are_broken(cache: Path) -> None:
+    if not BACKEND.native:
+        pytest.skip("the reference has no break-even")
+    first = row_calibration.break_evens(BACKEND, torch.float32)
+    (file,) = cache.glob("rows-*.json")
+    assert json.loads(file.read_text()) == first and set(first) == set(row_calibration.PRODUCTS)
+    row_calibration.break_evens.cache_clear()
+    assert row_calibration.break_evens(BACKEND, torch.float32) == first
+    file.write_text('{"matmul": -1}')
+    row_calibration.break_evens.cache_clear()
+    again = row_calibration.break_evens(BACKEND, torch.float32)
+    assert all(density > 0 for density in again.values()) and json.loads(file.read_text()) == again
+    assert row_choice.SURELY_SPARSE < 0.15
