@@ -9,7 +9,7 @@ nonzeros it has to find. GB/s are the bytes of the live connections (index and v
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -44,50 +44,57 @@ def _check(layer: SparseLinear, y: Tensor, x: Tensor) -> None:
     check_product("y", y, x.double() @ weight.t() + bias, 2 * size, (x != 0).sum(1)[:, None] + 2)
 
 
-@torch.no_grad()
 def forward(rounds: int) -> Iterator[str]:
     for dtype in (torch.float32, torch.bfloat16):
-        alone, both = _pair(0.9, dtype)
+        pair = _pair(0.9, dtype)
         for batch in (1, 8, 64):
-            x = _activations(batch, 0.9, dtype)
-            rows = SparseRows.from_dense(x)
-            _check(alone, both(rows), x)
-            calls: dict[str, Callable[[], object]] = {
-                "alone": lambda x=x: alone(x),
-                "rows": lambda rows=rows: both(rows),
-                "dense input": lambda x=x: both(x),
-            }
-            timings = interleaved(calls, rounds)
-            used = both.values.element_size() + 4
-            live_bytes = used * float(rows.counts().double() @ both.pattern.row_counts.double())
-            gigabytes = live_bytes / timings["rows"].median_seconds / 1e9
-            ratios = [speedup(timings["alone"], timings[name]) for name in ("rows", "dense input")]
-            yield (
-                f"forward, 90 % and 90 %, batch {batch:3d}, {dtype_name(dtype)}: SparseLinear "
-                f"{timings['alone'].median_seconds * 1e6:7.0f} us, rows {timings['rows'].median_seconds * 1e6:6.0f} us, "
-                f"{ratios[0].ratio:5.2f} (+-{ratios[0].spread:4.0%}) times as fast, from a dense input "
-                f"{ratios[1].ratio:5.2f}; {gigabytes:4.1f} GB/s"
-            )
+            yield _forward(*pair, batch, rounds)
 
 
-def training_step(rounds: int, batch: int = 128) -> Iterator[str]:
-    """Forward and backward to the values of the weight, the bias and the live activations."""
+@torch.no_grad()
+def _forward(alone: SparseLinear, both: SparseSparseLinear, batch: int, rounds: int) -> str:
+    dtype = both.values.dtype
+    x = _activations(batch, 0.9, dtype)
+    rows = SparseRows.from_dense(x)
+    _check(alone, both(rows), x)
+    timings = interleaved(
+        {"alone": lambda: alone(x), "rows": lambda: both(rows), "dense input": lambda: both(x)}, rounds
+    )
+    live_connections = float(rows.counts().double() @ both.pattern.row_counts.double())
+    gigabytes = live_connections * (both.values.element_size() + 4) / timings["rows"].median_seconds / 1e9
+    found, of_dense = (speedup(timings["alone"], timings[name]) for name in ("rows", "dense input"))
+    microseconds = {name: timing.median_seconds * 1e6 for name, timing in timings.items()}
+    return (
+        f"forward, 90 % and 90 %, batch {batch:3d}, {dtype_name(dtype)}: SparseLinear {microseconds['alone']:7.0f} us, "
+        f"rows {microseconds['rows']:6.0f} us, {found.ratio:5.2f} (+-{found.spread:4.0%}) times as fast, from a dense "
+        f"input {of_dense.ratio:5.2f}; {gigabytes:4.1f} GB/s"
+    )
+
+
+def training_step(rounds: int) -> Iterator[str]:
     for dtype in (torch.float32, torch.bfloat16):
-        alone, both = _pair(0.9, dtype)
-        x = _activations(batch, 0.9, dtype).requires_grad_()
-        rows, dy = SparseRows.from_dense(x.detach()), torch.randn(batch, WIDTH).to(dtype)
-        values = rows.values.clone().requires_grad_()
-        calls: dict[str, Callable[[], object]] = {
+        yield _training_step(*_pair(0.9, dtype), 128, rounds)
+
+
+def _training_step(alone: SparseLinear, both: SparseSparseLinear, batch: int, rounds: int) -> str:
+    """Forward and backward to the values of the weight, the bias and the live activations."""
+    dtype = both.values.dtype
+    x = _activations(batch, 0.9, dtype).requires_grad_()
+    rows, dy = SparseRows.from_dense(x.detach()), torch.randn(batch, WIDTH).to(dtype)
+    values = rows.values.clone().requires_grad_()
+    timings = interleaved(
+        {
             "alone": lambda: torch.autograd.grad(alone(x), (x, *alone.parameters()), dy),
             "rows": lambda: torch.autograd.grad(both(rows.with_values(values)), (values, *both.parameters()), dy),
-        }
-        timings = interleaved(calls, rounds)
-        found = speedup(timings["alone"], timings["rows"])
-        yield (
-            f"training step, 90 % and 90 %, batch {batch}, {dtype_name(dtype)}: SparseLinear "
-            f"{timings['alone'].median_seconds * 1e3:6.2f} ms, rows {timings['rows'].median_seconds * 1e3:6.2f} ms, "
-            f"{found.ratio:5.2f} (+-{found.spread:4.0%}) times as fast"
-        )
+        },
+        rounds,
+    )
+    found = speedup(timings["alone"], timings["rows"])
+    return (
+        f"training step, 90 % and 90 %, batch {batch}, {dtype_name(dtype)}: SparseLinear "
+        f"{timings['alone'].median_seconds * 1e3:6.2f} ms, rows {timings['rows'].median_seconds * 1e3:6.2f} ms, "
+        f"{found.ratio:5.2f} (+-{found.spread:4.0%}) times as fast"
+    )
 
 
 @torch.no_grad()
