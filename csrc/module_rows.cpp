@@ -2,6 +2,7 @@
 #include "encode.h"
 #include "module.h"
 #include "row_products.h"
+#include "sparse_row_products.h"
 
 namespace nb = nanobind;
 using namespace offpath;
@@ -32,6 +33,34 @@ void call_rows_weight_gradient(int64_t isa, int64_t rows, int64_t columns, int64
     rows_weight_gradient<T>(use_kernels<T>(isa), csr_at(crow_indices, indices, rows), at<const T>(values),
                             {at<const T>(dy), dy_stride}, columns, width, {at<T>(gradient), gradient_stride}, add,
                             threads);
+}
+
+template <class T>
+void call_sparse_matmul(int64_t isa, int64_t rows, int64_t columns, int64_t width, Address crow_indices,
+                        Address indices, Address values, Address w_crow_indices, Address w_indices, Address w_values,
+                        Address y, int threads) {
+    nb::gil_scoped_release release;
+    sparse_matmul<T>(use_kernels<T>(isa), csr_at(crow_indices, indices, rows), at<const T>(values),
+                     {csr_at(w_crow_indices, w_indices, columns), at<const T>(w_values)}, width, at<T>(y), threads);
+}
+
+template <class T>
+void call_sparse_dots(int64_t isa, int64_t rows, int64_t columns, int64_t width, Address crow_indices, Address indices,
+                      Address dy, int64_t dy_stride, Address w_crow_indices, Address w_indices, Address w_values,
+                      Address dots, int threads) {
+    nb::gil_scoped_release release;
+    sparse_dots<T>(use_kernels<T>(isa), csr_at(crow_indices, indices, rows), {at<const T>(dy), dy_stride},
+                   {csr_at(w_crow_indices, w_indices, columns), at<const T>(w_values)}, width, at<T>(dots), threads);
+}
+
+template <class T>
+void call_sparse_weight_gradient(int64_t isa, int64_t rows, int64_t columns, int64_t width, Address crow_indices,
+                                 Address indices, Address values, Address dy, int64_t dy_stride, Address w_crow_indices,
+                                 Address w_indices, Address gradient, int threads) {
+    nb::gil_scoped_release release;
+    sparse_weight_gradient<T>(use_kernels<T>(isa), csr_at(crow_indices, indices, rows), at<const T>(values),
+                              {at<const T>(dy), dy_stride}, csr_at(w_crow_indices, w_indices, columns), width,
+                              at<T>(gradient), threads);
 }
 
 template <class T>
@@ -89,6 +118,9 @@ void offpath::bind_rows(nb::module_ &m) {
     m.def("rows_matmul_" #suffix, &call_rows_matmul<T>);                                                               \
     m.def("rows_dots_" #suffix, &call_rows_dots<T>);                                                                   \
     m.def("rows_weight_gradient_" #suffix, &call_rows_weight_gradient<T>);                                             \
+    m.def("sparse_matmul_" #suffix, &call_sparse_matmul<T>);                                                           \
+    m.def("sparse_dots_" #suffix, &call_sparse_dots<T>);                                                               \
+    m.def("sparse_weight_gradient_" #suffix, &call_sparse_weight_gradient<T>);                                         \
     m.def("topk_" #suffix, &call_topk<T>);                                                                             \
     m.def("batch_topk_" #suffix, &call_batch_topk<T>);                                                                 \
     m.def("count_above_" #suffix, &call_count_above<T>);                                                               \

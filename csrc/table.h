@@ -4,6 +4,7 @@
 
 #include "basics.h"
 #include "row_args.h"
+#include "sparse_row_args.h"
 
 namespace offpath {
 

@@ -12,6 +12,7 @@
 #include "rows-inl.h"
 #include "sddmm-inl.h"
 #include "select-inl.h"
+#include "sparse_rows-inl.h"
 #include "spmm-inl.h"
 #include "table.h"
 #include "tiled-inl.h"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
 from cases import Draw, Operands
-from offpath import kernels
+from offpath import kernels, pattern as patterns
 from offpath.kernels.row_products import RowProducts
+from offpath.pattern import Pattern
 
 # The fields of `RowProducts` that each native variant computes itself; the rest is still the shared definition.
 NATIVE = frozenset(field.name for field in fields(RowProducts)) - {"counts"}
@@ -77,6 +79,47 @@ def _add_weight_gradient(rows: RowProducts, p: RowProblem, operands: Operands) -
     return buffer
 
 
+@cache
+def sparse_weight(p: RowProblem) -> Pattern:
+    """Connections of places to outputs: about a third, with places that have none and places that have all."""
+    generator = torch.Generator().manual_seed(p.columns * 7919 + p.width)
+    mask = torch.rand(p.columns, p.width, generator=generator) < 0.35
+    mask[1::5] = False
+    mask[3::7] = True
+    return patterns.from_mask(mask)
+
+
+def _weight_values(p: RowProblem) -> tuple[int]:
+    return (sparse_weight(p).nnz,)
+
+
+def _sparse_matmul(rows: RowProducts, p: RowProblem, operands: Operands) -> Tensor:
+    weight = sparse_weight(p)
+    return rows.sparse_matmul(
+        p.crow_indices,
+        p.indices,
+        operands["values"],
+        weight.crow_indices,
+        weight.col_indices,
+        operands["w_values"],
+        p.width,
+    )
+
+
+def _sparse_dots(rows: RowProducts, p: RowProblem, operands: Operands) -> Tensor:
+    weight = sparse_weight(p)
+    return rows.sparse_dots(
+        p.crow_indices, p.indices, operands["dy"], weight.crow_indices, weight.col_indices, operands["w_values"]
+    )
+
+
+def _sparse_weight_gradient(rows: RowProducts, p: RowProblem, operands: Operands) -> Tensor:
+    weight = sparse_weight(p)
+    return rows.sparse_weight_gradient(
+        p.crow_indices, p.indices, operands["values"], operands["dy"], weight.crow_indices, weight.col_indices
+    )
+
+
 def _entries_of_columns(p: RowProblem) -> Tensor:
     return torch.bincount(p.indices, minlength=p.columns)[:, None]
 
@@ -123,10 +166,33 @@ def _products(layout: str) -> tuple[RowProduct, ...]:
             _add_weight_gradient,
             lambda p: _entries_of_columns(p) + 1,
         ),
+        RowProduct(
+            f"sparse dots, dy {layout}",
+            "sparse_dots",
+            lambda p, draw: {"dy": lay(draw, p.rows, p.width), "w_values": draw(_weight_values(p))},
+            _sparse_dots,
+            lambda p: torch.tensor(p.width),
+        ),
+        RowProduct(
+            f"sparse weight gradient, dy {layout}",
+            "sparse_weight_gradient",
+            lambda p, draw: {"values": draw(p.indices.shape), "dy": lay(draw, p.rows, p.width)},
+            _sparse_weight_gradient,
+            lambda p: _entries_of_columns(p)[sparse_weight(p).row_indices().long(), 0],
+        ),
     )
 
 
-PRODUCTS = _products("contiguous")
+PRODUCTS = (
+    *_products("contiguous"),
+    RowProduct(
+        "sparse matmul",
+        "sparse_matmul",
+        lambda p, draw: {"values": draw(p.indices.shape), "w_values": draw(_weight_values(p))},
+        _sparse_matmul,
+        lambda p: p.crow_indices.diff()[:, None],
+    ),
+)
 PRODUCTS_OF_VIEWS = tuple(product for layout in list(LAYOUTS)[1:] for product in _products(layout))
 
 
@@ -184,6 +250,7 @@ LARGE_PROBLEMS = (
     _problem("several threads, everywhere", [8] * 150, 300, 40),
     _problem("several threads, one long row", [2] * 20 + [1500] + [2] * 20, 700, 33, _anywhere),
     _problem("several threads, one hot column", [1] * 1500, 64, 33, _last),
+    _problem("several threads, two long rows", [1500, 600], 2000, 150, _anywhere),
 )
 
 SPECIAL_PROBLEMS = [p for p in (*PROBLEMS, *WIDTHS[::5]) if "row" in p.name or "k = n" in p.name or "width" in p.name]

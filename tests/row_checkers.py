@@ -17,9 +17,20 @@ from cases import Operands, gaussian, small_integers
 from checkers import gamma, in_float64, poisoned_memory, unit_roundoff
 from offpath.kernels import KernelError, reference_rows
 from offpath.kernels.row_products import RowProducts
-from row_cases import PRODUCTS, SPECIAL_PROBLEMS, EncodeProblem, RowProblem, RowProduct, ks, scores, signs
+from row_cases import (
+    PRODUCTS,
+    SPECIAL_PROBLEMS,
+    EncodeProblem,
+    RowProblem,
+    RowProduct,
+    ks,
+    scores,
+    signs,
+    sparse_weight,
+)
 
 DEFINITION = reference_rows.ROWS
+SPARSE_WEIGHT = ("sparse_matmul", "sparse_dots", "sparse_weight_gradient")
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16}
 
 
@@ -259,11 +270,15 @@ def check_refuses(rows: RowProducts, crow_indices: Tensor, indices: Tensor, colu
     width = 5
     values, dy = torch.ones(indices.shape[0]), torch.ones(crow_indices.shape[0] - 1, width)
     weight, buffer = torch.ones(columns, width), torch.ones(columns, width)
+    connections = torch.arange(columns + 1, dtype=torch.int32), torch.zeros(columns, dtype=torch.int32)
     calls: list[Callable[[], object]] = [
         lambda: rows.matmul(crow_indices, indices, values, weight),
         lambda: rows.dots(crow_indices, indices, dy, weight),
         lambda: rows.weight_gradient(crow_indices, indices, values, dy, columns),
         lambda: rows.add_weight_gradient(crow_indices, indices, values, dy, buffer),
+        lambda: rows.sparse_matmul(crow_indices, indices, values, *connections, torch.ones(columns), width),
+        lambda: rows.sparse_dots(crow_indices, indices, dy, *connections, torch.ones(columns)),
+        lambda: rows.sparse_weight_gradient(crow_indices, indices, values, dy, *connections),
     ]
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < columns:
         calls.append(lambda: rows.counts(indices, columns))
@@ -281,15 +296,18 @@ def check_special(rows: RowProducts, dtype: torch.dtype) -> None:
     """NaN and infinities go where the definition has them, and nowhere else."""
     product = {p.field: p for p in PRODUCTS}
     for problem in SPECIAL_PROBLEMS:
-        for field in ("matmul", "dots", "weight_gradient", "add_weight_gradient"):
+        for field in ("matmul", "dots", "weight_gradient", "add_weight_gradient", *SPARSE_WEIGHT):
             check_with(product[field], rows, problem, dtype, specials)
         # What no entry names: NaN there must not be read, not even to be multiplied with zero.
         named = torch.bincount(problem.indices, minlength=problem.columns) > 0
         live = problem.crow_indices.diff() > 0
         for field, operand, read in (("matmul", "weight", named), ("dots", "weight", named), ("dots", "dy", live)):
             _check_unread(product[field], rows, problem, dtype, operand, read)
-        for field in ("weight_gradient", "add_weight_gradient"):
+        for field in ("weight_gradient", "add_weight_gradient", "sparse_weight_gradient", "sparse_dots"):
             _check_unread(product[field], rows, problem, dtype, "dy", live)
+        for field in ("sparse_matmul", "sparse_dots"):
+            of_named = named[sparse_weight(problem).row_indices().long()]
+            _check_unread(product[field], rows, problem, dtype, "w_values", of_named)
 
 
 def check_with(product: RowProduct, rows: RowProducts, problem: RowProblem, dtype: torch.dtype, draw: Callable) -> None:

@@ -152,6 +152,67 @@ def _believes_the_row_pointer(crow, indices, values, weight):
         return values.new_zeros(crow.numel() - 1, weight.shape[1])
 
 
+def _sparse_forgets_the_last_connection_of_a_place(crow, indices, values, w_crow, w_indices, w_values, width):
+    last = torch.zeros_like(w_values, dtype=torch.bool)
+    last[(w_crow[1:][w_crow.diff() > 0] - 1).long()] = True
+    return right.sparse_matmul(crow, indices, values, w_crow, w_indices, torch.where(last, 0, w_values), width)
+
+
+def _sparse_one_connection_too_many(crow, indices, values, w_crow, w_indices, w_values, width):
+    """What a register that is not masked at the end of a place's connections adds."""
+    right.check_rows(crow, indices, w_crow.numel() - 1)
+    y = right.wide(right.sparse_matmul(crow, indices, values, w_crow, w_indices, w_values, width))
+    after = w_crow[1:].long()[indices.long()]
+    inside = after < w_indices.numel()
+    places = right.row_numbers(crow)[inside], w_indices.long()[after[inside]]
+    return y.index_put(
+        places, right.wide(values * 0)[inside] * right.wide(w_values)[after[inside]], accumulate=True
+    ).to(values.dtype)
+
+
+def _sparse_reads_every_connection(crow, indices, values, w_crow, w_indices, w_values, width):
+    right.check_rows(crow, indices, w_crow.numel() - 1)
+    weight = values.new_zeros(w_crow.numel() - 1, width)
+    weight[right.row_numbers(w_crow), w_indices.long()] = w_values
+    return _multiplies_every_row_of_the_weight(crow, indices, values, weight)
+
+
+def _sparse_of_the_place_after(crow, indices, values, w_crow, w_indices, w_values, width):
+    right.check_rows(crow, indices, w_crow.numel() - 1)
+    return right.sparse_matmul(crow, (indices + 1) % (w_crow.numel() - 1), values, w_crow, w_indices, w_values, width)
+
+
+def _sparse_parts_share_a_sum(crow, indices, values, w_crow, w_indices, w_values, width):
+    """Two threads that add to one place: an entry in the middle of a long row gets lost."""
+    values = values.clone()
+    counts = crow.diff()
+    values[(crow[:-1] + counts // 2)[counts > 8].long()] = 0
+    return right.sparse_matmul(crow, indices, values, w_crow, w_indices, w_values, width)
+
+
+def _sparse_dots_of_the_row_before(crow, indices, dy, *weight):
+    return right.sparse_dots(crow, indices, dy.roll(1, 0), *weight)
+
+
+def _sparse_dots_without_gaps(crow, indices, dy, w_crow, w_indices, w_values):
+    """Takes dy side by side instead of where the connections lead."""
+    right.check_rows(crow, indices, w_crow.numel() - 1)
+    first = w_crow.long()[right.row_numbers(w_crow)]
+    return right.sparse_dots(crow, indices, dy, w_crow, (torch.arange(w_indices.numel()) - first).int(), w_values)
+
+
+def _sparse_gradient_of_one_user(crow, indices, values, dy, w_crow, w_indices):
+    right.check_rows(crow, indices, w_crow.numel() - 1)
+    gradient = _one_sample_per_column(crow, indices, values, dy, w_crow.numel() - 1)
+    return gradient[right.row_numbers(w_crow), w_indices.long()]
+
+
+def _sparse_gradient_leaves_unused_places(crow, indices, values, dy, w_crow, w_indices):
+    gradient = right.sparse_weight_gradient(crow, indices, values, dy, w_crow, w_indices)
+    used = right.counts(indices, w_crow.numel() - 1)[right.row_numbers(w_crow)] > 0
+    return torch.where(used, gradient, torch.empty_like(gradient))
+
+
 def _counts_rows_instead_of_entries(indices, columns):
     return right.counts(indices, columns).clamp(max=1)
 
@@ -283,6 +344,15 @@ ROW_MUTANTS = (
     _wrong("adds zero to other rows", "untouched", add_weight_gradient=_adds_zero_to_rows_without_entries),
     _wrong("clears rows without entries", "untouched", add_weight_gradient=_clears_rows_without_entries),
     _wrong("writes before it checks", "refuses", add_weight_gradient=_writes_before_it_checks),
+    _wrong("no last connection", *PRODUCTS, sparse_matmul=_sparse_forgets_the_last_connection_of_a_place),
+    _wrong("one connection too many", "special", sparse_matmul=_sparse_one_connection_too_many),
+    _wrong("reads every connection", "special", sparse_matmul=_sparse_reads_every_connection),
+    _wrong("connections of the place after", *PRODUCTS, sparse_matmul=_sparse_of_the_place_after),
+    _wrong("parts share a sum", *PRODUCTS, sparse_matmul=_sparse_parts_share_a_sum),
+    _wrong("sparse dots of the row before", *PRODUCTS, sparse_dots=_sparse_dots_of_the_row_before),
+    _wrong("sparse dots without gaps", *PRODUCTS, sparse_dots=_sparse_dots_without_gaps),
+    _wrong("sparse gradient of one user", *PRODUCTS, sparse_weight_gradient=_sparse_gradient_of_one_user),
+    _wrong("unused places as they were", *PRODUCTS, sparse_weight_gradient=_sparse_gradient_leaves_unused_places),
     _wrong("counts rows instead of entries", "counts", counts=_counts_rows_instead_of_entries),
     _wrong("ties to the highest index", "topk", topk=_ties_to_the_highest_index),
     _wrong("largest absolute values", "topk", topk=_by(Tensor.abs)),

@@ -35,7 +35,13 @@ LIGHT_ROOMS = set(ROOMS) - {"trainers", "swapins", "studies", "cli"}
 THIRD_PARTY = {"torch", "numpy"}
 # Thing: the only files that may import it.
 ONLY_IN = {
-    "offpath.kernels._native": {"kernels/cpu.py", "kernels/plans.py", "kernels/variant.py", "kernels/variant_rows.py"},
+    "offpath.kernels._native": {
+        "kernels/cpu.py",
+        "kernels/plans.py",
+        "kernels/variant.py",
+        "kernels/variant_rows.py",
+        "kernels/variant_sparse_rows.py",
+    },
     "torch.library": {"ops/library.py"},
 }
 BINDINGS = {"module.cpp", "module.h", "module_rows.cpp"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import gaussian, small_integers
+from cases import Operands, gaussian, small_integers
 from offpath import kernels
 from offpath.kernels import Backend, KernelError, cpu
 from offpath.kernels.row_products import RowProducts
@@ -22,6 +22,8 @@ from row_cases import (
     PROBLEMS,
     PRODUCTS,
     EncodeProblem,
+    RowProblem,
+    RowProduct,
     every_backend,
     scores,
 )
@@ -48,12 +50,17 @@ def _calls(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[RowProduct
         "dots": lambda rows: (rows.dots(p.crow_indices, p.indices, dy, weight),),
         "weight_gradient": lambda rows: (rows.weight_gradient(p.crow_indices, p.indices, values, dy, p.columns),),
         "add_weight_gradient": added,
+        **{product.field: partial(_run_drawn, product, p, product.draw(p, draw)) for product in PRODUCTS[-3:]},
         "counts": lambda rows: (rows.counts(p.indices, p.columns),),
         "topk": lambda rows: rows.topk(x, 20),
         "batch_topk": lambda rows: rows.batch_topk(x, 900),
         "above": lambda rows: rows.above(x, x.new_ones(x.shape[1])),
         "encode_topk": lambda rows: rows.encode_topk(*encoder.values(), 9),
     }
+
+
+def _run_drawn(product: RowProduct, p: RowProblem, operands: Operands, rows: RowProducts) -> Result:
+    return (product.run(rows, p, operands),)
 
 
 def _with_threads(counts: tuple[int, ...], run: Callable[[], Result]) -> list[Result]:
@@ -246,6 +253,8 @@ def test_scores_with_any_strides_give_the_same_entries(layout: str, backend: Bac
 def _misfits() -> dict[str, tuple[str, Callable[[RowProducts], object]]]:
     crow, indices = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([1, 0, 1], dtype=torch.int32)
     values, weight, dy, x = torch.ones(3), torch.ones(2, 4), torch.ones(2, 4), torch.ones(2, 6)
+    rows, two = (crow, indices), torch.ones(2)
+    sparse = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([3, 0], dtype=torch.int32)
     return {
         "weight of another dtype": ("matmul", lambda r: r.matmul(crow, indices, values, weight.double())),
         "values of half": ("matmul", lambda r: r.matmul(crow, indices, values.half(), weight.half())),
@@ -268,6 +277,29 @@ def _misfits() -> dict[str, tuple[str, Callable[[RowProducts], object]]]:
         "buffer of another width": (
             "add_weight_gradient",
             lambda r: r.add_weight_gradient(crow, indices, values, dy, weight[:, :3].contiguous()),
+        ),
+        "sparse weight of doubles": (
+            "sparse_matmul",
+            lambda r: r.sparse_matmul(*rows, values, *sparse, two.double(), 4),
+        ),
+        "sparse weight too short": ("sparse_matmul", lambda r: r.sparse_matmul(*rows, values, *sparse, two[:1], 4)),
+        "sparse weight of half": (
+            "sparse_matmul",
+            lambda r: r.sparse_matmul(*rows, values.half(), *sparse, two.half(), 4),
+        ),
+        "values too few for a sparse weight": (
+            "sparse_matmul",
+            lambda r: r.sparse_matmul(*rows, values[:2], *sparse, two, 4),
+        ),
+        "sparse dy of other rows": ("sparse_dots", lambda r: r.sparse_dots(*rows, dy[:1], *sparse, two)),
+        "sparse dy of doubles": ("sparse_dots", lambda r: r.sparse_dots(*rows, dy.double(), *sparse, two)),
+        "sparse gradient of fewer rows": (
+            "sparse_weight_gradient",
+            lambda r: r.sparse_weight_gradient(*rows, values, dy[:1], *sparse),
+        ),
+        "sparse gradient of doubles": (
+            "sparse_weight_gradient",
+            lambda r: r.sparse_weight_gradient(*rows, values, dy.double(), *sparse),
         ),
         "64-bit counts": ("counts", lambda r: r.counts(indices.long(), 2)),
         "half scores": ("topk", lambda r: r.topk(x.half(), 2)),

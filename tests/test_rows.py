@@ -16,7 +16,7 @@ from cases import gaussian, small_integers
 from offpath import kernels
 from offpath.kernels import Backend
 from offpath.ops import encode_topk
-from row_cases import PROBLEMS, RowProblem
+from row_cases import PROBLEMS, RowProblem, sparse_weight
 
 OPS = torch.ops.offpath
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -54,7 +54,43 @@ def _chosen(x: Tensor, k: int) -> Tensor:
     return x.gather(1, x.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values)
 
 
+def _weight(p: RowProblem, w_values: Tensor) -> Tensor:
+    weight = sparse_weight(p)
+    return w_values.new_zeros(p.columns, p.width).index_put(
+        (weight.row_indices().long(), weight.col_indices.long()), w_values
+    )
+
+
+def _at_connections(p: RowProblem, matrix: Tensor) -> Tensor:
+    weight = sparse_weight(p)
+    return matrix[weight.row_indices().long(), weight.col_indices.long()]
+
+
+def _indices_of(p: RowProblem) -> tuple[Tensor, Tensor]:
+    return sparse_weight(p).crow_indices, sparse_weight(p).col_indices
+
+
 OPERATIONS = (
+    Op(
+        "rows_sparse_matmul",
+        lambda p: [p.indices.shape, (sparse_weight(p).nnz,)],
+        lambda p, values, w_values: OPS.rows_sparse_matmul(
+            values, p.crow_indices, p.indices, w_values, *_indices_of(p), p.width
+        ),
+        lambda p, values, w_values: _dense(p, values) @ _weight(p, w_values),
+    ),
+    Op(
+        "rows_sparse_dots",
+        lambda p: [(p.rows, p.width), (sparse_weight(p).nnz,)],
+        lambda p, dy, w_values: OPS.rows_sparse_dots(dy, p.crow_indices, p.indices, w_values, *_indices_of(p)),
+        lambda p, dy, w_values: _at_entries(p, dy @ _weight(p, w_values).t()),
+    ),
+    Op(
+        "rows_sparse_weight_gradient",
+        lambda p: [p.indices.shape, (p.rows, p.width)],
+        lambda p, values, dy: OPS.rows_sparse_weight_gradient(values, p.crow_indices, p.indices, dy, *_indices_of(p)),
+        lambda p, values, dy: _at_connections(p, _dense(p, values).t() @ dy),
+    ),
     Op(
         "rows_matmul",
         lambda p: [p.indices.shape, (p.columns, p.width)],
@@ -172,6 +208,10 @@ def test_opcheck(problem: RowProblem) -> None:
     opcheck(OPS.rows_matmul.default, (values, *rows, weight))
     opcheck(OPS.rows_dots.default, (dy, *rows, weight))
     opcheck(OPS.rows_weight_gradient.default, (values, *rows, dy, p.columns))
+    w_values = draw((sparse_weight(p).nnz,)).requires_grad_()
+    opcheck(OPS.rows_sparse_matmul.default, (values, *rows, w_values, *_indices_of(p), p.width))
+    opcheck(OPS.rows_sparse_dots.default, (dy, *rows, w_values, *_indices_of(p)))
+    opcheck(OPS.rows_sparse_weight_gradient.default, (values, *rows, dy, *_indices_of(p)))
     buffer = draw((p.columns, p.width))
     opcheck(OPS.add_rows_weight_gradient.default, (buffer, values.detach(), *rows, dy.detach()))
     opcheck(OPS.topk_rows.default, (x, 2))

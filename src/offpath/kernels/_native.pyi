@@ -249,6 +249,53 @@ def rows_weight_gradient_f32(
     threads: int,
     /,
 ) -> None: ...
+def sparse_matmul_f32(
+    isa: int,
+    rows: int,
+    columns: int,
+    width: int,
+    crow_indices: int,
+    indices: int,
+    values: int,
+    w_crow_indices: int,
+    w_indices: int,
+    w_values: int,
+    y: int,
+    threads: int,
+    /,
+) -> None: ...
+def sparse_dots_f32(
+    isa: int,
+    rows: int,
+    columns: int,
+    width: int,
+    crow_indices: int,
+    indices: int,
+    dy: int,
+    dy_stride: int,
+    w_crow_indices: int,
+    w_indices: int,
+    w_values: int,
+    dots: int,
+    threads: int,
+    /,
+) -> None: ...
+def sparse_weight_gradient_f32(
+    isa: int,
+    rows: int,
+    columns: int,
+    width: int,
+    crow_indices: int,
+    indices: int,
+    values: int,
+    dy: int,
+    dy_stride: int,
+    w_crow_indices: int,
+    w_indices: int,
+    gradient: int,
+    threads: int,
+    /,
+) -> None: ...
 def topk_f32(
     isa: int,
     rows: int,
@@ -322,6 +369,12 @@ rows_dots_f64 = rows_dots_f32
 rows_dots_bf16 = rows_dots_f32
 rows_weight_gradient_f64 = rows_weight_gradient_f32
 rows_weight_gradient_bf16 = rows_weight_gradient_f32
+sparse_matmul_f64 = sparse_matmul_f32
+sparse_matmul_bf16 = sparse_matmul_f32
+sparse_dots_f64 = sparse_dots_f32
+sparse_dots_bf16 = sparse_dots_f32
+sparse_weight_gradient_f64 = sparse_weight_gradient_f32
+sparse_weight_gradient_bf16 = sparse_weight_gradient_f32
 topk_f64 = topk_f32
 topk_bf16 = topk_f32
 batch_topk_f64 = batch_topk_f32

@@ -47,6 +47,51 @@ def add_weight_gradient(crow_indices: Tensor, indices: Tensor, values: Tensor, d
     buffer.index_copy_(0, named, sums.to(buffer.dtype))  # nothing else: a NaN of 16 bits changes on the way back
 
 
+def sparse_matmul(
+    crow_indices: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    w_crow_indices: Tensor,
+    w_indices: Tensor,
+    w_values: Tensor,
+    width: int,
+) -> Tensor:
+    """y[b] = sum over the entries of row b of value * (row `index` of the sparse weight)."""
+    check_rows(crow_indices, indices, w_crow_indices.numel() - 1)
+    entries, slots = _meetings(indices, w_crow_indices)
+    y = wide(values).new_zeros(crow_indices.numel() - 1, width)
+    places = row_numbers(crow_indices)[entries], w_indices.long()[slots]
+    return y.index_put(places, wide(values)[entries] * wide(w_values)[slots], accumulate=True).to(values.dtype)
+
+
+def sparse_dots(
+    crow_indices: Tensor, indices: Tensor, dy: Tensor, w_crow_indices: Tensor, w_indices: Tensor, w_values: Tensor
+) -> Tensor:
+    """<dy[b], row `index` of the sparse weight> for each entry of row b."""
+    check_rows(crow_indices, indices, w_crow_indices.numel() - 1)
+    entries, slots = _meetings(indices, w_crow_indices)
+    products = wide(dy)[row_numbers(crow_indices)[entries], w_indices.long()[slots]] * wide(w_values)[slots]
+    return products.new_zeros(indices.numel()).index_add(0, entries, products).to(dy.dtype)
+
+
+def sparse_weight_gradient(
+    crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor, w_crow_indices: Tensor, w_indices: Tensor
+) -> Tensor:
+    """For each connection (i, o) of the sparse weight, the sum over the entries at i of value * dy[row, o]."""
+    check_rows(crow_indices, indices, w_crow_indices.numel() - 1)
+    entries, slots = _meetings(indices, w_crow_indices)
+    products = wide(values)[entries] * wide(dy)[row_numbers(crow_indices)[entries], w_indices.long()[slots]]
+    return products.new_zeros(w_indices.numel()).index_add(0, slots, products).to(values.dtype)
+
+
+def _meetings(indices: Tensor, w_crow_indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Every pair (entry, connection of its place)."""
+    counts = w_crow_indices.diff().long()[indices.long()]
+    entries = torch.arange(indices.numel(), device=indices.device).repeat_interleave(counts)
+    first = w_crow_indices.long()[indices.long()] - counts.cumsum(0) + counts
+    return entries, torch.arange(entries.numel(), device=indices.device) + first[entries]
+
+
 def counts(indices: Tensor, columns: int) -> Tensor:
     """How many entries each place has, int32 [columns]."""
     check_indices(indices, columns)
@@ -112,4 +157,17 @@ def _rows_of(live: Tensor) -> tuple[Tensor, Tensor]:
     return crow_indices, live.nonzero()[:, 1].int()
 
 
-ROWS = RowProducts(matmul, dots, weight_gradient, add_weight_gradient, counts, topk, batch_topk, above, encode_topk)
+ROWS = RowProducts(
+    matmul,
+    dots,
+    weight_gradient,
+    add_weight_gradient,
+    sparse_matmul,
+    sparse_dots,
+    sparse_weight_gradient,
+    counts,
+    topk,
+    batch_topk,
+    above,
+    encode_topk,
+)

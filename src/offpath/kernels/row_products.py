@@ -23,6 +23,11 @@ class RowProducts:
     value * dy[row of the entry].
     `add_weight_gradient(crow_indices, indices, values, dy, buffer)`: the same added to `buffer` [columns, width], whose
     rows without an entry are not touched.
+    `sparse_matmul(crow_indices, indices, values, w_crow_indices, w_indices, w_values, width)`: `matmul` with a sparse
+    weight of that many columns, whose row for each place holds `w_indices` and `w_values`.
+    `sparse_dots(crow_indices, indices, dy, w_crow_indices, w_indices, w_values)`: `dots` with a sparse weight.
+    `sparse_weight_gradient(crow_indices, indices, values, dy, w_crow_indices, w_indices)`: `weight_gradient` at the
+    entries of a sparse weight.
     `counts(indices, columns)`: how many entries each place has, int32 [columns].
     `topk(x, k)`: (values, indices) [rows, k] of the k largest entries of each row of `x` [rows, columns], ascending in
     the index. Of equal ones those with the lowest index; NaN counts as the largest, as in `torch.topk`.
@@ -33,13 +38,17 @@ class RowProducts:
     `encode_topk(x, weight, bias, k)`: `topk(x @ weight.T + bias, k)` for `x` [rows, width], without ever storing that
     product.
 
-    All of them refuse indices out of range, and more than 2^31 - 1 entries.
+    All of them refuse indices out of range, and more than 2^31 - 1 entries. A sparse weight is canonical CSR, which the
+    caller has checked.
     """
 
     matmul: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     dots: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     weight_gradient: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
     add_weight_gradient: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    sparse_matmul: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
+    sparse_dots: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    sparse_weight_gradient: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     counts: Callable[[Tensor, int], Tensor]
     topk: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     batch_topk: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]

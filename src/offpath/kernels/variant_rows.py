@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch  # first: the native module joins the OpenMP pool that torch has loaded
 from torch import Tensor
 
 from offpath.kernels import _native
 from offpath.kernels.backend import KernelError
-from offpath.kernels.operands import address, are_indices, is_matrix, is_vector, one_unit_stride, refuse
-from offpath.kernels.reference_rows import check_k, check_rows
+from offpath.kernels.operands import address, is_matrix, is_vector, one_unit_stride, refuse
+from offpath.kernels.reference_rows import check_k
 from offpath.kernels.row_products import RowProducts
 from offpath.kernels.variant import native_of_each_dtype, output
+from offpath.kernels.variant_sparse_rows import (
+    check_rows_fit,
+    contiguous_rows,
+    has_rows,
+    sparse_dots,
+    sparse_matmul,
+    sparse_weight_gradient,
+)
 
 _MATMUL, _DOTS = native_of_each_dtype("rows_matmul"), native_of_each_dtype("rows_dots")
 _WEIGHT_GRADIENT = native_of_each_dtype("rows_weight_gradient")
@@ -31,6 +41,9 @@ class RowVariant:
             self.dots,
             self.weight_gradient,
             self.add_weight_gradient,
+            partial(sparse_matmul, self._index),
+            partial(sparse_dots, self._index),
+            partial(sparse_weight_gradient, self._index),
             self.counts,
             self.topk,
             self.batch_topk,
@@ -42,8 +55,8 @@ class RowVariant:
         crow_indices, indices, values = crow_indices.contiguous(), indices.contiguous(), values.contiguous()
         if not (is_vector(values, values.dtype, indices.shape[0]) and is_matrix(weight, values.dtype)):
             refuse(values=values, weight=weight)
-        _check_rows(crow_indices, indices, weight.shape[0])
-        weight = _rows(weight)
+        check_rows_fit(crow_indices, indices, weight.shape[0])
+        weight = contiguous_rows(weight)
         y = output(values, crow_indices.shape[0] - 1, weight.shape[1])
         _MATMUL[values.dtype](
             self._index,
@@ -68,8 +81,8 @@ class RowVariant:
             and dy.shape[1] == weight.shape[1]
         ):
             refuse(dy=dy, weight=weight)
-        _check_rows(crow_indices, indices, weight.shape[0])
-        dy, weight = _rows(dy), _rows(weight)
+        check_rows_fit(crow_indices, indices, weight.shape[0])
+        dy, weight = contiguous_rows(dy), contiguous_rows(weight)
         dots = output(dy, indices.shape[0])
         _DOTS[dy.dtype](
             self._index,
@@ -98,7 +111,7 @@ class RowVariant:
     ) -> None:
         if not (is_matrix(buffer, values.dtype) and buffer.shape[1] == dy.shape[1]):
             refuse(buffer=buffer, dy=dy)
-        if _has_rows(buffer):
+        if has_rows(buffer):
             self._weight_gradient(crow_indices, indices, values, dy, buffer, True)
         else:
             rows = buffer.contiguous()
@@ -114,8 +127,8 @@ class RowVariant:
             is_vector(values, values.dtype, indices.shape[0]) and is_matrix(dy, values.dtype) and dy.shape[0] == rows
         ):
             refuse(values=values, dy=dy)
-        _check_rows(crow_indices, indices, gradient.shape[0])
-        dy = _rows(dy)
+        check_rows_fit(crow_indices, indices, gradient.shape[0])
+        dy = contiguous_rows(dy)
         _WEIGHT_GRADIENT[values.dtype](
             self._index,
             rows,
@@ -134,7 +147,7 @@ class RowVariant:
     def counts(self, indices: Tensor, columns: int) -> Tensor:
         indices = indices.contiguous()
         crow_indices = torch.tensor([0, indices.shape[0]], dtype=torch.int32)
-        _check_rows(crow_indices, indices, columns)
+        check_rows_fit(crow_indices, indices, columns)
         counts = indices.new_empty(columns)
         _native.count_indices(indices.shape[0], columns, address(indices), address(counts))
         return counts
@@ -198,7 +211,7 @@ class RowVariant:
             refuse(x=x, weight=weight, bias=bias)
         check_k(k, latents)
         x, x_strides = one_unit_stride(x)
-        weight, bias = _rows(weight), None if bias is None else bias.contiguous()
+        weight, bias = contiguous_rows(weight), None if bias is None else bias.contiguous()
         values, indices = x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
         _ENCODE_TOPK[dtype](
             self._index,
@@ -217,29 +230,12 @@ class RowVariant:
         return values, indices
 
 
-def _check_rows(crow_indices: Tensor, indices: Tensor, columns: int) -> None:
-    if not are_indices(crow_indices, indices):
-        refuse(crow_indices=crow_indices, indices=indices)
-    rows, nnz = crow_indices.shape[0] - 1, indices.shape[0]
-    if not _native.rows_fit(rows, nnz, columns, address(crow_indices), address(indices)):
-        check_rows(crow_indices, indices, columns)  # says what is wrong
-
-
 def _scores(x: Tensor) -> Tensor:
     if not is_matrix(x, x.dtype):
         refuse(x=x)
     if x.shape[1] >= 2**31:
         raise KernelError(f"expected fewer than 2^31 columns, got {x.shape[1]}")
-    return _rows(x)
-
-
-def _has_rows(matrix: Tensor) -> bool:
-    """Whether the rows are contiguous, and do not overlap."""
-    return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
-
-
-def _rows(matrix: Tensor) -> Tensor:
-    return matrix if _has_rows(matrix) else matrix.contiguous()
+    return contiguous_rows(x)
 
 
 def _new_rows(like: Tensor, nnz: int) -> tuple[Tensor, Tensor, Tensor]:

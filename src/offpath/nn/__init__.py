@@ -11,4 +11,5 @@ from offpath.nn.linear import SparseLinear as SparseLinear
 from offpath.nn.product_key_memory import ProductKeyMemory as ProductKeyMemory
 from offpath.nn.rewire import check_rewire as check_rewire, rewire as rewire
 from offpath.nn.sparse_input_linear import SparseInputLinear as SparseInputLinear
+from offpath.nn.sparse_sparse_linear import SparseSparseLinear as SparseSparseLinear
 from offpath.nn.topk import BatchTopK as BatchTopK, TopK as TopK

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 from offpath.pattern import Pattern, PatternError
 
 if TYPE_CHECKING:
-    from offpath.nn.linear import SparseLinear
+    from offpath.nn.sparse_weight import SparseWeightModule
 
 
-def load_problem(layer: SparseLinear, state_dict: dict[str, Any], prefix: str, assign: bool) -> str | None:
+def load_problem(layer: SparseWeightModule, state_dict: dict[str, Any], prefix: str, assign: bool) -> str | None:
     """What is wrong with the entries of a checkpoint that `layer` is to take, with the next step; None if they fit."""
     if "values" not in layer._parameters:
         return None  # torch.nn.utils.prune or a parametrization has taken the parameter over
-    names = ("values", "crow_indices", "col_indices")
+    names = ("values", *layer.index_names)
     missing = [name for name in names if prefix + name not in state_dict]
     if prefix + "weight" in state_dict and missing:
         return (
@@ -37,7 +37,7 @@ def load_problem(layer: SparseLinear, state_dict: dict[str, Any], prefix: str, a
     if bias is not None and layer.bias is not None and bias.shape != layer.bias.shape:
         return f"expected a bias of shape {tuple(layer.bias.shape)}, got {tuple(bias.shape)}"
     try:
-        Pattern((layer.out_features, layer.in_features), crow_indices, col_indices)
+        Pattern(layer.pattern_shape, crow_indices, col_indices)
     except PatternError as error:
         return f"the topology does not fit a {layer.out_features} x {layer.in_features} layer: {error}"
     return None

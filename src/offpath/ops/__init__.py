@@ -10,6 +10,7 @@ from offpath.ops.choice import (
 from offpath.ops.prepared import Connections as Connections
 from offpath.ops.row_choice import forced_dense_rows as forced_dense_rows
 from offpath.ops.sparse_linear import sparse_linear as sparse_linear
+from offpath.ops.sparse_row_products import sparse_matmul as sparse_matmul
 from offpath.ops.sparse_rows import (
     SparseRows as SparseRows,
     above as above,

@@ -1,4 +1,4 @@
-"""The one `torch.library.Library` of the package, and how an op joins it."""
+"""The one `torch.library.Library` of the package, how an op joins it, and when the way through it can be spared."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+from torch import Tensor
+from torch.autograd import forward_ad, profiler as autograd_profiler
+from torch.nn import Parameter
 
 library = torch.library.Library("offpath", "DEF")
+_PLAIN = (Tensor, Parameter, type(None))
 
 
 def define(
@@ -41,3 +44,18 @@ def _without_forward_mode(name: str, kernel: Callable[..., Any]) -> Callable[...
         return kernel(*operands)
 
     return run
+
+
+def nobody_listens(x: Tensor, *operands: Tensor | None) -> bool:
+    """Whether the dispatcher would do nothing but call the kernel; the trip through it costs as much as a small layer.
+
+    The meta device, modes, functorch, tracers, profilers and subclasses of tensors want more.
+    """
+    return (
+        not x.is_meta
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not autograd_profiler._is_profiler_enabled
+        and all(type(operand) in _PLAIN for operand in (x, *operands))
+    )

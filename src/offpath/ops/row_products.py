@@ -20,8 +20,8 @@ _ops = torch.ops.offpath
 
 
 def _matmul(values: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    _check_rows(crow_indices, indices, values)
-    _check_matrix("weight", weight, values.dtype)
+    check_rows(crow_indices, indices, values)
+    check_matrix("weight", weight, values.dtype)
     backend, rows = kernels.select(values.device.type, values.dtype), crow_indices.shape[0] - 1
     if pays_densely("matmul", backend, values.dtype, indices.shape[0], rows, *weight.shape):
         return _dense(backend, crow_indices, indices, values, weight.shape[0]) @ weight
@@ -29,9 +29,9 @@ def _matmul(values: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tenso
 
 
 def _dots(dy: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    _check_rows(crow_indices, indices)
-    _check_matrix("dy", dy, dy.dtype, rows=crow_indices.shape[0] - 1)
-    _check_matrix("weight", weight, dy.dtype, width=dy.shape[1])
+    check_rows(crow_indices, indices)
+    check_matrix("dy", dy, dy.dtype, rows=crow_indices.shape[0] - 1)
+    check_matrix("weight", weight, dy.dtype, width=dy.shape[1])
     backend = kernels.select(dy.device.type, dy.dtype)
     if pays_densely("dots", backend, dy.dtype, indices.shape[0], dy.shape[0], *weight.shape):
         backend.rows.counts(indices, weight.shape[0])  # refuses what names no row
@@ -40,8 +40,8 @@ def _dots(dy: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> 
 
 
 def _weight_gradient(values: Tensor, crow_indices: Tensor, indices: Tensor, dy: Tensor, columns: int) -> Tensor:
-    _check_rows(crow_indices, indices, values)
-    _check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
+    check_rows(crow_indices, indices, values)
+    check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
     backend = kernels.select(dy.device.type, dy.dtype)
     if pays_densely("weight_gradient", backend, dy.dtype, indices.shape[0], dy.shape[0], columns, dy.shape[1]):
         return _dense(backend, crow_indices, indices, values, columns).t() @ dy
@@ -54,13 +54,14 @@ def _dense(backend: Backend, crow_indices: Tensor, indices: Tensor, values: Tens
 
 
 def _add_weight_gradient(buffer: Tensor, values: Tensor, crow_indices: Tensor, indices: Tensor, dy: Tensor) -> None:
-    _check_rows(crow_indices, indices, values)
-    _check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
-    _check_matrix("buffer", buffer, values.dtype, width=dy.shape[1])
+    check_rows(crow_indices, indices, values)
+    check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
+    check_matrix("buffer", buffer, values.dtype, width=dy.shape[1])
     kernels.select(dy.device.type, dy.dtype).rows.add_weight_gradient(crow_indices, indices, values, dy, buffer)
 
 
-def _check_rows(crow_indices: Tensor, indices: Tensor, values: Tensor | None = None) -> None:
+def check_rows(crow_indices: Tensor, indices: Tensor, values: Tensor | None = None) -> None:
+    """Raises `KernelError` unless these are parts of sparse rows; what the indices say is for the kernels to check."""
     fits = (
         crow_indices.dtype is torch.int32
         and indices.dtype is torch.int32
@@ -77,9 +78,10 @@ def _check_rows(crow_indices: Tensor, indices: Tensor, values: Tensor | None = N
         )
 
 
-def _check_matrix(
+def check_matrix(
     name: str, matrix: Tensor, dtype: torch.dtype, rows: int | None = None, width: int | None = None
 ) -> None:
+    """Raises `KernelError` unless `matrix` has this dtype and shape."""
     if (
         matrix.dim() != 2
         or matrix.dtype is not dtype

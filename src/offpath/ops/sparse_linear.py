@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad, profiler as autograd_profiler
-from torch.nn import Parameter
+from torch.autograd import forward_ad
 
 from offpath import kernels
 from offpath.kernels import KernelError
-from offpath.ops.library import library
+from offpath.ops.library import library, nobody_listens
 from offpath.ops.prepared import prepare
 
 library.define(
@@ -35,7 +34,6 @@ library.define(
     "str prefer='speed', bool feature_major=False) -> (Tensor, Tensor, Tensor)"
 )
 _ops = torch.ops.offpath
-_PLAIN = (Tensor, Parameter, type(None))
 
 
 def sparse_linear(
@@ -177,7 +175,7 @@ class _SparseLinear(torch.autograd.Function):
         feature_major_x = x.dim() == 2 and not x.is_contiguous() and x.t().is_contiguous()
         ctx.feature_major = feature_major_x and not torch.compiler.is_compiling()
         operands, dense = (x, values, bias, crow_indices, col_indices, prefer, feature_major), None
-        if wants_dx and wants_dvalues and _nobody_listens(x, values, bias):
+        if wants_dx and wants_dvalues and nobody_listens(x, values, bias):
             y, dense = _forward_keeping(*operands, keep_dense=True)
         else:
             y = _below_autograd(*operands)
@@ -193,7 +191,7 @@ class _SparseLinear(torch.autograd.Function):
         wants_dx, wants_dvalues, wants_dbias, *_ = ctx.needs_input_grad
         if wants_dx and wants_dvalues:
             operands = dy, x, values, crow_indices, col_indices, ctx.prefer, ctx.feature_major
-            if not torch.is_grad_enabled() and _nobody_listens(dy, x, values):
+            if not torch.is_grad_enabled() and nobody_listens(dy, x, values):
                 gradients = _backward(*operands, dense=dense)
             else:
                 gradients = _ops.sparse_linear_backward.default(*operands)
@@ -231,25 +229,10 @@ def _autograd_forward(x, values, bias, crow_indices, col_indices, prefer="speed"
 
 
 def _below_autograd(x, values, bias, crow_indices, col_indices, prefer, feature_major):
-    if _nobody_listens(x, values, bias):
+    if nobody_listens(x, values, bias):
         return _forward(x, values, bias, crow_indices, col_indices, prefer, feature_major)
     with torch._C._AutoDispatchBelowAutograd():
         return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices, prefer, feature_major)
-
-
-def _nobody_listens(x: Tensor, *operands: Tensor | None) -> bool:
-    """Whether the dispatcher would do nothing but call the kernel; the trip through it costs as much as a small layer.
-
-    The meta device, modes, functorch, tracers, profilers and subclasses of tensors want more.
-    """
-    return (
-        not x.is_meta
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and not autograd_profiler._is_profiler_enabled
-        and all(type(operand) in _PLAIN for operand in (x, *operands))
-    )
 
 
 def _autograd_dx(*args):

@@ -1,0 +1,210 @@
+"""What layers with a sparse weight share: connections that only they can change, and their way into a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from offpath import pattern as patterns
+from offpath.nn.loading import load_problem
+from offpath.nn.parameter import replace_values
+from offpath.ops import Connections
+from offpath.pattern import Pattern
+
+DEFAULT_SPARSITY = 0.9
+_Layer = TypeVar("_Layer", bound="SparseWeightModule")
+
+
+class SparseWeightModule(nn.Module):
+    """The weight of a linear layer as `values` [nnz] over a pattern, with a bias."""
+
+    sides: ClassVar[tuple[str, str]]  # "out" and "in": what the rows and the columns of the pattern are
+    index_names: ClassVar[tuple[str, str]]  # of the row pointer and the column indices, in the state_dict
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    topology_digest: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        sparsity: float | None,
+        density: float | None,
+        pattern: Pattern | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        super().__init__()
+        if in_features < 0 or out_features < 0:
+            raise ValueError(
+                f"expected sizes of at least 0, got in_features={in_features}, out_features={out_features}"
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        device = torch.get_default_device() if device is None else device
+        shape = self.pattern_shape
+        if (sparsity is not None) + (density is not None) + (pattern is not None) > 1:
+            raise ValueError("expected one of sparsity=, density= and pattern=, got several")
+        if pattern is None:
+            nnz = round(_density(sparsity, density) * out_features * in_features)
+            pattern = patterns.random(shape, nnz, generator, device)
+        elif pattern.shape != shape:
+            raise ValueError(f"expected a pattern of shape ({', '.join(self.sides)}) = {shape}, got {pattern.shape}")
+        self._set_connections(Connections(pattern.to(device)))
+        self.values = nn.Parameter(torch.empty(pattern.nnz, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw values and bias from U(-1/sqrt(k), 1/sqrt(k)), with k the live fan-in of the output.
+
+        This is `nn.Linear`'s rule with the number of inputs that a unit really has (Evci et al., "Gradient Flow in
+        Sparse Neural Networks and How Lottery Tickets Win", 2020). A unit without connections gets bias zero.
+        """
+        if self.values.is_meta:
+            return
+        pattern = self.pattern
+        outputs = (pattern.row_indices() if self.sides[0] == "out" else pattern.col_indices).long()
+        fan_in = torch.bincount(outputs, minlength=self.out_features).double()
+        bound = torch.where(fan_in > 0, fan_in.rsqrt(), 0.0)
+        per_slot = bound[outputs]
+        for parameter, scale in ((self.values, per_slot), (self.bias, bound)):
+            if parameter is not None:
+                # Drawn on the CPU so that a seed gives the same numbers on every device.
+                draw = torch.rand(parameter.shape, generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
+                parameter.copy_(draw.to(parameter.device) * scale)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The connections, as a frozen `Pattern`: a copy, made and checked in every call."""
+        return self._connections.pattern
+
+    @property
+    def connections(self) -> Connections:
+        """The topology as the ops take it, for those who call them themselves; not to be written into."""
+        return self._connections
+
+    @property
+    def nnz(self) -> int:
+        """Number of connections."""
+        return self.values.numel()
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the dense weight's entries that are not stored."""
+        positions = self.in_features * self.out_features
+        return 1 - self.nnz / positions if positions else 1.0
+
+    @property
+    def density(self) -> float:
+        """1 - sparsity."""
+        return 1 - self.sparsity
+
+    @property
+    def pattern_shape(self) -> tuple[int, int]:
+        """The sizes of `sides`."""
+        sizes = {"out": self.out_features, "in": self.in_features}
+        return sizes[self.sides[0]], sizes[self.sides[1]]
+
+    @classmethod
+    def _holding(cls: type[_Layer], pattern: Pattern, values: Tensor, requires_grad: bool, like: nn.Module) -> _Layer:
+        """A layer of the sizes, bias and mode of `like` with these connections and this memory as its values."""
+        # Built on meta so that no initial values are drawn: converting a layer must not move the global RNG.
+        has_bias = like.bias is not None
+        layer = cls(like.in_features, like.out_features, has_bias, "meta", values.dtype, density=1)
+        layer._set_connections(Connections(pattern))
+        layer.values = nn.Parameter(values, requires_grad=requires_grad)
+        if has_bias:
+            layer.bias = nn.Parameter(like.bias.detach().clone(), requires_grad=like.bias.requires_grad)
+        return layer.train(like.training)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"nnz={self.nnz}, sparsity={self.sparsity:.4g}"
+        )
+
+    def _set_connections(self, connections: Connections) -> None:
+        self._connections = connections
+        # DistributedDataParallel broadcasts the values of one process to all, and this number with them: where the
+        # topologies differ it no longer fits, instead of values landing on other connections in silence.
+        self._digest = self._connections.digest()
+        digest = torch.tensor(self._digest, device=connections.device)
+        self.register_buffer("topology_digest", digest, persistent=False)
+
+    def _check_digest(self) -> None:
+        if not self.topology_digest.is_meta and self.topology_digest.item() != self._digest:
+            raise RuntimeError(
+                "expected values that belong to this layer's topology, but another process has broadcast its own: the "
+                "topologies differ. Build the model from one seed in every process, or load one checkpoint in all of "
+                "them, before wrapping it"
+            )
+
+    def _apply(self: _Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
+        super()._apply(fn, recurse)
+        if not self._connections.col_indices.is_meta or self.values.is_meta:
+            self._connections = self._connections.to(self.values.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.index_names:
+            destination[prefix + name] = getattr(self, name)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take over the topology, whatever its nnz, before the default loading copies the numbers in.
+
+        Nothing of this layer is touched when the checkpoint does not fit. An optimizer that holds `values` goes on
+        holding it, but what it remembers has the old nnz: load the optimizer's state as well, or build a new one.
+        """
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        problem = load_problem(self, state_dict, prefix, assign)
+        if problem:
+            error_msgs.append(f"{type(self).__name__} {prefix.rstrip('.') or '(root)'}: {problem}")
+            return
+        crow_indices, col_indices = (state_dict.get(prefix + name) for name in self.index_names)
+        if crow_indices is None or col_indices is None:
+            if strict:
+                missing_keys += [prefix + name for name in self.index_names]
+        elif "values" in self._parameters:
+            device = col_indices.device if assign else self.values.device
+            pattern = Pattern(self.pattern_shape, crow_indices.detach().to(device), col_indices.detach().to(device))
+            self._set_connections(self._connections.same_or_new(pattern))
+            if pattern.nnz != self.values.numel():
+                replace_values(self.values, self.values.new_empty(pattern.nnz).detach())
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for name in self.index_names:
+            if prefix + name in unexpected_keys:  # torch knows parameters and buffers only
+                unexpected_keys.remove(prefix + name)
+
+
+def _density(sparsity: float | None, density: float | None) -> float:
+    if density is not None:
+        if not 0 < density <= 1:  # also refuses NaN
+            raise ValueError(f"expected density in (0, 1], got {density}")
+        return density
+    sparsity = DEFAULT_SPARSITY if sparsity is None else sparsity
+    if not (0 <= sparsity < 1) or math.isnan(sparsity):
+        raise ValueError(f"expected sparsity in [0, 1), got {sparsity}; 0.9 keeps one connection in ten")
+    return 1 - sparsity
