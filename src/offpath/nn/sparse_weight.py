@@ -117,14 +117,16 @@ class SparseWeightModule(nn.Module):
         return sizes[self.sides[0]], sizes[self.sides[1]]
 
     @classmethod
-    def _holding(cls: type[_Layer], pattern: Pattern, values: Tensor, requires_grad: bool, like: nn.Module) -> _Layer:
+    def _holding(
+        cls: type[_Layer], pattern: Pattern, values: Tensor, requires_grad: bool, like: nn.Linear | SparseWeightModule
+    ) -> _Layer:
         """A layer of the sizes, bias and mode of `like` with these connections and this memory as its values."""
         # Built on meta so that no initial values are drawn: converting a layer must not move the global RNG.
-        has_bias = like.bias is not None
-        layer = cls(like.in_features, like.out_features, has_bias, "meta", values.dtype, density=1)
+        sizes = like.in_features, like.out_features, like.bias is not None
+        layer = cls(*sizes, "meta", values.dtype, density=1)  # type: ignore[call-arg]  # the layers have defaults
         layer._set_connections(Connections(pattern))
         layer.values = nn.Parameter(values, requires_grad=requires_grad)
-        if has_bias:
+        if like.bias is not None:
             layer.bias = nn.Parameter(like.bias.detach().clone(), requires_grad=like.bias.requires_grad)
         return layer.train(like.training)
 
