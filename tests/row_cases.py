@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import cache
+from dataclasses import dataclass, field, fields
 
 import pytest
 import torch
@@ -20,6 +19,14 @@ NATIVE = frozenset(field.name for field in fields(RowProducts)) - {"counts"}
 every_backend = pytest.mark.parametrize("backend", list(kernels.backends().values()), ids=lambda b: b.name)
 
 
+def _sparse_weight(columns: int, width: int) -> Pattern:
+    """Connections of places to outputs: about a third, with places that have none and places that have all."""
+    mask = torch.rand(columns, width, generator=torch.Generator().manual_seed(columns * 7919 + width)) < 0.35
+    mask[1::5] = False
+    mask[3::7] = True
+    return patterns.from_mask(mask)
+
+
 @dataclass(frozen=True, eq=False)
 class RowProblem:
     """Where the entries of a batch are, and the width of the matrices; named by the condition that it tests."""
@@ -29,6 +36,10 @@ class RowProblem:
     indices: Tensor
     columns: int
     width: int
+    weight: Pattern = field(init=False)  # a sparse one, of this many columns and this width
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", _sparse_weight(self.columns, self.width))
 
     @property
     def rows(self) -> int:
@@ -79,22 +90,12 @@ def _add_weight_gradient(rows: RowProducts, p: RowProblem, operands: Operands) -
     return buffer
 
 
-@cache
-def sparse_weight(p: RowProblem) -> Pattern:
-    """Connections of places to outputs: about a third, with places that have none and places that have all."""
-    generator = torch.Generator().manual_seed(p.columns * 7919 + p.width)
-    mask = torch.rand(p.columns, p.width, generator=generator) < 0.35
-    mask[1::5] = False
-    mask[3::7] = True
-    return patterns.from_mask(mask)
-
-
 def _weight_values(p: RowProblem) -> tuple[int]:
-    return (sparse_weight(p).nnz,)
+    return (p.weight.nnz,)
 
 
 def _sparse_matmul(rows: RowProducts, p: RowProblem, operands: Operands) -> Tensor:
-    weight = sparse_weight(p)
+    weight = p.weight
     return rows.sparse_matmul(
         p.crow_indices,
         p.indices,
@@ -107,14 +108,14 @@ def _sparse_matmul(rows: RowProducts, p: RowProblem, operands: Operands) -> Tens
 
 
 def _sparse_dots(rows: RowProducts, p: RowProblem, operands: Operands) -> Tensor:
-    weight = sparse_weight(p)
+    weight = p.weight
     return rows.sparse_dots(
         p.crow_indices, p.indices, operands["dy"], weight.crow_indices, weight.col_indices, operands["w_values"]
     )
 
 
 def _sparse_weight_gradient(rows: RowProducts, p: RowProblem, operands: Operands) -> Tensor:
-    weight = sparse_weight(p)
+    weight = p.weight
     return rows.sparse_weight_gradient(
         p.crow_indices, p.indices, operands["values"], operands["dy"], weight.crow_indices, weight.col_indices
     )
@@ -178,7 +179,7 @@ def _products(layout: str) -> tuple[RowProduct, ...]:
             "sparse_weight_gradient",
             lambda p, draw: {"values": draw(p.indices.shape), "dy": lay(draw, p.rows, p.width)},
             _sparse_weight_gradient,
-            lambda p: _entries_of_columns(p)[sparse_weight(p).row_indices().long(), 0],
+            lambda p: _entries_of_columns(p)[p.weight.row_indices().long(), 0],
         ),
     )
 

@@ -26,7 +26,6 @@ from row_cases import (
     ks,
     scores,
     signs,
-    sparse_weight,
 )
 
 DEFINITION = reference_rows.ROWS
@@ -306,7 +305,7 @@ def check_special(rows: RowProducts, dtype: torch.dtype) -> None:
         for field in ("weight_gradient", "add_weight_gradient", "sparse_weight_gradient", "sparse_dots"):
             _check_unread(product[field], rows, problem, dtype, "dy", live)
         for field in ("sparse_matmul", "sparse_dots"):
-            of_named = named[sparse_weight(problem).row_indices().long()]
+            of_named = named[problem.weight.row_indices().long()]
             _check_unread(product[field], rows, problem, dtype, "w_values", of_named)
 
 

@@ -16,7 +16,7 @@ from cases import gaussian, small_integers
 from offpath import kernels
 from offpath.kernels import Backend
 from offpath.ops import encode_topk
-from row_cases import PROBLEMS, RowProblem, sparse_weight
+from row_cases import PROBLEMS, RowProblem
 
 OPS = torch.ops.offpath
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -55,25 +55,25 @@ def _chosen(x: Tensor, k: int) -> Tensor:
 
 
 def _weight(p: RowProblem, w_values: Tensor) -> Tensor:
-    weight = sparse_weight(p)
+    weight = p.weight
     return w_values.new_zeros(p.columns, p.width).index_put(
         (weight.row_indices().long(), weight.col_indices.long()), w_values
     )
 
 
 def _at_connections(p: RowProblem, matrix: Tensor) -> Tensor:
-    weight = sparse_weight(p)
+    weight = p.weight
     return matrix[weight.row_indices().long(), weight.col_indices.long()]
 
 
 def _indices_of(p: RowProblem) -> tuple[Tensor, Tensor]:
-    return sparse_weight(p).crow_indices, sparse_weight(p).col_indices
+    return p.weight.crow_indices, p.weight.col_indices
 
 
 OPERATIONS = (
     Op(
         "rows_sparse_matmul",
-        lambda p: [p.indices.shape, (sparse_weight(p).nnz,)],
+        lambda p: [p.indices.shape, (p.weight.nnz,)],
         lambda p, values, w_values: OPS.rows_sparse_matmul(
             values, p.crow_indices, p.indices, w_values, *_indices_of(p), p.width
         ),
@@ -81,7 +81,7 @@ OPERATIONS = (
     ),
     Op(
         "rows_sparse_dots",
-        lambda p: [(p.rows, p.width), (sparse_weight(p).nnz,)],
+        lambda p: [(p.rows, p.width), (p.weight.nnz,)],
         lambda p, dy, w_values: OPS.rows_sparse_dots(dy, p.crow_indices, p.indices, w_values, *_indices_of(p)),
         lambda p, dy, w_values: _at_entries(p, dy @ _weight(p, w_values).t()),
     ),
@@ -208,7 +208,7 @@ def test_opcheck(problem: RowProblem) -> None:
     opcheck(OPS.rows_matmul.default, (values, *rows, weight))
     opcheck(OPS.rows_dots.default, (dy, *rows, weight))
     opcheck(OPS.rows_weight_gradient.default, (values, *rows, dy, p.columns))
-    w_values = draw((sparse_weight(p).nnz,)).requires_grad_()
+    w_values = draw((p.weight.nnz,)).requires_grad_()
     opcheck(OPS.rows_sparse_matmul.default, (values, *rows, w_values, *_indices_of(p), p.width))
     opcheck(OPS.rows_sparse_dots.default, (dy, *rows, w_values, *_indices_of(p)))
     opcheck(OPS.rows_sparse_weight_gradient.default, (values, *rows, dy, *_indices_of(p)))
