@@ -57,6 +57,18 @@ def test_the_user_may_say_with_what_state_a_connection_begins() -> None:
     assert _grown_entries(topology, model[0], optimizer, "exp_avg_sq").tolist() == [2.0] * 11
 
 
+def test_a_connection_may_begin_with_the_mean_of_its_layer() -> None:
+    model = model_of()
+    optimizer = torch.optim.Adam(model.parameters())
+    topology = offpath.SET(model, optimizer, update_freq=1, grown_state={"exp_avg_sq": "mean"})
+    train_step(model, optimizer, 1)
+    mean = float(optimizer.state[model[0].values]["exp_avg_sq"].double().mean())
+    grown = _grown_entries(topology, model[0], optimizer, "exp_avg_sq")
+    assert mean > 0 and grown.tolist() == [float(torch.tensor(mean))] * 11
+    with pytest.raises(TopologyError, match="a number or \"mean\", got 'median'"):
+        offpath.SET(model, optimizer, update_freq=1, grown_state={"exp_avg_sq": "median"})
+
+
 def _grown_entries(topology: Topology, layer: SparseLinear, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
     before = layer.pattern.to_mask()
     topology.step()

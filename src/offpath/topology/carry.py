@@ -10,6 +10,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from offpath.pattern import Edit
+from offpath.topology.errors import TopologyError
+
+
+MEAN = "mean"
+
+
+def check_grown_state(grown_state: Mapping[str, float | str]) -> None:
+    """Raises `TopologyError` for what is neither a number nor "mean"."""
+    for key, begin in grown_state.items():
+        if begin != MEAN and not isinstance(begin, int | float):
+            raise TopologyError(f'expected grown_state[{key!r}] to be a number or "mean", got {begin!r}')
 
 
 def owns(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
@@ -33,18 +44,23 @@ def state_problem(optimizer: Optimizer, parameter: nn.Parameter) -> str | None:
 
 
 @torch.no_grad()
-def carry_state(optimizer: Optimizer, parameter: nn.Parameter, edit: Edit, grown_state: Mapping[str, float]) -> None:
+def carry_state(
+    optimizer: Optimizer, parameter: nn.Parameter, edit: Edit, grown_state: Mapping[str, float | str]
+) -> None:
     """Move every state tensor of one entry per connection through `edit`; survivors keep their bits.
 
     A grown connection starts as the optimizer starts a new weight, in nearly all of them with zero; `grown_state` names
-    other numbers by the key of the state. Single numbers (step counters) stay. As long as the count of connections
+    other numbers by the key of the state, or "mean" for the mean of what the layer's connections had. Single numbers (step counters) stay. As long as the count of connections
     stays, tensors are written in place.
     """
     state = _state(optimizer, parameter)
     for key, entry in state.items():
         if not isinstance(entry, Tensor) or entry.shape != edit.old_to_new.shape:
             continue
-        carried = edit.carry(entry, grown_state.get(key, _initial(optimizer, parameter, key)))
+        begin = grown_state.get(key, _initial(optimizer, parameter, key))
+        if begin == MEAN:
+            begin = float(entry.double().mean()) if entry.numel() else 0.0
+        carried = edit.carry(entry, float(begin))
         if carried.shape == entry.shape:
             entry.copy_(carried)
         else:

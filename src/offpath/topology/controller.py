@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from offpath import pattern as patterns
 from offpath.nn import check_rewire, rewire
 from offpath.pattern import Edit, PatternError
-from offpath.topology.carry import carry_state, state_problem
+from offpath.topology.carry import carry_state, check_grown_state, state_problem
 from offpath.topology.decide import Decision, decide
 from offpath.topology.distributed import Processes, fingerprint, unwrapped
 from offpath.topology.errors import TopologyError
@@ -35,7 +35,8 @@ class Topology:
     (such as an `AveragedModel`) get the same connections. All draws come from a generator of its own, made from `seed`.
 
     Frozen layers, and those that `filter_fn(module, fqn)` declines, are left alone. `grown_state` gives other numbers
-    than zero to the optimizer's state of grown connections, by its key. `record_explored` remembers which positions
+    than zero, or "mean" for that of the layer, to the optimizer's state of grown connections, by its key: for Adam,
+    {"exp_avg_sq": "mean"} keeps their first steps from being several times the learning rate. `record_explored` remembers which positions
     have ever held a connection, for `survey()`: one bit for each position of the dense weights, here and in the
     state_dict. An error changes nothing.
     Raises `TopologyError` when the recipe cannot be carried out with this model and optimizer.
@@ -68,13 +69,14 @@ class Topology:
         seed: int = 0,
         also: Sequence[nn.Module] = (),
         filter_fn: FilterFn | None = None,
-        grown_state: Mapping[str, float] | None = None,
+        grown_state: Mapping[str, float | str] | None = None,
         process_group: ProcessGroup | None = None,
         record_explored: bool = False,
     ) -> None:
         self.recipe = recipe
         self._optimizer = optimizer
         self._grown_state = dict(grown_state or {})
+        check_grown_state(self._grown_state)
         self._managed = managed_layers(unwrapped(model), optimizer, also, filter_fn, record_explored)
         self._generator = torch.Generator().manual_seed(seed)
         self._step = 0
