@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from offpath.pattern import Edit
 from offpath.topology.errors import TopologyError
 
-
 MEAN = "mean"
 
 
@@ -50,8 +49,8 @@ def carry_state(
     """Move every state tensor of one entry per connection through `edit`; survivors keep their bits.
 
     A grown connection starts as the optimizer starts a new weight, in nearly all of them with zero; `grown_state` names
-    other numbers by the key of the state, or "mean" for the mean of what the layer's connections had. Single numbers (step counters) stay. As long as the count of connections
-    stays, tensors are written in place.
+    other numbers by the key of the state, or "mean" for the mean of what the layer's connections had. Single numbers
+    (step counters) stay. As long as the count of connections stays, tensors are written in place.
     """
     state = _state(optimizer, parameter)
     for key, entry in state.items():

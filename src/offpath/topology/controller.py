@@ -36,9 +36,9 @@ class Topology:
 
     Frozen layers, and those that `filter_fn(module, fqn)` declines, are left alone. `grown_state` gives other numbers
     than zero, or "mean" for that of the layer, to the optimizer's state of grown connections, by its key: for Adam,
-    {"exp_avg_sq": "mean"} keeps their first steps from being several times the learning rate. `record_explored` remembers which positions
-    have ever held a connection, for `survey()`: one bit for each position of the dense weights, here and in the
-    state_dict. An error changes nothing.
+    {"exp_avg_sq": "mean"} keeps their first steps from being several times the learning rate. `record_explored`
+    remembers which positions have ever held a connection, for `survey()`: one bit for each position of the dense
+    weights, here and in the state_dict. An error changes nothing.
     Raises `TopologyError` when the recipe cannot be carried out with this model and optimizer.
 
     In many processes of `torch.distributed`, each makes a topology, of its `DistributedDataParallel` or of the model in

@@ -9,7 +9,9 @@ from typing import Any
 from offpath.studies.config import RunError
 
 DENSE, SMALL_DENSE, STATIC, SET_, RIGL, GMP_ = METHODS = ("dense", "small-dense", "static", "set", "rigl", "gmp")
-MOVING = {SET_, RIGL, GMP_}
+# The same with new connections that begin with the mean second moment of their layer, in place of Adam's zero.
+SET_MEAN, RIGL_MEAN = MEAN_METHODS = ("set-mean", "rigl-mean")
+MOVING = {SET_, RIGL, GMP_, *MEAN_METHODS}
 
 
 @dataclass(frozen=True)
@@ -135,28 +137,30 @@ def _arms(sparsities: tuple[float, ...], methods: tuple[str, ...], extreme: tupl
 _RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 _EXTREME = (Arm(SMALL_DENSE, 0.99), Arm(STATIC, 0.99), Arm(SET_, 0.99), Arm(RIGL, 0.99))
 _SOME = (DENSE, SMALL_DENSE, STATIC, RIGL)
+_MEAN = tuple(Arm(method, sparsity) for sparsity in (0.9, 0.99) for method in MEAN_METHODS)
 # fmt: off
 FULL = StudyConfig((
     TaskConfig(
         name="fashion-mnist", title="Fashion-MNIST", data="fashion-mnist", kind="images", sizes=(512, 512),
-        arms=_arms((0.9, 0.95, 0.98), METHODS, _EXTREME),
+        arms=_arms((0.9, 0.95, 0.98), METHODS, _EXTREME + _MEAN),
         steps=20 * 469, tuning_steps=7 * 422, evaluate_every=469, batch_size=128, learning_rates=_RATES,
     ),
     TaskConfig(
         name="cifar10", title="CIFAR-10", data="cifar10", kind="images", sizes=(512, 512),
-        arms=_arms((0.9, 0.95, 0.98), METHODS, _EXTREME),
+        arms=_arms((0.9, 0.95, 0.98), METHODS, _EXTREME + _MEAN),
         steps=20 * 391, tuning_steps=7 * 352, evaluate_every=391, batch_size=128, learning_rates=_RATES,
     ),
     TaskConfig(
         name="shakespeare", title="tinyshakespeare", data="tinyshakespeare", kind="text", sizes=(256, 4, 2, 64),
-        arms=_arms((0.8, 0.9), _SOME),
+        arms=_arms((0.8, 0.9), (*_SOME, RIGL_MEAN)),
         steps=2000, tuning_steps=700, evaluate_every=100, batch_size=8, learning_rates=_RATES,
     ),
 ))
 # Data that comes with the installed packages; a look at whether everything works, and no more.
 QUICK = StudyConfig((
     TaskConfig(
-        name="digits", title="digits", data="digits", kind="images", sizes=(64, 64), arms=_arms((0.9,), METHODS),
+        name="digits", title="digits", data="digits", kind="images", sizes=(64, 64),
+        arms=_arms((0.9,), METHODS + MEAN_METHODS),
         steps=120, tuning_steps=30, evaluate_every=40, batch_size=64, learning_rates=(1e-3, 1e-2), update_freq=20,
     ),
     TaskConfig(

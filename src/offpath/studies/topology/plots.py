@@ -8,12 +8,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from offpath.studies.plots import clean
-from offpath.studies.topology.config import DENSE, GMP_, RIGL, SET_, SMALL_DENSE, STATIC, Arm, TaskConfig
+from offpath.studies.topology.config import (
+    DENSE,
+    GMP_,
+    MEAN_METHODS,
+    RIGL,
+    RIGL_MEAN,
+    SET_,
+    SET_MEAN,
+    SMALL_DENSE,
+    STATIC,
+    Arm,
+    TaskConfig,
+)
 from offpath.studies.topology.result import CURVE, Cell, StudyResult
 from offpath.studies.topology.tables import NAMES, arm_name
 
 COLORS = {
     DENSE: "#5c6370", SMALL_DENSE: "#a9afb9", STATIC: "#e9a03b", SET_: "#2a9d8f", RIGL: "#d1495b", GMP_: "#5b6ee1",
+    SET_MEAN: "#125c53", RIGL_MEAN: "#7d1f30",
 }  # fmt: skip
 STYLES = ("-", "--", ":", "-.")
 STEP, LOSS = CURVE.index("step"), CURVE.index("loss")
@@ -54,7 +67,7 @@ def _accuracy(axes: Axes, result: StudyResult, task: TaskConfig, over: str) -> N
         own = [cell for cell in cells if cell.arm.method == method]
         places = [sparsities.index(cell.arm.sparsity) + 0.07 * (number - (len(methods) - 1) / 2) for cell in own]
         means, deviations = [100 * cell.mean for cell in own], [100 * cell.deviation for cell in own]
-        style = "--" if method == SMALL_DENSE else "-"
+        style = "--" if method == SMALL_DENSE else ":" if method in MEAN_METHODS else "-"
         axes.errorbar(
             places, means, yerr=deviations, fmt=style, marker="o", markersize=4, capsize=3, linewidth=1.2,
             color=COLORS[method], label=NAMES[method],

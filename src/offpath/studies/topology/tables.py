@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from offpath.studies.topology.config import DENSE, GMP_, RIGL, SET_, SMALL_DENSE, STATIC, Arm, TaskConfig
+from offpath.studies.topology.config import (
+    DENSE,
+    GMP_,
+    RIGL,
+    RIGL_MEAN,
+    SET_,
+    SET_MEAN,
+    SMALL_DENSE,
+    STATIC,
+    Arm,
+    TaskConfig,
+)
 from offpath.studies.topology.result import Cell, Difference, StudyResult
 
-NAMES = {DENSE: "dense", SMALL_DENSE: "small dense", STATIC: "static", SET_: "SET", RIGL: "RigL", GMP_: "GMP"}
+NAMES = {
+    DENSE: "dense", SMALL_DENSE: "small dense", STATIC: "static", SET_: "SET", RIGL: "RigL", GMP_: "GMP",
+    SET_MEAN: "SET, mean moment", RIGL_MEAN: "RigL, mean moment",
+}  # fmt: skip
 # What is compared, one minus the other; None: the dense net.
 COMPARISONS = (
     (STATIC, SMALL_DENSE), (SET_, STATIC), (RIGL, STATIC), (RIGL, SET_), (GMP_, RIGL), (STATIC, None), (SET_, None),
-    (RIGL, None), (GMP_, None),
+    (RIGL, None), (GMP_, None), (SET_MEAN, SET_), (RIGL_MEAN, RIGL), (SET_MEAN, STATIC), (RIGL_MEAN, STATIC),
+    (RIGL_MEAN, SET_MEAN), (SET_MEAN, None), (RIGL_MEAN, None),
 )  # fmt: skip
 KIB = 1024
 Row = tuple[str, ...]

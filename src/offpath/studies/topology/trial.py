@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from offpath.cost import model_bytes, training_bytes
 from offpath.studies.config import RunError
 from offpath.studies.methods import end_of_updates, topology_record
-from offpath.studies.topology.config import GMP_, RIGL, SET_, Arm, TaskConfig, Trial
+from offpath.studies.topology.config import GMP_, MEAN_METHODS, RIGL, SET_, SET_MEAN, Arm, TaskConfig, Trial
 from offpath.studies.topology.task import Task, parameter_count
 from offpath.topology import GMP, SET, RigL, Topology
 
@@ -111,7 +111,9 @@ def _topology(
     common: dict[str, Any] = {"update_freq": config.update_freq, "end_step": end_of_updates(steps), "seed": seed}
     if arm.method == GMP_:
         return GMP(model, optimizer, final_sparsity=arm.sparsity, **common)
-    if arm.method in (SET_, RIGL):
-        recipe = SET if arm.method == SET_ else RigL
+    if arm.method in (SET_, RIGL, *MEAN_METHODS):
+        recipe = SET if arm.method in (SET_, SET_MEAN) else RigL
+        if arm.method in MEAN_METHODS:
+            common["grown_state"] = {"exp_avg_sq": "mean"}
         return recipe(model, optimizer, drop_fraction=config.drop_fraction, schedule="cosine", **common)
     return None
