@@ -19,7 +19,7 @@ import torch
 from offpath.studies import RunError
 from offpath.studies.data import DataError, DataNotFoundError
 from offpath.studies.topology import StudyConfig, StudyResult, study
-from offpath.studies.topology.config import FULL, METHODS, QUICK, Arm, TaskConfig, Trial
+from offpath.studies.topology.config import FULL, MEAN_METHODS, METHODS, QUICK, Arm, TaskConfig, Trial
 from offpath.studies.topology.folder import StudyFolder
 from offpath.studies.topology.result import Cell, Difference
 from offpath.studies.topology.tables import tables
@@ -73,7 +73,7 @@ def test_quick_study_is_whole(finished: tuple[Path, str]) -> None:
     out, printed = finished
     result = StudyResult.from_json(json.loads((out / "topology.json").read_text()))
     assert result.complete and result.config == QUICK
-    assert {cell.arm.method for cell in result.cells if cell.task == "digits"} == set(METHODS)
+    assert {cell.arm.method for cell in result.cells if cell.task == "digits"} == {*METHODS, *MEAN_METHODS}
     assert all(set(cell.final) == {0, 1} for cell in result.cells)
     assert all(entry > 0 for steps in result.steps.values() for entry in steps["seconds_per_step"].values())
     page = (out / "report.html").read_text()
