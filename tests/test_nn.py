@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from offpath import SparseLinear, pattern as patterns
-from offpath.nn.linear import DEFAULT_SPARSITY
+from offpath.nn.sparse_weight import DEFAULT_SPARSITY
 
 
 def _layer(sparsity: float = 0.8, seed: int = 0, **options) -> SparseLinear:
