@@ -1,4 +1,4 @@
-"""Put what `benchmarks/activations.py` has written, runs/activations.txt or the file named, into docs/activations.md."""
+"""Put what `benchmarks/activations.py` wrote, runs/activations.txt or the file named, into docs/activations.md."""
 
 from __future__ import annotations
 
