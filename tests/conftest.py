@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from offpath import kernels
 from offpath.kernels import Backend, cpu
 from offpath.studies.data import DATASETS, IdxSpec
 from offpath.studies.data.locate import DATA_DIR_VARIABLE, cache_dir
+
+# eai-sparsify chooses its decoder when it is imported: Triton wherever that is installed, even without a GPU.
+os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
 
 # A busy machine is no mistake: no test says how long anything may take.
 settings.register_profile("offpath", deadline=None)
