@@ -14,8 +14,8 @@ template <class T>
     __builtin_prefetch(weight.values + s);
 }
 
-// sums[o] += value * weight for the connections from `begin` to `end`; one by one, as the processor would take a scatter
-// apart.
+// sums[o] += value * weight for the connections from `begin` to `end`; one by one, as the processor would take a
+// scatter apart.
 template <class T>
 [[gnu::always_inline]] inline void scatter_add(const offpath::SparseWeight<T> &weight, int64_t begin, int64_t end,
                                                int64_t next, offpath::Sum<T> value, offpath::Sum<T> *sums) {
