@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from offpath import kernels
 from offpath.kernels import KernelError, row_calibration
-from offpath.ops import SparseRows, forced_dense_rows, row_choice, row_products, topk_rows
+from offpath.ops import SparseRows, forced_dense_rows, row_products, topk_rows
 
 BACKEND = kernels.default_backend()[0]
 
@@ -47,6 +48,22 @@ def test_an_index_out_of_range_is_refused_densely_as_well() -> None:
         torch.ops.offpath.rows_dots(torch.ones(2, 2), rows.crow_indices, rows.indices, torch.ones(3, 2))
 
 
+def test_rows_that_do_not_follow_one_another_are_refused_densely_as_well() -> None:
+    indices, values, weight = torch.zeros(2, dtype=torch.int32), torch.ones(2), torch.ones(3, 2)
+    for pointer in ([0, 1, 1], [0, 2, 3], [1, 1, 2], [0, 3, 2]):
+        crow_indices = torch.tensor(pointer, dtype=torch.int32)
+        rows, operands = SparseRows(crow_indices, indices, values, 3), (crow_indices, indices)
+        products = (
+            partial(rows.matmul, weight),
+            partial(torch.ops.offpath.rows_dots, torch.ones(2, 2), *operands, weight),
+            partial(torch.ops.offpath.rows_weight_gradient, values, *operands, torch.ones(2, 2), 3),
+            rows.to_dense,
+        )
+        for product in products:
+            with forced_dense_rows(True), pytest.raises(KernelError, match="crow_indices to rise from 0"):
+                product()
+
+
 def test_what_was_measured_decides_and_only_where_there_is_a_question(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,9 +75,12 @@ def test_what_was_measured_decides_and_only_where_there_is_a_question(
 
     monkeypatch.setattr(row_calibration, "measure", measure)
     densely: list[bool] = []
-    monkeypatch.setattr(
-        row_products, "_dense", lambda b, c, i, v, columns: densely.append(True) or torch.zeros(64, columns)
-    )
+
+    def written_out(*_: object) -> torch.Tensor:
+        densely.append(True)
+        return torch.zeros(64, 256)
+
+    monkeypatch.setattr(row_products, "_dense", written_out)
     weight, x = torch.randn(256, 1024), torch.randn(64, 256)
     topk_rows(x, 10).matmul(weight)
     assert not measured, "4 % live: no machine would compute that densely"
@@ -82,4 +102,3 @@ def test_break_evens_are_kept_in_the_cache_and_measured_anew_where_they_are_brok
     row_calibration.break_evens.cache_clear()
     again = row_calibration.break_evens(BACKEND, torch.float32)
     assert all(density > 0 for density in again.values()) and json.loads(file.read_text()) == again
-    assert row_choice.SURELY_SPARSE < 0.15

@@ -313,7 +313,6 @@ def _misfits() -> dict[str, tuple[str, Callable[[RowProducts], object]]]:
     }
 
 
-@pytest.mark.skipif(not NATIVE, reason="no native kernel for sparse rows yet: the definition leaves this to the ops")
 @pytest.mark.parametrize("name", NATIVE_NAMES)
 def test_operands_that_do_not_fit_are_refused_by_the_native_kernels(name: str) -> None:
     taken = []

@@ -193,7 +193,11 @@ def test_leading_dimensions_and_hooks(way: str) -> None:
 def test_no_dense_pre_activations_unless_somebody_asks() -> None:
     sae, x = _sae("ours"), next(_activations())
     sizes: list[int] = []
-    note = lambda t: sizes.append(t.numel() if t.layout is torch.strided else t._nnz()) or t  # noqa: E731
+
+    def note(saved: torch.Tensor) -> torch.Tensor:
+        sizes.append(saved.numel() if saved.layout is torch.strided else saved._nnz())
+        return saved
+
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         out = _pass("ours", sae, x, torch.zeros(LATENTS, dtype=torch.bool))
     assert isinstance(out.hidden_pre, LazyPreActivations)

@@ -14,8 +14,8 @@ import torch
 from offpath.kernels import Backend
 from offpath.kernels.row_calibration import break_evens
 
-# Below this density the sparse product wins on every machine measured (break-evens from 15 % on), and below this work
-# either takes microseconds.
+# Below this density nothing is measured: the sparse product wins (up to more than twice of it on the Zen 4 that the
+# benchmarks name). Below this work, either takes microseconds.
 SURELY_SPARSE, LITTLE_WORK = 0.08, 1 << 20
 _forced: list[bool] = []
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from offpath import kernels
-from offpath.kernels import Backend, KernelError
+from offpath.kernels import KernelError
 from offpath.kernels.operands import row_numbers
+from offpath.kernels.reference_rows import check_rows as check_contents
 from offpath.kernels.row_calibration import dense_dots
 from offpath.ops.library import define
 from offpath.ops.row_choice import pays_densely
@@ -24,7 +25,7 @@ def _matmul(values: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tenso
     check_matrix("weight", weight, values.dtype)
     backend, rows = kernels.select(values.device.type, values.dtype), crow_indices.shape[0] - 1
     if pays_densely("matmul", backend, values.dtype, indices.shape[0], rows, *weight.shape):
-        return _dense(backend, crow_indices, indices, values, weight.shape[0]) @ weight
+        return _dense(crow_indices, indices, values, weight.shape[0]) @ weight
     return backend.rows.matmul(crow_indices, indices, values, weight)
 
 
@@ -34,7 +35,7 @@ def _dots(dy: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> 
     check_matrix("weight", weight, dy.dtype, width=dy.shape[1])
     backend = kernels.select(dy.device.type, dy.dtype)
     if pays_densely("dots", backend, dy.dtype, indices.shape[0], dy.shape[0], *weight.shape):
-        backend.rows.counts(indices, weight.shape[0])  # refuses what names no row
+        check_contents(crow_indices, indices, weight.shape[0])
         return dense_dots(dy, weight, row_numbers(crow_indices), indices)
     return backend.rows.dots(crow_indices, indices, dy, weight)
 
@@ -44,12 +45,12 @@ def _weight_gradient(values: Tensor, crow_indices: Tensor, indices: Tensor, dy: 
     check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
     backend = kernels.select(dy.device.type, dy.dtype)
     if pays_densely("weight_gradient", backend, dy.dtype, indices.shape[0], dy.shape[0], columns, dy.shape[1]):
-        return _dense(backend, crow_indices, indices, values, columns).t() @ dy
+        return _dense(crow_indices, indices, values, columns).t() @ dy
     return backend.rows.weight_gradient(crow_indices, indices, values, dy, columns)
 
 
-def _dense(backend: Backend, crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int) -> Tensor:
-    backend.rows.counts(indices, columns)  # refuses what names no column
+def _dense(crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int) -> Tensor:
+    check_contents(crow_indices, indices, columns)
     return to_dense(crow_indices, indices, values, columns)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from offpath import kernels
 from offpath.kernels import KernelError
+from offpath.kernels.reference_rows import check_rows
 from offpath.ops.selection import row_pointer, to_dense
 
 _ops = torch.ops.offpath
@@ -170,7 +171,7 @@ class SparseRows:
         return live.new_zeros(self.columns).index_add(0, self.indices.long(), live)
 
     def _check(self) -> None:
-        self.counts()
+        check_rows(self.crow_indices, self.indices, self.columns)
 
     def __repr__(self) -> str:
         per_row = self.crow_indices.diff()

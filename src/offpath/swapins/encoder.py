@@ -11,13 +11,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from offpath.ops import SparseRows
+from offpath.ops.row_choice import SURELY_SPARSE
 from offpath.ops.selection import row_pointer
 
 _ops = torch.ops.offpath
-
-# Sparse rows read a row of the weight for each entry, at the speed of memory; on the CPUs that we know, a dense product
-# is as fast where 6 % to 10 % of the entries live.
-SPARSE_BELOW = 1 / 16
 
 
 def few_live(dense: Tensor) -> bool:
@@ -26,7 +23,7 @@ def few_live(dense: Tensor) -> bool:
     >>> few_live(torch.eye(32)), few_live(torch.eye(8))
     (True, False)
     """
-    return int(torch.count_nonzero(dense)) <= dense.numel() * SPARSE_BELOW
+    return int(torch.count_nonzero(dense)) <= dense.numel() * SURELY_SPARSE
 
 
 def pre_activations(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -113,7 +110,7 @@ class LazyPreActivations(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it without types
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         raise RuntimeError(
