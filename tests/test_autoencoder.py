@@ -303,6 +303,7 @@ def test_no_matrix_of_all_latents_is_kept(activation: str) -> None:
 import torch
 from offpath.nn import SparseAutoencoder
 torch.set_num_threads(1)
+torch.manual_seed(0)
 sae, x = SparseAutoencoder(16, 8192, 4, "{activation}"), torch.randn(8192, 16)
 sae.calibrate_threshold_(x[:64])
 sae.loss(x[:512]).total.backward()

@@ -61,12 +61,16 @@ def encode_batch_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Sparse
 
 
 def _blocks(x: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, pre-activations) of each block of rows."""
+    """(first row, pre-activations) of each block of rows; the next block overwrites them."""
     rows = max(1, BLOCK_ENTRIES // max(1, weight.shape[0]))
+    # One buffer for all blocks: what is kept of a block would lie between a buffer of its own and the next one's, and
+    # the memory that is freed so need not be large enough for it.
+    scores = x.new_empty(min(rows, x.shape[0]), weight.shape[0])
     for first in range(0, x.shape[0], rows):
+        block = scores[: x.shape[0] - first]
         with torch.no_grad():
-            scores = functional.linear(x[first : first + rows], weight, bias)
-        yield first, scores
+            torch.addmm(bias, x[first : first + rows], weight.T, out=block)
+        yield first, block
 
 
 def _with_gradient(
