@@ -69,7 +69,7 @@ def _equals_one_process(recipe: str) -> None:
     same_everywhere(together, optimizers[1])
 
 
-for name in ("SET", "SET global", "RigL", "MEST", "GMP from dense", "GMP global"):
+for name in ("SET", "SET global", "RigL", "momentum", "MEST", "GMP from dense", "GMP global"):
     check(_equals_one_process, name)
 
 
@@ -130,6 +130,7 @@ for name in ("SET", "RigL", "GMP from dense", "SET global"):
         if not (name in RESIZING and wrap == "static graph"):
             check(_ranks_stay_alike, name, wrap)
 check(_ranks_stay_alike, "RigL", "views", 3)
+check(_ranks_stay_alike, "momentum", "views", 3)
 check(_ranks_stay_alike, "GMP global", "plain", 2)
 
 
@@ -185,6 +186,7 @@ def _resumes_to_the_same_bits(recipe: str) -> None:
 
 
 check(_resumes_to_the_same_bits, "RigL")
+check(_resumes_to_the_same_bits, "momentum")
 check(_resumes_to_the_same_bits, "GMP from dense")
 
 

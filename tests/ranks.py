@@ -47,7 +47,7 @@ def bits(value: Any) -> Any:
         return value.numpy().tobytes().hex()
     if isinstance(value, dict):
         return {str(key): bits(entry) for key, entry in value.items()}
-    return [bits(entry) for entry in value] if isinstance(value, list) else value
+    return [bits(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from topology_oracle import check_exact, check_network
 CHECKS: dict[str, Callable[[], None]] = {
     "exact SET": lambda: check_exact("SET"),
     "exact RigL": lambda: check_exact("RigL"),
+    "exact momentum": lambda: check_exact("momentum"),
     "exact MEST": lambda: check_exact("MEST"),
     "exact GMP": lambda: check_exact("GMP from dense"),
     "exact global": lambda: check_exact("SET global"),
@@ -77,12 +78,26 @@ def _grows_where_it_just_dropped(self: LayerView, count: int) -> Tensor:
 
 
 def _last_pass_alone(self: LayerView, first: int, last: int) -> Tensor:
-    x, dy = self._operands[-1]
+    x, dy, _ = self._operands[-1]
     return dy[:, first:last].t() @ x
 
 
 def _gradient_off_by_a_row(self: LayerView, first: int, last: int) -> Tensor:
-    return sum(dy.roll(1, 1)[:, first:last].t() @ x for x, dy in self._operands)  # type: ignore[return-value]  # never empty
+    return sum(dy.roll(1, 1)[:, first:last].t() @ x for x, dy, _ in self._operands)  # type: ignore[return-value]  # never empty
+
+
+def _all_steps_alike(self: LayerView, first: int, last: int) -> Tensor:
+    return sum(dy[:, first:last].t() @ x for x, dy, _ in self._operands)  # type: ignore[return-value]  # never empty
+
+
+def _ages_only_what_is_new(self: capture.Capture, decay: float) -> None:
+    older, self.history = self.history, ()
+    _age(self, decay)
+    self.history = (*older, *self.history)
+
+
+def _keeps_no_history(self: capture.Capture, decay: float) -> None:
+    self.clear()
 
 
 class _FirstCallAlone(capture._Hook):
@@ -93,7 +108,7 @@ class _FirstCallAlone(capture._Hook):
 
 def _raw_gradient(self: LayerView, first: int, last: int) -> Tensor:
     # Signed scores: only the check of the whole recipe can tell, since the scores themselves are right.
-    return sum(dy[:, first:last].t() @ x for x, dy in self._operands).clamp(min=0)  # type: ignore[union-attr]  # never empty
+    return sum(dy[:, first:last].t() @ x for x, dy, _ in self._operands).clamp(min=0)  # type: ignore[union-attr]  # never empty
 
 
 def _forgets_the_first_moment(optimizer, parameter, edit: Edit, grown_state) -> None:
@@ -114,6 +129,7 @@ def _grown_begin_with_other_values(layer, edit: Edit, grown: Tensor | None = Non
 
 
 _rewire = offpath.nn.rewire
+_age = capture.Capture.age
 ROOM = "offpath.topology."
 WRONG_MEST = ROOM + "drop.MagnitudeAndGradient.__call__"
 MUTANTS = (
@@ -131,7 +147,10 @@ MUTANTS = (
     Mutant("ties of growth go up", ROOM + "select.lowest", _ties_to_the_higher_index, ("exact RigL",)),
     Mutant("grows the first free", ROOM + "LayerView.draw_free", _grows_the_first_free_ones, ("exact SET",)),
     Mutant("regrows the dropped", ROOM + "LayerView.draw_free", _grows_where_it_just_dropped, ("update", "exact SET")),
-    Mutant("last pass alone", ROOM + "LayerView.gradient_of_rows", _last_pass_alone, ("scores",)),
+    Mutant("last pass alone", ROOM + "LayerView.gradient_of_rows", _last_pass_alone, ("scores", "exact momentum")),
+    Mutant("all steps alike", ROOM + "LayerView.gradient_of_rows", _all_steps_alike, ("exact momentum",)),
+    Mutant("aged once", ROOM + "capture.Capture.age", _ages_only_what_is_new, ("exact momentum",)),
+    Mutant("no history", ROOM + "capture.Capture.age", _keeps_no_history, ("exact momentum",)),
     Mutant("a row off", ROOM + "LayerView.gradient_of_rows", _gradient_off_by_a_row, ("scores", "exact RigL")),
     Mutant("signed scores", ROOM + "LayerView.gradient_of_rows", _raw_gradient, ("scores", "exact RigL")),
     Mutant("first call alone", ROOM + "capture._Hook", _FirstCallAlone, ("scores",)),

@@ -10,6 +10,7 @@ from torch import Tensor
 from offpath import pattern as patterns
 from offpath.topology import Constant, Cosine, Cubic, Every, LayerView, TopologyError, drop, grow
 from offpath.topology.budget import share
+from offpath.topology.capture import Pass
 from offpath.topology.select import SAMPLE_ENTRIES, highest, lowest
 
 
@@ -148,7 +149,7 @@ def test_importances_of_the_drop_rules() -> None:
 
 def test_gradient_growth_takes_the_largest_of_the_dense_gradient() -> None:
     x, dy = torch.tensor([[1.0, 2, 3]]), torch.tensor([[1.0, -5]])
-    layer = _view(_mask("100", "001"), passes=((x, dy),))  # the dense gradient is [[1, 2, 3], [-5, -10, -15]]
+    layer = _view(_mask("100", "001"), passes=(Pass(x, dy),))  # the dense gradient is [[1, 2, 3], [-5, -10, -15]]
     assert grow.Gradient()(layer, 2).tolist() == [3, 4]
     assert grow.Gradient()(layer, 3).tolist() == [2, 3, 4]
 

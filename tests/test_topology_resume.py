@@ -12,11 +12,13 @@ from torch import nn
 import offpath
 from offpath.topology import Topology, TopologyError
 from topology_checks import model_of, train_step
+from topology_oracle import growing_by_momentum as momentum
 
 RECIPES = {
     "SET": lambda m, o: offpath.SET(m, o, update_freq=3, seed=7),
     "SET global": lambda m, o: offpath.SET(m, o, update_freq=3, seed=7, distribution="global"),
     "RigL": lambda m, o: offpath.RigL(m, o, update_freq=3, end_step=30),
+    "momentum": lambda m, o: momentum(m, o, steps=3, update_freq=3),
     "MEST": lambda m, o: offpath.MEST(m, o, update_freq=3),
     "GMP": lambda m, o: offpath.GMP(m, o, update_freq=3, end_step=20, final_sparsity=0.9),
     "Static": offpath.Static,
@@ -97,6 +99,17 @@ def test_the_state_of_another_model_or_recipe_is_refused_and_changes_nothing(sta
         topology.load_state_dict(state())
     after = topology.state_dict()
     assert torch.equal(before.pop("generator"), after.pop("generator")) and str(before) == str(after)
+
+
+def test_passes_that_another_process_saw_are_refused() -> None:
+    parts = _start("momentum")
+    assert all("history" not in layer for layer in parts[2].state_dict()["layers"].values())
+    _run(parts, 1, 3)
+    state = parts[2].state_dict()
+    assert [len(layer["history"]["passes"]) for layer in state["layers"].values()] == [2, 2]
+    state["layers"]["2"]["history"]["rank"] = 1
+    with pytest.raises(TopologyError, match="layer '2': expected a state saved by rank 0, got one of rank 1"):
+        parts[2].load_state_dict(state)
 
 
 def test_what_an_update_reports() -> None:

@@ -15,6 +15,7 @@ from children import numbers_of
 from offpath import SparseLinear
 from offpath.topology import TopologyError
 from topology_checks import check_scores, model_of, train_step
+from topology_oracle import growing_by_momentum
 
 
 @pytest.mark.parametrize("leading", [(4,), (2, 3), ()])
@@ -44,6 +45,53 @@ def test_other_recipes_never_watch() -> None:
     model = model_of()
     offpath.SET(model, torch.optim.SGD(model.parameters(), lr=0.1), update_freq=1)
     assert not model[0]._forward_hooks
+
+
+def _momentum_of(model: nn.Module, steps: int = 3) -> tuple[torch.optim.Optimizer, offpath.topology.Topology]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return optimizer, growing_by_momentum(model, optimizer, steps, update_freq=5)
+
+
+def test_momentum_watches_the_steps_that_it_reads() -> None:
+    model = model_of()
+    optimizer, topology = _momentum_of(model)
+    watched = []
+    for step in range(1, 9):
+        watched.append(topology.watching)
+        assert bool(model[0]._forward_hooks) == topology.watching
+        train_step(model, optimizer, step)
+        topology.step()
+    assert watched == [False, False, True, True, True, False, False, True]
+
+
+def test_momentum_remembers_a_batch_that_the_next_one_has_overwritten() -> None:
+    patterns = []
+    for reuse in (False, True):
+        model, buffer = model_of(), torch.empty(5, 12)
+        optimizer, topology = _momentum_of(model)
+        for step in range(1, 6):
+            x = torch.randn(5, 12, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            model(buffer.copy_(x) if reuse else x).square().mean().backward()
+            optimizer.step()
+            topology.step()
+        patterns.append(model[0].pattern)
+    assert patterns[0].equals(patterns[1])
+
+
+def test_momentum_forgets_a_skipped_step_alone() -> None:
+    masks = []
+    for skips in (False, True):
+        model = model_of()
+        optimizer, topology = _momentum_of(model)
+        for step in range(1, 6):
+            if skips and step == 4:
+                model(torch.randn(5, 12) * torch.inf).sum().backward()
+                topology.forget()
+            train_step(model, optimizer, step)
+            topology.step()
+        masks.append(model[0].pattern)
+    assert masks[0].equals(masks[1])
 
 
 def test_passes_of_a_copy_and_passes_without_gradient_do_not_count() -> None:

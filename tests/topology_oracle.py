@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 import offpath
-from offpath import SparseLinear, pattern as patterns
+from offpath import SparseLinear, pattern as patterns, topology as parts
 
 STEPS, FREQ, END, SEED = 50, 5, 40, 3
 Growth = Callable[[Tensor, int], Tensor]  # (free positions, count) -> chosen ones
@@ -24,6 +24,7 @@ class Dense:
     mask: Tensor
     initial_nnz: int
     whole_gradient: Tensor
+    gradients_since_update: list[Tensor] = field(default_factory=list)
 
     @property
     def weight(self) -> Tensor:
@@ -45,6 +46,23 @@ def _random(layer: Dense, generator: torch.Generator) -> Growth:
 def _gradient(layer: Dense, generator: torch.Generator) -> Growth:
     scores = layer.whole_gradient.abs().flatten()
     return lambda free, count: free[torch.sort(scores[free], descending=True, stable=True).indices[:count]]
+
+
+def _momentum(steps: int) -> Callable[[Dense, torch.Generator], Growth]:
+    def growth(layer: Dense, generator: torch.Generator) -> Growth:
+        recent = reversed(layer.gradients_since_update[-steps:])
+        layer.whole_gradient = sum(0.5**age * gradient for age, gradient in enumerate(recent))
+        return _gradient(layer, generator)
+
+    return growth
+
+
+def growing_by_momentum(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, update_freq: int = FREQ, **settings
+) -> parts.Topology:
+    schedule, budget = parts.Every(update_freq, END), parts.PerLayer(parts.Constant(0.3))
+    recipe = parts.Recipe("momentum", schedule, parts.drop.magnitude, parts.grow.Momentum(0.5, steps), budget)
+    return parts.Topology(model, optimizer, recipe, **settings)
 
 
 def _magnitude(layer: Dense) -> Tensor:
@@ -132,6 +150,9 @@ RECIPES = {
     "SET cosine": (offpath.SET, MOVING | {"schedule": "cosine"}, 0.4, _moving(_magnitude, _random, _cosine)),
     "SET global": (offpath.SET, MOVING | {"distribution": "global"}, 0.4, _moving_over_all_layers),
     "RigL": (offpath.RigL, MOVING, 0.4, _moving(_magnitude, _gradient, _cosine)),
+    "momentum": (growing_by_momentum, {"steps": 3}, 0.4, _moving(_magnitude, _momentum(3), lambda step: 0.3)),
+    # More steps than lie between two updates: those since the last one.
+    "momentum since": (growing_by_momentum, {"steps": 9}, 0.4, _moving(_magnitude, _momentum(9), lambda step: 0.3)),
     "MEST": (offpath.MEST, MOVING, 0.4, _moving(_mest, _random, lambda step: 0.3)),
     "GMP from dense": (offpath.GMP, PRUNING, 1.0, _gmp),
     "GMP from sparse": (offpath.GMP, PRUNING, 0.6, _gmp),
@@ -155,6 +176,7 @@ def _compare(
             loss(module, step).backward()
             for layer in layers if module is dense else ():
                 layer.whole_gradient = layer.linear.weight.grad.clone()
+                layer.gradients_since_update.append(layer.whole_gradient)
                 layer.linear.weight.grad *= layer.mask
             optimizer.step()
         record, masks = topology.step(), update(step, layers, generator)
@@ -166,6 +188,7 @@ def _compare(
                     state.mul_(stays)
             layer.linear.weight.data *= stays  # what goes is lost, and what comes begins with zero
             layer.mask = mask
+            layer.gradients_since_update.clear()
         if record is not None and record.dropped:
             changed.append(step)
         for sparse, layer in zip(model, layers, strict=True):

@@ -1,9 +1,10 @@
-"""Watching what goes into and comes back out of a layer, in the one step that needs it."""
+"""Watching what goes into and comes back out of a layer, in the steps that need it."""
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -11,16 +12,25 @@ from torch.utils.hooks import RemovableHandle
 from offpath.nn import SparseLinear
 
 
+class Pass(NamedTuple):
+    """What went into a layer, the gradient of what came out, and what the pass counts beside those of other steps."""
+
+    x: Tensor
+    dy: Tensor
+    weight: float = 1.0
+
+
 class Capture:
     """Keeps x and dy of every pass through one layer while it is armed.
 
     The tensors are those that autograd holds anyway, so that they cost memory only for as long as they are kept: from
-    the backward pass to `topology.step()`.
+    the backward pass to `topology.step()`. Those of earlier steps, the `history`, are copies.
     """
 
     def __init__(self, layer: SparseLinear) -> None:
         self._layer = layer
         self._hook = _Hook(layer)
+        self.history: tuple[Pass, ...] = ()
         self._handle: RemovableHandle | None = None
 
     def arm(self) -> None:
@@ -31,18 +41,31 @@ class Capture:
     def disarm(self) -> None:
         """Watch no more, and forget."""
         self.clear()
+        self.history = ()
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
     def clear(self) -> None:
-        """Forget the passes; passes whose backward is still to come are forgotten as well."""
+        """Forget the passes since the last step; passes whose backward is still to come are forgotten as well."""
         self._hook.clear()
 
+    def age(self, decay: float) -> None:
+        """The passes since the last step become history, and all of it counts `decay` times what it did."""
+        # Copies: whoever fed the layer may write the next batch over this one.
+        new = (Pass(x.clone(), dy.clone(), weight) for x, dy, weight in self._hook.passes)
+        self.history = tuple(Pass(x, dy, weight * decay) for x, dy, weight in (*self.history, *new))
+        self.clear()
+
+    def load(self, history: Iterable[tuple[Tensor, Tensor, float]]) -> None:
+        """Go on from copies of a `history`."""
+        device = self._layer.values.device
+        self.history = tuple(Pass(x.to(device, copy=True), dy.to(device, copy=True), w) for x, dy, w in history)
+
     @property
-    def passes(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """(x, dy) of each pass, in the order of the backward passes."""
-        return tuple(self._hook.passes)
+    def passes(self) -> tuple[Pass, ...]:
+        """Every pass, in the order of the backward passes."""
+        return (*self.history, *self._hook.passes)
 
 
 class _Hook:
@@ -50,7 +73,7 @@ class _Hook:
 
     def __init__(self, layer: SparseLinear | None = None) -> None:
         self._layer = weakref.ref(layer) if layer is not None else None
-        self.passes: list[tuple[Tensor, Tensor]] = []
+        self.passes: list[Pass] = []
 
     def clear(self) -> None:
         self.passes = []
@@ -61,7 +84,7 @@ class _Hook:
         x, passes = (args[0] if args else kwargs["x"]).detach(), self.passes
 
         def keep(dy: Tensor) -> None:
-            passes.append((x, dy.detach()))
+            passes.append(Pass(x, dy.detach()))
 
         y.register_hook(keep)
 

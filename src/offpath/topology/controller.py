@@ -16,7 +16,7 @@ from offpath.topology.carry import carry_state, check_grown_state, state_problem
 from offpath.topology.decide import Decision, decide
 from offpath.topology.distributed import Processes, fingerprint, unwrapped
 from offpath.topology.errors import TopologyError
-from offpath.topology.grow import needs_dense_gradient
+from offpath.topology.grow import gradient_decay, gradient_steps, needs_dense_gradient
 from offpath.topology.managed import FilterFn, ManagedLayer, check_plain, managed_layers
 from offpath.topology.recipe import Recipe
 from offpath.topology.record import LayerState, LayerUpdate, TopologyUpdate
@@ -95,12 +95,12 @@ class Topology:
 
     @property
     def watching(self) -> bool:
-        """Whether the next passes are watched for an update that reads the dense gradient.
+        """Whether the next passes are watched for an update that reads dense gradients.
 
         A compiled model would not notice the hooks: run these passes under `torch.compiler.set_stance("force_eager")`.
         """
-        schedule = self.recipe.schedule
-        return schedule is not None and needs_dense_gradient(self.recipe.grow) and schedule.due(self._step + 1)
+        schedule, steps = self.recipe.schedule, gradient_steps(self.recipe.grow)
+        return schedule is not None and any(schedule.due(self._step + ahead) for ahead in range(1, steps + 1))
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -131,6 +131,11 @@ class Topology:
             self._processes.follow(self._sizes)
             update = TopologyUpdate(self._step + 1, layers)
         self._step += 1
+        for managed in self._managed:
+            if update is None:
+                managed.capture.age(gradient_decay(self.recipe.grow))
+            else:
+                managed.capture.disarm()
         self._watch()
         return update
 
@@ -147,22 +152,16 @@ class Topology:
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on to the same numbers, beside the model's and the optimizer's own.
 
-        Plain numbers, strings and tensors; save it after `step()`, not between a backward pass and it.
+        Plain numbers, strings and tensors; save it after `step()`, not between a backward pass and it. It is the same
+        in all processes, but for a rule that reads the gradients of several steps: there, between two updates, each
+        has to save and load its own.
         """
         return {
             "version": STATE_VERSION,
             "recipe": self.recipe.describe(),
             "step": self._step,
             "generator": self._generator.get_state(),
-            "layers": {
-                managed.name: {
-                    "initial_nnz": managed.initial_nnz,
-                    "digest": managed.digest,
-                    "unmoved": managed.unmoved.clone(),
-                    **({"explored": managed.explored.state()} if managed.explored else {}),
-                }
-                for managed in self._managed
-            },
+            "layers": {managed.name: managed.state_dict(self._processes.rank) for managed in self._managed},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -175,12 +174,7 @@ class Topology:
             raise TopologyError(problem)
         self._processes.follow(self._sizes)  # the model's checkpoint may have brought other ones
         for managed in self._managed:
-            saved = state["layers"][managed.name]
-            managed.initial_nnz, managed.digest = int(saved["initial_nnz"]), int(saved["digest"])
-            managed.unmoved = saved["unmoved"].to(managed.layer.values.device, torch.bool, copy=True)
-            if managed.explored:
-                managed.explored.load(saved["explored"])
-            managed.capture.disarm()
+            managed.load_state_dict(state["layers"][managed.name])
         self._generator.set_state(state["generator"].cpu())
         self._step = int(state["step"])
         self._watch()
@@ -193,24 +187,12 @@ class Topology:
             return f"expected a state of the recipe {self.recipe.describe()}, got one of {state['recipe']}"
         if sorted(state["layers"]) != sorted(self.layer_names):
             return f"expected a state of the layers {list(self.layer_names)}, got one of {list(state['layers'])}"
-        for managed in self._managed:
-            saved = state["layers"][managed.name]
-            if (recorded := "explored" in saved) != (managed.explored is not None):
-                return (
-                    f"layer {managed.name!r}: expected a state saved with record_explored={not recorded}, got one with "
-                    f"{recorded}; make the topology with that"
-                )
-            if saved["digest"] != managed.digest_now() or saved["unmoved"].numel() != managed.layer.nnz:
-                return (
-                    f"layer {managed.name!r}: expected the connections that were there when the state was saved, got "
-                    "other ones; load the model's checkpoint before that of its topology"
-                )
-        return None
+        problems = (m.load_problem(state["layers"][m.name], self._processes.rank) for m in self._managed)
+        return next((problem for problem in problems if problem), None)
 
     def _watch(self) -> None:
         """Watch the passes before an update that reads dense gradients, and no others."""
         for managed in self._managed:
-            managed.capture.clear()
             if self.watching:
                 managed.capture.arm()
             else:

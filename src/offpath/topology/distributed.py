@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from offpath.topology.capture import Pass
 from offpath.topology.errors import TopologyError
 from offpath.topology.layer import LayerView
 
@@ -47,6 +48,7 @@ class Processes:
         self._group = group
         self._sizes = sizes
         self.count = distributed.get_world_size(group) if _is_initialized() else 1
+        self.rank = distributed.get_rank(group) if _is_initialized() else 0
 
     def average(self, tensor: Tensor) -> Tensor:
         """The mean of `tensor` over all processes, in place: what `DistributedDataParallel` does to a gradient."""
@@ -137,6 +139,6 @@ def _is_initialized() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-def _empty_pass(layer: LayerView) -> tuple[Tensor, Tensor]:
+def _empty_pass(layer: LayerView) -> Pass:
     rows, columns = layer.pattern.shape
-    return layer.values.new_empty(0, columns), layer.values.new_empty(0, rows)
+    return Pass(layer.values.new_empty(0, columns), layer.values.new_empty(0, rows))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offpath import pattern as patterns
 from offpath.pattern import Pattern
+from offpath.topology.capture import Pass
 from offpath.topology.errors import TopologyError
 from offpath.topology.select import ScoreRows, best_free
 
@@ -29,7 +30,7 @@ class LayerView:
     generator: torch.Generator
     initial_nnz: int
     values_grad: Tensor | None = field(repr=False)
-    passes: tuple[tuple[Tensor, Tensor], ...] = field(repr=False)
+    passes: tuple[Pass, ...] = field(repr=False)
     # In place: of a tensor that every process has, their mean.
     average: Callable[[Tensor], Tensor] = field(default=lambda mine: mine, repr=False)
 
@@ -93,8 +94,9 @@ class LayerView:
     def gradient_of_rows(self, first: int, last: int) -> Tensor:
         """The dense gradient's rows [first, last), summed over all passes since the last step, float32 or float64.
 
-        Only for rules with `needs_dense_gradient = True`. The mean over all processes that train together: each must
-        ask for the same rows in the same order. Raises `TopologyError` when no pass was seen.
+        Only for rules with `needs_dense_gradient = True`; with `gradient_steps`, of that many steps, each times
+        `gradient_decay` to the power of its age. The mean over all processes that train together: each must ask for
+        the same rows in the same order. Raises `TopologyError` when no pass was seen.
         """
         if not self._operands:
             raise TopologyError(
@@ -102,16 +104,15 @@ class LayerView:
                 "topology.step(), saw none. A rule that reads gradients needs needs_dense_gradient = True; a compiled "
                 "model must run uncompiled while topology.watching, under torch.compiler.set_stance('force_eager')"
             )
-        (x, dy), *others = self._operands
-        gradient = dy[:, first:last].t() @ x
-        for x, dy in others:
-            gradient.addmm_(dy[:, first:last].t(), x)
+        gradient = self._operands[0].x.new_empty(last - first, self.pattern.shape[1])
+        for index, (x, dy, weight) in enumerate(self._operands):
+            gradient.addmm_(dy[:, first:last].t(), x, beta=min(index, 1), alpha=weight)  # beta=0 does not read
         return self.average(gradient)
 
     @cached_property
-    def _operands(self) -> tuple[tuple[Tensor, Tensor], ...]:
+    def _operands(self) -> tuple[Pass, ...]:
         wide = torch.float64 if self.values.dtype == torch.float64 else torch.float32
-        return tuple((_rows(x).to(wide), _rows(dy).to(wide)) for x, dy in self.passes)
+        return tuple(Pass(_rows(x).to(wide), _rows(dy).to(wide), weight) for x, dy, weight in self.passes)
 
 
 def _rows(x: Tensor) -> Tensor:

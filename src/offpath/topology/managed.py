@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,44 @@ class ManagedLayer:
         dead, new = rows - int(live.sum()), int((live & ~old).sum())
         unmoved, explored = int(self.unmoved.sum()), self.explored.count if self.explored else None
         return LayerState(self.name, self.initial_nnz, pattern.nnz, rows * columns, unmoved, dead, new, explored)
+
+    def state_dict(self, rank: int) -> dict[str, Any]:
+        """What is remembered of the layer, and which process saves it where the passes that it has seen are in it."""
+        state = {"initial_nnz": self.initial_nnz, "digest": self.digest, "unmoved": self.unmoved.clone()}
+        if self.explored:
+            state["explored"] = self.explored.state()
+        if self.capture.history:
+            state["history"] = {"rank": rank, "passes": [tuple(seen) for seen in self.capture.history]}
+        return state
+
+    def load_problem(self, state: Mapping[str, Any], rank: int) -> str | None:
+        """Why the process `rank` cannot go on from `state`, or None."""
+        if (recorded := "explored" in state) != (self.explored is not None):
+            return (
+                f"layer {self.name!r}: expected a state saved with record_explored={not recorded}, got one with "
+                f"{recorded}; make the topology with that"
+            )
+        if state["digest"] != self.digest_now() or state["unmoved"].numel() != self.layer.nnz:
+            return (
+                f"layer {self.name!r}: expected the connections that were there when the state was saved, got "
+                "other ones; load the model's checkpoint before that of its topology"
+            )
+        if "history" in state and state["history"]["rank"] != rank:
+            return (
+                f"layer {self.name!r}: expected a state saved by rank {rank}, got one of rank "
+                f"{state['history']['rank']}: the passes that it has seen are in it; let each process save and load "
+                "its own state, or save right after an update"
+            )
+        return None
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, which has no `load_problem`."""
+        self.initial_nnz, self.digest = int(state["initial_nnz"]), int(state["digest"])
+        self.unmoved = state["unmoved"].to(self.layer.values.device, torch.bool, copy=True)
+        if self.explored:
+            self.explored.load(state["explored"])
+        self.capture.disarm()
+        self.capture.load(state["history"]["passes"] if "history" in state else ())
 
 
 def check_plain(name: str, layer: SparseLinear) -> None:
