@@ -55,13 +55,15 @@ template <class T> struct count_above_args {
     int32_t *counts;
 };
 
-// maxima[i] = the largest of the entries i, i + buckets, i + 2 buckets ... of x, NaN not counted; a bucket of none but
-// those is minus infinity. There are whole registers of buckets. Entries at the end that fill no register may not be
-// counted either: what is wanted is a bound.
-template <class T> struct maxima_args {
+// *threshold = a number that k entries of x and hardly more are larger than; left as it is where minus infinity is
+// among the k largest. It bounds the largest entries of `buckets` buckets (the entries i, i + buckets, i + 2 buckets
+// ... of x), of which there are whole registers; these go to `maxima`, NaN not counted. Entries at the end that fill no
+// register may not be counted either.
+template <class T> struct bound_args {
     const T *x;
-    int64_t entries, buckets;
+    int64_t entries, buckets, k;
     Sum<T> *maxima; // [buckets]
+    T *threshold;
 };
 
 // Scores of a block of rows of the weight (whole groups, but for the last) for one panel of tokens: score = bias +

@@ -50,11 +50,11 @@ template <class T> void find_above(const offpath::find_above_args<T> &args, cons
     *args.next = i < args.end ? i : args.end;
 }
 
-// The block is not used.
-template <class T> void maxima(const offpath::maxima_args<T> &args, const offpath::Block &) {
+template <class T> void find_maxima(const offpath::bound_args<T> &args) {
     using R = ScoreVector<T>;
     using S = typename R::S;
-    constexpr int together = 8;
+    // Half of the registers. The fewer go over the scores at once, the smaller the pieces in which memory is read.
+    constexpr int together = sizeof(typename S::V) == 64 ? 16 : 8;
     for (int64_t first = 0; first < args.buckets; first += together * S::lanes) {
         const int64_t left = (args.buckets - first) / S::lanes, vectors = left < together ? left : together;
         typename S::V largest[together];
@@ -63,7 +63,7 @@ template <class T> void maxima(const offpath::maxima_args<T> &args, const offpat
         int64_t begin = first;
         if (vectors == together)
             for (; begin + together * S::lanes <= args.entries; begin += args.buckets)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                 for (int v = 0; v < together; ++v)
                     largest[v] = S::larger(R::load_first(args.x + begin + v * S::lanes, S::lanes), largest[v]);
         // What is left is less than a round, or a narrower one. Less than a register may go uncounted.
@@ -74,6 +74,64 @@ template <class T> void maxima(const offpath::maxima_args<T> &args, const offpat
         for (int v = 0; v < vectors; ++v)
             S::store(args.maxima + first + v * S::lanes, largest[v]);
     }
+}
+
+template <int bytes> struct IntegerOf;
+template <> struct IntegerOf<2> {
+    using Signed = int16_t;
+    using Unsigned = uint16_t;
+    static constexpr Unsigned smallest_normal = 0x0080, infinity = 0x7F80; // bfloat16
+};
+template <> struct IntegerOf<4> {
+    using Signed = int32_t;
+    using Unsigned = uint32_t;
+    static constexpr Unsigned smallest_normal = 0x00800000, infinity = 0x7F800000;
+};
+template <> struct IntegerOf<8> {
+    using Signed = int64_t;
+    using Unsigned = uint64_t;
+    static constexpr Unsigned smallest_normal = 0x0010000000000000, infinity = 0x7FF0000000000000;
+};
+
+// The number whose place in the order of all numbers is `key`. Where it is too small to be normal, the one below all of
+// those: a processor that is told to flush them would not tell them from zero.
+template <class T> [[gnu::always_inline]] inline T number_at(typename IntegerOf<sizeof(T)>::Signed key) {
+    using I = IntegerOf<sizeof(T)>;
+    using Bits = typename I::Unsigned;
+    constexpr Bits sign = static_cast<Bits>(Bits{1} << (8 * sizeof(T) - 1)), magnitude = static_cast<Bits>(sign - 1);
+    const Bits bits = static_cast<Bits>(key < 0 ? static_cast<Bits>(key) ^ magnitude : key);
+    const bool normal = (bits & magnitude) >= I::smallest_normal;
+    return __builtin_bit_cast(T, normal ? bits : static_cast<Bits>(sign | I::smallest_normal));
+}
+
+// The block is not used. The threshold is found by bisection: counting what is larger takes a moment.
+template <class T> void bound(const offpath::bound_args<T> &args, const offpath::Block &) {
+    using S = Simd<offpath::Sum<T>>;
+    using Key = typename IntegerOf<sizeof(T)>::Signed;
+    using Bits = typename IntegerOf<sizeof(T)>::Unsigned;
+    find_maxima(args);
+    const int64_t enough = args.k + args.k / 8;
+    // Infinity, and below minus infinity.
+    Key high = IntegerOf<sizeof(T)>::infinity, low = static_cast<Key>(-high - 2);
+    T threshold = *args.threshold;
+    while (high - 1 > low) {
+        const Bits distance = static_cast<Bits>(static_cast<Bits>(high) - static_cast<Bits>(low));
+        const Key middle = static_cast<Key>(low + static_cast<Key>(distance / 2));
+        const T tried = number_at<T>(middle);
+        const typename S::V least = S::set1(compute(tried));
+        int64_t count = 0;
+        for (int64_t i = 0; i < args.buckets; i += S::lanes)
+            count += __builtin_popcount(S::above(S::load(args.maxima + i), least));
+        if (count < args.k) {
+            high = middle;
+            continue;
+        }
+        low = middle;
+        threshold = tried;
+        if (count <= enough)
+            break;
+    }
+    *args.threshold = threshold;
 }
 
 // Block: rows.

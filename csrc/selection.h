@@ -82,24 +82,6 @@ inline int64_t buckets_for(int64_t k, int64_t columns) {
     return buckets >= 2 * k && buckets >= 64 ? buckets : 0;
 }
 
-// The largest number below x, where everything from x on shall pass; NaN, which lets everything pass, for minus
-// infinity.
-inline float just_below(float x) { return std::nextafter(x, -std::numeric_limits<float>::infinity()); }
-inline double just_below(double x) { return std::nextafter(x, -std::numeric_limits<double>::infinity()); }
-template <class T> T threshold_from(Sum<T> at_least) {
-    if (!(at_least > -std::numeric_limits<Sum<T>>::infinity()))
-        return nan_of<T>;
-    if constexpr (std::is_same_v<T, bfloat16>) {
-        // The next lower bfloat16: its neighbours lie 2^16 floats apart.
-        if (at_least == 0)
-            return {0x8001};
-        const uint32_t bits = __builtin_bit_cast(uint32_t, at_least);
-        return {static_cast<uint16_t>((bits >> 16) + (at_least < 0 ? 1 : -1))};
-    } else {
-        return just_below(at_least);
-    }
-}
-
 // values, indices [rows, k]: the k largest of each row of x, ascending in the index.
 template <class T>
 void topk(const Kernels<T> &kernels, Rows<const T> x, int64_t rows, int64_t columns, int64_t k, T *values,
@@ -114,11 +96,8 @@ void topk(const Kernels<T> &kernels, Rows<const T> x, int64_t rows, int64_t colu
         std::vector<Sum<T>> maxima(buckets);
         for (int64_t row = task * rows_per_task; row < std::min(rows, (task + 1) * rows_per_task); ++row) {
             Found<T> found{found_values.get(), found_indices.get(), 0, nan_of<T>};
-            if (buckets) {
-                kernels.maxima({x.data + row * x.stride, columns, buckets, maxima.data()}, {});
-                std::nth_element(maxima.begin(), maxima.begin() + (k - 1), maxima.end(), std::greater<>());
-                found.threshold = threshold_from<T>(maxima[k - 1]);
-            }
+            if (buckets)
+                kernels.bound({x.data + row * x.stride, columns, buckets, k, maxima.data(), &found.threshold}, {});
             for (int64_t next = 0; next < columns;) {
                 kernels.find_above({x.data + row * x.stride, columns, capacity, nullptr, &next, &found}, {});
                 shrink(found, k, keys);

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from offpath import kernels
-from offpath.kernels import KernelError, row_calibration
-from offpath.ops import SparseRows, forced_dense_rows, row_products, topk_rows
+from offpath.kernels import KernelError, row_calibration, visit_calibration
+from offpath.nn import SparseSparseLinear
+from offpath.ops import SparseRows, forced_dense_rows, row_choice, row_products, topk_rows
+from offpath.ops.prepared import Prepared
 
 BACKEND = kernels.default_backend()[0]
 
@@ -80,7 +84,7 @@ def test_what_was_measured_decides_and_only_where_there_is_a_question(
         densely.append(True)
         return torch.zeros(64, 256)
 
-    monkeypatch.setattr(row_products, "_dense", written_out)
+    monkeypatch.setattr(row_products, "written_out", written_out)
     weight, x = torch.randn(256, 1024), torch.randn(64, 256)
     topk_rows(x, 10).matmul(weight)
     assert not measured, "4 % live: no machine would compute that densely"
@@ -88,6 +92,68 @@ def test_what_was_measured_decides_and_only_where_there_is_a_question(
     assert len(measured) == 1 and not densely
     topk_rows(x, 64).matmul(weight)
     assert densely == [True] and len(measured) == 1
+
+
+def _two_sparsities() -> tuple[SparseRows, SparseSparseLinear]:
+    torch.manual_seed(0)
+    return topk_rows(torch.rand(64, 512), 256), SparseSparseLinear(512, 512, sparsity=0.5)
+
+
+@pytest.mark.parametrize(("visit", "densely"), [(1e-12, False), (1e-6, True)])
+def test_many_rows_go_over_all_connections_where_these_cost_less(
+    visit: float, densely: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not BACKEND.native:
+        pytest.skip("the reference has no choice")
+    seconds = dict.fromkeys((*visit_calibration.OVER_ALL_CONNECTIONS, "finding"), visit)
+    monkeypatch.setattr(row_choice, "seconds_per_visit", lambda *_: seconds)
+    used: list[str] = []
+    for name in ("dx", "forward", "dvalues"):
+        monkeypatch.setattr(Prepared, name, _noting(used, name, getattr(Prepared, name)))
+    rows, layer = _two_sparsities()
+    rows.values.requires_grad_()
+    layer(rows).sum().backward()
+    assert sorted(used) == (["dvalues", "dx", "forward"] if densely else [])
+    layer(topk_rows(torch.rand(1, 512), 256))
+    assert len(used) == (3 if densely else 0), "one row has all that it meets read once, and no more"
+    used.clear()
+    layer(rows.to_dense().detach())
+    assert used == (["dx"] if densely else [])
+
+
+def _noting(used: list[str], name: str, product: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        used.append(name)
+        return product(*args, **kwargs)
+
+    return noted
+
+
+def test_an_index_out_of_range_is_refused_over_all_connections_as_well() -> None:
+    layer = SparseSparseLinear(3, 2, density=1)
+    weight = layer.connections.crow_indices, layer.connections.col_indices
+    rows = SparseRows.from_topk(torch.ones(2, 1), torch.tensor([[0], [3]]), 3)
+    parts, values = (rows.crow_indices, rows.indices), layer.values.detach()
+    ops = torch.ops.offpath
+    for product in (
+        partial(ops.rows_sparse_matmul, rows.values, *parts, values, *weight, 2),
+        partial(ops.rows_sparse_dots, torch.ones(2, 2), *parts, values, *weight),
+        partial(ops.rows_sparse_weight_gradient, rows.values, *parts, torch.ones(2, 2), *weight),
+    ):
+        with forced_dense_rows(True), pytest.raises(KernelError, match=r"indices in \[0, 3\)"):
+            product()
+
+
+def test_what_a_visit_costs_is_kept_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not BACKEND.native:
+        pytest.skip("the reference has no choice")
+    monkeypatch.setenv("OFFPATH_CACHE_DIR", str(tmp_path))
+    measure_again = visit_calibration.seconds_per_visit.__wrapped__
+    first = measure_again(BACKEND, torch.bfloat16)
+    (file,) = tmp_path.glob("visits-*.json")
+    assert json.loads(file.read_text()) == first and measure_again(BACKEND, torch.bfloat16) == first
+    file.write_text('{"finding": 1.0}')
+    assert set(measure_again(BACKEND, torch.bfloat16)) == {*visit_calibration.OVER_ALL_CONNECTIONS, "finding"}
 
 
 def test_break_evens_are_kept_in_the_cache_and_measured_anew_where_they_are_broken(cache: Path) -> None:

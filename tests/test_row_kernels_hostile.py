@@ -154,6 +154,25 @@ def test_subnormal_numbers_are_not_taken_for_zero(dtype: torch.dtype, backend: B
             check_with(product, backend.rows, PROBLEM, dtype, subnormals)
 
 
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 40), (2, 5000)], ids=str)
+def test_zeros_are_chosen_where_the_processor_flushes_subnormal_numbers(
+    shape: tuple[int, int], dtype: torch.dtype, backend: Backend, one_thread: None
+) -> None:
+    """Nothing normal lies just below zero; the bound on the k-th largest must let zeros pass all the same."""
+    x = gaussian(5, dtype)(shape).relu()
+    x[:, 5:] = 0
+    expected = DEFINITION.topk(x, 20)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    try:
+        found = backend.rows.topk(x, 20)
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(map(same_bits, found, expected))
+
+
 STRIDED = {
     # Which vector is a view: (crow_indices, indices, values); "one number" is what the backward pass of `sum()` gives.
     ("crow_indices", "with steps"): ([0, 2, 3], [1, 0, 1], [2.0, 3.0, 5.0]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from offpath import SparseLinear
 from offpath.kernels import KernelError
 from offpath.nn import SparseSparseLinear
-from offpath.ops import SparseRows, sparse_matmul, topk_rows
+from offpath.ops import SparseRows, forced_dense_rows, sparse_matmul, topk_rows
 from offpath.pattern import PatternError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,9 +35,15 @@ def _input(dtype: torch.dtype = torch.float32) -> Tensor:
     return x.to(dtype)
 
 
+@pytest.fixture(params=[False, True], ids=["live connections", "all connections"])
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    with forced_dense_rows(request.param):
+        yield
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_computes_and_trains_as_sparse_linear(dtype: torch.dtype, bias: bool) -> None:
+def test_computes_and_trains_as_sparse_linear(dtype: torch.dtype, bias: bool, way: None) -> None:
     (theirs, layer), dense = _layers(bias, dtype), _input(dtype)
     for x in (SparseRows.from_dense(dense), dense):
         layer.zero_grad()
@@ -53,7 +60,7 @@ def test_computes_and_trains_as_sparse_linear(dtype: torch.dtype, bias: bool) ->
             assert torch.equal(layer(x), expected)
 
 
-def test_a_dense_input_keeps_its_leading_dimensions_and_its_zeros_get_no_gradient() -> None:
+def test_a_dense_input_keeps_its_leading_dimensions_and_its_zeros_get_no_gradient(way: None) -> None:
     (theirs, layer), x = _layers(), _input().view(1, 7, 9).requires_grad_()
     y = layer(x)
     assert torch.equal(y, theirs(x))
@@ -62,7 +69,7 @@ def test_a_dense_input_keeps_its_leading_dimensions_and_its_zeros_get_no_gradien
     assert torch.equal(gradient, torch.where(x != 0, expected, 0))
 
 
-def test_gradcheck() -> None:
+def test_gradcheck(way: None) -> None:
     torch.manual_seed(0)
     layer = SparseSparseLinear(5, 3, dtype=torch.float64, density=0.5)
     rows = topk_rows(torch.randn(4, 5, dtype=torch.float64), 2)
@@ -70,8 +77,13 @@ def test_gradcheck() -> None:
     def run(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return torch.func.functional_call(layer, {"values": weight, "bias": bias}, rows.with_values(values))
 
+    def run_dense(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        dense = rows.with_values(values).to_dense()
+        return torch.func.functional_call(layer, {"values": weight, "bias": bias}, dense)
+
     leaves = (rows.values.requires_grad_(), layer.values, layer.bias)
-    assert torch.autograd.gradcheck(run, leaves) and torch.autograd.gradgradcheck(run, leaves)
+    for function in (run, run_dense):
+        assert torch.autograd.gradcheck(function, leaves) and torch.autograd.gradgradcheck(function, leaves)
 
 
 def test_layer_compiles_without_graph_breaks() -> None:

@@ -7,6 +7,7 @@
 #include "rows.h"
 #include "self_test.h"
 #include "small_products.h"
+#include "sparse_rows.h"
 
 #include <string>
 #include <thread>
@@ -134,6 +135,7 @@ int main(int count, char **arguments) {
     for (const Isa &isa : isas())
         std::cout << isa.table->isa << (isa.runs_here ? ": checked\n" : ": NOT CHECKED, this CPU cannot run it\n");
     check_all_rows();
+    check_all_sparse_rows();
     const std::vector<Problem> all = problems();
     for (size_t i = 0; i < all.size(); ++i) {
         std::cout << '\r' << i + 1 << " of " << all.size() << " problems" << std::flush;

@@ -1,15 +1,13 @@
 // Every product and selection on sparse rows, on small integers: exact in every order of summation.
 #include "rows.h"
 
-#include "checks.h"
 #include "encode.h"
-#include "isa.h"
+#include "everywhere.h"
 #include "row_products.h"
 
 #include <algorithm>
 #include <numeric>
 #include <random>
-#include <thread>
 
 using namespace offpath;
 
@@ -142,43 +140,27 @@ template <class T> void check_rows(const RowSize &size) {
     RowOperands<T> o(size);
     const auto crow = GuardedArray<int32_t>::read_only(o.crow), index = GuardedArray<int32_t>::read_only(o.index);
     const Csr csr{crow.data(), index.data(), size.rows};
-    for (size_t isa = 0; isa < isas().size(); ++isa) {
-        if (!isas()[isa].runs_here)
-            continue;
-        const Kernels<T> &kernels = kernels_of<T>(use_table(static_cast<int64_t>(isa)));
-        for (int threads = 1; threads <= 3; ++threads) {
-            const std::string where = std::string(name_of<T>) + ", " + isas()[isa].table->isa + ", " +
-                                      std::to_string(threads) + " threads, " + std::to_string(size.rows) + " rows of " +
-                                      std::to_string(size.columns);
-            const auto run = [&] {
-                const GuardedArray<T> y(o.y.size()), dots(o.dots.size()), gradient(o.gradient.size());
-                const Rows<const T> weight{o.weight.data(), size.width}, dy{o.dy.data(), size.width};
-                if (!rows_fit(csr, static_cast<int64_t>(o.index.size()), size.columns)) {
-                    std::cerr << "WRONG RESULT: rows_fit, " << where << std::endl;
-                    std::_Exit(1);
-                }
-                rows_matmul<T>(kernels, csr, o.values.data(), weight, size.width, {y.data(), size.width}, false,
-                               threads);
-                check("rows_matmul, " + where, y, o.y, true);
-                rows_dots<T>(kernels, csr, dy, weight, size.width, dots.data(), threads);
-                check("rows_dots, " + where, dots, o.dots, true);
-                rows_weight_gradient<T>(kernels, csr, o.values.data(), dy, size.columns, size.width,
-                                        {gradient.data(), size.width}, false, threads);
-                check("rows_weight_gradient, " + where, gradient, o.gradient, true);
-                std::copy_n(o.weight.data(), o.weight.size(), gradient.data());
-                rows_weight_gradient<T>(kernels, csr, o.values.data(), dy, size.columns, size.width,
-                                        {gradient.data(), size.width}, true, threads);
-                check("rows_weight_gradient added, " + where, gradient, o.added, true);
-                check_selections(o, kernels, threads, where);
-            };
-            std::thread other_caller;
-            if (threads == 2)
-                other_caller = std::thread(run);
-            run();
-            if (other_caller.joinable())
-                other_caller.join();
+    const std::string what = std::to_string(size.rows) + " rows of " + std::to_string(size.columns);
+    run_everywhere<T>(what, [&](const Kernels<T> &kernels, int threads, const std::string &where) {
+        const GuardedArray<T> y(o.y.size()), dots(o.dots.size()), gradient(o.gradient.size());
+        const Rows<const T> weight{o.weight.data(), size.width}, dy{o.dy.data(), size.width};
+        if (!rows_fit(csr, static_cast<int64_t>(o.index.size()), size.columns)) {
+            std::cerr << "WRONG RESULT: rows_fit, " << where << std::endl;
+            std::_Exit(1);
         }
-    }
+        rows_matmul<T>(kernels, csr, o.values.data(), weight, size.width, {y.data(), size.width}, false, threads);
+        check("rows_matmul, " + where, y, o.y, true);
+        rows_dots<T>(kernels, csr, dy, weight, size.width, dots.data(), threads);
+        check("rows_dots, " + where, dots, o.dots, true);
+        rows_weight_gradient<T>(kernels, csr, o.values.data(), dy, size.columns, size.width,
+                                {gradient.data(), size.width}, false, threads);
+        check("rows_weight_gradient, " + where, gradient, o.gradient, true);
+        std::copy_n(o.weight.data(), o.weight.size(), gradient.data());
+        rows_weight_gradient<T>(kernels, csr, o.values.data(), dy, size.columns, size.width,
+                                {gradient.data(), size.width}, true, threads);
+        check("rows_weight_gradient added, " + where, gradient, o.added, true);
+        check_selections(o, kernels, threads, where);
+    });
 }
 
 } // namespace

@@ -74,7 +74,7 @@ def wide(operand: Tensor) -> Tensor:
     return operand.float() if operand.element_size() == 2 else operand
 
 
-def row_numbers(crow_indices: Tensor) -> Tensor:
-    """The row of each entry."""
+def row_numbers(crow_indices: Tensor, nnz: int | None = None) -> Tensor:
+    """The row of each entry; a compiler has to be told how many there are."""
     rows = torch.arange(crow_indices.numel() - 1, device=crow_indices.device)
-    return rows.repeat_interleave(crow_indices.diff())
+    return rows.repeat_interleave(crow_indices.diff(), output_size=nnz)

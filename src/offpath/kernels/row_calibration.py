@@ -57,7 +57,8 @@ def measure(backend: Backend, dtype: torch.dtype) -> dict[str, float]:
     rows = backend.rows
 
     def written_out() -> Tensor:
-        return values.new_zeros(ROWS, COLUMNS).index_put((samples, flat.long()), values, accumulate=True)
+        places = samples * COLUMNS + flat
+        return values.new_zeros(ROWS * COLUMNS).index_put_((places,), values, accumulate=True).view(ROWS, COLUMNS)
 
     calls: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
         "matmul": (lambda: rows.matmul(crow_indices, flat, values, weight), lambda: written_out() @ weight),

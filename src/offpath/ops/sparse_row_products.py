@@ -13,9 +13,12 @@ from torch.autograd import forward_ad
 
 from offpath import kernels
 from offpath.kernels import Backend, KernelError
+from offpath.kernels.operands import row_numbers
+from offpath.kernels.reference_rows import check_rows as check_contents
 from offpath.ops.library import define, nobody_listens
-from offpath.ops.prepared import prepare
-from offpath.ops.row_products import check_matrix, check_rows
+from offpath.ops.prepared import Prepared, prepare
+from offpath.ops.row_choice import pays_over_all_connections
+from offpath.ops.row_products import check_matrix, check_rows, written_out
 from offpath.ops.sparse_rows import SparseRows
 from offpath.pattern import Pattern
 
@@ -64,7 +67,10 @@ def _matmul(
 ) -> Tensor:
     check_rows(crow_indices, indices, values)
     _check_weight(w_indices, w_values, values.dtype)
-    backend, weight = _prepared(values, w_crow_indices, w_indices, width)
+    backend, prepared = prepared_weight(values, w_crow_indices, w_indices, width)
+    weight = prepared.pattern
+    if _over_all("sparse_matmul", backend, crow_indices, indices, values, weight):
+        return prepared.dx(backend, w_values, written_out(crow_indices, indices, values, weight.shape[0]), "speed")
     return backend.rows.sparse_matmul(
         crow_indices, indices, values, weight.crow_indices, weight.col_indices, w_values, width
     )
@@ -76,7 +82,12 @@ def _dots(
     check_rows(crow_indices, indices)
     check_matrix("dy", dy, dy.dtype, rows=crow_indices.shape[0] - 1)
     _check_weight(w_indices, w_values, dy.dtype)
-    backend, weight = _prepared(dy, w_crow_indices, w_indices, dy.shape[1])
+    backend, prepared = prepared_weight(dy, w_crow_indices, w_indices, dy.shape[1])
+    weight = prepared.pattern
+    if _over_all("sparse_dots", backend, crow_indices, indices, dy, weight):
+        check_contents(crow_indices, indices, weight.shape[0])
+        products, _ = prepared.forward(backend, w_values, dy, None, "speed", feature_major=False, keep_dense=False)
+        return products[row_numbers(crow_indices), indices.long()]
     return backend.rows.sparse_dots(crow_indices, indices, dy, weight.crow_indices, weight.col_indices, w_values)
 
 
@@ -85,16 +96,29 @@ def _weight_gradient(
 ) -> Tensor:
     check_rows(crow_indices, indices, values)
     check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
-    backend, weight = _prepared(dy, w_crow_indices, w_indices, dy.shape[1])
+    backend, prepared = prepared_weight(dy, w_crow_indices, w_indices, dy.shape[1])
+    weight = prepared.pattern
+    if _over_all("sparse_weight_gradient", backend, crow_indices, indices, dy, weight):
+        rows = written_out(crow_indices, indices, values, weight.shape[0])
+        return prepared.dvalues(backend, rows, dy, "speed")
     return backend.rows.sparse_weight_gradient(
         crow_indices, indices, values, dy, weight.crow_indices, weight.col_indices
     )
 
 
-def _prepared(operand: Tensor, w_crow_indices: Tensor, w_indices: Tensor, out_features: int) -> tuple[Backend, Pattern]:
+def _over_all(
+    product: str, backend: Backend, crow_indices: Tensor, indices: Tensor, operand: Tensor, weight: Pattern
+) -> bool:
+    size = indices.shape[0], crow_indices.shape[0] - 1, weight.nnz, weight.shape
+    return pays_over_all_connections(product, backend, operand.dtype, *size)
+
+
+def prepared_weight(
+    operand: Tensor, w_crow_indices: Tensor, w_indices: Tensor, out_features: int
+) -> tuple[Backend, Prepared]:
     backend = kernels.select(operand.device.type, operand.dtype)
     shape = (w_crow_indices.shape[0] - 1, out_features)
-    return backend, prepare(backend, w_crow_indices, w_indices, shape).pattern
+    return backend, prepare(backend, w_crow_indices, w_indices, shape)
 
 
 def _check_weight(w_indices: Tensor, w_values: Tensor, dtype: torch.dtype) -> None:

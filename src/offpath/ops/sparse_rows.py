@@ -7,6 +7,7 @@ from torch import Tensor
 
 from offpath import kernels
 from offpath.kernels import KernelError
+from offpath.kernels.operands import row_numbers
 from offpath.kernels.reference_rows import check_rows
 from offpath.ops.selection import row_pointer, to_dense
 
@@ -54,10 +55,9 @@ class SparseRows:
         >>> SparseRows.from_dense(torch.eye(3)).indices
         tensor([0, 1, 2], dtype=torch.int32)
         """
-        live = dense != 0
-        crow_indices = torch.zeros(dense.shape[0] + 1, dtype=torch.int32, device=dense.device)
-        crow_indices[1:] = live.sum(1).cumsum(0)
-        return cls(crow_indices, live.nonzero()[:, 1].int(), dense[live], dense.shape[1])
+        live = above(dense.detach().abs())
+        places = row_numbers(live.crow_indices, live.nnz) * dense.shape[1] + live.indices
+        return cls(live.crow_indices, live.indices, dense.reshape(-1).index_select(0, places), dense.shape[1])
 
     @classmethod
     def from_topk(cls, values: Tensor, indices: Tensor, columns: int) -> SparseRows:

@@ -1,0 +1,68 @@
+"""A sparse weight and activations that come dense: their nonzeros are looked for where that pays."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offpath.ops.row_choice import finding_pays
+from offpath.ops.sparse_row_products import prepared_weight, sparse_matmul
+from offpath.ops.sparse_rows import SparseRows
+
+_ops = torch.ops.offpath
+
+
+def sparse_matmul_of_nonzeros(
+    x: Tensor, w_values: Tensor, w_crow_indices: Tensor, w_indices: Tensor, out_features: int
+) -> Tensor:
+    """`sparse_matmul` of the nonzeros of a dense `x` [rows, in]: looked for where that pays.
+
+    A zero of `x` gets a gradient of zero, however the product is computed.
+
+    >>> x = torch.tensor([[0.0, 2.0]], requires_grad=True)
+    >>> y = sparse_matmul_of_nonzeros(x, torch.tensor([5.0, 7.0]), torch.tensor([0, 1, 2]).int(),
+    ...                               torch.tensor([0, 0]).int(), 1)
+    >>> y.sum().backward()
+    >>> x.grad
+    tensor([[0., 7.]])
+    """
+    weight = w_values, w_crow_indices, w_indices, out_features
+    if not torch.compiler.is_compiling() and w_values.dtype is x.dtype and w_values.shape == w_indices.shape:
+        backend, prepared = prepared_weight(x, w_crow_indices, w_indices, out_features)
+        if x.shape[1] == prepared.pattern.shape[0] and not finding_pays(
+            x, backend, w_indices.shape[0], prepared.pattern.shape
+        ):
+            return _OfNonzeros.apply(x, *weight)
+    return sparse_matmul(SparseRows.from_dense(x), *weight)
+
+
+class _OfNonzeros(torch.autograd.Function):
+    """The product with all of x, and the gradients of one with its nonzeros."""
+
+    @staticmethod
+    def forward(ctx, x, w_values, w_crow_indices, w_indices, out_features):
+        ctx.save_for_backward(x, w_values, w_crow_indices, w_indices)
+        backend, prepared = prepared_weight(x, w_crow_indices, w_indices, out_features)
+        return prepared.dx(backend, w_values, x, "speed")
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w_values, w_crow_indices, w_indices = ctx.saved_tensors
+        weight = w_crow_indices, w_indices
+        wants_x, wants_weight, *_ = ctx.needs_input_grad
+        dx = dweight = None
+        if torch.is_grad_enabled():  # for second derivatives
+            rows = SparseRows.from_dense(x)
+            parts = rows.crow_indices, rows.indices
+            if wants_x:
+                dx = rows.with_values(_ops.rows_sparse_dots(dy, *parts, w_values, *weight)).to_dense()
+            if wants_weight:
+                dweight = _ops.rows_sparse_weight_gradient(rows.values, *parts, dy, *weight)
+            return dx, dweight, None, None, None
+        backend, prepared = prepared_weight(dy, w_crow_indices, w_indices, dy.shape[1])
+        if wants_x:
+            products, _ = prepared.forward(backend, w_values, dy, None, "speed", feature_major=False, keep_dense=False)
+            dx = torch.where(x != 0, products, 0)
+        if wants_weight:
+            dweight = prepared.dvalues(backend, x, dy, "speed")
+        return dx, dweight, None, None, None
