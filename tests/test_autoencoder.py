@@ -14,6 +14,7 @@ from dense_autoencoder import dense_loss
 from offpath.cost.bounds import gamma
 from offpath.nn import SparseAutoencoder, row_blocks
 from offpath.nn.autoencoder import ACTIVATIONS
+from offpath.ops import SparseRows
 
 D_MODEL, LATENTS, K, ROWS = 12, 40, 3, 24
 EXACT = {"rtol": 1e-9, "atol": 1e-12}  # float64, where both round at 1e-16
@@ -156,6 +157,29 @@ def test_batch_topk_keeps_a_threshold_for_eval() -> None:
     assert sae.encode(_x()).nnz == K * ROWS - 1  # the least of them is the threshold
 
 
+def test_a_threshold_in_16_bits_follows_the_batches() -> None:
+    """What one step of 100 adds would be lost in bfloat16."""
+    saes = [_sae("batch_topk", dtype=torch.float32), _sae("batch_topk", dtype=torch.float32).bfloat16()]
+    saes.append(_sae("batch_topk", dtype=torch.bfloat16))
+    for sae in saes:
+        with torch.no_grad():
+            sae.threshold.fill_(0.5)
+            for seed in range(50):
+                sae.loss(_x(seed=seed, dtype=torch.bfloat16).to(sae.encoder_weight.dtype))
+    assert [sae.threshold.dtype for sae in saes] == [torch.float32] * 3
+    for sae in saes[1:]:
+        # Pre-activations of 12 products and two biases in bfloat16, each rounded to 2^-9 of at most 4 or so.
+        torch.testing.assert_close(sae.threshold, saes[0].threshold, atol=15 * 4 * 2**-9, rtol=0)
+    assert saes[0].threshold > 0.5 + 15 * 4 * 2**-9
+
+
+def test_rows_that_are_all_the_same_have_no_variance_to_explain(activation: str) -> None:
+    sae = _sae(activation, dtype=torch.float32)
+    for rows in (7, 1000):
+        with pytest.raises(ValueError, match=f"expected rows that differ, got {rows} that are all the same"):
+            sae.loss(torch.full((rows, D_MODEL), 0.1))
+
+
 def test_a_threshold_cannot_be_calibrated_where_there_is_none() -> None:
     with pytest.raises(ValueError, match="topk has no threshold"):
         _sae().calibrate_threshold_(_x())
@@ -164,8 +188,11 @@ def test_a_threshold_cannot_be_calibrated_where_there_is_none() -> None:
     sae.encoder_bias.data.fill_(-100.0)
     with pytest.raises(ValueError, match="expected 72 positive pre-activations"):
         sae.calibrate_threshold_(_x())
-    with pytest.raises(ValueError, match="positive pre-activations"):
+    with pytest.raises(ValueError, match="expected rows to calibrate the threshold on"):
         sae.calibrate_threshold_(_x(0))
+    sae.encoder_bias.data.zero_()
+    with pytest.raises(ValueError, match="expected finite pre-activations, got one of nan"):
+        sae.calibrate_threshold_(torch.cat([_x(), torch.full_like(_x(1), torch.nan)]))
     assert torch.equal(sae.log_threshold, before)
 
 
@@ -273,6 +300,10 @@ def test_nothing_left_to_explain_is_no_nan() -> None:
     [
         ({"k": 41}, "k from 1 to the number of latents"),
         ({"k": 0}, "k from 1 to the number of latents"),
+        ({"k": 2.5}, "k from 1 to the number of latents"),
+        ({"k_aux": 2.5}, "k_aux of at least 0"),
+        ({"dead_after": float("nan")}, "dead_after of at least 1"),
+        ({"aux_coefficient": float("nan")}, "finite coefficients"),
         ({"d_model": 0}, "d_model of at least 1"),
         ({"activation": "relu"}, "topk, batch_topk, jumprelu"),
         ({"k_aux": -1}, "k_aux of at least 0"),
@@ -283,6 +314,14 @@ def test_nothing_left_to_explain_is_no_nan() -> None:
 def test_options_that_do_not_fit_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SparseAutoencoder(**{"d_model": D_MODEL, "latents": LATENTS} | options)
+
+
+def test_latents_that_do_not_fit_are_refused() -> None:
+    sae, rows = _sae(), _sae().encode(_x())
+    with pytest.raises(ValueError, match=r"expected SparseRows of 40 latents, got Tensor of shape \(24, 40\)"):
+        sae.decode(rows.to_dense())
+    with pytest.raises(ValueError, match=r"got SparseRows of shape \(24, 41\)"):
+        sae.decode(SparseRows(rows.crow_indices, rows.indices, rows.values, 41))
 
 
 def test_inputs_that_do_not_fit_are_refused(activation: str) -> None:

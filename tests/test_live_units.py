@@ -11,8 +11,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from offpath.nn import BatchTopK, JumpReLU, KWinners, KWinners2d, ProductKeyMemory, SparseInputLinear, TopK
-from offpath.nn.sparse_output import round_down
-from offpath.ops import SparseRows
+from offpath.ops import SparseRows, above
 
 # Few different numbers, so that ties are common.
 small = st.integers(-3, 3).map(float)
@@ -111,7 +110,7 @@ def test_a_threshold_between_two_bfloat16_is_rounded_so_that_nobody_changes_side
     threshold: float, value: float
 ) -> None:
     threshold, x = torch.tensor(threshold), torch.tensor([value, threshold, threshold + 0.01]).bfloat16()
-    assert torch.equal(x > round_down(threshold, torch.bfloat16), x.float() > threshold)
+    assert torch.equal(above(x[None], threshold).values, x[x.float() > threshold])
 
 
 def test_jumprelu_has_the_gradients_of_the_paper() -> None:

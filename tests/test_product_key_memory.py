@@ -126,6 +126,7 @@ def test_state_dict_deepcopy_and_edges() -> None:
     [
         ({"k": 7}, "expected k from 0 to the 6 sub-keys"),
         ({"k": -1}, "expected k from 0"),
+        ({"k": 2.5}, "expected k from 0"),
         ({"key_features": 7}, "even key_features"),
         ({"heads": 0}, "heads >= 1"),
         ({"keys": 50000, "device": "meta"}, r"2\^31 - 1 value rows"),

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from offpath import kernels
+from offpath import SparseLinear, kernels
 from offpath.kernels import KernelError
+from offpath.nn import SparseSparseLinear
 from offpath.ops import SparseRows, above, batch_topk, encode_topk, topk_rows
 from row_cases import BAD_ROWS
 
@@ -139,6 +140,21 @@ REFUSED: dict[str, Callable[[], object]] = {
     "more than 2^31 - 1 entries": lambda: SparseRows.from_topk(
         torch.ones(1).expand(2**16, 2**15), torch.zeros(1).long().expand(2**16, 2**15), 9
     ),
+    "more than 2^31 - 1 of the largest": lambda: topk_rows(torch.ones(1, 1).expand(2**16, 2**15), 2**15),
+    "columns that no index can name": lambda: OPS.rows_weight_gradient(
+        torch.ones(3), CROW, INDICES, torch.ones(2, 4), 2**62
+    ),
+    "indices that are no integers": lambda: SparseRows.from_topk(torch.ones(2, 1), torch.ones(2, 1), 9),
+    "an index that int32 cannot hold": lambda: SparseRows.from_topk(
+        torch.ones(1, 1), torch.tensor([[2**32]]), 3
+    ).to_dense(),
+    "scores of one dimension": lambda: above(X[0]),
+    "nonzeros of one dimension": lambda: SparseRows.from_dense(X[0]),
+    "scores that are one number": lambda: topk_rows(X[0, 0], 1),
+    "thresholds of two dimensions": lambda: above(X, torch.ones(2, 6)),
+    "a weight on another device": lambda: ROWS @ torch.ones(2, 4, device="meta"),
+    "a weight on another device, with gradients": lambda: ROWS @ torch.ones(2, 4, device="meta", requires_grad=True),
+    "an encoder on another device": lambda: encode_topk(X, torch.ones(4, 6, device="meta"), None, 2),
     "a weight of other rows": lambda: ROWS @ torch.ones(3, 4),
     "a weight of another dtype": lambda: ROWS @ torch.ones(2, 4).double(),
     "a weight of one dimension": lambda: ROWS @ torch.ones(2),
@@ -199,6 +215,17 @@ def test_no_kernel_for_a_dtype_raises_instead_of_falling_back() -> None:
     for call in (lambda: topk_rows(X.half(), 2), lambda: batch_topk(X.half(), 2), lambda: above(X.half())):
         with pytest.raises(KernelError, match=r"no kernels for torch\.float16"):
             call()
+
+
+def test_views_that_are_to_be_negated_are_read_with_their_sign() -> None:
+    x = torch._neg_view(torch.eye(3))
+    layers = SparseLinear(3, 4, density=0.7), SparseSparseLinear(3, 4, density=0.7)
+    with torch.no_grad():
+        for layer in layers:
+            assert torch.equal(layer(x), layer(-torch.eye(3)))
+        rows = SparseRows.from_dense(-torch.eye(3))
+        negated = rows.with_values(torch._neg_view(torch.ones(3)))
+        assert torch.equal(layers[1](negated), layers[1](rows))
 
 
 def test_inference_mode_gives_the_same_entries() -> None:

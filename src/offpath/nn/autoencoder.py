@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from offpath.nn.autocast import under_autocast
 from offpath.nn.row_blocks import encode_above, encode_batch_topk
+from offpath.nn.statistics import KeepsStatistics
 from offpath.nn.straight_through import jump, step
 from offpath.ops import SparseRows, encode_topk
 
@@ -37,7 +38,7 @@ class SAELoss:
     dead: int
 
 
-class SparseAutoencoder(nn.Module):
+class SparseAutoencoder(KeepsStatistics):
     """A sparse autoencoder whose encoder keeps, and whose decoder reads, only what is live.
 
     Input [..., d_model]. reconstruction = latents @ decoder_weight + decoder_bias, latents = activation((x -
@@ -90,16 +91,18 @@ class SparseAutoencoder(nn.Module):
         k_aux = d_model // 2 if k_aux is None else k_aux
         if activation not in ACTIVATIONS:
             raise ValueError(f"expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        if d_model < 1 or not 1 <= k <= latents:
+        if d_model < 1 or not isinstance(k, int) or not 1 <= k <= latents:
             raise ValueError(
                 f"expected d_model of at least 1 and k from 1 to the number of latents, got d_model={d_model}, "
                 f"latents={latents}, k={k}"
             )
-        if k_aux < 0 or dead_after < 1:
+        if not isinstance(k_aux, int) or k_aux < 0 or not dead_after >= 1:
             raise ValueError(
                 f"expected k_aux of at least 0 and dead_after of at least 1, got {k_aux} and {dead_after}; "
                 "aux_coefficient=0 turns the auxiliary loss off"
             )
+        if not all(map(math.isfinite, (aux_coefficient, l0_coefficient))):
+            raise ValueError(f"expected finite coefficients, got {aux_coefficient} and {l0_coefficient}")
         if not (math.isfinite(bandwidth) and bandwidth > 0):
             raise ValueError(f"expected a positive bandwidth, got {bandwidth}")
         self.d_model, self.latents, self.k, self.activation = d_model, latents, k, activation
@@ -113,7 +116,8 @@ class SparseAutoencoder(nn.Module):
         if activation == "jumprelu":
             self.log_threshold = nn.Parameter(torch.empty(latents, device=device, dtype=dtype))
         elif activation == "batch_topk":
-            self.register_buffer("threshold", torch.empty((), device=device, dtype=dtype))
+            wide = torch.promote_types(self.encoder_bias.dtype, torch.float32)  # as KeepsStatistics keeps it
+            self.register_buffer("threshold", torch.empty((), device=device, dtype=wide))
         self.register_buffer("tokens_since_fired", torch.empty(latents, dtype=torch.int64, device=device))
         self.reset_parameters(generator)
 
@@ -150,9 +154,14 @@ class SparseAutoencoder(nn.Module):
         return rows if thresholds is None else self._jumped(rows, thresholds)
 
     def decode(self, rows: SparseRows) -> Tensor:
-        """The reconstruction [rows, d_model] of latents [rows, latents]."""
+        """The reconstruction [rows, d_model] of latents [rows, latents]. Raises `ValueError` for others."""
+        if not isinstance(rows, SparseRows) or rows.columns != self.latents:
+            got = f"{type(rows).__name__} of shape {tuple(rows.shape)}"
+            raise ValueError(
+                f"expected SparseRows of {self.latents} latents, got {got}; SparseRows.from_dense makes them"
+            )
         _, weight, _ = under_autocast(rows.values, self.decoder_weight, None)
-        return rows.to(weight.dtype) @ weight + self.decoder_bias
+        return rows.to(weight.dtype).matmul(weight) + self.decoder_bias
 
     def loss(self, x: Tensor) -> SAELoss:
         """The loss of a batch `x` [..., d_model]; in `train()`, also counts which latents fired.
@@ -193,13 +202,17 @@ class SparseAutoencoder(nn.Module):
         if self.activation == "topk":
             raise ValueError("expected a batch_topk or jumprelu autoencoder: topk has no threshold")
         centered = self._centered(x)
+        if not centered.shape[0]:
+            raise ValueError("expected rows to calibrate the threshold on, got an empty batch")
         chosen = encode_batch_topk(*self._encoder(centered), self.k * centered.shape[0])
-        if chosen.nnz < max(1, self.k * centered.shape[0]):
+        if chosen.nnz < self.k * centered.shape[0]:
             raise ValueError(
                 f"expected {self.k * centered.shape[0]} positive pre-activations of which the least is the threshold, "
                 f"got {chosen.nnz} from {centered.shape[0]} rows"
             )
         least = chosen.values.min()
+        if not least.isfinite():
+            raise ValueError(f"expected finite pre-activations, got one of {float(least)}; look for NaN in the input")
         if self.activation == "jumprelu":
             self.log_threshold.copy_(least.log().expand(self.latents))
         else:
@@ -228,6 +241,8 @@ class SparseAutoencoder(nn.Module):
     def _centered(self, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.d_model:
             raise ValueError(f"expected an input [..., {self.d_model}], got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"expected an input of a floating dtype, got {x.dtype}; convert it by x.float()")
         return x.reshape(-1, self.d_model) - self.decoder_bias
 
     def _encoder(self, centered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,7 +279,7 @@ class SparseAutoencoder(nn.Module):
         centered, weight, bias = self._encoder(self._centered(x))
         rows = encode_topk(centered, weight[dead], bias[dead], min(self.k_aux, len(dead))).relu()
         _, decoder, _ = under_autocast(rows.values, self.decoder_weight[dead], None)
-        return _share_of_variance(residual - rows.to(decoder.dtype) @ decoder, residual)
+        return _share_of_variance(residual - rows.to(decoder.dtype).matmul(decoder), residual)
 
     @torch.no_grad()
     def _count(self, live: SparseRows) -> None:
@@ -282,7 +297,9 @@ def _share_of_variance(error: Tensor, of: Tensor, refusal: str = "") -> Tensor:
 
     Of a batch without variance it is 0 if the batch is empty, else refused where there is a `refusal`, else 0.
     """
-    variance = (of - of.mean(0)).square().sum() if of.shape[0] else of.new_zeros(())
+    # Rows that are all the same have exactly no variance so; their mean is rounded.
+    apart = of - of[:1]
+    variance = (apart - apart.mean(0)).square().sum() if of.shape[0] else of.new_zeros(())
     if variance == 0:
         if refusal and of.shape[0]:
             raise ValueError(f"{refusal}, got {of.shape[0]} that are all the same; give a larger batch")

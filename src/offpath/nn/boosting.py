@@ -56,7 +56,7 @@ class KWinnersBase(KeepsStatistics):
                 "expected shares of the units in [0, 1], got percent_on="
                 f"{percent_on} and, in eval mode, k_inference_factor={k_inference_factor} times that; lower one of them"
             )
-        if not boost_strength >= 0 or not 0 <= boost_strength_factor <= 1 or duty_cycle_period < 1:
+        if not boost_strength >= 0 or not 0 <= boost_strength_factor <= 1 or not duty_cycle_period >= 1:
             raise ValueError(
                 "expected boost_strength >= 0, boost_strength_factor in [0, 1] and duty_cycle_period >= 1, got "
                 f"{boost_strength}, {boost_strength_factor} and {duty_cycle_period}"

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from offpath.nn.sparse_output import as_output, check_output, flatten, round_down
+from offpath.nn.sparse_output import as_output, check_output, flatten
 from offpath.nn.straight_through import jump, step
 from offpath.ops import SparseRows, above
 
@@ -72,7 +72,7 @@ class JumpReLU(nn.Module):
     def forward(self, x: Tensor, with_l0: bool = False) -> SparseRows | Tensor | tuple[SparseRows | Tensor, Tensor]:
         threshold = self.threshold
         lowest = threshold.detach() - self.bandwidth / 2 if threshold.requires_grad else threshold
-        near = above(flatten(x, self.n), round_down(lowest, x.dtype))
+        near = above(flatten(x, self.n), lowest)
         theta = threshold[near.indices.long()]
         output = as_output(near.with_values(jump(near.values, theta, self.bandwidth)), x, self.output)
         if not with_l0:

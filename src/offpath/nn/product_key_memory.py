@@ -49,7 +49,7 @@ class ProductKeyMemory(nn.Module):
         super().__init__()
         if key_features % 2 or key_features < 2 or heads < 1:
             raise ValueError(f"expected an even key_features >= 2 and heads >= 1, got {key_features} and {heads}")
-        if not 0 <= k <= keys:
+        if not isinstance(k, int) or not 0 <= k <= keys:
             raise ValueError(f"expected k from 0 to the {keys} sub-keys of a half, got {k}")
         if keys**2 >= 2**31:
             raise ValueError(f"expected at most 2^31 - 1 value rows, got {keys} * {keys}")

@@ -95,7 +95,7 @@ class SparseInputLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         weight = state_dict.get(prefix + "weight")
-        if weight is not None and prefix + "weight_t" not in state_dict:  # of nn.Linear
+        if weight is not None and weight.dim() == 2 and prefix + "weight_t" not in state_dict:  # of nn.Linear
             # torch hands every module its own copy of the dictionary, not of the tensors.
             del state_dict[prefix + "weight"]
             state_dict[prefix + "weight_t"] = weight.t().contiguous()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from offpath.ops import SparseRows
@@ -31,6 +30,8 @@ def flatten(x: Tensor, n: int | None = None) -> Tensor:
     """[..., n] as [rows, n]. Raises `ValueError` for a scalar, and for other than n units where n is given."""
     if x.dim() == 0 or (n is not None and x.shape[-1] != n):
         raise ValueError(f"expected [..., {'units' if n is None else n}], got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"expected units of a floating dtype, got {x.dtype}; convert them by x.float()")
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
@@ -39,14 +40,3 @@ def as_output(rows: SparseRows, like: Tensor, output: str) -> SparseRows | Tenso
     if output == "rows":
         return rows
     return to_dense(rows.crow_indices, rows.indices, rows.values, rows.columns).view(like.shape)
-
-
-def round_down(threshold: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest number of `dtype` that is not above `threshold`: the same entries of that dtype exceed both.
-
-    >>> round_down(torch.tensor(1.007), torch.bfloat16)
-    tensor(1., dtype=torch.bfloat16)
-    """
-    nearest = threshold.to(dtype)
-    below = torch.nextafter(nearest, torch.full_like(nearest, -math.inf))
-    return torch.where(nearest > threshold, below, nearest)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from offpath.nn.sparse_output import as_output, check_k, check_output, flatten, round_down
+from offpath.nn.sparse_output import as_output, check_k, check_output, flatten
 from offpath.nn.statistics import KeepsStatistics
 from offpath.ops import SparseRows, above, batch_topk, topk_rows
 
@@ -103,7 +103,7 @@ class BatchTopK(KeepsStatistics):
             return rows
         if self.num_batches_tracked == 0:
             return topk_rows(x, k)
-        return above(x, round_down(self.threshold, x.dtype))
+        return above(x, self.threshold)
 
     @torch.no_grad()
     def _track(self, values: Tensor) -> None:

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.autograd import forward_ad, profiler as autograd_profiler
 from torch.nn import Parameter
 
+from offpath.kernels import KernelError
+
 library = torch.library.Library("offpath", "DEF")
-_PLAIN = (Tensor, Parameter, type(None))
+_PLAIN = (Tensor, Parameter)
 
 
 def define(
@@ -25,10 +27,26 @@ def define(
     library.define(schema)
     name = schema[: schema.index("(")]
     library.impl(name, _without_forward_mode(name, kernel), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"offpath::{name}", fake, lib=library)
+    torch.library.register_fake(f"offpath::{name}", of_one_device(name, fake), lib=library)
     if autograd is not None:
         save, backward = autograd
         torch.library.register_autograd(f"offpath::{name}", backward, setup_context=save, lib=library)
+
+
+def of_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake` for operands on one device: one that is on meta would make torch take the result of `fake` for real."""
+
+    @wraps(fake)
+    def run(*operands: Any, **options: Any) -> Any:
+        devices = {operand.device for operand in operands if isinstance(operand, Tensor)}
+        if len(devices) > 1:
+            raise KernelError(
+                f"expected all operands of offpath::{name} on one device, got {', '.join(sorted(map(str, devices)))}; "
+                "move the module or its input, and give a module on meta its weights first (to_empty, load_state_dict)"
+            )
+        return fake(*operands, **options)
+
+    return run
 
 
 def _without_forward_mode(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,7 +57,7 @@ def _without_forward_mode(name: str, kernel: Callable[..., Any]) -> Callable[...
         if forward_ad._current_level >= 0:
             raise NotImplementedError(
                 f"expected no forward-mode differentiation, which offpath::{name} does not have, got a call inside of "
-                "it; use reverse mode: torch.autograd.grad, torch.func.grad, torch.func.vjp"
+                "it; use reverse mode: backward() or torch.autograd.grad"
             )
         return kernel(*operands)
 
@@ -49,7 +67,7 @@ def _without_forward_mode(name: str, kernel: Callable[..., Any]) -> Callable[...
 def nobody_listens(x: Tensor, *operands: Tensor | None) -> bool:
     """Whether the dispatcher would do nothing but call the kernel; the trip through it costs as much as a small layer.
 
-    The meta device, modes, functorch, tracers, profilers and subclasses of tensors want more.
+    The meta device, negative views, modes, functorch, tracers, profilers and subclasses of tensors want more.
     """
     return (
         not x.is_meta
@@ -57,5 +75,5 @@ def nobody_listens(x: Tensor, *operands: Tensor | None) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
         and not autograd_profiler._is_profiler_enabled
-        and all(type(operand) in _PLAIN for operand in (x, *operands))
+        and all(operand is None or (type(operand) in _PLAIN and not operand.is_neg()) for operand in (x, *operands))
     )

@@ -26,7 +26,7 @@ def sparse_matmul_of_nonzeros(
     >>> x.grad
     tensor([[0., 7.]])
     """
-    weight = w_values, w_crow_indices, w_indices, out_features
+    x, weight = x.resolve_neg(), (w_values, w_crow_indices, w_indices, out_features)
     if not torch.compiler.is_compiling() and w_values.dtype is x.dtype and w_values.shape == w_indices.shape:
         backend, prepared = prepared_weight(x, w_crow_indices, w_indices, out_features)
         if x.shape[1] == prepared.pattern.shape[0] and not finding_pays(

@@ -43,6 +43,8 @@ def _dots(dy: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> 
 def _weight_gradient(values: Tensor, crow_indices: Tensor, indices: Tensor, dy: Tensor, columns: int) -> Tensor:
     check_rows(crow_indices, indices, values)
     check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
+    if columns >= 2**31:
+        raise KernelError(f"expected at most 2^31 - 1 columns, which int32 indices can name, got {columns}")
     backend = kernels.select(dy.device.type, dy.dtype)
     if pays_densely("weight_gradient", backend, dy.dtype, indices.shape[0], dy.shape[0], columns, dy.shape[1]):
         return written_out(crow_indices, indices, values, columns).t() @ dy

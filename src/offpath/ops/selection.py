@@ -18,23 +18,30 @@ _ops = torch.ops.offpath
 
 def row_pointer(rows: int, k: int, device: torch.device) -> Tensor:
     """The `crow_indices` of `rows` rows of k entries each."""
-    if rows * k >= 2**31:
-        raise KernelError(f"expected at most 2^31 - 1 entries, got {rows} rows of {k}; split the batch")
+    _check_count(rows, k)
     return torch.arange(rows + 1, dtype=torch.int32, device=device) * k
 
 
+def _check_count(rows: int, k: int) -> None:
+    if rows * k >= 2**31:
+        raise KernelError(f"expected at most 2^31 - 1 entries, got {rows} rows of {k}; split the batch")
+
+
 def _topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    _check_scores(x, k, x.shape[-1])
+    check_scores(x)
+    _check_k(k, x.shape[1])
+    _check_count(x.shape[0], k)
     return kernels.select(x.device.type, x.dtype).rows.topk(x, k)
 
 
 def _batch_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    _check_scores(x, k, x.numel())
+    check_scores(x)
+    _check_k(k, x.numel())
     return kernels.select(x.device.type, x.dtype).rows.batch_topk(x, k)
 
 
 def _above(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    _check_scores(x, 0, 0)
+    check_scores(x)
     if threshold.shape != x.shape[1:] or threshold.dtype is not x.dtype:
         raise KernelError(
             f"expected a threshold of {x.dtype} for each of the {x.shape[1]} columns, got {threshold.dtype} "
@@ -44,7 +51,9 @@ def _above(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    _check_scores(x, k, weight.shape[0])
+    check_scores(x)
+    _check_k(k, weight.shape[0])
+    _check_count(x.shape[0], k)
     operands = (weight,) if bias is None else (weight, bias)
     if (
         weight.dim() != 2
@@ -59,11 +68,15 @@ def _encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tupl
     return kernels.select(x.device.type, x.dtype).rows.encode_topk(x, weight, bias, k)
 
 
-def _check_scores(x: Tensor, k: int, most: int) -> None:
+def check_scores(x: Tensor) -> None:
+    """Raises `KernelError` unless `x` is a matrix."""
     if x.dim() != 2:
         raise KernelError(
             f"expected scores [rows, columns], got shape {tuple(x.shape)}; flatten the leading dimensions"
         )
+
+
+def _check_k(k: int, most: int) -> None:
     if not 0 <= k <= most:
         raise KernelError(f"expected k from 0 to the {most} entries that there are to choose from, got {k}")
 

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from offpath import kernels
 from offpath.kernels import KernelError
-from offpath.ops.library import library, nobody_listens
+from offpath.ops.library import library, nobody_listens, of_one_device
 from offpath.ops.prepared import prepare
 
 library.define(
@@ -271,4 +271,4 @@ for _name, _kernel, _autograd, _fake in (
 ):
     library.impl(_name, _kernel, "CompositeExplicitAutograd")
     library.impl(_name, _autograd, "Autograd")
-    torch.library.register_fake(f"offpath::{_name}", _fake, lib=library)
+    torch.library.register_fake(f"offpath::{_name}", of_one_device(_name, _fake), lib=library)

@@ -9,7 +9,7 @@ from offpath import kernels
 from offpath.kernels import KernelError
 from offpath.kernels.operands import row_numbers
 from offpath.kernels.reference_rows import check_rows
-from offpath.ops.selection import row_pointer, to_dense
+from offpath.ops.selection import check_scores, row_pointer, to_dense
 
 _ops = torch.ops.offpath
 
@@ -55,6 +55,7 @@ class SparseRows:
         >>> SparseRows.from_dense(torch.eye(3)).indices
         tensor([0, 1, 2], dtype=torch.int32)
         """
+        check_scores(dense)
         live = above(dense.detach().abs())
         places = row_numbers(live.crow_indices, live.nnz) * dense.shape[1] + live.indices
         return cls(live.crow_indices, live.indices, dense.reshape(-1).index_select(0, places), dense.shape[1])
@@ -71,6 +72,10 @@ class SparseRows:
             raise KernelError(
                 f"expected values and indices [rows, k], got {tuple(values.shape)} and {tuple(indices.shape)}"
             )
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype is torch.bool:
+            raise KernelError(f"expected integer indices, got {indices.dtype}; give what topk returns as its indices")
+        if indices.dtype is torch.int64:  # what no int32 can hold must not become another index
+            indices = indices.clamp(-1, columns)
         crow_indices = row_pointer(values.shape[0], values.shape[1], values.device)
         return cls(crow_indices, indices.reshape(-1).int(), values.reshape(-1), columns)
 
@@ -174,7 +179,7 @@ class SparseRows:
         check_rows(self.crow_indices, self.indices, self.columns)
 
     def __repr__(self) -> str:
-        per_row = self.crow_indices.diff()
+        per_row = self.crow_indices.diff() if not self.crow_indices.is_meta else self.crow_indices[:0]
         least, most = (int(per_row.min()), int(per_row.max())) if per_row.numel() else (0, 0)
         live = f"{least} to {most}" if least != most else str(most)
         dtype = str(self.dtype).removeprefix("torch.")
@@ -190,6 +195,7 @@ def topk_rows(x: Tensor, k: int) -> SparseRows:
     >>> topk_rows(torch.tensor([[1.0, 3.0, 2.0, 3.0]]), 2).indices
     tensor([1, 3], dtype=torch.int32)
     """
+    check_scores(x)
     values, indices = _ops.topk_rows(x, k)
     return SparseRows.from_topk(values, indices, x.shape[1])
 
@@ -200,6 +206,7 @@ def batch_topk(x: Tensor, k: int) -> SparseRows:
     >>> batch_topk(torch.tensor([[1.0, 3.0], [4.0, 0.0]]), 2).crow_indices
     tensor([0, 1, 2], dtype=torch.int32)
     """
+    check_scores(x)
     crow_indices, indices, values = _ops.batch_topk(x, k)
     return SparseRows(crow_indices, indices, values, x.shape[1])
 
@@ -207,14 +214,21 @@ def batch_topk(x: Tensor, k: int) -> SparseRows:
 def above(x: Tensor, threshold: Tensor | float = 0.0) -> SparseRows:
     """The entries of `x` [rows, columns] that are larger than a threshold, a number or one for each column (or NaN).
 
-    With 0 these are the ones that ReLU lets through. The threshold gets no gradient.
+    With 0 these are the ones that ReLU lets through. The threshold gets no gradient. A tensor of a wider dtype than
+    that of `x` is rounded down to it, which lets the same entries through.
 
     >>> above(torch.tensor([[1.0, -3.0], [4.0, 0.0]])).values
     tensor([1., 4.])
     """
+    check_scores(x)
     if not isinstance(threshold, Tensor):
         threshold = torch.tensor(threshold, dtype=x.dtype, device=x.device)
-    crow_indices, indices, values = _ops.above(x, threshold.detach().to(x.dtype).expand(x.shape[1]).contiguous())
+    elif threshold.shape not in ((), (1,), (x.shape[1],)):
+        raise KernelError(
+            f"expected one threshold, or one for each of the {x.shape[1]} columns, got shape {tuple(threshold.shape)}"
+        )
+    threshold = _round_down(threshold.detach(), x.dtype)
+    crow_indices, indices, values = _ops.above(x, threshold.expand(x.shape[1]).contiguous())
     return SparseRows(crow_indices, indices, values, x.shape[1])
 
 
@@ -229,3 +243,12 @@ def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Spars
     """
     values, indices = _ops.encode_topk(x, weight, bias, k)
     return SparseRows.from_topk(values, indices, weight.shape[0])
+
+
+def _round_down(threshold: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest number of `dtype` that is not above `threshold`: the same entries of that dtype exceed both."""
+    nearest = threshold.to(dtype)
+    if torch.promote_types(dtype, threshold.dtype) is dtype:
+        return nearest
+    below = torch.nextafter(nearest, torch.full_like(nearest, -torch.inf))
+    return torch.where(nearest > threshold, below, nearest)
