@@ -37,21 +37,23 @@ template <class T> struct Found {
     T threshold;
 };
 
-// Appends the entries of x that are larger than the threshold, or NaN, until `capacity` are found; `next` is where to
-// go on, or `end` when done.
+// Appends the entries of x that are larger than the threshold, or NaN, or those that are not zero, until `capacity` are
+// found; `next` is where to go on, or `end` when done.
 template <class T> struct find_above_args {
     const T *x;
     int64_t end, capacity;
     const T *thresholds; // one for each entry, or null for the one of `found`
+    bool nonzeros;       // in place of any threshold
     int64_t *next;
     Found<T> *found;
 };
 
-// counts[b] = how many entries of row b are larger than their column's threshold, or NaN; the block's rows.
+// counts[b] = how many entries of row b are larger than their column's threshold, or NaN, or not zero where there are
+// no thresholds; the block's rows.
 template <class T> struct count_above_args {
     Rows<const T> x;
     int64_t columns;
-    const T *thresholds; // [columns]
+    const T *thresholds; // [columns], or null
     int32_t *counts;
 };
 

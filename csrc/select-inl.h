@@ -25,6 +25,14 @@ template <class T>
     return n == ScoreVector<T>::entries ? bits : bits & ((1u << n) - 1);
 }
 
+// The bits of the first n lanes that are not zero.
+template <class T> [[gnu::always_inline]] inline uint32_t nonzero(const T *x, int64_t n) {
+    using S = Simd<offpath::Sum<T>>;
+    const typename S::V scores = ScoreVector<T>::load_first(x, n);
+    const uint32_t bits = S::above(scores, S::zero()) | S::above(S::zero(), scores);
+    return n == ScoreVector<T>::entries ? bits : bits & ((1u << n) - 1);
+}
+
 // The block is not used: a row is one thing.
 template <class T> void find_above(const offpath::find_above_args<T> &args, const offpath::Block &) {
     using R = ScoreVector<T>;
@@ -37,9 +45,11 @@ template <class T> void find_above(const offpath::find_above_args<T> &args, cons
     // A register's worth may be found at once.
     for (; i < args.end && count + R::entries <= args.capacity; i += R::entries) {
         const int64_t n = args.end - i < R::entries ? args.end - i : R::entries;
-        for (uint32_t bits =
-                 above<T>(args.x + i, args.thresholds ? R::load_first(args.thresholds + i, n) : threshold, n);
-             bits; bits &= bits - 1) {
+        uint32_t bits =
+            args.nonzeros
+                ? nonzero<T>(args.x + i, n)
+                : above<T>(args.x + i, args.thresholds ? R::load_first(args.thresholds + i, n) : threshold, n);
+        for (; bits; bits &= bits - 1) {
             const int64_t at = i + __builtin_ctz(bits);
             values[count] = args.x[at];
             indices[count] = static_cast<int32_t>(at);
@@ -142,7 +152,8 @@ template <class T> void count_above(const offpath::count_above_args<T> &args, co
         int32_t count = 0;
         for (int64_t i = 0; i < args.columns; i += R::entries) {
             const int64_t n = args.columns - i < R::entries ? args.columns - i : R::entries;
-            count += __builtin_popcount(above<T>(x + i, R::load_first(args.thresholds + i, n), n));
+            count += __builtin_popcount(args.thresholds ? above<T>(x + i, R::load_first(args.thresholds + i, n), n)
+                                                        : nonzero<T>(x + i, n));
         }
         args.counts[row] = count;
     }

@@ -99,7 +99,7 @@ void topk(const Kernels<T> &kernels, Rows<const T> x, int64_t rows, int64_t colu
             if (buckets)
                 kernels.bound({x.data + row * x.stride, columns, buckets, k, maxima.data(), &found.threshold}, {});
             for (int64_t next = 0; next < columns;) {
-                kernels.find_above({x.data + row * x.stride, columns, capacity, nullptr, &next, &found}, {});
+                kernels.find_above({x.data + row * x.stride, columns, capacity, nullptr, false, &next, &found}, {});
                 shrink(found, k, keys);
             }
             std::copy_n(found.values, k, values + row * k);
@@ -108,8 +108,9 @@ void topk(const Kernels<T> &kernels, Rows<const T> x, int64_t rows, int64_t colu
     });
 }
 
-// crow_indices [rows + 1]: where the entries of each row begin that are larger than their column's threshold. Returns
-// how many there are in all; where these are more than an int32 counts, crow_indices mean nothing.
+// crow_indices [rows + 1]: where the entries of each row begin that are larger than their column's threshold, or not
+// zero where there are no thresholds. Returns how many there are in all; where these are more than an int32 counts,
+// crow_indices mean nothing.
 template <class T>
 int64_t count_above(const Kernels<T> &kernels, Rows<const T> x, int64_t rows, int64_t columns, const T *thresholds,
                     int32_t *crow_indices, int threads) {
@@ -131,7 +132,8 @@ void take_above(const Kernels<T> &kernels, Rows<const T> x, int64_t rows, int64_
         Found<T> found{values + begin, indices + begin, 0, T{}};
         int64_t next = 0;
         // No more will be found than there is room for.
-        kernels.find_above({x.data + row * x.stride, columns, count + most_lanes, thresholds, &next, &found}, {});
+        kernels.find_above(
+            {x.data + row * x.stride, columns, count + most_lanes, thresholds, !thresholds, &next, &found}, {});
     });
 }
 
@@ -171,7 +173,7 @@ void batch_topk(const Kernels<T> &kernels, Rows<const T> x, int64_t rows, int64_
         for (int64_t row = begin; row < end; ++row)
             for (int64_t next = 0; next < columns;) {
                 Found<T> found{all.values.data(), all.indices.data(), all.count, threshold};
-                kernels.find_above({x.data + row * x.stride, columns, capacity, nullptr, &next, &found}, {});
+                kernels.find_above({x.data + row * x.stride, columns, capacity, nullptr, false, &next, &found}, {});
                 std::fill(all.rows.begin() + all.count, all.rows.begin() + found.count, static_cast<int32_t>(row));
                 all.count = found.count;
                 if (next < columns)

@@ -132,7 +132,8 @@ def _check_selection(run, expected: tuple[Tensor, ...], kind, shape, dtype: torc
 
 
 # Of what `above` lets through, by the scores: none, all, those over a number, and over what differs between columns.
-THRESHOLDS: dict[str, Callable[[Tensor], Tensor]] = {
+THRESHOLDS: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "nonzeros": lambda x: None,
     "zero": lambda x: x.new_zeros(x.shape[1]),
     "one": lambda x: x.new_ones(x.shape[1]),
     "+inf": lambda x: x.new_full(x.shape[1:], float("inf")),
@@ -159,7 +160,7 @@ def _defined_batch_topk(kind: str, shape: tuple[int, int], dtype: torch.dtype, k
 
 
 @cache
-def _defined_above(kind: str, shape, dtype: torch.dtype, threshold: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _defined_above(kind: str, shape, dtype: torch.dtype, threshold: str) -> tuple[Tensor | None, tuple[Tensor, ...]]:
     x = scores(kind, shape, dtype)
     return THRESHOLDS[threshold](x), DEFINITION.above(x, THRESHOLDS[threshold](x))
 

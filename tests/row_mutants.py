@@ -276,7 +276,17 @@ def _batch_ties_in_column_order(x, k):
     return crow, (flat % max(x.shape[1], 1)).int(), x.flatten()[flat]
 
 
+def _nonzeros_that_are_positive(x, threshold):
+    return right.above(x, x.new_zeros(x.shape[1]) if threshold is None else threshold)
+
+
+def _nonzeros_without_nan(x, threshold):
+    return right.above(x.nan_to_num(0.0, float("inf"), -float("inf")) if threshold is None else x, threshold)
+
+
 def _at_least_the_threshold(x, threshold):
+    if threshold is None:
+        return right.above(x, None)
     crow, indices, _ = right.above(torch.where(x == threshold, float("inf"), x), threshold)
     return crow, indices, x[~(x < threshold)]
 
@@ -287,7 +297,7 @@ def _drops_nan(x, threshold):
 
 
 def _one_threshold_for_all_columns(x, threshold):
-    return right.above(x, threshold[:1].expand_as(threshold))
+    return right.above(x, None if threshold is None else threshold[:1].expand_as(threshold))
 
 
 def _encoder_forgets_the_bias(x, weight, bias, k):
@@ -369,6 +379,8 @@ ROW_MUTANTS = (
     _wrong("ties in column order", "batch_topk", batch_topk=_batch_ties_in_column_order),
     _wrong("at least the threshold", "above", above=_at_least_the_threshold),
     _wrong("drops NaN", "above", above=_drops_nan),
+    _wrong("nonzeros that are positive", "above", above=_nonzeros_that_are_positive),
+    _wrong("nonzeros without NaN", "above", above=_nonzeros_without_nan),
     _wrong("one threshold for all columns", "above", above=_one_threshold_for_all_columns),
     _wrong("forgets the bias", "encode exact", "encode bounded", encode_topk=_encoder_forgets_the_bias),
     _wrong(

@@ -88,6 +88,33 @@ void check_chosen(const std::string &what, const GuardedArray<T> &values, const 
         }
 }
 
+// What is larger than its column's threshold, or not zero where there are none.
+template <class T>
+void check_above(RowOperands<T> &o, const Kernels<T> &kernels, const T *thresholds, int threads,
+                 const std::string &where) {
+    const auto [rows, columns, width, k] = o.size;
+    const Rows<const T> scores{o.scores.data(), columns};
+    std::vector<int64_t> of_above;
+    std::vector<double> expected_above;
+    for (int64_t i = 0; i < rows * columns; ++i) {
+        const double score = to_double(o.scores[i]);
+        if (thresholds ? score > to_double(thresholds[i % columns]) : score != 0) {
+            of_above.push_back(i % columns);
+            expected_above.push_back(score);
+        }
+    }
+    const GuardedArray<int32_t> crow(rows + 1);
+    const int64_t count = count_above<T>(kernels, scores, rows, columns, thresholds, crow.data(), threads);
+    if (static_cast<int64_t>(of_above.size()) != count) {
+        std::cerr << "WRONG RESULT: count_above, " << where << std::endl;
+        std::_Exit(1);
+    }
+    const GuardedArray<T> values(count);
+    const GuardedArray<int32_t> indices(count);
+    take_above<T>(kernels, scores, rows, columns, thresholds, crow.data(), indices.data(), values.data(), threads);
+    check_chosen("take_above, " + where, values, indices, expected_above, of_above);
+}
+
 template <class T>
 void check_selections(RowOperands<T> &o, const Kernels<T> &kernels, int threads, const std::string &where) {
     const auto [rows, columns, width, k] = o.size;
@@ -117,23 +144,8 @@ void check_selections(RowOperands<T> &o, const Kernels<T> &kernels, int threads,
     encode_topk<T>(kernels, {o.dy.data(), 1, width}, rows, width, {o.weight.data(), width}, columns, o.bias.data(), k,
                    values.data(), indices.data(), threads);
     check_chosen("encode_topk, " + where, values, indices, encoder_values, of_encoder);
-    const int64_t count = count_above<T>(kernels, scores, rows, columns, o.bias.data(), crow.data(), threads);
-    const GuardedArray<T> above_values(count);
-    const GuardedArray<int32_t> above_indices(count);
-    take_above<T>(kernels, scores, rows, columns, o.bias.data(), crow.data(), above_indices.data(), above_values.data(),
-                  threads);
-    std::vector<int64_t> of_above;
-    std::vector<double> expected_above;
-    for (int64_t i = 0; i < rows * columns; ++i)
-        if (to_double(o.scores[i]) > to_double(o.bias[i % columns])) {
-            of_above.push_back(i % columns);
-            expected_above.push_back(to_double(o.scores[i]));
-        }
-    if (static_cast<int64_t>(of_above.size()) != count) {
-        std::cerr << "WRONG RESULT: count_above, " << where << std::endl;
-        std::_Exit(1);
-    }
-    check_chosen("take_above, " + where, above_values, above_indices, expected_above, of_above);
+    for (const T *thresholds : {o.bias.data(), static_cast<const T *>(nullptr)})
+        check_above(o, kernels, thresholds, threads, where);
 }
 
 template <class T> void check_rows(const RowSize &size) {

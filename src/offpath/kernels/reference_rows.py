@@ -114,9 +114,12 @@ def batch_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return (*_rows_of(live), x.flatten()[flat])
 
 
-def above(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(crow_indices, indices, values) of the entries that are larger than their column's threshold, or NaN."""
-    live = ~(x <= threshold)
+def above(x: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(crow_indices, indices, values) of the entries that are larger than their column's threshold, or NaN.
+
+    Without a threshold, of the entries that are not zero.
+    """
+    live = x != 0 if threshold is None else ~(x <= threshold)
     return (*_rows_of(live), x[live])
 
 

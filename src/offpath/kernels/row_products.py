@@ -34,7 +34,7 @@ class RowProducts:
     `batch_topk(x, k)`: (crow_indices, indices, values) of the k largest entries of all of `x`, by the same rules; of
     equal ones those that come first in row-major order.
     `above(x, threshold)`: (crow_indices, indices, values) of the entries that are larger than the `threshold` [columns]
-    of their column, or NaN.
+    of their column, or NaN; without a threshold (None), of those that are not zero.
     `encode_topk(x, weight, bias, k)`: `topk(x @ weight.T + bias, k)` for `x` [rows, width], without ever storing that
     product.
 
@@ -52,5 +52,5 @@ class RowProducts:
     counts: Callable[[Tensor, int], Tensor]
     topk: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     batch_topk: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
-    above: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    above: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
     encode_topk: Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor]]

@@ -185,15 +185,15 @@ class RowVariant:
         )
         return crow_indices, indices, values
 
-    def above(self, x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, threshold = _scores(x), threshold.contiguous()
-        if not is_vector(threshold, x.dtype, x.shape[1]):
+    def above(self, x: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        x, threshold = _scores(x), None if threshold is None else threshold.contiguous()
+        if threshold is not None and not is_vector(threshold, x.dtype, x.shape[1]):
             refuse(x=x, threshold=threshold)
         crow_indices = x.new_empty(x.shape[0] + 1, dtype=torch.int32)
-        operands = (address(x), x.stride(0), address(threshold), address(crow_indices))
+        operands = (address(x), x.stride(0), 0 if threshold is None else address(threshold), address(crow_indices))
         nnz = _COUNT_ABOVE[x.dtype](self._index, *x.shape, *operands, torch.get_num_threads())
         if nnz >= 2**31:
-            raise KernelError(f"expected at most 2^31 - 1 entries above the threshold, got {nnz}; split the batch")
+            raise KernelError(f"expected at most 2^31 - 1 entries, got {nnz}; split the batch")
         indices, values = x.new_empty(nnz, dtype=torch.int32), x.new_empty(nnz)
         _TAKE_ABOVE[x.dtype](
             self._index, *x.shape, *operands, address(indices), address(values), torch.get_num_threads()

@@ -40,9 +40,9 @@ def _batch_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return kernels.select(x.device.type, x.dtype).rows.batch_topk(x, k)
 
 
-def _above(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _above(x: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     check_scores(x)
-    if threshold.shape != x.shape[1:] or threshold.dtype is not x.dtype:
+    if threshold is not None and (threshold.shape != x.shape[1:] or threshold.dtype is not x.dtype):
         raise KernelError(
             f"expected a threshold of {x.dtype} for each of the {x.shape[1]} columns, got {threshold.dtype} "
             f"{tuple(threshold.shape)}"
@@ -166,7 +166,7 @@ define(
     (_save_sparse, _backward_of_sparse),
 )
 define(
-    "above(Tensor x, Tensor threshold) -> (Tensor, Tensor, Tensor)",
+    "above(Tensor x, Tensor? threshold) -> (Tensor, Tensor, Tensor)",
     _above,
     _fake_above,
     (_save_sparse, _backward_of_sparse),

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from offpath import kernels
 from offpath.kernels import KernelError
-from offpath.kernels.operands import row_numbers
 from offpath.kernels.reference_rows import check_rows
 from offpath.ops.selection import check_scores, row_pointer, to_dense
 
@@ -56,9 +55,8 @@ class SparseRows:
         tensor([0, 1, 2], dtype=torch.int32)
         """
         check_scores(dense)
-        live = above(dense.detach().abs())
-        places = row_numbers(live.crow_indices, live.nnz) * dense.shape[1] + live.indices
-        return cls(live.crow_indices, live.indices, dense.reshape(-1).index_select(0, places), dense.shape[1])
+        crow_indices, indices, values = _ops.above(dense, None)
+        return cls(crow_indices, indices, values, dense.shape[1])
 
     @classmethod
     def from_topk(cls, values: Tensor, indices: Tensor, columns: int) -> SparseRows:
