@@ -144,8 +144,8 @@ void check_selections(RowOperands<T> &o, const Kernels<T> &kernels, int threads,
     encode_topk<T>(kernels, {o.dy.data(), 1, width}, rows, width, {o.weight.data(), width}, columns, o.bias.data(), k,
                    values.data(), indices.data(), threads);
     check_chosen("encode_topk, " + where, values, indices, encoder_values, of_encoder);
-    for (const T *thresholds : {o.bias.data(), static_cast<const T *>(nullptr)})
-        check_above(o, kernels, thresholds, threads, where);
+    check_above<T>(o, kernels, o.bias.data(), threads, where);
+    check_above<T>(o, kernels, nullptr, threads, where);
 }
 
 template <class T> void check_rows(const RowSize &size) {
