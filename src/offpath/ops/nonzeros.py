@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from offpath.ops.row_choice import finding_pays
 from offpath.ops.sparse_row_products import prepared_weight, sparse_matmul
@@ -27,7 +28,8 @@ def sparse_matmul_of_nonzeros(
     tensor([[0., 7.]])
     """
     x, weight = x.resolve_neg(), (w_values, w_crow_indices, w_indices, out_features)
-    if not torch.compiler.is_compiling() and w_values.dtype is x.dtype and w_values.shape == w_indices.shape:
+    plain = type(x) in (Tensor, Parameter) and not torch.compiler.is_compiling()  # fake ones have no zeros to look at
+    if plain and w_values.dtype is x.dtype and w_values.shape == w_indices.shape:
         backend, prepared = prepared_weight(x, w_crow_indices, w_indices, out_features)
         if x.shape[1] == prepared.pattern.shape[0] and not finding_pays(
             x, backend, w_indices.shape[0], prepared.pattern.shape

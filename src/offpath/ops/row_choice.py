@@ -27,7 +27,7 @@ SURELY_SPARSE, LITTLE_WORK = 0.08, 1 << 20
 # What writing the zeros out takes beside a product over all connections, and what both predictions are off by.
 OVER_ALL_MARGIN = 1.15
 # The calls that find the nonzeros of the smallest input.
-FINDING_SECONDS = 30e-6
+FINDING_SECONDS = 20e-6
 _forced: list[bool] = []
 
 
