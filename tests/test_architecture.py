@@ -38,9 +38,9 @@ ONLY_IN = {
     "offpath.kernels._native": {
         "kernels/cpu.py",
         "kernels/plans.py",
+        "kernels/row_operands.py",
         "kernels/variant.py",
         "kernels/variant_rows.py",
-        "kernels/variant_sparse_rows.py",
     },
     "torch.library": {"ops/library.py"},
 }

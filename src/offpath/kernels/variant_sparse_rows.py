@@ -1,13 +1,12 @@
-"""The products of sparse rows with a sparse weight, of one instruction set; and what all products check of rows."""
+"""The products of sparse rows with a sparse weight, of one instruction set."""
 
 from __future__ import annotations
 
 import torch  # first: the native module joins the OpenMP pool that torch has loaded
 from torch import Tensor
 
-from offpath.kernels import _native
 from offpath.kernels.operands import address, are_indices, is_matrix, is_vector, refuse
-from offpath.kernels.reference_rows import check_rows
+from offpath.kernels.row_operands import check_rows_fit, contiguous_rows
 from offpath.kernels.variant import native_of_each_dtype, output
 
 _MATMUL, _DOTS = native_of_each_dtype("sparse_matmul"), native_of_each_dtype("sparse_dots")
@@ -126,21 +125,3 @@ def _check_weight(w_crow_indices: Tensor, w_indices: Tensor, w_values: Tensor, d
         are_indices(w_crow_indices, w_indices) and is_vector(w_values, dtype, w_indices.shape[0])
     ):
         refuse(w_crow_indices=w_crow_indices, w_indices=w_indices, w_values=w_values)
-
-
-def check_rows_fit(crow_indices: Tensor, indices: Tensor, columns: int) -> None:
-    """Raises `KernelError` for rows that no kernel may follow."""
-    if not are_indices(crow_indices, indices):
-        refuse(crow_indices=crow_indices, indices=indices)
-    rows, nnz = crow_indices.shape[0] - 1, indices.shape[0]
-    if not _native.rows_fit(rows, nnz, columns, address(crow_indices), address(indices)):
-        check_rows(crow_indices, indices, columns)  # says what is wrong
-
-
-def has_rows(matrix: Tensor) -> bool:
-    """Whether the rows are contiguous, and do not overlap."""
-    return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
-
-
-def contiguous_rows(matrix: Tensor) -> Tensor:
-    return matrix if has_rows(matrix) else matrix.contiguous()

@@ -1,6 +1,7 @@
 """Layers with sparse weights, and layers that make and read sparse activations."""
 
-from offpath.nn.autoencoder import SAELoss as SAELoss, SparseAutoencoder as SparseAutoencoder
+from offpath.nn.autoencoder import SparseAutoencoder as SparseAutoencoder
+from offpath.nn.autoencoder_loss import SAELoss as SAELoss
 from offpath.nn.jumprelu import JumpReLU as JumpReLU
 from offpath.nn.kwinners import (
     KWinners as KWinners,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from offpath.nn.autocast import under_autocast
+from offpath.nn.autoencoder_loss import SAELoss, share_of_variance
 from offpath.nn.row_blocks import encode_above, encode_batch_topk
 from offpath.nn.statistics import KeepsStatistics
 from offpath.nn.straight_through import jump, step
@@ -17,25 +17,6 @@ from offpath.ops import SparseRows, encode_topk
 ACTIVATIONS = ("topk", "batch_topk", "jumprelu")
 # BatchTopK's threshold for inference follows the batches of about this many training steps.
 THRESHOLD_STEPS = 100
-
-
-@dataclass(frozen=True)
-class SAELoss:
-    """What `SparseAutoencoder.loss` found; `total` and its three terms carry gradients, the other numbers do not.
-
-    `total` = `fvu` + aux_coefficient * `aux` + l0_coefficient * `l0_loss`. `fvu` is the fraction of the variance that
-    is left unexplained, sum |x - reconstruction|^2 / sum |x - mean of the batch|^2; `aux` the same for the residual, of
-    which the dead latents explain a part (0 where none is dead); `l0_loss` is 0 but for JumpReLU. `mse` is the mean
-    over all entries, `l0` the mean number of live latents of a row, `dead` the number of dead latents.
-    """
-
-    total: Tensor
-    fvu: Tensor
-    aux: Tensor
-    l0_loss: Tensor
-    mse: Tensor
-    l0: Tensor
-    dead: int
 
 
 class SparseAutoencoder(KeepsStatistics):
@@ -175,7 +156,7 @@ class SparseAutoencoder(KeepsStatistics):
         if self.training:
             self._count(live)
         residual = x - self.decode(live)
-        fvu = _share_of_variance(residual, x, "expected rows that differ")
+        fvu = share_of_variance(residual, x, "expected rows that differ")
         zero = fvu.new_zeros(())
         aux, l0_loss = zero, zero
         if thresholds is not None and x.shape[0]:
@@ -279,7 +260,7 @@ class SparseAutoencoder(KeepsStatistics):
         centered, weight, bias = self._encoder(self._centered(x))
         rows = encode_topk(centered, weight[dead], bias[dead], min(self.k_aux, len(dead))).relu()
         _, decoder, _ = under_autocast(rows.values, self.decoder_weight[dead], None)
-        return _share_of_variance(residual - rows.to(decoder.dtype).matmul(decoder), residual)
+        return share_of_variance(residual - rows.to(decoder.dtype).matmul(decoder), residual)
 
     @torch.no_grad()
     def _count(self, live: SparseRows) -> None:
@@ -290,18 +271,3 @@ class SparseAutoencoder(KeepsStatistics):
             if least.isfinite():
                 first = self.threshold.isnan()
                 self.threshold.copy_(least if first else self.threshold.lerp(least, 1 / THRESHOLD_STEPS))
-
-
-def _share_of_variance(error: Tensor, of: Tensor, refusal: str = "") -> Tensor:
-    """sum error^2 / sum (of - its mean over rows)^2.
-
-    Of a batch without variance it is 0 if the batch is empty, else refused where there is a `refusal`, else 0.
-    """
-    # Rows that are all the same have exactly no variance so; their mean is rounded.
-    apart = of - of[:1]
-    variance = (apart - apart.mean(0)).square().sum() if of.shape[0] else of.new_zeros(())
-    if variance == 0:
-        if refusal and of.shape[0]:
-            raise ValueError(f"{refusal}, got {of.shape[0]} that are all the same; give a larger batch")
-        return error.sum() * 0
-    return error.square().sum() / variance
