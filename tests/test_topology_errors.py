@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,19 @@ from torch.optim.swa_utils import AveragedModel
 
 import offpath
 from offpath import SparseLinear
-from offpath.topology import Constant, Every, PerLayer, Quota, Recipe, Topology, TopologyError, drop, grow
+from offpath.topology import (
+    Constant,
+    Cosine,
+    Cubic,
+    Every,
+    PerLayer,
+    Quota,
+    Recipe,
+    Topology,
+    TopologyError,
+    drop,
+    grow,
+)
 from topology_checks import model_of, train_step
 
 
@@ -84,12 +97,38 @@ def test_a_model_that_does_not_fit_is_refused(build: Callable[[], Topology], mes
         (lambda m, o: drop.Threshold(-1.0), "positive finite threshold"),
         (lambda m, o: Recipe("half", Every(1)), "a drop rule and a budget beside the schedule"),
         (lambda m, o: Every(1, at_end=True), "an end_step for an update at the end"),
+        (
+            lambda m, o: offpath.GMP(m, o, final_sparsity=0.9, end_step=4.5, update_freq=2),
+            r"expected end_step to be a whole number, got 4.5; pass an int, for example round\(0.75 \* steps\)",
+        ),
+        (lambda m, o: offpath.GMP(m, o, final_sparsity="0.9", end_step=4), "final_sparsity to be a number, got '0.9'"),
+        (lambda m, o: offpath.RigL(m, o, end_step=float("inf")), "end_step to be a whole number, got inf"),
+        (lambda m, o: offpath.SET(m, o, update_freq=2.5), "update_freq to be a whole number, got 2.5"),
+        (lambda m, o: offpath.SET(m, o, update_freq=float("nan")), "update_freq to be a whole number, got nan"),
+        (lambda m, o: offpath.SET(m, o, update_freq="10"), "update_freq to be a whole number, got '10'"),
+        (lambda m, o: offpath.SET(m, o, drop_fraction="0.3"), "drop_fraction to be a number, got '0.3'"),
+        (lambda m, o: offpath.SET(m, o, drop_fraction=None), "drop_fraction to be a number, got None"),
+        (lambda m, o: offpath.MEST(m, o, gradient_weight="1"), "gradient_weight to be a number, got '1'"),
+        (lambda m, o: offpath.SET(m, o, seed=None), "seed to be a whole number, got None; pass an int, such as 0"),
+        (lambda m, o: grow.Momentum(0.9, steps=1.5), "steps to be a whole number, got 1.5"),
+        (lambda m, o: grow.Momentum("0.9"), "momentum to be a number, got '0.9'"),
+        (lambda m, o: drop.Threshold("1"), "threshold to be a number, got '1'"),
+        (lambda m, o: Every(1, start_step=0.5), "start_step to be a whole number, got 0.5"),
+        (lambda m, o: Cubic(end_step=4.5), "end_step to be a whole number, got 4.5"),
+        (lambda m, o: Cubic(end_step=2, start_step=2), "0 <= start_step < end_step"),
     ],
 )
 def test_a_bad_argument_is_refused(build, message: str) -> None:
     model = model_of()
     with pytest.raises(ValueError, match=message):
         build(model, _sgd(model))
+
+
+def test_whole_numbers_of_other_libraries_are_those_of_python() -> None:
+    for mine, other in ((Every(2, 9, 1), Every(*np.array([2, 9, 1]))), (Cosine(0.3, 9), Cosine(0.3, torch.tensor(9)))):
+        assert repr(mine) == repr(other), "a checkpoint of one is one of the other"
+    model = model_of()
+    assert offpath.SET(model, _sgd(model), update_freq=np.int32(1), seed=np.int64(3)).step() is not None
 
 
 class Fixed(PerLayer):

@@ -14,6 +14,7 @@ from offpath.topology.errors import TopologyError
 from offpath.topology.layer import LayerView
 from offpath.topology.schedules import Cubic, DropFraction
 from offpath.topology.select import lowest
+from offpath.topology.settings import check_number
 
 
 class Quota(NamedTuple):
@@ -98,6 +99,7 @@ class Shrink:
             raise ValueError(
                 f"expected distribution to be one of {', '.join(DISTRIBUTIONS)}, global; got {self.distribution!r}"
             )
+        check_number("final_sparsity", self.final_sparsity)
         if not 0 < self.final_sparsity < 1:
             raise ValueError(f"expected final_sparsity in (0, 1), got {self.final_sparsity}")
 

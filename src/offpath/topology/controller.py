@@ -20,6 +20,7 @@ from offpath.topology.grow import gradient_decay, gradient_steps, needs_dense_gr
 from offpath.topology.managed import FilterFn, ManagedLayer, check_plain, managed_layers
 from offpath.topology.recipe import Recipe
 from offpath.topology.record import LayerState, LayerUpdate, TopologyUpdate
+from offpath.topology.settings import whole
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -78,7 +79,7 @@ class Topology:
         self._grown_state = dict(grown_state or {})
         check_grown_state(self._grown_state)
         self._managed = managed_layers(unwrapped(model), optimizer, also, filter_fn, record_explored)
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(whole("seed", seed, "pass an int, such as 0"))
         self._step = 0
         if recipe.budget is not None:
             recipe.budget.check([managed.view(self._generator) for managed in self._managed])
