@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from offpath import pattern as patterns
@@ -245,6 +245,7 @@ class Topology:
 
     def _edits(self, decisions: list[Decision]) -> list[Edit | None]:
         """The decisions as edits, all of them checked against layers and optimizer; None where nothing changes."""
+        self._check_grown_keys()
         edits: list[Edit | None] = []
         for managed, (pattern, drop, grow) in zip(self._managed, decisions, strict=True):
             if not drop.numel() and not grow.numel():
@@ -262,6 +263,17 @@ class Topology:
                 raise TopologyError(f"layer {managed.name!r}: {error}") from error
             edits.append(edit)
         return edits
+
+    def _check_grown_keys(self) -> None:
+        """The optimizer makes its state in its first step, so its keys are not known before an update."""
+        weights = [managed.layer.values for managed in self._managed]
+        states = [(weight, self._optimizer.state.get(weight, {})) for weight in weights]
+        if any(state for _, state in states):
+            moving = {
+                key for weight, state in states for key, entry in state.items()
+                if isinstance(entry, Tensor) and entry.shape == weight.shape
+            }  # fmt: skip
+            check_grown_state(self._grown_state, moving)
 
     def _apply(self, managed: ManagedLayer, edit: Edit | None) -> LayerUpdate:
         layer = managed.layer
