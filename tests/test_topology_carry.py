@@ -66,7 +66,7 @@ def test_a_connection_may_begin_with_the_mean_of_its_layer() -> None:
     grown = _grown_entries(topology, model[0], optimizer, "exp_avg_sq")
     assert mean > 0 and grown.tolist() == [float(torch.tensor(mean))] * 11
     for begin in ("median", torch.nan, -torch.inf, None):
-        with pytest.raises(TopologyError, match=f"a finite number or \"mean\", got {begin!r}"):
+        with pytest.raises(TopologyError, match=f'a finite number or "mean", got {begin!r}'):
             offpath.SET(model, optimizer, update_freq=1, grown_state={"exp_avg_sq": begin})
 
 

@@ -13,6 +13,7 @@ from offpath import pattern as patterns
 from offpath.nn import check_rewire, rewire
 from offpath.pattern import Edit, PatternError
 from offpath.topology.carry import carry_state, check_grown_state, state_problem
+from offpath.topology.checkpoint import STATE_VERSION, check_state
 from offpath.topology.decide import Decision, decide
 from offpath.topology.distributed import Processes, fingerprint, unwrapped
 from offpath.topology.errors import TopologyError
@@ -24,8 +25,6 @@ from offpath.topology.settings import whole
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-STATE_VERSION = 1
 
 
 class Topology:
@@ -168,28 +167,16 @@ class Topology:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`. Load the model's and the optimizer's checkpoint first.
 
-        Raises `TopologyError`, before anything is changed, when it belongs to another recipe or another model.
+        Raises `TopologyError`, before anything is changed, when it belongs to another recipe or another model, or is
+        no whole state_dict of a topology.
         """
-        problem = self._load_problem(state)
-        if problem:
-            raise TopologyError(problem)
+        check_state(state, self.recipe.describe(), self._managed, self._processes.rank)
         self._processes.follow(self._sizes)  # the model's checkpoint may have brought other ones
         for managed in self._managed:
             managed.load_state_dict(state["layers"][managed.name])
         self._generator.set_state(state["generator"].cpu())
         self._step = int(state["step"])
         self._watch()
-
-    def _load_problem(self, state: Mapping[str, Any]) -> str | None:
-        missing = {"version", "recipe", "step", "generator", "layers"} - state.keys()
-        if missing or state["version"] != STATE_VERSION:
-            return f"expected the state_dict of a topology, version {STATE_VERSION}; {sorted(missing) or 'got another'}"
-        if state["recipe"] != self.recipe.describe():
-            return f"expected a state of the recipe {self.recipe.describe()}, got one of {state['recipe']}"
-        if sorted(state["layers"]) != sorted(self.layer_names):
-            return f"expected a state of the layers {list(self.layer_names)}, got one of {list(state['layers'])}"
-        problems = (m.load_problem(state["layers"][m.name], self._processes.rank) for m in self._managed)
-        return next((problem for problem in problems if problem), None)
 
     def _watch(self) -> None:
         """Watch the passes before an update that reads dense gradients, and no others."""
