@@ -22,6 +22,8 @@ from offpath.topology import (
     PerLayer,
     Quota,
     Recipe,
+    Redistribute,
+    Shrink,
     Topology,
     TopologyError,
     drop,
@@ -57,6 +59,12 @@ def _pruned() -> nn.Module:
         (lambda: offpath.SET(m := _pruned(), _sgd(m)), "layer '0': .*mask or parametrization"),
         (lambda: offpath.RigL(m := model_of(density=1.0), _sgd(m), end_step=9), "all are full or empty"),
         (lambda: offpath.SET(m := model_of(), _sgd(m), also=[m]), "got the model itself"),
+        (
+            lambda: offpath.SET(m := model_of(), _sgd(m), also=AveragedModel(m)),
+            r"expected a list of models in also, got AveragedModel; write also=\[model\]",
+        ),
+        (lambda: offpath.SET(m := model_of(), _sgd(m), also=copy.deepcopy(m)), "also, got Sequential"),
+        (lambda: offpath.SET(m := model_of(), _sgd(m), also=None), "expected a list of models in also, got None"),
         (lambda: offpath.SET(m := model_of(), _sgd(m), also=[model_of(seed=1)]), "the same connections in the copy"),
         (lambda: offpath.SET(m := model_of(), _sgd(m), also=[nn.Linear(2, 2)]), "found no SparseLinear '0' in it"),
         (
@@ -78,6 +86,19 @@ def _pruned() -> nn.Module:
 def test_a_model_that_does_not_fit_is_refused(build: Callable[[], Topology], message: str) -> None:
     with pytest.raises(TopologyError, match=message):
         build()
+
+
+class Hasty:
+    needs_dense_gradient = True
+    gradient_steps = 2.5
+
+    def __call__(self, layer, count: int) -> Tensor:
+        return layer.draw_free(count)
+
+
+def _of(**parts: object) -> Recipe:
+    good = {"schedule": Every(2), "drop": drop.magnitude, "grow": grow.random, "budget": PerLayer(Constant(0.3))}
+    return Recipe("mine", **good | parts)  # type: ignore[arg-type]  # wrong parts are what is tested
 
 
 @pytest.mark.parametrize(
@@ -116,6 +137,16 @@ def test_a_model_that_does_not_fit_is_refused(build: Callable[[], Topology], mes
         (lambda m, o: Every(1, start_step=0.5), "start_step to be a whole number, got 0.5"),
         (lambda m, o: Cubic(end_step=4.5), "end_step to be a whole number, got 4.5"),
         (lambda m, o: Cubic(end_step=2, start_step=2), "0 <= start_step < end_step"),
+        (lambda m, o: _of(schedule=10), r"schedule to be something like Every\(update_freq=100\), got 10"),
+        (lambda m, o: _of(drop="magnitude"), "drop to be something like drop.magnitude, got 'magnitude'"),
+        (lambda m, o: _of(grow=grow.Gradient), r"grow to be an instance, got the class Gradient; write Gradient\("),
+        (lambda m, o: _of(grow=Hasty()), "gradient_steps of the grow rule to be a whole number, got 2.5"),
+        (lambda m, o: _of(budget=0.3), r"budget to be something like PerLayer\(Constant\(0.3\)\), got 0.3"),
+        (lambda m, o: _of(budget=PerLayer), r"budget to be an instance, got the class PerLayer; write PerLayer\("),
+        (lambda m, o: PerLayer(0.3), r"drop_fraction to be something like Constant\(0.3\), got 0.3"),
+        (lambda m, o: Redistribute(0.3), r"drop_fraction to be something like Constant\(0.3\), got 0.3"),
+        (lambda m, o: PerLayer(Constant), r"got the class Constant; write Constant\("),
+        (lambda m, o: Shrink(0.9, 0.3), r"remaining to be something like Cubic\(end_step=1000\), got 0.3"),
     ],
 )
 def test_a_bad_argument_is_refused(build, message: str) -> None:
@@ -161,6 +192,28 @@ RECIPES = {
     "last connection": (
         _with(quotas=(Quota(1, 1), Quota(18, 0))),
         "layer '2': expected a connection to stay, but all 18",
+    ),
+    "quotas of too few layers": (
+        _with(quotas=(Quota(1, 1),)),
+        r"Quota\(drop, grow\) for each of the 2 layers, got \[Quota",
+    ),
+    "no quotas": (_with(quotas=(None, None)), r"layer '0': .* Quota\(drop, grow\) of whole numbers .* got None"),
+    "a negative quota": (_with(quotas=(Quota(1, 1), Quota(1, -1))), "layer '2': .* at least 0, got Quota.*grow=-1"),
+    "half a connection": (_with(quotas=(Quota(1, 1), Quota(0.5, 1))), "layer '2': .* whole numbers .*drop=0.5"),
+    "more dropped than there are": (
+        _with(quotas=(Quota(1, 1), Quota(19, 9))),
+        "layer '2': expected a budget of at most 18 connections to drop, got 19",
+    ),
+    "dropped what never goes": (
+        _with(lambda layer: torch.full((layer.nnz,), torch.inf), quotas=(Quota(1, 1), Quota(0, 0))),
+        "layer '0': .* at most 0 connections to drop, got 1: it has 36, of which the drop rule keeps 36",
+    ),
+    "a fraction above one": (_of(budget=PerLayer(lambda step: 1.5)), r"drop_fraction in \[0, 1\] at step 2, got 1.5"),
+    "no fraction": (_of(budget=Redistribute(lambda step: None)), "at step 2, got None from function"),
+    "no importance": (_with(lambda layer: None), "layer '0': .* return 36 floating numbers, got None"),
+    "nothing grown": (
+        _with(grow_rule=lambda layer, count: None),
+        "layer '0': .* return 11 positions in int64, got None",
     ),
     "no grow rule": (_with(grow_rule=None, quotas=(Quota(1, 0), Quota(1, 1))), "has no grow rule"),
     "NaN importance": (_with(_nan_in_the_last_layer), "layer '2': expected importances without NaN"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from offpath.topology.errors import TopologyError
 from offpath.topology.managed import ManagedLayer
+from offpath.topology.settings import in_words
 
 STATE_VERSION = 1
 NEXT_STEP = "pass on what state_dict() of a topology returned, whole"
@@ -79,9 +80,7 @@ def _check_tensor(what: str, tensor: Any, dtype: torch.dtype, length: int | None
     fits = isinstance(tensor, Tensor) and tensor.dtype == dtype and tensor.dim() == 1
     if not fits or length not in (None, len(tensor)):
         shape = "n" if length is None else length
-        raise TopologyError(
-            f"expected {what} to be a tensor [{shape}] in {dtype}, got {_in_words(tensor)}; {NEXT_STEP}"
-        )
+        raise TopologyError(f"expected {what} to be a tensor [{shape}] in {dtype}, got {in_words(tensor)}; {NEXT_STEP}")
 
 
 def _check_generator(state: Any) -> None:
@@ -89,7 +88,7 @@ def _check_generator(state: Any) -> None:
         torch.Generator().set_state(state.cpu())
     except (AttributeError, TypeError, RuntimeError) as error:
         raise TopologyError(
-            f"expected the state of a torch.Generator on the CPU, got {_in_words(state)} ({error}); {NEXT_STEP}"
+            f"expected the state of a torch.Generator on the CPU, got {in_words(state)} ({error}); {NEXT_STEP}"
         ) from error
 
 
@@ -99,12 +98,8 @@ def _check_passes(what: str, passes: Any, in_features: int, out_features: int) -
             case (Tensor() as x, Tensor() as dy, Real()):
                 if x.shape[-1:] == (in_features,) and dy.shape[-1:] == (out_features,):
                     continue
-        got = ", ".join(map(_in_words, seen)) if isinstance(seen, list | tuple) else _in_words(seen)
+        got = ", ".join(map(in_words, seen)) if isinstance(seen, list | tuple) else in_words(seen)
         raise TopologyError(
             f"{what}: expected passes of a tensor [..., {in_features}], one [..., {out_features}] and a number, got "
             f"{got}; {NEXT_STEP}"
         )
-
-
-def _in_words(value: Any) -> str:
-    return f"{tuple(value.shape)} in {value.dtype}" if isinstance(value, Tensor) else repr(value)

@@ -14,7 +14,7 @@ from offpath.nn import check_rewire, rewire
 from offpath.pattern import Edit, PatternError
 from offpath.topology.carry import carry_state, check_grown_state, state_problem
 from offpath.topology.checkpoint import STATE_VERSION, check_state
-from offpath.topology.decide import Decision, decide
+from offpath.topology.decide import Decision, decide_drops, decide_growth
 from offpath.topology.distributed import Processes, fingerprint, unwrapped
 from offpath.topology.errors import TopologyError
 from offpath.topology.grow import gradient_decay, gradient_steps, needs_dense_gradient
@@ -228,7 +228,7 @@ class Topology:
         layers = [managed.view(self._generator, self._processes.average) for managed in self._managed]
         if needs_dense_gradient(self.recipe.grow):
             layers = self._processes.with_all_passes(layers)
-        return decide(self.recipe, self._step + 1, layers)
+        return decide_growth(self.recipe, layers, decide_drops(self.recipe, self._step + 1, layers))
 
     def _edits(self, decisions: list[Decision]) -> list[Edit | None]:
         """The decisions as edits, all of them checked against layers and optimizer; None where nothing changes."""

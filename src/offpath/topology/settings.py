@@ -6,6 +6,8 @@ import operator
 from numbers import Real
 from typing import Any
 
+from torch import Tensor
+
 
 def whole(name: str, value: Any, hint: str = "pass an int, for example round(0.75 * steps)") -> int:
     """`value` as an int, whichever library's it is. Raises `ValueError` for anything else, whole floats included."""
@@ -36,3 +38,8 @@ def check_part(name: str, part: Any, example: str, *methods: str) -> None:
         )
     if not all(callable(getattr(part, method, None)) for method in methods):
         raise ValueError(f"expected {name} to be something like {example}, got {part!r}")
+
+
+def in_words(value: Any) -> str:
+    """What came, for a message: of a tensor its type and shape."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
