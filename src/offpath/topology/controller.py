@@ -18,6 +18,7 @@ from offpath.topology.decide import Decision, decide_drops, decide_growth
 from offpath.topology.distributed import Processes, fingerprint, unwrapped
 from offpath.topology.errors import TopologyError
 from offpath.topology.grow import gradient_decay, gradient_steps, needs_dense_gradient
+from offpath.topology.layer import LayerView
 from offpath.topology.managed import FilterFn, ManagedLayer, check_plain, managed_layers
 from offpath.topology.recipe import Recipe
 from offpath.topology.record import LayerState, LayerUpdate, TopologyUpdate
@@ -208,27 +209,35 @@ class Topology:
 
     def _agreed_edits(self) -> list[Edit | None]:
         """The edits of the update that is due: decided in every process alike, and compared before any is made."""
-        if self._processes.count == 1:
-            return self._edits(self._decide())
+        recipe, processes, step = self.recipe, self._processes, self._step + 1
+        if processes.count == 1:
+            layers = self._views()
+            return self._edits(decide_growth(recipe, layers, decide_drops(recipe, step, layers)))
         device = self._managed[0].layer.values.device
         for managed in self._managed:
             check_plain(managed.name, managed.layer)
         self._check_processes(weights=fingerprint(*(managed.layer.values for managed in self._managed)))
-        try:
-            decisions = self._decide()
+        averages = needs_dense_gradient(recipe.grow)
+        with processes.telling_failure(device):
+            layers = self._views()
+        if averages:
+            processes.agree(device)
+            layers = processes.with_all_passes(layers)
+        with processes.telling_failure(device):
+            drops = decide_drops(recipe, step, layers)
+        if averages:
+            # Growth is one long exchange between all processes: whoever cannot take part in it says so before.
+            processes.agree(device, *(drop for drop, _ in drops))
+            decisions = decide_growth(recipe, layers, drops)
+        with processes.telling_failure(device):
+            if not averages:
+                decisions = decide_growth(recipe, layers, drops)
             edits = self._edits(decisions)
-        except TopologyError:
-            self._processes.tell_failure(device)
-            raise
-        chosen = fingerprint(*(part for decision in decisions for part in (decision.drop, decision.grow)))
-        self._processes.check_same(device, success=1, decision=chosen)
+        processes.agree(device, *(part for decision in decisions for part in (decision.drop, decision.grow)))
         return edits
 
-    def _decide(self) -> list[Decision]:
-        layers = [managed.view(self._generator, self._processes.average) for managed in self._managed]
-        if needs_dense_gradient(self.recipe.grow):
-            layers = self._processes.with_all_passes(layers)
-        return decide_growth(self.recipe, layers, decide_drops(self.recipe, self._step + 1, layers))
+    def _views(self) -> list[LayerView]:
+        return [managed.view(self._generator, self._processes.average) for managed in self._managed]
 
     def _edits(self, decisions: list[Decision]) -> list[Edit | None]:
         """The decisions as edits, all of them checked against layers and optimizer; None where nothing changes."""
