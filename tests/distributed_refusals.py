@@ -40,10 +40,12 @@ def _other_settings() -> None:
         _set(nn.Sequential(*list(model_of())[: 1 + 2 * (my_rank() == 0)]))
 
 
-def _refused_update(message: str, model: nn.Module, optimizer: torch.optim.Optimizer, topology: Topology) -> None:
+def _refused_update(
+    message: str, model: nn.Module, optimizer: torch.optim.Optimizer, topology: Topology, alike: bool = True
+) -> None:
     """The update that is due is refused in every process, and model, optimizer and topology are as they were."""
     before = bits([model.state_dict(), optimizer.state_dict(), topology.state_dict()])
-    with refused_everywhere(message):
+    with refused_everywhere(message, alike):
         topology.step()
     assert bits([model.state_dict(), optimizer.state_dict(), topology.state_dict()]) == before
 
@@ -71,22 +73,60 @@ def _other_steps() -> None:
     _refused_update("the same steps", model, optimizer, topology)
 
 
-def _a_rank_that_fails() -> None:
-    def fails(layer: LayerView) -> Tensor:
-        return layer.values.abs() if my_rank() != 1 else torch.full_like(layer.values, torch.nan)
+def _saliency(layer: LayerView) -> Tensor:
+    return (layer.values * layer.gradient).abs()
 
+
+def _fails(layer: LayerView) -> Tensor:
+    if my_rank() == 1:
+        raise ZeroDivisionError("a rule of one's own")
+    return layer.values.abs()
+
+
+def _nan(layer: LayerView) -> Tensor:
+    return layer.values.abs() if my_rank() != 1 else torch.full_like(layer.values, torch.nan)
+
+
+def _odd_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state[model[2].values]["odd"] = torch.zeros(3, 2)
+
+
+def _other_digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model[2].topology_digest += 1
+
+
+# Rule, what goes wrong in rank 1, and what it says of it.
+FAILURES = {
+    "NaN": (_nan, lambda model, optimizer: None, "TopologyError: .*without NaN"),
+    "own error": (_fails, lambda model, optimizer: None, "ZeroDivisionError: a rule of one's own"),
+    "no gradient": (_saliency, lambda model, optimizer: optimizer.zero_grad(), "expected values.grad, got None"),
+    "state": (_saliency, _odd_state, "the state 'odd' of Adam"),
+    "connections": (_saliency, _other_digest, "they have changed since"),
+}
+
+
+def _a_rank_that_fails(failure: str, grow: str) -> None:
+    """The others hear of it, and do not wait for the timeout: not in the averages of growth by gradient either."""
+    rule, spoil, message = FAILURES[failure]
+    grow_rule = parts.grow.Gradient() if grow == "gradient" else parts.grow.random
+    recipe = parts.Recipe("fails", parts.Every(1), rule, grow_rule, parts.PerLayer(parts.Constant(0.3)))
     model = model_of()
-    recipe = parts.Recipe("fails", parts.Every(1), fails, parts.grow.random, parts.PerLayer(parts.Constant(0.3)))
-    optimizer, topology = _set(model, lambda m, o, **_: Topology(m, o, recipe))
-    message = "without NaN" if my_rank() == 1 else "same success .* rank 1 .* its own error says why"
-    _refused_update(f"{message}|without NaN|same success", model, optimizer, topology)
+    wrapped = Wrapped(model)
+    optimizer, topology = _set(wrapped, lambda m, o, **_: Topology(m, o, recipe))
+    train_step(wrapped, optimizer, 1)
+    if my_rank() == 1:
+        spoil(model, optimizer)
+    message = message if my_rank() == 1 else "TopologyError: .*same success .* rank 1 .* its own error says why"
+    _refused_update(message, model, optimizer, topology, alike=False)
 
 
 for function in (
     _other_connections, _other_settings, _weights_that_nobody_averaged, _a_gradient_that_nobody_averaged, _other_steps,
-    _a_rank_that_fails,
 ):  # fmt: skip
     check(function)
+for failure in FAILURES:
+    for grow in ("random", "gradient"):
+        check(_a_rank_that_fails, failure, grow)
 
 
 def _mutant(name: str) -> None:

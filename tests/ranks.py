@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel as Wrapped
 
-from offpath.topology import TopologyError
-
 CHECKS: dict[str, Callable[[], None]] = {}
 
 
@@ -51,14 +49,14 @@ def bits(value: Any) -> Any:
 
 
 @contextmanager
-def refused_everywhere(message: str) -> Iterator[None]:
-    """Every process raises, with a message that matches."""
+def refused_everywhere(message: str, alike: bool = True) -> Iterator[None]:
+    """Every process raises, with a message that matches; where they are not `alike`, that of its own."""
     said = "nothing"
     try:
         yield
-    except (TopologyError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         said = f"{type(error).__name__}: {error}"
-    everywhere = gathered(said)
+    everywhere = gathered(said) if alike else [said]
     assert all(re.search(message, text) for text in everywhere), everywhere
 
 

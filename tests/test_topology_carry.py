@@ -65,8 +65,33 @@ def test_a_connection_may_begin_with_the_mean_of_its_layer() -> None:
     mean = float(optimizer.state[model[0].values]["exp_avg_sq"].double().mean())
     grown = _grown_entries(topology, model[0], optimizer, "exp_avg_sq")
     assert mean > 0 and grown.tolist() == [float(torch.tensor(mean))] * 11
-    with pytest.raises(TopologyError, match="a number or \"mean\", got 'median'"):
-        offpath.SET(model, optimizer, update_freq=1, grown_state={"exp_avg_sq": "median"})
+    for begin in ("median", torch.nan, -torch.inf, None):
+        with pytest.raises(TopologyError, match=f'a finite number or "mean", got {begin!r}'):
+            offpath.SET(model, optimizer, update_freq=1, grown_state={"exp_avg_sq": begin})
+
+
+@pytest.mark.parametrize("key", ["exp_avg_sqq", "step"])
+def test_a_state_that_the_optimizer_does_not_keep_of_connections_is_refused(key: str) -> None:
+    model = model_of()
+    optimizer = torch.optim.Adam(model.parameters())
+    topology = offpath.SET(model, optimizer, update_freq=2, grown_state={key: 1.0})
+    train_step(model, optimizer, 1)
+    assert topology.step() is None
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    drawn = topology.state_dict()["generator"]
+    with pytest.raises(TopologyError, match=rf"\('exp_avg', 'exp_avg_sq'\), got '{key}'"):
+        topology.step()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert topology.step_count == 1 and torch.equal(topology.state_dict()["generator"], drawn)
+
+
+def test_grown_state_waits_for_an_optimizer_that_has_none_yet() -> None:
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    topology = offpath.SET(model, optimizer, update_freq=1, grown_state={"momentum_buffer": 1.0})
+    assert topology.step() is not None, "before the optimizer's first step there is nothing to carry"
+    train_step(model, optimizer, 1)
+    assert _grown_entries(topology, model[0], optimizer, "momentum_buffer").tolist() == [1.0] * 11
 
 
 def _grown_entries(topology: Topology, layer: SparseLinear, optimizer: torch.optim.Optimizer, key: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,21 @@ from torch.optim.swa_utils import AveragedModel
 
 import offpath
 from offpath import SparseLinear
-from offpath.topology import Constant, Every, PerLayer, Quota, Recipe, Topology, TopologyError, drop, grow
+from offpath.topology import (
+    Constant,
+    Cosine,
+    Cubic,
+    Every,
+    PerLayer,
+    Quota,
+    Recipe,
+    Redistribute,
+    Shrink,
+    Topology,
+    TopologyError,
+    drop,
+    grow,
+)
 from topology_checks import model_of, train_step
 
 
@@ -44,6 +59,12 @@ def _pruned() -> nn.Module:
         (lambda: offpath.SET(m := _pruned(), _sgd(m)), "layer '0': .*mask or parametrization"),
         (lambda: offpath.RigL(m := model_of(density=1.0), _sgd(m), end_step=9), "all are full or empty"),
         (lambda: offpath.SET(m := model_of(), _sgd(m), also=[m]), "got the model itself"),
+        (
+            lambda: offpath.SET(m := model_of(), _sgd(m), also=AveragedModel(m)),
+            r"expected a list of models in also, got AveragedModel; write also=\[model\]",
+        ),
+        (lambda: offpath.SET(m := model_of(), _sgd(m), also=copy.deepcopy(m)), "also, got Sequential"),
+        (lambda: offpath.SET(m := model_of(), _sgd(m), also=None), "expected a list of models in also, got None"),
         (lambda: offpath.SET(m := model_of(), _sgd(m), also=[model_of(seed=1)]), "the same connections in the copy"),
         (lambda: offpath.SET(m := model_of(), _sgd(m), also=[nn.Linear(2, 2)]), "found no SparseLinear '0' in it"),
         (
@@ -67,6 +88,19 @@ def test_a_model_that_does_not_fit_is_refused(build: Callable[[], Topology], mes
         build()
 
 
+class Hasty:
+    needs_dense_gradient = True
+    gradient_steps = 2.5
+
+    def __call__(self, layer, count: int) -> Tensor:
+        return layer.draw_free(count)
+
+
+def _of(**parts: object) -> Recipe:
+    good = {"schedule": Every(2), "drop": drop.magnitude, "grow": grow.random, "budget": PerLayer(Constant(0.3))}
+    return Recipe("mine", **good | parts)  # type: ignore[arg-type]  # wrong parts are what is tested
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -84,12 +118,48 @@ def test_a_model_that_does_not_fit_is_refused(build: Callable[[], Topology], mes
         (lambda m, o: drop.Threshold(-1.0), "positive finite threshold"),
         (lambda m, o: Recipe("half", Every(1)), "a drop rule and a budget beside the schedule"),
         (lambda m, o: Every(1, at_end=True), "an end_step for an update at the end"),
+        (
+            lambda m, o: offpath.GMP(m, o, final_sparsity=0.9, end_step=4.5, update_freq=2),
+            r"expected end_step to be a whole number, got 4.5; pass an int, for example round\(0.75 \* steps\)",
+        ),
+        (lambda m, o: offpath.GMP(m, o, final_sparsity="0.9", end_step=4), "final_sparsity to be a number, got '0.9'"),
+        (lambda m, o: offpath.RigL(m, o, end_step=float("inf")), "end_step to be a whole number, got inf"),
+        (lambda m, o: offpath.SET(m, o, update_freq=2.5), "update_freq to be a whole number, got 2.5"),
+        (lambda m, o: offpath.SET(m, o, update_freq=float("nan")), "update_freq to be a whole number, got nan"),
+        (lambda m, o: offpath.SET(m, o, update_freq="10"), "update_freq to be a whole number, got '10'"),
+        (lambda m, o: offpath.SET(m, o, drop_fraction="0.3"), "drop_fraction to be a number, got '0.3'"),
+        (lambda m, o: offpath.SET(m, o, drop_fraction=None), "drop_fraction to be a number, got None"),
+        (lambda m, o: offpath.MEST(m, o, gradient_weight="1"), "gradient_weight to be a number, got '1'"),
+        (lambda m, o: offpath.SET(m, o, seed=None), "seed to be a whole number, got None; pass an int, such as 0"),
+        (lambda m, o: grow.Momentum(0.9, steps=1.5), "steps to be a whole number, got 1.5"),
+        (lambda m, o: grow.Momentum("0.9"), "momentum to be a number, got '0.9'"),
+        (lambda m, o: drop.Threshold("1"), "threshold to be a number, got '1'"),
+        (lambda m, o: Every(1, start_step=0.5), "start_step to be a whole number, got 0.5"),
+        (lambda m, o: Cubic(end_step=4.5), "end_step to be a whole number, got 4.5"),
+        (lambda m, o: Cubic(end_step=2, start_step=2), "0 <= start_step < end_step"),
+        (lambda m, o: _of(schedule=10), r"schedule to be something like Every\(update_freq=100\), got 10"),
+        (lambda m, o: _of(drop="magnitude"), "drop to be something like drop.magnitude, got 'magnitude'"),
+        (lambda m, o: _of(grow=grow.Gradient), r"grow to be an instance, got the class Gradient; write Gradient\("),
+        (lambda m, o: _of(grow=Hasty()), "gradient_steps of the grow rule to be a whole number, got 2.5"),
+        (lambda m, o: _of(budget=0.3), r"budget to be something like PerLayer\(Constant\(0.3\)\), got 0.3"),
+        (lambda m, o: _of(budget=PerLayer), r"budget to be an instance, got the class PerLayer; write PerLayer\("),
+        (lambda m, o: PerLayer(0.3), r"drop_fraction to be something like Constant\(0.3\), got 0.3"),
+        (lambda m, o: Redistribute(0.3), r"drop_fraction to be something like Constant\(0.3\), got 0.3"),
+        (lambda m, o: PerLayer(Constant), r"got the class Constant; write Constant\("),
+        (lambda m, o: Shrink(0.9, 0.3), r"remaining to be something like Cubic\(end_step=1000\), got 0.3"),
     ],
 )
 def test_a_bad_argument_is_refused(build, message: str) -> None:
     model = model_of()
     with pytest.raises(ValueError, match=message):
         build(model, _sgd(model))
+
+
+def test_whole_numbers_of_other_libraries_are_those_of_python() -> None:
+    for mine, other in ((Every(2, 9, 1), Every(*np.array([2, 9, 1]))), (Cosine(0.3, 9), Cosine(0.3, torch.tensor(9)))):
+        assert repr(mine) == repr(other), "a checkpoint of one is one of the other"
+    model = model_of()
+    assert offpath.SET(model, _sgd(model), update_freq=np.int32(1), seed=np.int64(3)).step() is not None
 
 
 class Fixed(PerLayer):
@@ -122,6 +192,28 @@ RECIPES = {
     "last connection": (
         _with(quotas=(Quota(1, 1), Quota(18, 0))),
         "layer '2': expected a connection to stay, but all 18",
+    ),
+    "quotas of too few layers": (
+        _with(quotas=(Quota(1, 1),)),
+        r"Quota\(drop, grow\) for each of the 2 layers, got \[Quota",
+    ),
+    "no quotas": (_with(quotas=(None, None)), r"layer '0': .* Quota\(drop, grow\) of whole numbers .* got None"),
+    "a negative quota": (_with(quotas=(Quota(1, 1), Quota(1, -1))), "layer '2': .* at least 0, got Quota.*grow=-1"),
+    "half a connection": (_with(quotas=(Quota(1, 1), Quota(0.5, 1))), "layer '2': .* whole numbers .*drop=0.5"),
+    "more dropped than there are": (
+        _with(quotas=(Quota(1, 1), Quota(19, 9))),
+        "layer '2': expected a budget of at most 18 connections to drop, got 19",
+    ),
+    "dropped what never goes": (
+        _with(lambda layer: torch.full((layer.nnz,), torch.inf), quotas=(Quota(1, 1), Quota(0, 0))),
+        "layer '0': .* at most 0 connections to drop, got 1: it has 36, of which the drop rule keeps 36",
+    ),
+    "a fraction above one": (_of(budget=PerLayer(lambda step: 1.5)), r"drop_fraction in \[0, 1\] at step 2, got 1.5"),
+    "no fraction": (_of(budget=Redistribute(lambda step: None)), "at step 2, got None from function"),
+    "no importance": (_with(lambda layer: None), "layer '0': .* return 36 floating numbers, got None"),
+    "nothing grown": (
+        _with(grow_rule=lambda layer, count: None),
+        "layer '0': .* return 11 positions in int64, got None",
     ),
     "no grow rule": (_with(grow_rule=None, quotas=(Quota(1, 0), Quota(1, 1))), "has no grow rule"),
     "NaN importance": (_with(_nan_in_the_last_layer), "layer '2': expected importances without NaN"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import asdict
 
 import pytest
@@ -80,6 +81,19 @@ def _tampered(change) -> dict:
     return state
 
 
+def _put(**entries) -> Callable[[], dict]:
+    return lambda: _start("SET")[2].state_dict() | entries
+
+
+def _in_layer(**entries) -> Callable[[], dict]:
+    """A state whose last layer is another one."""
+    return lambda: _tampered(lambda state: state["layers"]["2"].update(entries))
+
+
+def _not_in_layer(key: str) -> Callable[[], dict]:
+    return lambda: _tampered(lambda state: state["layers"]["2"].pop(key))
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [
@@ -87,9 +101,33 @@ def _tampered(change) -> dict:
         (_start("SET global")[2].state_dict, "PerLayer.*got one of .*Redistribute"),
         (_start("SET", seed=1)[2].state_dict, "layer '0': .* load the model's checkpoint before"),
         (lambda: _tampered(lambda s: s["layers"].pop("2")), r"the layers \['0', '2'\], got one of \['0'\]"),
-        (lambda: _tampered(lambda s: s.pop("generator")), r"version 1; \['generator'\]"),
-        (lambda: _tampered(lambda s: s.update(version=2)), "version 1"),
-        (dict, "expected the state_dict of a topology"),
+        (lambda: _tampered(lambda s: s.pop("generator")), r"of a topology, got one without \['generator'\]; pass on"),
+        (_put(version=2), "version 1, got version 2; load it with the release of offpath that saved it"),
+        (dict, r"expected the state_dict of a topology, version 1, got one without \['version'\]"),
+        (lambda: None, "expected the state_dict of a topology, version 1, got NoneType"),
+        (lambda: [1, 2], "expected the state_dict of a topology, version 1, got list"),
+        (_put(step=None), "expected step to be a whole number of at least 0, got None"),
+        (_put(step=-5), "expected step to be a whole number of at least 0, got -5"),
+        (_put(generator=None), "expected the state of a torch.Generator on the CPU, got None"),
+        (_put(generator=torch.zeros(10, dtype=torch.uint8)), r"torch.Generator .* got torch.uint8 \(10,\)"),
+        (_put(generator=torch.zeros(5056, dtype=torch.uint8)), "torch.Generator .*mt19937"),
+        (_put(layers=["0", "2"]), "expected the layers of the state, got list"),
+        (_put(layers={"0": None, "2": None}), "expected the state of layer '0', got NoneType"),
+        (_not_in_layer("initial_nnz"), r"expected the state of layer '2', got one without \['initial_nnz'\]"),
+        (_not_in_layer("digest"), r"got one without \['digest'\]"),
+        (_not_in_layer("unmoved"), r"got one without \['unmoved'\]"),
+        (_in_layer(initial_nnz="18"), "layer '2': initial_nnz to be a whole number of at least 0, got '18'"),
+        (_in_layer(digest=None), "layer '2': digest to be a whole number, got None"),
+        (_in_layer(unmoved=None), r"layer '2': unmoved to be a tensor \[n\] in torch.bool, got None"),
+        (_in_layer(unmoved=torch.ones(1, 18, dtype=torch.bool)), r"unmoved .* got torch.bool \(1, 18\)"),
+        (_in_layer(unmoved=torch.ones(18)), r"unmoved .* got torch.float32 \(18,\)"),
+        (_in_layer(unmoved=torch.ones(17, dtype=torch.bool)), "layer '2': expected the connections that were there"),
+        (_in_layer(history=[]), "expected the history of layer '2', got list"),
+        (_in_layer(history={"rank": 0, "passes": [None]}), r"layer '2': expected passes of a tensor \[..., 10\]"),
+        (
+            _in_layer(history={"rank": 0, "passes": [(torch.ones(5, 10), torch.ones(5, 9), 1.0)]}),
+            r"one \[..., 6\] and a number, got torch.float32 \(5, 10\), torch.float32 \(5, 9\), 1.0",
+        ),
     ],
 )
 def test_the_state_of_another_model_or_recipe_is_refused_and_changes_nothing(state, message: str) -> None:
@@ -99,6 +137,16 @@ def test_the_state_of_another_model_or_recipe_is_refused_and_changes_nothing(sta
         topology.load_state_dict(state())
     after = topology.state_dict()
     assert torch.equal(before.pop("generator"), after.pop("generator")) and str(before) == str(after)
+
+
+def test_the_bits_of_other_positions_are_refused_and_nothing_changes() -> None:
+    model = model_of()
+    topology = offpath.SET(model, torch.optim.SGD(model.parameters(), lr=0.1), update_freq=1, record_explored=True)
+    state, before = topology.state_dict(), topology.survey()
+    state["layers"]["2"]["explored"] = torch.full((3,), 255, dtype=torch.uint8)
+    with pytest.raises(TopologyError, match=r"layer '2': explored to be a tensor \[8\] in torch.uint8, got \(3,\)"):
+        topology.load_state_dict(state)
+    assert topology.survey() == before
 
 
 def test_passes_that_another_process_saw_are_refused() -> None:

@@ -4,7 +4,6 @@ from offpath.topology import drop as drop, grow as grow
 from offpath.topology.budget import (
     Budget as Budget,
     PerLayer as PerLayer,
-    Quota as Quota,
     Redistribute as Redistribute,
     Shrink as Shrink,
 )
@@ -12,6 +11,7 @@ from offpath.topology.controller import Topology as Topology
 from offpath.topology.distribution import DISTRIBUTIONS as DISTRIBUTIONS, layer_densities as layer_densities
 from offpath.topology.errors import TopologyError as TopologyError
 from offpath.topology.layer import LayerView as LayerView
+from offpath.topology.quotas import Quota as Quota
 from offpath.topology.recipe import Recipe as Recipe
 from offpath.topology.recipes import (
     GMP as GMP,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from numbers import Real
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -12,15 +13,10 @@ from torch import Tensor
 from offpath.topology.distribution import DISTRIBUTIONS, layer_densities
 from offpath.topology.errors import TopologyError
 from offpath.topology.layer import LayerView
+from offpath.topology.quotas import Quota, droppable
 from offpath.topology.schedules import Cubic, DropFraction
 from offpath.topology.select import lowest
-
-
-class Quota(NamedTuple):
-    """Connections that a layer drops and grows."""
-
-    drop: int
-    grow: int
+from offpath.topology.settings import check_number, check_part
 
 
 class Budget(Protocol):
@@ -47,13 +43,16 @@ class PerLayer:
     keeps_nnz: ClassVar[bool] = True
     drop_fraction: DropFraction
 
+    def __post_init__(self) -> None:
+        check_part("drop_fraction", self.drop_fraction, "Constant(0.3)", "__call__")
+
     def check(self, layers: Sequence[LayerView]) -> None:
         _check_room(layers)
 
     def __call__(self, step: int, layers: Sequence[LayerView], importances: Sequence[Tensor]) -> list[Quota]:
         quotas = []
         for layer, importance in zip(layers, importances, strict=True):
-            count = min(round(self.drop_fraction(step) * layer.nnz), _droppable(importance), layer.free_count)
+            count = min(round(_fraction(self.drop_fraction, step) * layer.nnz), droppable(importance), layer.free_count)
             quotas.append(Quota(count, count))
         return quotas
 
@@ -68,13 +67,16 @@ class Redistribute:
 
     drop_fraction: DropFraction
 
+    def __post_init__(self) -> None:
+        check_part("drop_fraction", self.drop_fraction, "Constant(0.3)", "__call__")
+
     def check(self, layers: Sequence[LayerView]) -> None:
         _check_room(layers)
 
     def __call__(self, step: int, layers: Sequence[LayerView], importances: Sequence[Tensor]) -> list[Quota]:
         room = [layer.free_count for layer in layers]
-        total = round(self.drop_fraction(step) * sum(layer.nnz for layer in layers))
-        total = min(total, sum(room), sum(map(_droppable, importances)))
+        total = round(_fraction(self.drop_fraction, step) * sum(layer.nnz for layer in layers))
+        total = min(total, sum(room), sum(map(droppable, importances)))
         drops = _lowest_of_all(importances, total)
         survivors = [layer.nnz - drop for layer, drop in zip(layers, drops, strict=True)]
         grows = share(total, survivors, room)
@@ -98,6 +100,8 @@ class Shrink:
             raise ValueError(
                 f"expected distribution to be one of {', '.join(DISTRIBUTIONS)}, global; got {self.distribution!r}"
             )
+        check_number("final_sparsity", self.final_sparsity)
+        check_part("remaining", self.remaining, "Cubic(end_step=1000)", "__call__")
         if not 0 < self.final_sparsity < 1:
             raise ValueError(f"expected final_sparsity in (0, 1), got {self.final_sparsity}")
 
@@ -123,10 +127,10 @@ class Shrink:
         targets = self._targets(layers, self.remaining(step))
         if self.distribution == "global":
             surplus = sum(layer.nnz for layer in layers) - targets[0]
-            drops = _lowest_of_all(importances, max(0, min(surplus, sum(map(_droppable, importances)))))
+            drops = _lowest_of_all(importances, max(0, min(surplus, sum(map(droppable, importances)))))
             return [Quota(drop, 0) for drop in drops]
         return [
-            Quota(max(0, min(layer.nnz - target, _droppable(importance))), 0)
+            Quota(max(0, min(layer.nnz - target, droppable(importance))), 0)
             for layer, target, importance in zip(layers, targets, importances, strict=True)
         ]
 
@@ -179,8 +183,13 @@ def _lowest_of_all(importances: Sequence[Tensor], count: int) -> list[int]:
     return torch.searchsorted(chosen, ends).diff(prepend=ends.new_zeros(1)).tolist()
 
 
-def _droppable(importance: Tensor) -> int:
-    return int((importance < torch.inf).sum())
+def _fraction(schedule: DropFraction, step: int) -> float:
+    fraction = schedule(step)
+    if not isinstance(fraction, Real) or not 0 <= fraction <= 1:
+        raise TopologyError(
+            f"expected a drop_fraction in [0, 1] at step {step}, got {fraction!r} from {type(schedule).__name__}"
+        )
+    return float(fraction)
 
 
 def _check_room(layers: Sequence[LayerView]) -> None:

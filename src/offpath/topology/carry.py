@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -15,11 +17,16 @@ from offpath.topology.errors import TopologyError
 MEAN = "mean"
 
 
-def check_grown_state(grown_state: Mapping[str, float | str]) -> None:
-    """Raises `TopologyError` for what is neither a number nor "mean"."""
+def check_grown_state(grown_state: Mapping[str, float | str], keys: Collection[str] | None = None) -> None:
+    """Raises `TopologyError` for what is neither a finite number nor "mean", and for a key beside `keys` if given."""
     for key, begin in grown_state.items():
-        if begin != MEAN and not isinstance(begin, int | float):
-            raise TopologyError(f'expected grown_state[{key!r}] to be a number or "mean", got {begin!r}')
+        if begin != MEAN and not (isinstance(begin, Real) and math.isfinite(begin)):
+            raise TopologyError(f'expected grown_state[{key!r}] to be a finite number or "mean", got {begin!r}')
+        if keys is not None and key not in keys:
+            raise TopologyError(
+                f"expected the keys of grown_state to be those of the optimizer's state that have an entry for each "
+                f"connection ({', '.join(map(repr, sorted(keys))) or 'here none'}), got {key!r}"
+            )
 
 
 def owns(optimizer: Optimizer, parameter: nn.Parameter) -> bool:

@@ -6,25 +6,26 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from offpath import pattern as patterns
 from offpath.nn import check_rewire, rewire
 from offpath.pattern import Edit, PatternError
 from offpath.topology.carry import carry_state, check_grown_state, state_problem
-from offpath.topology.decide import Decision, decide
+from offpath.topology.checkpoint import STATE_VERSION, check_state
+from offpath.topology.decide import Decision, decide_drops, decide_growth
 from offpath.topology.distributed import Processes, fingerprint, unwrapped
 from offpath.topology.errors import TopologyError
 from offpath.topology.grow import gradient_decay, gradient_steps, needs_dense_gradient
+from offpath.topology.layer import LayerView
 from offpath.topology.managed import FilterFn, ManagedLayer, check_plain, managed_layers
 from offpath.topology.recipe import Recipe
 from offpath.topology.record import LayerState, LayerUpdate, TopologyUpdate
+from offpath.topology.settings import whole
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-STATE_VERSION = 1
 
 
 class Topology:
@@ -78,7 +79,7 @@ class Topology:
         self._grown_state = dict(grown_state or {})
         check_grown_state(self._grown_state)
         self._managed = managed_layers(unwrapped(model), optimizer, also, filter_fn, record_explored)
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(whole("seed", seed, "pass an int, such as 0"))
         self._step = 0
         if recipe.budget is not None:
             recipe.budget.check([managed.view(self._generator) for managed in self._managed])
@@ -167,28 +168,16 @@ class Topology:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`. Load the model's and the optimizer's checkpoint first.
 
-        Raises `TopologyError`, before anything is changed, when it belongs to another recipe or another model.
+        Raises `TopologyError`, before anything is changed, when it belongs to another recipe or another model, or is
+        no whole state_dict of a topology.
         """
-        problem = self._load_problem(state)
-        if problem:
-            raise TopologyError(problem)
+        check_state(state, self.recipe.describe(), self._managed, self._processes.rank)
         self._processes.follow(self._sizes)  # the model's checkpoint may have brought other ones
         for managed in self._managed:
             managed.load_state_dict(state["layers"][managed.name])
         self._generator.set_state(state["generator"].cpu())
         self._step = int(state["step"])
         self._watch()
-
-    def _load_problem(self, state: Mapping[str, Any]) -> str | None:
-        missing = {"version", "recipe", "step", "generator", "layers"} - state.keys()
-        if missing or state["version"] != STATE_VERSION:
-            return f"expected the state_dict of a topology, version {STATE_VERSION}; {sorted(missing) or 'got another'}"
-        if state["recipe"] != self.recipe.describe():
-            return f"expected a state of the recipe {self.recipe.describe()}, got one of {state['recipe']}"
-        if sorted(state["layers"]) != sorted(self.layer_names):
-            return f"expected a state of the layers {list(self.layer_names)}, got one of {list(state['layers'])}"
-        problems = (m.load_problem(state["layers"][m.name], self._processes.rank) for m in self._managed)
-        return next((problem for problem in problems if problem), None)
 
     def _watch(self) -> None:
         """Watch the passes before an update that reads dense gradients, and no others."""
@@ -220,30 +209,39 @@ class Topology:
 
     def _agreed_edits(self) -> list[Edit | None]:
         """The edits of the update that is due: decided in every process alike, and compared before any is made."""
-        if self._processes.count == 1:
-            return self._edits(self._decide())
+        recipe, processes, step = self.recipe, self._processes, self._step + 1
+        if processes.count == 1:
+            layers = self._views()
+            return self._edits(decide_growth(recipe, layers, decide_drops(recipe, step, layers)))
         device = self._managed[0].layer.values.device
         for managed in self._managed:
             check_plain(managed.name, managed.layer)
         self._check_processes(weights=fingerprint(*(managed.layer.values for managed in self._managed)))
-        try:
-            decisions = self._decide()
+        averages = needs_dense_gradient(recipe.grow)
+        with processes.telling_failure(device):
+            layers = self._views()
+        if averages:
+            processes.agree(device)
+            layers = processes.with_all_passes(layers)
+        with processes.telling_failure(device):
+            drops = decide_drops(recipe, step, layers)
+        if averages:
+            # Growth is one long exchange between all processes: whoever cannot take part in it says so before.
+            processes.agree(device, *(drop for drop, _ in drops))
+            decisions = decide_growth(recipe, layers, drops)
+        with processes.telling_failure(device):
+            if not averages:
+                decisions = decide_growth(recipe, layers, drops)
             edits = self._edits(decisions)
-        except TopologyError:
-            self._processes.tell_failure(device)
-            raise
-        chosen = fingerprint(*(part for decision in decisions for part in (decision.drop, decision.grow)))
-        self._processes.check_same(device, success=1, decision=chosen)
+        processes.agree(device, *(part for decision in decisions for part in (decision.drop, decision.grow)))
         return edits
 
-    def _decide(self) -> list[Decision]:
-        layers = [managed.view(self._generator, self._processes.average) for managed in self._managed]
-        if needs_dense_gradient(self.recipe.grow):
-            layers = self._processes.with_all_passes(layers)
-        return decide(self.recipe, self._step + 1, layers)
+    def _views(self) -> list[LayerView]:
+        return [managed.view(self._generator, self._processes.average) for managed in self._managed]
 
     def _edits(self, decisions: list[Decision]) -> list[Edit | None]:
         """The decisions as edits, all of them checked against layers and optimizer; None where nothing changes."""
+        self._check_grown_keys()
         edits: list[Edit | None] = []
         for managed, (pattern, drop, grow) in zip(self._managed, decisions, strict=True):
             if not drop.numel() and not grow.numel():
@@ -261,6 +259,17 @@ class Topology:
                 raise TopologyError(f"layer {managed.name!r}: {error}") from error
             edits.append(edit)
         return edits
+
+    def _check_grown_keys(self) -> None:
+        """The optimizer makes its state in its first step, so its keys are not known before an update."""
+        weights = [managed.layer.values for managed in self._managed]
+        states = [(weight, self._optimizer.state.get(weight, {})) for weight in weights]
+        if any(state for _, state in states):
+            moving = {
+                key for weight, state in states for key, entry in state.items()
+                if isinstance(entry, Tensor) and entry.shape == weight.shape
+            }  # fmt: skip
+            check_grown_state(self._grown_state, moving)
 
     def _apply(self, managed: ManagedLayer, edit: Edit | None) -> LayerUpdate:
         layer = managed.layer

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -72,10 +72,22 @@ class Processes:
                     f"differs from rank 0; {NEXT_STEPS[name]}"
                 )
 
-    def tell_failure(self, device: torch.device) -> None:
-        """Let the others know that this process could not decide: they wait for its decision."""
-        with suppress(TopologyError):
-            self.check_same(device, success=0, decision=0)
+    def agree(self, device: torch.device, *decided: Tensor) -> None:
+        """Raise `TopologyError`, in every process, unless all have come here and decided the same."""
+        self.check_same(device, success=1, decision=fingerprint(*decided))
+
+    @contextmanager
+    def telling_failure(self, device: torch.device) -> Iterator[None]:
+        """Let the others, who wait in `agree`, know that this process could not decide.
+
+        Nothing in it may communicate, or this would be taken for an answer.
+        """
+        try:
+            yield
+        except Exception:
+            with suppress(TopologyError):
+                self.check_same(device, success=0, decision=0)
+            raise
 
     def with_all_passes(self, layers: Sequence[LayerView]) -> list[LayerView]:
         """A layer that only other processes' batches went through has a gradient of zero in this one."""

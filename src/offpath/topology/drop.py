@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from offpath.topology.layer import LayerView
+from offpath.topology.settings import check_number
 
 DropRule = Callable[[LayerView], Tensor]
 
@@ -40,6 +41,7 @@ class Threshold:
     threshold: float
 
     def __post_init__(self) -> None:
+        check_number("threshold", self.threshold)
         if not 0 < self.threshold < torch.inf:
             raise ValueError(f"expected a positive finite threshold, got {self.threshold}")
 
@@ -58,6 +60,7 @@ class MagnitudeAndGradient:
     gradient_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        check_number("gradient_weight", self.gradient_weight)
         if not 0 <= self.gradient_weight < torch.inf:
             raise ValueError(f"expected gradient_weight to be finite and at least 0, got {self.gradient_weight}")
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from offpath.topology.layer import LayerView
+from offpath.topology.settings import check_number, keep_whole
 
 GrowRule = Callable[[LayerView, int], Tensor]
 
@@ -53,6 +54,8 @@ class Momentum:
     steps: int = 10
 
     def __post_init__(self) -> None:
+        check_number("momentum", self.momentum)
+        keep_whole(self, "steps")
         if not 0 < self.momentum <= 1 or self.steps < 1:
             raise ValueError(
                 f"expected momentum in (0, 1] and at least 1 step, got momentum={self.momentum}, steps={self.steps}"

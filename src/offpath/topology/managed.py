@@ -119,9 +119,12 @@ def managed_layers(
 ) -> list[ManagedLayer]:
     """The trainable sparse layers of `model` that `filter_fn` takes, each once.
 
-    Raises `TopologyError` when there is none, when the optimizer does not own the values of one, or when a model in
-    `also` has no layer of the same name and connections.
+    Raises `TopologyError` when there is none, when the optimizer does not own the values of one, or when `also` is no
+    list of models that have a layer of the same name and connections.
     """
+    if not isinstance(also, Sequence) or not all(isinstance(other, nn.Module) for other in also):
+        got = type(also).__name__ if isinstance(also, nn.Module) else repr(also)
+        raise TopologyError(f"expected a list of models in also, got {got}; write also=[model]")
     chosen: dict[str, SparseLinear] = {}
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear) and (filter_fn is None or filter_fn(module, name)):

@@ -7,8 +7,9 @@ from typing import Any
 
 from offpath.topology.budget import Budget
 from offpath.topology.drop import DropRule
-from offpath.topology.grow import GrowRule
+from offpath.topology.grow import GrowRule, gradient_steps
 from offpath.topology.schedules import Every
+from offpath.topology.settings import check_part, whole
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Recipe:
     """When `schedule` says so, the connections that `drop` finds least important go, and `grow` names new ones.
 
     `budget` says how many of both, layer by layer. Without a schedule nothing ever changes; without `grow`, connections
-    only go. Raises `ValueError` for a schedule without `drop` or `budget`.
+    only go. Raises `ValueError` for a schedule without `drop` or `budget`, and for a part that is none.
     """
 
     name: str
@@ -28,6 +29,16 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.schedule is not None and (self.drop is None or self.budget is None):
             raise ValueError(f"recipe {self.name!r}: expected a drop rule and a budget beside the schedule")
+        if self.schedule is not None:
+            check_part("schedule", self.schedule, "Every(update_freq=100)", "due")
+        if self.drop is not None:
+            check_part("drop", self.drop, "drop.magnitude", "__call__")
+        if self.grow is not None:
+            check_part("grow", self.grow, "grow.random", "__call__")
+            if gradient_steps(self.grow):
+                whole("gradient_steps of the grow rule", gradient_steps(self.grow), "give it an int")
+        if self.budget is not None:
+            check_part("budget", self.budget, "PerLayer(Constant(0.3))", "check", "__call__")
 
     def describe(self) -> str:
         """All parts with their settings in words: two recipes that do the same have the same description."""

@@ -116,8 +116,9 @@ def MEST(
 ) -> Topology:
     """The connections of the smallest |w| + `gradient_weight` * |dL/dw| go, random ones come.
 
-    Reads the gradient of the existing connections only: call `step()` before `optimizer.zero_grad()`. Otherwise as
-    `SET`.
+    Reads the gradient of the existing connections only: call `step()` before `optimizer.zero_grad()`. One that is
+    missing is refused, but one of zeros cannot be told from that of a layer that nothing came through: after
+    `zero_grad(set_to_none=False)`, the smallest |w| alone would go, as in `SET`. Otherwise as `SET`.
 
     Yuan et al., "MEST: Accurate and Fast Memory-Economic Sparse Training Framework on the Edge", 2021 (its elastic
     mutation).

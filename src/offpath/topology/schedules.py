@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from offpath.topology.settings import check_number, keep_whole
+
 
 @dataclass(frozen=True)
 class Every:
     """Due every `update_freq` steps from `start_step` on, before `end_step`; with `at_end`, at `end_step` as well.
 
     Steps are counted from 1, and step 0 is never due. `end_step=None` never ends.
-    Raises `ValueError` for a frequency below 1, an end before the start, or `at_end` without an end.
+    Raises `ValueError` for what is no whole number, a frequency below 1, an end before the start, or `at_end` without
+    an end.
 
     >>> [step for step in range(12) if Every(3, end_step=9).due(step)]
     [3, 6]
@@ -25,12 +28,10 @@ class Every:
     at_end: bool = False
 
     def __post_init__(self) -> None:
+        keep_whole(self, "update_freq", "start_step", *(["end_step"] if self.end_step is not None else []))
         if self.update_freq < 1:
             raise ValueError(f"expected update_freq of at least 1 step, got {self.update_freq}")
-        if self.start_step < 0 or (self.end_step is not None and self.end_step <= self.start_step):
-            raise ValueError(
-                f"expected 0 <= start_step < end_step, got start_step={self.start_step}, end_step={self.end_step}"
-            )
+        _check_span(self.start_step, self.end_step)
         if self.at_end and self.end_step is None:
             raise ValueError("expected an end_step for an update at the end, got None")
 
@@ -72,6 +73,7 @@ class Cosine:
 
     def __post_init__(self) -> None:
         _check_fraction(self.drop_fraction)
+        keep_whole(self, "end_step")
         if self.end_step < 1:
             raise ValueError(f"expected end_step of at least 1, got {self.end_step}")
 
@@ -84,6 +86,7 @@ class Cubic:
     """What a gradual pruning still has to go: all (1) up to `start_step`, nothing (0) at `end_step`, (1 - t)^3 between.
 
     So fast while many connections are superfluous, and slow at the end: Zhu & Gupta, "To prune, or not to prune", 2017.
+    Raises `ValueError` for what is no whole number, or an end before the start.
 
     >>> [Cubic(end_step=10)(step) for step in (0, 5, 10)]
     [1.0, 0.125, 0.0]
@@ -91,6 +94,10 @@ class Cubic:
 
     end_step: int
     start_step: int = 0
+
+    def __post_init__(self) -> None:
+        keep_whole(self, "end_step", "start_step")
+        _check_span(self.start_step, self.end_step)
 
     def __call__(self, step: int) -> float:
         t = min(max((step - self.start_step) / (self.end_step - self.start_step), 0.0), 1.0)
@@ -113,6 +120,12 @@ def drop_fraction_schedule(schedule: str, drop_fraction: float, end_step: int | 
     return Cosine(drop_fraction, end_step)
 
 
+def _check_span(start_step: int, end_step: int | None) -> None:
+    if start_step < 0 or (end_step is not None and end_step <= start_step):
+        raise ValueError(f"expected 0 <= start_step < end_step, got start_step={start_step}, end_step={end_step}")
+
+
 def _check_fraction(drop_fraction: float) -> None:
+    check_number("drop_fraction", drop_fraction)
     if not 0 < drop_fraction <= 1:  # also refuses NaN
         raise ValueError(f"expected drop_fraction in (0, 1], got {drop_fraction}")
