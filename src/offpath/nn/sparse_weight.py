@@ -27,6 +27,7 @@ class SparseWeightModule(nn.Module):
     values: nn.Parameter
     bias: nn.Parameter | None
     topology_digest: Tensor
+    topology_code: Tensor
 
     def __init__(
         self,
@@ -138,18 +139,23 @@ class SparseWeightModule(nn.Module):
 
     def _set_connections(self, connections: Connections) -> None:
         self._connections = connections
-        # DistributedDataParallel broadcasts the values of one process to all, and this number with them: where the
-        # topologies differ it no longer fits, instead of values landing on other connections in silence.
+        # DistributedDataParallel broadcasts the values of one process to all, and AveragedModel averages them; these
+        # buffers go along. Where the topologies differ they no longer fit, instead of values landing on other
+        # connections in silence. The digest is cheap to read; the code outlasts an average, which rounds the digest.
         self._digest = self._connections.digest()
         digest = torch.tensor(self._digest, device=connections.device)
         self.register_buffer("topology_digest", digest, persistent=False)
+        self.register_buffer("topology_code", _code(self._digest).to(connections.device), persistent=False)
 
     def _check_digest(self) -> None:
-        if not self.topology_digest.is_meta and self.topology_digest.item() != self._digest:
+        if self.topology_digest.is_meta or self.topology_digest.item() == self._digest:
+            return
+        if not torch.equal(self.topology_code.cpu() != 0, _code(self._digest) != 0):
             raise RuntimeError(
-                "expected values that belong to this layer's topology, but another process has broadcast its own: the "
-                "topologies differ. Build the model from one seed in every process, or load one checkpoint in all of "
-                "them, before wrapping it"
+                "expected values that belong to this layer's topology, but those of another one have been averaged or "
+                "broadcast into it: the topologies differ. A model that averages one whose connections move has to be "
+                "named in also=[...] where the topology is made. In many processes, build the model from one seed in "
+                "every process, or load one checkpoint in all of them, before wrapping it"
             )
 
     def _apply(self: _Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
@@ -199,6 +205,12 @@ class SparseWeightModule(nn.Module):
         for name in self.index_names:
             if prefix + name in unexpected_keys:  # torch knows parameters and buffers only
                 unexpected_keys.remove(prefix + name)
+
+
+def _code(digest: int) -> Tensor:
+    """Each bit of `digest` beside its complement, 0 or 1: an average of equal codes keeps its zeros, of others not."""
+    bits = [float(digest >> place & 1) for place in range(64)]
+    return torch.tensor(bits + [1 - bit for bit in bits])
 
 
 def _density(sparsity: float | None, density: float | None) -> float:

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from offpath import pattern as patterns
-from offpath.nn import check_rewire, rewire
-from offpath.pattern import Edit, PatternError
-from offpath.topology.carry import carry_state, check_grown_state, state_problem
+from offpath.nn import rewire
+from offpath.pattern import Edit
+from offpath.topology.carry import carry_state, check_grown_state, check_optimizer
 from offpath.topology.decide import Decision, decide
 from offpath.topology.distributed import Processes, fingerprint, unwrapped
 from offpath.topology.errors import TopologyError
@@ -77,6 +76,8 @@ class Topology:
         self._optimizer = optimizer
         self._grown_state = dict(grown_state or {})
         check_grown_state(self._grown_state)
+        if recipe.schedule is not None:
+            check_optimizer(optimizer)
         self._managed = managed_layers(unwrapped(model), optimizer, also, filter_fn, record_explored)
         self._generator = torch.Generator().manual_seed(seed)
         self._step = 0
@@ -119,7 +120,9 @@ class Topology:
         """
         schedule = self.recipe.schedule
         update = None
-        if schedule is not None and schedule.due(self._step + 1):
+        if schedule is None or not schedule.due(self._step + 1):
+            self._check_passes(self._passes_problem())
+        else:
             drawn = self._generator.get_state()
             try:
                 edits = self._agreed_edits()
@@ -209,7 +212,8 @@ class Topology:
         self._processes.check_same(
             self._managed[0].layer.values.device,
             recipe_and_layers=fingerprint(
-                self.recipe.describe(), [(m.name, m.layer.in_features, m.layer.out_features) for m in self._managed]
+                self.recipe.describe(),
+                [(m.name, m.layer.in_features, m.layer.out_features, m.frozen) for m in self._managed],
             ),
             steps=self._step,
             random_state=fingerprint(self._generator.get_state()),
@@ -218,49 +222,50 @@ class Topology:
             **more,
         )
 
+    def _passes_problem(self) -> str | None:
+        return next((problem for managed in self._managed if (problem := managed.passes_problem())), None)
+
+    def _check_passes(self, problem: str | None) -> None:
+        if problem:
+            self.forget()
+            raise TopologyError(problem)
+
     def _agreed_edits(self) -> list[Edit | None]:
         """The edits of the update that is due: decided in every process alike, and compared before any is made."""
         if self._processes.count == 1:
+            self._check_passes(self._passes_problem())
             return self._edits(self._decide())
         device = self._managed[0].layer.values.device
         for managed in self._managed:
             check_plain(managed.name, managed.layer)
-        self._check_processes(weights=fingerprint(*(managed.layer.values for managed in self._managed)))
+        problem = self._passes_problem()
+        try:
+            weights = fingerprint(*(managed.layer.values for managed in self._managed))
+            self._check_processes(weights=weights, success=int(problem is None))
+        finally:
+            self._check_passes(problem)  # this process's own error says more
         try:
             decisions = self._decide()
             edits = self._edits(decisions)
         except TopologyError:
             self._processes.tell_failure(device)
             raise
-        chosen = fingerprint(*(part for decision in decisions for part in (decision.drop, decision.grow)))
+        chosen = fingerprint(*(part for decision in decisions if decision for part in (decision.drop, decision.grow)))
         self._processes.check_same(device, success=1, decision=chosen)
         return edits
 
-    def _decide(self) -> list[Decision]:
-        layers = [managed.view(self._generator, self._processes.average) for managed in self._managed]
+    def _decide(self) -> list[Decision | None]:
+        """What each layer drops and grows; None for those that are frozen."""
+        layers = [m.view(self._generator, self._processes.average) for m in self._managed if not m.frozen]
+        if not layers:
+            return [None] * len(self._managed)
         if needs_dense_gradient(self.recipe.grow):
             layers = self._processes.with_all_passes(layers)
-        return decide(self.recipe, self._step + 1, layers)
+        decisions = iter(decide(self.recipe, self._step + 1, layers))
+        return [None if managed.frozen else next(decisions) for managed in self._managed]
 
-    def _edits(self, decisions: list[Decision]) -> list[Edit | None]:
-        """The decisions as edits, all of them checked against layers and optimizer; None where nothing changes."""
-        edits: list[Edit | None] = []
-        for managed, (pattern, drop, grow) in zip(self._managed, decisions, strict=True):
-            if not drop.numel() and not grow.numel():
-                edits.append(None)
-                continue
-            problem = state_problem(self._optimizer, managed.layer.values)
-            if problem:
-                raise TopologyError(f"layer {managed.name!r}: {problem}")
-            columns = managed.layer.in_features
-            try:
-                edit = patterns.edit(pattern, drop, (grow // columns, grow % columns))
-                for one in (managed.layer, *managed.copies):
-                    check_rewire(one, edit)
-            except PatternError as error:
-                raise TopologyError(f"layer {managed.name!r}: {error}") from error
-            edits.append(edit)
-        return edits
+    def _edits(self, decisions: list[Decision | None]) -> list[Edit | None]:
+        return [managed.edit(d, self._optimizer) for managed, d in zip(self._managed, decisions, strict=True)]
 
     def _apply(self, managed: ManagedLayer, edit: Edit | None) -> LayerUpdate:
         layer = managed.layer
