@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import offpath
 from offpath import SparseLinear
@@ -31,9 +32,46 @@ def test_bfloat16_layers(recipe: str) -> None:
     check_update(MAKERS[recipe], OPTIMIZERS["Adam"], torch.bfloat16)
 
 
-@pytest.mark.parametrize("decay", [None, 0.9], ids=["mean", "EMA"])
-def test_averaged_models_move_along(decay: float | None) -> None:
-    check_average(decay)
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("decay", [None, 0.9, 0.9999])
+def test_averaged_models_move_along(decay: float | None, use_buffers: bool) -> None:
+    check_average(decay, use_buffers)
+
+
+# Buffers that follow slowly show it after a few updates.
+@pytest.mark.parametrize(("use_buffers", "decay"), [(False, 0.9999), (True, 0.99)])
+def test_an_averaged_model_that_nobody_named_is_refused_once_it_has_other_connections(
+    use_buffers: bool, decay: float
+) -> None:
+    model = model_of()
+    optimizer = torch.optim.Adam(model.parameters())
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=use_buffers)
+    topology = offpath.SET(model, optimizer, update_freq=2)
+    for step in (1, 2, 3):
+        train_step(model, optimizer, step)
+        average.update_parameters(model)
+        if step < 3:
+            average(torch.randn(5, 12))
+        topology.step()
+    with pytest.raises(RuntimeError, match=r"averaged .* named in also=\[\.\.\.\]"):
+        average(torch.randn(5, 12))
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999])
+def test_a_digest_outlives_any_number_of_averages(decay: float) -> None:
+    model = model_of()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    for _ in range(2000):
+        average.update_parameters(model)
+    average(torch.randn(5, 12))
+
+
+def test_an_optimizer_with_one_state_for_all_is_refused() -> None:
+    model = model_of()
+    optimizer = torch.optim.LBFGS([nn.Parameter(torch.zeros(3)), *model.parameters()])
+    with pytest.raises(TopologyError, match="LBFGS, which keeps one flat history"):
+        offpath.SET(model, optimizer)
+    offpath.Static(model, optimizer)
 
 
 def test_a_grown_connection_starts_as_the_optimizer_starts_a_weight() -> None:

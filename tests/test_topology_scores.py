@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import offpath
@@ -124,6 +126,118 @@ def test_fused_layers_are_scored_as_others_are() -> None:
         train_step(model, optimizer, 1)
         topology.step()
     assert models[0][0].pattern.equals(models[1][0].pattern)
+
+
+def _batch(seed: int) -> Tensor:
+    return torch.randn(5, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def _grown_by_rigl(train: Callable[[nn.Sequential], None]) -> list[int]:
+    model = model_of()
+    optimizer, topology = _rigl(model, update_freq=1)
+    train(model)
+    optimizer.step()
+    assert topology.step().grown > 0
+    return [layer.connections.digest() for layer in (model[0], model[2])]
+
+
+def test_a_buffer_that_is_filled_again_is_scored_as_fresh_batches_are() -> None:
+    def train(model: nn.Module, reuse: bool) -> None:
+        buffer = torch.empty(5, 12)
+        for seed in range(3):
+            model(buffer.copy_(_batch(seed)) if reuse else _batch(seed)).square().mean().backward()
+        buffer.fill_(torch.nan)  # the next batch, before topology.step()
+
+    assert _grown_by_rigl(partial(train, reuse=True)) == _grown_by_rigl(partial(train, reuse=False))
+
+
+def test_a_gradient_that_passes_through_to_a_parameter_is_not_added_to() -> None:
+    def train(model: nn.Module, shift: bool) -> None:
+        bias = nn.Parameter(torch.zeros(5, 6))
+        for seed in range(2):
+            y = model(_batch(seed))
+            (y + bias if shift else y).backward(_batch(9)[:, :6])
+
+    assert _grown_by_rigl(partial(train, shift=True)) == _grown_by_rigl(partial(train, shift=False))
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_an_activation_that_was_written_over_is_refused(momentum: bool) -> None:
+    first, body = nn.Linear(12, 12), model_of()
+    model = nn.Sequential(first, body)
+    _, topology = _momentum_of(model, steps=5) if momentum else _rigl(model, update_freq=1)
+    x = first(_batch(0))
+    body(x).sum().backward()
+    x.detach().zero_()
+    with pytest.raises(TopologyError, match=r"layer '1\.0': .* written over; feed the layer .* x\.clone\(\)"):
+        topology.step()
+    assert topology.step_count == 0
+    body(first(_batch(0))).sum().backward()
+    topology.step()
+    assert topology.step_count == 1
+
+
+@pytest.mark.parametrize("reads", ["input", "values"])
+def test_gradients_that_are_not_accumulated_do_not_count(reads: str) -> None:
+    def train(model: nn.Sequential, saliency: bool) -> None:
+        if saliency:
+            x = _batch(1).requires_grad_()
+            torch.autograd.grad(100 * model(x).sum(), x if reads == "input" else model[0].values)
+        model(_batch(0)).square().mean().backward()
+
+    assert _grown_by_rigl(partial(train, saliency=True)) == _grown_by_rigl(partial(train, saliency=False))
+
+
+def test_a_backward_pass_made_twice_counts_twice() -> None:
+    def train(model: nn.Module, again: bool) -> None:
+        losses = [model(_batch(seed)).square().mean() for seed in (0, 1)]
+        losses[0].backward(retain_graph=again)
+        (losses[0] if again else model(_batch(0)).square().mean()).backward()
+        losses[1].backward()
+
+    assert _grown_by_rigl(partial(train, again=True)) == _grown_by_rigl(partial(train, again=False))
+
+
+def test_a_functional_call_with_the_layers_own_values_counts() -> None:
+    def train(model: nn.Module, functional: bool) -> None:
+        computed = {name: parameter * 1 for name, parameter in model.named_parameters()}
+        run = partial(torch.func.functional_call, model, computed) if functional else model
+        run(_batch(0)).square().mean().backward()
+
+    assert _grown_by_rigl(partial(train, functional=True)) == _grown_by_rigl(partial(train, functional=False))
+
+
+def test_momentum_needs_a_pass_of_the_step_of_the_update_itself() -> None:
+    model = model_of()
+    optimizer, topology = _momentum_of(model)
+    for step in range(1, 5):
+        train_step(model, optimizer, step)
+        topology.step()
+    twin, twins_optimizer, twins_topology = copy.deepcopy((model, optimizer, topology))
+    train_step(twin, twins_optimizer, 5)
+    for unseen in (topology, twins_topology):
+        with pytest.raises(TopologyError, match=r"saw none.* copied or unpickled topology .* make it anew"):
+            unseen.step()
+
+
+@pytest.mark.parametrize("recipe", ["RigL", "global", "GMP"])
+def test_a_layer_that_is_frozen_on_the_way_stays_until_it_thaws(recipe: str) -> None:
+    model = model_of()
+    optimizer = torch.optim.Adam(model.parameters())
+    topology = {
+        "RigL": partial(offpath.RigL, end_step=50),
+        "global": partial(offpath.SET, distribution="global"),
+        "GMP": partial(offpath.GMP, end_step=50, final_sparsity=0.9, distribution="global"),
+    }[recipe](model, optimizer, update_freq=1)
+    dropped = []
+    for step in range(1, 5):
+        model[0].values.requires_grad_(step in (1, 4))
+        train_step(model, optimizer, step)
+        dropped.append([layer.dropped for layer in topology.step().layers])
+    assert [layers[0] > 0 for layers in dropped] == [True, False, False, True]
+    assert dropped[1][1] > 0
+    model.requires_grad_(False)
+    assert topology.step().dropped == 0
 
 
 def test_an_update_without_a_pass_is_refused() -> None:

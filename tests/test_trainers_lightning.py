@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 import offpath
@@ -201,6 +202,29 @@ def test_other_precisions(precision: Any) -> None:
     _trainer(callback, max_epochs=1, precision=precision).fit(module, _data())
     assert callback.topology.step_count == 12
     assert sum(layer.initial_nnz - layer.unmoved for layer in callback.topology.survey()) > 0
+
+
+@pytest.mark.parametrize("other", [EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=0.1)])
+def test_callbacks_that_average_other_connections_are_refused(other: Callback) -> None:
+    with pytest.raises(TopologyError, match=rf"{type(other).__name__}: it averages .* AveragedModel in also="):
+        _trainer(TopologyCallback(MAKES["SET"]), other, max_epochs=1).fit(Module(), _data())
+
+
+def test_an_average_of_ones_own_moves_along() -> None:
+    averages: list[AveragedModel] = []
+
+    class Averaged(Module):
+        def on_train_batch_end(self, *_: Any) -> None:
+            averages[0].update_parameters(self.body)
+
+    def make(module: Any, optimizer: Any) -> offpath.topology.Topology:
+        averages.append(AveragedModel(module.body))
+        return offpath.SET(module.body, optimizer, update_freq=3, also=averages)
+
+    module = Averaged()
+    _trainer(TopologyCallback(make), max_epochs=1).fit(module, _data())
+    assert averages[0].module[0].pattern.equals(module.body[0].pattern)
+    averages[0](torch.randn(2, 12))
 
 
 def test_statistics_reach_the_logger(tmp_path: Path) -> None:

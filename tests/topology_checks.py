@@ -118,11 +118,11 @@ def _rest(layer: SparseLinear, optimizer: torch.optim.Optimizer) -> dict[str, ob
     return numbers | {"training": layer.training, "requires_grad": layer.values.requires_grad}
 
 
-def check_average(decay: float | None) -> None:
+def check_average(decay: float | None, use_buffers: bool = False) -> None:
     """An averaged model has the connections of the model; its survivors keep their bits, the grown have zero."""
     model = model_of()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay) if decay else None)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay) if decay else None, use_buffers=use_buffers)
     topology = offpath.SET(model, optimizer, update_freq=2, also=[average])
     for step in range(1, 7):
         train_step(model, optimizer, step)

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -21,10 +22,11 @@ class Pass(NamedTuple):
 
 
 class Capture:
-    """Keeps x and dy of every pass through one layer while it is armed.
+    """Keeps x and dy of every pass through one layer while it is armed, if its backward adds to `values.grad`.
 
     The tensors are those that autograd holds anyway, so that they cost memory only for as long as they are kept: from
-    the backward pass to `topology.step()`. Those of earlier steps, the `history`, are copies.
+    the backward pass to `topology.step()`. Copies are what callers may write over: inputs that no op has made (batches,
+    parameters), and those of earlier steps, the `history`.
     """
 
     def __init__(self, layer: SparseLinear) -> None:
@@ -37,11 +39,13 @@ class Capture:
         """Watch from now on."""
         if self._handle is None:
             self._handle = self._layer.register_forward_hook(self._hook, with_kwargs=True)
+            self._hook.follow(self._layer.values)
 
     def disarm(self) -> None:
         """Watch no more, and forget."""
         self.clear()
         self.history = ()
+        self._hook.unfollow()
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -52,7 +56,6 @@ class Capture:
 
     def age(self, decay: float) -> None:
         """The passes since the last step become history, and all of it counts `decay` times what it did."""
-        # Copies: whoever fed the layer may write the next batch over this one.
         new = (Pass(x.clone(), dy.clone(), weight) for x, dy, weight in self._hook.passes)
         self.history = tuple(Pass(x, dy, weight * decay) for x, dy, weight in (*self.history, *new))
         self.clear()
@@ -64,32 +67,72 @@ class Capture:
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        """Every pass, in the order of the backward passes."""
-        return (*self.history, *self._hook.passes)
+        """Every pass since the last step, in the order of the backward passes."""
+        return tuple(self._hook.passes)
+
+    @property
+    def written_over(self) -> bool:
+        """Whether a tensor of `passes` is no longer what it was; torch does not count writes through NumPy."""
+        return any(_versions(*seen) != versions for seen, versions in self._hook.confirmed)
 
 
 class _Hook:
-    """A forward hook that works on its own layer alone: copies and pickles of a model bring an idle one along."""
+    """A forward hook that works on its own layer alone: copies and pickles of a model bring an idle one along.
+
+    What it sees is pending until the gradient of `values` has been accumulated in the same call of the engine:
+    `torch.autograd.grad` for the gradient of something else leaves it behind, and there it stays until `clear`.
+    """
 
     def __init__(self, layer: SparseLinear | None = None) -> None:
         self._layer = weakref.ref(layer) if layer is not None else None
-        self.passes: list[Pass] = []
+        self._handle: RemovableHandle | None = None
+        self.clear()
 
     def clear(self) -> None:
-        self.passes = []
+        self._pending: list[tuple[int, Pass, tuple[int, int]]] = []
+        self.confirmed: list[tuple[Pass, tuple[int, int]]] = []
+
+    @property
+    def passes(self) -> list[Pass]:
+        return [seen for seen, _ in self.confirmed]
+
+    def follow(self, values: Tensor) -> None:
+        """Hear of gradients that are added to those of `values`, which may have been frozen until now."""
+        if self._handle is None and values.is_leaf and values.requires_grad:
+            self._handle = values.register_post_accumulate_grad_hook(self._confirm)
+
+    def unfollow(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
     def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
-        if self._layer is None or self._layer() is not layer or not y.requires_grad:
+        own = self._layer() if self._layer is not None else None
+        if own is None or own is not layer or not y.requires_grad or not own.values.requires_grad:
             return
-        x, passes = (args[0] if args else kwargs["x"]).detach(), self.passes
+        self.follow(own.values)
+        given, pending = args[0] if args else kwargs["x"], self._pending
+        x, may_be_written = given.detach(), (given if given._base is None else given._base).is_leaf
 
         def keep(dy: Tensor) -> None:
-            passes.append(Pass(x, dy.detach()))
+            # The tensor itself and not an alias: autograd would make an alias's tensor the .grad of somebody else.
+            seen = Pass(x.clone() if may_be_written else x, dy.detach() if dy.requires_grad else dy)
+            pending.append((torch._C._current_graph_task_id(), seen, _versions(*seen)))
 
         y.register_hook(keep)
+
+    def _confirm(self, values: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        self.confirmed += [(seen, versions) for of_task, seen, versions in self._pending if of_task == task]
+        self._pending[:] = [entry for entry in self._pending if entry[0] != task]
 
     def __deepcopy__(self, memo: dict) -> _Hook:
         return _Hook()
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()
+
+
+def _versions(x: Tensor, dy: Tensor, weight: float) -> tuple[int, int]:
+    """What torch counts up with every write into one of them; detached tensors share the count."""
+    return x._version, dy._version

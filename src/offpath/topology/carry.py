@@ -29,6 +29,16 @@ def check_grown_state(grown_state: Mapping[str, float | str], keys: Collection[s
             )
 
 
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Raises `TopologyError` for one whose state cannot be told apart by parameter."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TopologyError(
+            "expected an optimizer with a state of its own for each parameter, got LBFGS, which keeps one flat history "
+            "of all parameters together: it cannot follow a connection that moves. Take another optimizer, or "
+            "offpath.Static"
+        )
+
+
 def owns(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
     """Whether `parameter` is in one of the optimizer's parameter groups."""
     return any(p is parameter for group in optimizer.param_groups for p in group["params"])

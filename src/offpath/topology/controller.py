@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from offpath import pattern as patterns
-from offpath.nn import check_rewire, rewire
-from offpath.pattern import Edit, PatternError
-from offpath.topology.carry import carry_state, check_grown_state, state_problem
+from offpath.nn import rewire
+from offpath.pattern import Edit
+from offpath.topology.carry import carry_state, check_grown_state, check_optimizer
 from offpath.topology.checkpoint import STATE_VERSION, check_state
 from offpath.topology.decide import Decision, decide_drops, decide_growth
 from offpath.topology.distributed import Processes, fingerprint, unwrapped
@@ -78,6 +77,8 @@ class Topology:
         self._optimizer = optimizer
         self._grown_state = dict(grown_state or {})
         check_grown_state(self._grown_state)
+        if recipe.schedule is not None:
+            check_optimizer(optimizer)
         self._managed = managed_layers(unwrapped(model), optimizer, also, filter_fn, record_explored)
         self._generator = torch.Generator().manual_seed(whole("seed", seed, "pass an int, such as 0"))
         self._step = 0
@@ -120,7 +121,9 @@ class Topology:
         """
         schedule = self.recipe.schedule
         update = None
-        if schedule is not None and schedule.due(self._step + 1):
+        if schedule is None or not schedule.due(self._step + 1):
+            self._check_passes()
+        else:
             drawn = self._generator.get_state()
             try:
                 edits = self._agreed_edits()
@@ -198,7 +201,8 @@ class Topology:
         self._processes.check_same(
             self._managed[0].layer.values.device,
             recipe_and_layers=fingerprint(
-                self.recipe.describe(), [(m.name, m.layer.in_features, m.layer.out_features) for m in self._managed]
+                self.recipe.describe(),
+                [(m.name, m.layer.in_features, m.layer.out_features, m.frozen) for m in self._managed],
             ),
             steps=self._step,
             random_state=fingerprint(self._generator.get_state()),
@@ -207,19 +211,29 @@ class Topology:
             **more,
         )
 
+    def _check_passes(self) -> None:
+        problem = next((problem for managed in self._managed if (problem := managed.passes_problem())), None)
+        if problem:
+            self.forget()
+            raise TopologyError(problem)
+
     def _agreed_edits(self) -> list[Edit | None]:
         """The edits of the update that is due: decided in every process alike, and compared before any is made."""
         recipe, processes, step = self.recipe, self._processes, self._step + 1
         if processes.count == 1:
+            self._check_passes()
             layers = self._views()
-            return self._edits(decide_growth(recipe, layers, decide_drops(recipe, step, layers)))
+            return self._edits(decide_growth(recipe, layers, decide_drops(recipe, step, layers)) if layers else [])
         device = self._managed[0].layer.values.device
         for managed in self._managed:
             check_plain(managed.name, managed.layer)
         self._check_processes(weights=fingerprint(*(managed.layer.values for managed in self._managed)))
         averages = needs_dense_gradient(recipe.grow)
         with processes.telling_failure(device):
+            self._check_passes()
             layers = self._views()
+        if not layers:  # in no process: which are frozen has been compared
+            return self._edits([])
         if averages:
             processes.agree(device)
             layers = processes.with_all_passes(layers)
@@ -237,28 +251,15 @@ class Topology:
         return edits
 
     def _views(self) -> list[LayerView]:
-        return [managed.view(self._generator, self._processes.average) for managed in self._managed]
+        """The layers that may change; those that are frozen keep their connections."""
+        average = self._processes.average
+        return [managed.view(self._generator, average) for managed in self._managed if not managed.frozen]
 
     def _edits(self, decisions: list[Decision]) -> list[Edit | None]:
         """The decisions as edits, all of them checked against layers and optimizer; None where nothing changes."""
         self._check_grown_keys()
-        edits: list[Edit | None] = []
-        for managed, (pattern, drop, grow) in zip(self._managed, decisions, strict=True):
-            if not drop.numel() and not grow.numel():
-                edits.append(None)
-                continue
-            problem = state_problem(self._optimizer, managed.layer.values)
-            if problem:
-                raise TopologyError(f"layer {managed.name!r}: {problem}")
-            columns = managed.layer.in_features
-            try:
-                edit = patterns.edit(pattern, drop, (grow // columns, grow % columns))
-                for one in (managed.layer, *managed.copies):
-                    check_rewire(one, edit)
-            except PatternError as error:
-                raise TopologyError(f"layer {managed.name!r}: {error}") from error
-            edits.append(edit)
-        return edits
+        remaining = iter(decisions)
+        return [None if m.frozen else m.edit(next(remaining), self._optimizer) for m in self._managed]
 
     def _check_grown_keys(self) -> None:
         """The optimizer makes its state in its first step, so its keys are not known before an update."""

@@ -30,7 +30,8 @@ class LayerView:
     generator: torch.Generator
     initial_nnz: int
     values_grad: Tensor | None = field(repr=False)
-    passes: tuple[Pass, ...] = field(repr=False)
+    passes: tuple[Pass, ...] = field(repr=False)  # of this step
+    history: tuple[Pass, ...] = field(default=(), repr=False)  # of the steps before, where the rule reads several
     # In place: of a tensor that every process has, their mean.
     average: Callable[[Tensor], Tensor] = field(default=lambda mine: mine, repr=False)
 
@@ -96,13 +97,15 @@ class LayerView:
 
         Only for rules with `needs_dense_gradient = True`; with `gradient_steps`, of that many steps, each times
         `gradient_decay` to the power of its age. The mean over all processes that train together: each must ask for
-        the same rows in the same order. Raises `TopologyError` when no pass was seen.
+        the same rows in the same order. Raises `TopologyError` when no pass of this step was seen.
         """
-        if not self._operands:
+        if not self.passes:
             raise TopologyError(
-                f"layer {self.name!r}: expected a forward and backward pass through it between the last two calls of "
-                "topology.step(), saw none. A rule that reads gradients needs needs_dense_gradient = True; a compiled "
-                "model must run uncompiled while topology.watching, under torch.compiler.set_stance('force_eager')"
+                f"layer {self.name!r}: expected a forward and backward pass through it, into values.grad, between the "
+                "last two calls of topology.step(), saw none. A rule that reads gradients needs needs_dense_gradient = "
+                "True; a compiled model must run uncompiled while topology.watching, under "
+                "torch.compiler.set_stance('force_eager'); a copied or unpickled topology watches no model: make it "
+                "anew for the copy of the model, and load its state_dict"
             )
         gradient = self._operands[0].x.new_empty(last - first, self.pattern.shape[1])
         for index, (x, dy, weight) in enumerate(self._operands):
@@ -112,7 +115,8 @@ class LayerView:
     @cached_property
     def _operands(self) -> tuple[Pass, ...]:
         wide = torch.float64 if self.values.dtype == torch.float64 else torch.float32
-        return tuple(Pass(_rows(x).to(wide), _rows(dy).to(wide), weight) for x, dy, weight in self.passes)
+        both = (*self.history, *self.passes)
+        return tuple(Pass(_rows(x).to(wide), _rows(dy).to(wide), weight) for x, dy, weight in both)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from offpath.nn import SparseLinear
+from offpath import pattern as patterns
+from offpath.nn import SparseLinear, check_rewire
+from offpath.pattern import Edit, PatternError
 from offpath.topology.capture import Capture
-from offpath.topology.carry import owns
+from offpath.topology.carry import owns, state_problem
+from offpath.topology.decide import Decision
 from offpath.topology.errors import TopologyError
 from offpath.topology.explored import Explored
 from offpath.topology.layer import LayerView
@@ -31,6 +34,11 @@ class ManagedLayer:
         self.explored = Explored(layer.connections.pattern) if record_explored else None
         self.digest = self.digest_now()
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the layer is not trained at the moment: then its connections stay."""
+        return not self.layer.values.requires_grad
+
     def digest_now(self) -> int:
         """A fingerprint of the layer's connections, as the layer keeps it."""
         return int(self.layer.topology_digest)
@@ -44,10 +52,37 @@ class ManagedLayer:
                 "since; after loading a model's checkpoint, load that of its topology as well"
             )
         values, gradient = self.layer.values.detach(), self.layer.values.grad
-        pattern, passes = self.layer.connections.pattern, self.capture.passes
+        pattern, capture = self.layer.connections.pattern, self.capture
         if not bool(values.isfinite().all()):
             raise TopologyError(f"layer {self.name!r}: expected finite weights, got NaN or inf")
-        return LayerView(self.name, pattern, values, generator, self.initial_nnz, gradient, passes, average)
+        seen = capture.passes, capture.history
+        return LayerView(self.name, pattern, values, generator, self.initial_nnz, gradient, *seen, average)
+
+    def passes_problem(self) -> str | None:
+        """Why what was seen of the step's passes cannot be read any more, or None."""
+        if not self.capture.written_over:
+            return None
+        return (
+            f"layer {self.name!r}: expected what went into it, and the gradient of what came out, to stay as they were "
+            "until topology.step(), but one of them has been written over; feed the layer a tensor of its own, for "
+            "example x.clone()"
+        )
+
+    def edit(self, decision: Decision, optimizer: Optimizer) -> Edit | None:
+        """The decision as an edit that layer, copies and optimizer can follow; None where nothing changes."""
+        if not decision.drop.numel() and not decision.grow.numel():
+            return None
+        problem = state_problem(optimizer, self.layer.values)
+        if problem:
+            raise TopologyError(f"layer {self.name!r}: {problem}")
+        columns = self.layer.in_features
+        try:
+            edit = patterns.edit(decision.pattern, decision.drop, (decision.grow // columns, decision.grow % columns))
+            for one in (self.layer, *self.copies):
+                check_rewire(one, edit)
+        except PatternError as error:
+            raise TopologyError(f"layer {self.name!r}: {error}") from error
+        return edit
 
     def state(self) -> LayerState:
         """What has become of the layer; O(nnz)."""

@@ -11,6 +11,7 @@ from offpath.trainers.follower import Follower, MakeTopology, statistics
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 except ImportError as error:
     raise ImportError(f"expected the package lightning ({error}); pip install 'offpath[lightning]'") from error
 
@@ -23,8 +24,8 @@ class TopologyCallback(Callback):
     clips gradients. The topology's state is in every checkpoint; `fit(ckpt_path=...)` goes on from it. Statistics of
     each update go to the trainer's loggers, unless `log` is False. With several optimizers, `optimizer_index` says
     which one holds the sparse layers, and a `filter_fn` of the recipe leaves out layers of the others.
-    Raises `TopologyError` when the topology cannot be made, several optimizers leave a choice, or a checkpoint holds no
-    state of it.
+    Raises `TopologyError` when the topology cannot be made, several optimizers leave a choice, a checkpoint holds no
+    state of it, or another callback averages weights.
 
     >>> import offpath
     >>> from functools import partial
@@ -65,6 +66,13 @@ class TopologyCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the topology: the optimizers are there."""
         self._stop()
+        for other in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning adds it in its connector
+            if isinstance(other, StochasticWeightAveraging | WeightAveraging):
+                raise TopologyError(
+                    f"expected callbacks that leave weights where they are, got {type(other).__name__}: it averages "
+                    "weights of different connections once they move. Average with an AveragedModel in also=[...] of "
+                    "the topology instead"
+                )
         self._optimizer = self._choose(trainer.optimizers)
         self._follower = Follower(self._make(pl_module, self._optimizer), self._optimizer)
 
