@@ -107,9 +107,10 @@ class _Hook:
             self._handle = None
 
     def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
-        if self._layer is None or self._layer() is not layer or not y.requires_grad or not layer.values.requires_grad:
+        mine = self._layer() if self._layer is not None else None
+        if mine is None or mine is not layer or not y.requires_grad or not mine.values.requires_grad:
             return
-        self.follow(layer.values)
+        self.follow(mine.values)
         given, pending = args[0] if args else kwargs["x"], self._pending
         x, may_be_written = given.detach(), (given if given._base is None else given._base).is_leaf
 
