@@ -145,7 +145,7 @@ def test_the_bits_of_other_positions_are_refused_and_nothing_changes() -> None:
     state, before = topology.state_dict(), topology.survey()
     state["layers"]["2"]["explored"] = torch.full((3,), 255, dtype=torch.uint8)
     with pytest.raises(
-        TopologyError, match=r"layer '2': explored to be a tensor \[8\] in torch.uint8, got torch.uint8 \(3,"
+        TopologyError, match=r"layer '2': explored to be a tensor \[8\] in torch.uint8, got torch.uint8 \(3,\)"
     ):
         topology.load_state_dict(state)
     assert topology.survey() == before
