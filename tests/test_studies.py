@@ -198,7 +198,7 @@ def test_lost_checkpoint_is_not_passed_over_in_silence(two_epochs: Path, tmp_pat
 @pytest.mark.parametrize(
     ("kept", "message"),
     [
-        ([0], r"record of epoch 2 in line 2 of .*, since the checkpoint holds 2 epochs, got none"),
+        ([0], r"record of epoch 2 in line 2 of .*, as the checkpoint holds 2 epochs, got none"),
         ([1], "record of epoch 1 in line 1 of .* got that of step 46"),
         ([0, 0, 1], "record of epoch 2 in line 2 of .* got that of step 23"),
         ([0, 1, 1], "record of epoch 3 in line 3 of .* got that of step 46"),

@@ -18,6 +18,9 @@ from offpath.studies.config import RunConfig, RunError
 from offpath.studies.files import write_text
 from offpath.studies.resumable import Resumable
 
+# The two runs of a race, each in a folder of its own.
+LANES = ("dense", "sparse")
+
 
 class AnyConfig(Protocol):
     """What a run is asked to do."""
@@ -38,6 +41,8 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process. Raises `RunError` when it cannot be written or another holds it."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"expected a folder to write to, but {self.path} is a file; choose another --out")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock")
@@ -58,6 +63,27 @@ class RunFolder:
         """
         if self.checkpoint_file.exists() or (started and self.config_file.exists()):
             raise RunError(f"{self.path} already holds a run; go on with it by --resume, or choose another --out")
+
+    def expect_run(self) -> None:
+        """Raise `RunError` when the folder holds a race: one more model among its own would be no part of it."""
+        if self._has_lanes and not self.metrics_file.exists():
+            raise RunError(f"expected a single run in {self.path}, but it holds a race; use offpath race --resume")
+
+    def expect_race(self) -> None:
+        """Raise `RunError` when the folder holds a single run."""
+        if self.config_file.exists() and not self._has_lanes:
+            raise RunError(f"expected a race in {self.path}, but it holds a single run; use offpath train --resume")
+
+    def lanes(self) -> dict[str, RunFolder]:
+        """The folders of the two runs of a race here, by name; made where they are not."""
+        lanes = {name: RunFolder(self.path / name) for name in LANES}
+        for lane in lanes.values():
+            lane.path.mkdir(exist_ok=True)
+        return lanes
+
+    @property
+    def _has_lanes(self) -> bool:
+        return all((self.path / name).is_dir() for name in LANES)
 
     def start(self, config: AnyConfig) -> None:
         """Begin a new run here."""
@@ -118,7 +144,7 @@ class RunFolder:
             found = record and record["step"]
             if found != step:
                 raise RunError(
-                    f"expected the record of epoch {epoch} in line {epoch} of {self.metrics_file}, since the checkpoint "
+                    f"expected the record of epoch {epoch} in line {epoch} of {self.metrics_file}, as the checkpoint "
                     f"holds {len(steps)} epochs, got {'that of step ' + str(found) if record else 'none'}; restore the "
                     "file from a copy, or start again with another --out"
                 )
