@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from click.testing import Result
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from offpath.studies import RunError
+from offpath.studies import RunError, race as race_other, train as train_other
 from offpath.studies.data import DataError
 from offpath.studies.data.errors import DataNotFoundError
 from offpath.studies.folder import RunFolder
@@ -26,7 +27,7 @@ from offpath.studies.sae.run import SaeRun
 from offpath.studies.sae.tables import race_rows
 from offpath.studies.sae.text import read_text
 from offpath_cli.study import app
-from run_checks import Watcher, assert_same
+from run_checks import SMALL, Watcher, assert_same
 
 TINY = SaeConfig(data="synthetic", latents=128, k=8, epochs=2, batch_size=2000, seed=1)
 needs_minilm = pytest.mark.skipif(
@@ -57,7 +58,7 @@ def synthetic() -> Activations:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("OFFPATH_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -158,7 +159,7 @@ def test_activations_are_those_of_the_whole_transformer(short_text: Path, cache:
     config = replace(TINY, data="tinyshakespeare", layer=2, data_dir=str(short_text))
     data = load(config)
     assert data is not None and data.train.shape[1] == 384
-    folder = next((cache / "offpath" / "activations").iterdir())
+    folder = next((cache / "activations").iterdir())
     taken = torch.from_numpy(np.load(folder / "00000.npy"))
     tokenizer = AutoTokenizer.from_pretrained(minilm.folder())
     model = AutoModel.from_pretrained(minilm.folder()).eval()
@@ -177,7 +178,7 @@ def test_taking_activations_stops_and_goes_on_and_is_done_once(
     monkeypatch.setattr("offpath.studies.sae.activations.SHARD_WINDOWS", 4)
     config = replace(TINY, data="tinyshakespeare", data_dir=str(short_text), epochs=1, batch_size=1000)
     assert not train(config, tmp_path / "run", SaeWatcher(stop_at_shard=2))
-    folder = next((cache / "offpath" / "activations").iterdir())
+    folder = next((cache / "activations").iterdir())
     kept = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.npy")}
     assert set(kept) == {"00000.npy", "00001.npy", "00002.npy"}
     watcher = SaeWatcher()
@@ -256,6 +257,60 @@ def test_batch_larger_than_the_data_is_refused(synthetic: Activations) -> None:
         SaeRun(replace(TINY, batch_size=18_001), synthetic)
 
 
+@pytest.mark.parametrize("model", ["sae-jumprelu", "sae-batch-topk"])
+def test_more_live_latents_than_are_positive_are_refused(synthetic: Activations, model: str) -> None:
+    with pytest.raises(RunError, match=r"positive pre-activations .* lower --k or raise --latents"):
+        SaeRun(replace(TINY, model=model, latents=64, k=40), synthetic)
+
+
+def test_quick_caps_the_epochs(tmp_path: Path) -> None:
+    small = ["--model", "sae", "--data", "synthetic", "--latents", 64, "--k", 4, "--batch-size", 9000]
+    assert _offpath("train", *small, "--quick", "--epochs", 3, "--out", tmp_path / "run").exit_code == 0
+    assert [record["epoch"] for record in _numbers(tmp_path / "run")] == [1, 2]
+
+
+@pytest.mark.parametrize(("held", "asked"), [("race", "train"), ("train", "race")])
+@pytest.mark.parametrize("model", ["sae", "mlp-small"])
+def test_resume_tells_a_race_from_a_run(tmp_path: Path, held: str, asked: str, model: str) -> None:
+    if model == "sae":
+        work: Any = {"race": race, "train": train}[held]
+        work(replace(TINY, batch_size=9000), tmp_path, SaeWatcher(stop_after_steps=1))
+    else:
+        {"race": race_other, "train": train_other}[held](SMALL, tmp_path, Watcher(stop_after_steps=1))
+    before = sorted(tmp_path.rglob("*"))
+    finished = _offpath(asked, "--resume", "--out", tmp_path)
+    assert finished.exit_code == 1 and f"use offpath {held} --resume" in finished.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_race_whose_activations_were_not_taken_yet_is_a_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["offpath.studies.sae.race"], "taken", lambda *_: None)
+    assert race(TINY, tmp_path, SaeWatcher()) is None
+    RunFolder(tmp_path).expect_race()
+    with pytest.raises(RunError, match="it holds a race"):
+        train(TINY, tmp_path, SaeWatcher(), resume=True)
+
+
+def test_resume_says_when_the_model_is_of_another_kind(tmp_path: Path) -> None:
+    RunFolder(tmp_path).start(TINY)
+    for arguments, message in ((["mlp"], "holds an sae run, got mlp"), (["SAE"], "holds an sae run, got SAE")):
+        finished = _offpath("train", "--resume", "--out", tmp_path, "--model", *arguments)
+        assert finished.exit_code == 1 and message in finished.stderr
+    RunFolder(tmp_path).start(SMALL)
+    finished = _offpath("train", "--resume", "--out", tmp_path, "--model", "sae")
+    assert finished.exit_code == 1 and "holds no sae run, got sae" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [["train"], ["train", "--model", "sae"], ["race"], ["study", "topology", "--quick"]]
+)
+def test_file_in_place_of_the_folder_is_refused(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "file").write_text("")
+    data = [] if "study" in command else ["--data", "synthetic" if "sae" in command else "digits"]
+    finished = _offpath(*command, *data, "--out", tmp_path / "file")
+    assert finished.exit_code == 1 and "file is a file; choose another --out" in finished.stderr
+
+
 def test_diverging_run_says_so(synthetic: Activations) -> None:
     run = SaeRun(replace(TINY, learning_rate=1e30), synthetic)
     with pytest.raises(RunError, match=r"expected a finite loss.*smaller --learning-rate"):
@@ -288,6 +343,10 @@ def test_commands(tmp_path: Path) -> None:
         (["--model", "sae", "--sparsity", "0.9"], "expected no --sparsity for an autoencoder"),
         (["--model", "mlp", "--latents", "9"], "expected --latents with one of --model sae"),
         (["--model", "sae", "--data", "mnist"], "expected data to be one of tinyshakespeare"),
+        (["--model", "SAE"], "mlp-wide, sae, sae-batch-topk, sae-jumprelu, got 'SAE'"),
+        (["--model", "sae", "--data", "python-source", "--data-dir", "/nonexistent"], "--data-dir with --data tinysh"),
+        (["--model", "sae", "--data", "synthetic", "--data-dir", "/nonexistent"], "--data-dir with --data tinysh"),
+        (["--model", "sae", "--data", "synthetic", "--layer", "7"], "expected no --layer with --data synthetic"),
     ],
 )
 def test_options_that_mean_nothing_here_are_refused(tmp_path: Path, arguments: list[str], message: str) -> None:

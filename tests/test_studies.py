@@ -120,6 +120,13 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("two") / "run"
+    train(replace(SMALL, epochs=2), path, Watcher())
+    return path
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -171,12 +178,44 @@ def test_refused_resume_changes_nothing(finished_run: Path, tmp_path: Path) -> N
     assert ((path / "config.json").read_bytes(), (path / "metrics.jsonl").read_bytes()) == before
 
 
-def test_lost_checkpoint_is_not_passed_over_in_silence(finished_run: Path, tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    shutil.copytree(finished_run, path)
-    (path / "checkpoint.safetensors").unlink()
-    with pytest.raises(RunError, match="expected a checkpoint beside the metrics of 1 epochs"):
-        train(replace(SMALL, epochs=2), path, Watcher(), resume=True)
+def test_run_killed_while_it_wrote_its_first_checkpoint_starts_again(
+    finished_run: Path, tmp_path: Path, one_thread: None
+) -> None:
+    assert train(SMALL, tmp_path / "whole", Watcher())
+    shutil.copytree(finished_run, tmp_path / "killed")
+    (tmp_path / "killed" / "checkpoint.safetensors").unlink()
+    assert train(SMALL, tmp_path / "killed", Watcher(), resume=True)
+    assert_same(state(tmp_path / "killed"), state(tmp_path / "whole"))
+
+
+def test_lost_checkpoint_is_not_passed_over_in_silence(two_epochs: Path, tmp_path: Path) -> None:
+    shutil.copytree(two_epochs, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint.safetensors").unlink()
+    with pytest.raises(RunError, match="expected a checkpoint beside the metrics of 2 epochs"):
+        train(SMALL, tmp_path / "run", Watcher(), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ([0], r"record of epoch 2 in line 2 of .*, as the checkpoint holds 2 epochs, got none"),
+        ([1], "record of epoch 1 in line 1 of .* got that of step 46"),
+        ([0, 0, 1], "record of epoch 2 in line 2 of .* got that of step 23"),
+        ([0, 1, 1], "record of epoch 3 in line 3 of .* got that of step 46"),
+        ([], "record of epoch 1 in line 1 of .* got none"),
+    ],
+)
+def test_lost_metrics_are_not_passed_over_in_silence(
+    two_epochs: Path, tmp_path: Path, kept: list[int], message: str
+) -> None:
+    shutil.copytree(two_epochs, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[number] for number in kept))
+    before = metrics.read_text()
+    with pytest.raises(RunError, match=message):
+        train(SMALL, tmp_path / "run", Watcher(), resume=True)
+    assert metrics.read_text() == before
 
 
 def test_lost_config_does_not_let_a_new_run_overwrite_the_checkpoint(finished_run: Path, tmp_path: Path) -> None:

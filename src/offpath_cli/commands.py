@@ -53,7 +53,14 @@ Out = Annotated[
     Path | None, typer.Option(help="Where to write (default: runs/COMMAND-DATA-MODEL[-METHOD]-sSPARSITY-seedSEED).")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its checkpoint.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Two epochs at most: a first look.")]
+Quick = Annotated[
+    bool,
+    typer.Option(
+        "--quick",
+        help="Two epochs at most: a first look. For an sae also, unless said otherwise, 1024 latents, k 16, batches of "
+        "512, and python-source (synthetic without the sae extra).",
+    ),
+]
 QUICK_EPOCHS = 2
 Shapes = Annotated[list[str] | None, typer.Option(help="A layer as INxOUT, such as 768x3072; repeatable.")]
 Batches = Annotated[list[int] | None, typer.Option(help="Rows of the input; repeatable.")]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import shlex
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from offpath.studies.sae import SaeConfig
 
 INTERRUPTED = 130
 ONLY_HERE = ("latents", "k", "layer")
@@ -17,18 +20,28 @@ QUICK = {"latents": 1024, "k": 16, "epochs": 2, "batch_size": 512}
 def is_meant(context: typer.Context) -> bool:
     """Whether the command is about an autoencoder; refuses options that are, where it is not."""
     from offpath.studies import RunError
+    from offpath.studies.models import MODELS as OTHER_MODELS
     from offpath.studies.sae import MODELS
 
-    folder = context.params["out"]
-    if context.params["resume"] and folder is not None and "model" not in _given(context):
+    folder, model = context.params["out"], context.params["model"]
+    if context.params["resume"] and folder is not None:
         from offpath.studies.folder import RunFolder
 
         values = RunFolder(folder).config_values()
-        return isinstance(values, dict) and values.get("model") in MODELS
-    if context.params["model"] in MODELS:
+        started = values.get("model") if isinstance(values, dict) else None
+        if "model" not in _given(context):
+            return started in MODELS
+        if (started in MODELS) != (model in MODELS):
+            kind = "an sae run" if started in MODELS else "no sae run"
+            raise RunError(
+                f"expected no other --model than {started}: {folder} holds {kind}, got {model}; leave it out"
+            )
+    if model in MODELS:
         return True
+    if model not in OTHER_MODELS:
+        raise RunError(f"expected model to be one of {', '.join((*OTHER_MODELS, *MODELS))}, got {model!r}")
     for name in _given(context) & set(ONLY_HERE):
-        raise RunError(f"expected --{name} with one of --model {', '.join(MODELS)}, got {context.params['model']}")
+        raise RunError(f"expected --{name} with one of --model {', '.join(MODELS)}, got {model}")
     return False
 
 
@@ -84,7 +97,9 @@ def _asked(command: str, context: typer.Context) -> tuple[Path, Any]:
     if not context.params["resume"]:
         if quick:
             asked = {"data": "python-source" if minilm.is_installed() else "synthetic"} | QUICK | asked
+            asked["epochs"] = min(asked["epochs"], QUICK["epochs"])
         config = SaeConfig(**asked)
+        _refuse_layer(given, config)
         name = f"{command}-{config.data}-{config.model}-k{config.k}-seed{config.seed}"
         return out or Path("runs") / name, config
     if quick:
@@ -92,6 +107,7 @@ def _asked(command: str, context: typer.Context) -> tuple[Path, Any]:
     if out is None:
         raise RunError("expected --out with --resume: the folder of the run to go on with")
     config = SaeConfig.from_json(RunFolder(out).config_values())
+    _refuse_layer(given, config)
     for name in sorted(asked.keys() - {"epochs", "data_dir"}):
         if asked[name] != getattr(config, name):
             raise RunError(
@@ -101,6 +117,16 @@ def _asked(command: str, context: typer.Context) -> tuple[Path, Any]:
     if asked.get("epochs", config.epochs) < config.epochs:
         raise RunError(f"expected at least the {config.epochs} epochs that the run has, got {asked['epochs']}")
     return out, replace(config, **{name: asked[name] for name in asked.keys() & {"epochs", "data_dir"}})
+
+
+def _refuse_layer(given: set[str], config: SaeConfig) -> None:
+    from offpath.studies import RunError
+
+    if "layer" in given and config.data == "synthetic":
+        raise RunError(
+            "expected no --layer with --data synthetic: it says which layer of a transformer reads the text, and this "
+            "data comes from neither; leave it out"
+        )
 
 
 def _given(context: typer.Context) -> set[str]:

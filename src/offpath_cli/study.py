@@ -19,7 +19,7 @@ Data = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="Where to write and to go on (default: runs/study-topology[-quick]).")]
 Jobs = Annotated[int | None, typer.Option(help="Processes that train, one thread each (default: one for each core).")]
-Quick = Annotated[bool, typer.Option("--quick", help="A tiny version on data that is always there: under 20 seconds.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A tiny version on data that is always there: under a minute.")]
 
 
 # The other studies will stand beside this one.

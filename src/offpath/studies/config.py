@@ -31,7 +31,9 @@ class RunError(Exception):
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run, complete: the same config gives the same numbers on the same backend, ISA and thread count.
+    """One training run, complete: the same config gives the same numbers on the same backend, ISA, threads and costs.
+
+    The costs are those of the kernels, which are measured once on a machine.
 
     `sparsity` 0 trains the dense model. `method` says how the connections change: every `update_freq` steps before
     `end_step`, where "set", "rigl" and "mest" move `drop_fraction` of them; "gmp" starts with all connections and

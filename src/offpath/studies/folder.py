@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +17,9 @@ from offpath.studies.checkpoint import load_checkpoint, save_checkpoint
 from offpath.studies.config import RunConfig, RunError
 from offpath.studies.files import write_text
 from offpath.studies.resumable import Resumable
+
+# The two runs of a race, each in a folder of its own.
+LANES = ("dense", "sparse")
 
 
 class AnyConfig(Protocol):
@@ -36,6 +41,8 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process. Raises `RunError` when it cannot be written or another holds it."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"expected a folder to write to, but {self.path} is a file; choose another --out")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock")
@@ -56,6 +63,27 @@ class RunFolder:
         """
         if self.checkpoint_file.exists() or (started and self.config_file.exists()):
             raise RunError(f"{self.path} already holds a run; go on with it by --resume, or choose another --out")
+
+    def expect_run(self) -> None:
+        """Raise `RunError` when the folder holds a race: one more model among its own would be no part of it."""
+        if self._has_lanes and not self.metrics_file.exists():
+            raise RunError(f"expected a single run in {self.path}, but it holds a race; use offpath race --resume")
+
+    def expect_race(self) -> None:
+        """Raise `RunError` when the folder holds a single run."""
+        if self.config_file.exists() and not self._has_lanes:
+            raise RunError(f"expected a race in {self.path}, but it holds a single run; use offpath train --resume")
+
+    def lanes(self) -> dict[str, RunFolder]:
+        """The folders of the two runs of a race here, by name; made where they are not."""
+        lanes = {name: RunFolder(self.path / name) for name in LANES}
+        for lane in lanes.values():
+            lane.path.mkdir(exist_ok=True)
+        return lanes
+
+    @property
+    def _has_lanes(self) -> bool:
+        return all((self.path / name).is_dir() for name in LANES)
 
     def start(self, config: AnyConfig) -> None:
         """Begin a new run here."""
@@ -92,24 +120,36 @@ class RunFolder:
     def restore(self, run: Resumable) -> None:
         """Put `run` at the folder's checkpoint, and drop the metrics of epochs that it does not contain.
 
-        A run that was stopped before its first checkpoint starts from the beginning. Raises `RunError` when the
-        checkpoint or the metrics are damaged, or when the checkpoint has gone while its metrics are there.
+        A run whose first checkpoint was never finished starts from the beginning. Raises `RunError` when the checkpoint
+        or the metrics are damaged, or when one has gone while the other is there.
         """
         if run.ranks.from_first(self._has_checkpoint):
             load_checkpoint(run, self.checkpoint_file)
-        if run.ranks.first:
-            kept = [record for record in self.metrics() if record["step"] <= run.step]
-            write_text(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
-            self.write_config(run.config)
+        run.ranks.from_first(lambda: self._keep_up_to(run))
 
     def _has_checkpoint(self) -> bool:
         records, exists = self.metrics(), self.checkpoint_file.exists()
-        if records and not exists:
+        # The record of an epoch is written first: that of the first one stands alone when its checkpoint was cut off.
+        if len(records) > 1 and not exists:
             raise RunError(
                 f"expected a checkpoint beside the metrics of {len(records)} epochs in {self.path}, found none; "
                 "restore it from a copy, or start again with another --out"
             )
         return exists
+
+    def _keep_up_to(self, run: Resumable) -> None:
+        kept = [record for record in self.metrics() if record["step"] <= run.step]
+        steps = range(run.steps_per_epoch, run.step + 1, run.steps_per_epoch)
+        for epoch, (step, record) in enumerate(zip_longest(steps, kept), start=1):
+            found = record and record["step"]
+            if found != step:
+                raise RunError(
+                    f"expected the record of epoch {epoch} in line {epoch} of {self.metrics_file}, as the checkpoint "
+                    f"holds {len(steps)} epochs, got {'that of step ' + str(found) if record else 'none'}; restore the "
+                    "file from a copy, or start again with another --out"
+                )
+        write_text(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+        self.write_config(run.config)
 
     def save(self, run: Resumable) -> None:
         """Write the checkpoint."""
@@ -120,6 +160,8 @@ class RunFolder:
         try:
             with self.metrics_file.open("a") as file:
                 file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # before the checkpoint, which is never ahead of the metrics
         except OSError as error:
             raise RunError(f"expected to write {self.metrics_file}, got: {error}; free space") from error
 

@@ -105,19 +105,15 @@ def race(config: RunConfig, out: Path, observer: RaceObserver[Run], resume: bool
     dataset = load(config.data, Path(config.data_dir) if config.data_dir else None)
     root = RunFolder(out)
     if resume:
+        root.expect_race()
         config = root.settled(config)
+    twins = {"dense": replace(config, sparsity=0.0, method="static", end_step=None), "sparse": config}
     with root.locked():
-        lanes = {
-            name: (Run(lane_config, dataset), RunFolder(out / name))
-            for name, lane_config in (
-                ("dense", replace(config, sparsity=0.0, method="static", end_step=None)),
-                ("sparse", config),
-            )
-        }
         if not resume:
             root.refuse_existing()
+        runs = {name: Run(twin, dataset) for name, twin in twins.items()}
+        lanes = {name: (runs[name], folder) for name, folder in root.lanes().items()}
         for run, folder in lanes.values():
-            folder.path.mkdir(exist_ok=True)
             if resume:
                 folder.restore(run)
             else:

@@ -39,6 +39,10 @@ class Resumable(Protocol):
         """The processes that share its batches."""
 
     @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch."""
+
+    @property
     def total_steps(self) -> int:
         """Steps from the start to the end of the last epoch."""
 

@@ -35,13 +35,14 @@ def train(config: RunConfig, out: Path, observer: Observer[Run], resume: bool = 
     """Train `config` in the folder `out`; True when it ran to its end, False when Ctrl-C stopped it.
 
     A checkpoint is written after every epoch and when the run is stopped. With `resume`, the run in `out` goes on
-    from its checkpoint, to the same numbers as if it had never stopped (on the same backend, ISA and number of
-    threads; bit for bit on one thread). Of many `ranks`, each calls this with the same config, and the first reads and
-    writes the folder; the same numbers come from the same number of them. Raises `RunError` or `DataError`.
+    from its checkpoint, to the same numbers as if it had never stopped (on the same backend, ISA, number of threads and
+    measured costs of the kernels; bit for bit on one thread). Of many `ranks`, each calls this with the same config,
+    and the first reads and writes the folder; the same numbers come from the same number of them. Raises `RunError` or
+    `DataError`.
     """
     folder = RunFolder(out)
     if resume:
-        config = ranks.from_first(lambda: folder.settled(config))
+        config = ranks.from_first(lambda: _settled(folder, config))
     run = Run(config, load(config.data, Path(config.data_dir) if config.data_dir else None), ranks)
     with ExitStack() as held:
         ranks.from_first(lambda: held.enter_context(folder.locked()))
@@ -70,6 +71,11 @@ def advance_to_the_end(run: AnyRun, folder: RunFolder, observer: Observer[AnyRun
             folder.save(run)
         ranks.any(True)  # a process that ended earlier would make torchrun stop the one that still writes
     return run.step == run.total_steps
+
+
+def _settled(folder: RunFolder, config: RunConfig) -> RunConfig:
+    folder.expect_run()
+    return folder.settled(config)
 
 
 def _start(folder: RunFolder, config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""Activations to train on: taken from the transformer once, kept in the user's cache, and read from there."""
+"""Activations to train on: taken from the transformer once, kept beside the measured costs, and read from there."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from offpath.kernels.measured import cache_folder
 from offpath.studies.data.errors import DataError
-from offpath.studies.data.locate import cache_dir
 from offpath.studies.files import write_whole
 from offpath.studies.interrupt import StopRequest
 from offpath.studies.sae import minilm
@@ -44,14 +44,14 @@ def load(
 ) -> Activations | None:
     """The activations that `config` asks for; None where `stop` was made before all had been taken.
 
-    Those of a transformer are taken once and kept in the user's cache, as float16; `on_shard(done, total)` is told of
-    every part. What is there is not taken again. Raises `DataError` or `RunError`.
+    Those of a transformer are taken once and kept as float16, in `OFFPATH_CACHE_DIR` or else the user's cache;
+    `on_shard(done, total)` is told of every part. What is there is not taken again. Raises `DataError` or `RunError`.
     """
     if config.data == "synthetic":
         samples, source = _synthetic(), "made here: sums of 8 of 256 random directions of 64 dimensions"
     else:
         text, place = read_text(config.data, Path(config.data_dir) if config.data_dir else None)
-        folder = cache_dir() / "activations" / _fingerprint(text, config.layer)
+        folder = cache_folder() / "activations" / _fingerprint(text, config.layer)
         taken = _take(text, config.layer, folder, on_shard, stop or StopRequest())
         if taken is None:
             return None

@@ -21,7 +21,7 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class SaeConfig:
-    """One run: the same config gives the same numbers on the same backend, ISA and thread count.
+    """One run: the same config gives the same numbers on the same backend, ISA, threads and measured costs.
 
     `data` is a text whose activations are taken after transformer layer `layer`, or "synthetic", which has neither
     text nor transformer. `dense` computes the same autoencoder with every latent of every row. Raises `RunError` for a
@@ -44,6 +44,11 @@ class SaeConfig:
         for name, choice, known in (("data", self.data, DATA), ("model", self.model, tuple(MODELS))):
             if choice not in known:
                 raise RunError(f"expected {name} to be one of {', '.join(known)}, got {choice!r}")
+        if self.data_dir is not None and self.data != "tinyshakespeare":
+            raise RunError(
+                f"expected --data-dir with --data tinyshakespeare only, whose text it names, got --data {self.data}; "
+                "leave it out"
+            )
         if not 1 <= self.k <= self.latents:
             raise RunError(f"expected k from 1 to the {self.latents} latents, got {self.k}")
         for name, count in (("epochs", self.epochs), ("layer", self.layer)):

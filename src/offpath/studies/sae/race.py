@@ -69,20 +69,20 @@ def race(config: SaeConfig, out: Path, observer: SaeRaceObserver, resume: bool =
     if config.model != "sae":
         raise RunError(f"expected --model sae, which has a dense twin, got {config.model}; use offpath train")
     root = RunFolder(out)
+    if resume:
+        root.expect_race()
     with root.locked():
         if not resume:
             root.refuse_existing()
         data = taken(config, observer)
         if data is None:
+            root.lanes()
             root.write_config(config)
             return None
-        lanes = {
-            name: (SaeRun(replace(config, dense=name == "dense"), data), RunFolder(out / name))
-            for name in ("dense", "sparse")
-        }
+        runs = {dense: SaeRun(replace(config, dense=dense), data) for dense in (True, False)}
+        lanes = {name: (runs[name == "dense"], folder) for name, folder in root.lanes().items()}
         for run, folder in lanes.values():
-            folder.path.mkdir(exist_ok=True)
-            if resume and folder.config_file.exists():  # one stopped before its first step has no folders yet
+            if resume and folder.config_file.exists():  # one stopped before its first step has empty folders
                 folder.restore(run)
             else:
                 folder.refuse_existing(started=False)

@@ -65,7 +65,10 @@ class SaeRun:
         )
         self.model.decoder_bias.data.copy_(data.mean)
         if self.model.activation != "topk":
-            self.model.calibrate_threshold_(data.train[: config.batch_size])
+            try:
+                self.model.calibrate_threshold_(data.train[: config.batch_size])
+            except ValueError as error:
+                raise RunError(f"{error}; lower --k or raise --latents") from error
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, fused=True)
         self.rng_state = torch.get_rng_state()  # nothing is drawn while it trains
         self.step = 0

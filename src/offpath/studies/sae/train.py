@@ -31,6 +31,8 @@ def train(config: SaeConfig, out: Path, observer: SaeObserver, resume: bool = Fa
     numbers as if it had never stopped. Raises `RunError` or `DataError`.
     """
     folder = RunFolder(out)
+    if resume:
+        folder.expect_run()
     with folder.locked():
         if not resume:
             folder.refuse_existing()

@@ -26,6 +26,8 @@ class StudyFolder:
 
     def settle(self, config: StudyConfig) -> None:
         """Make the folder one of `config`. Raises `RunError` when it holds another study or cannot be written."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"expected a folder to write to, but {self.path} is a file; choose another --out")
         try:
             self.trials.mkdir(parents=True, exist_ok=True)
         except OSError as error:
