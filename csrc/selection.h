@@ -7,7 +7,6 @@
 #include "transposed.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <numeric>
 #include <vector>
