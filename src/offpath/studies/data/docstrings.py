@@ -26,7 +26,7 @@ def read_docstrings() -> tuple[list[tuple[str, str]], str]:
             words = re.sub(r"[._\s]+", " ", name)
             if " " in sentence and len(sentence) <= LONGEST and sentence not in pairs:
                 pairs[sentence] = words
-    source = f"docstrings of Python {platform.python_version()}'s library, {folder}"
+    source = f"docstrings of the library of Python {platform.python_version()}"
     return [(words, sentence) for sentence, words in pairs.items()], source
 
 

@@ -86,7 +86,7 @@ def load_pairs(name: str, data: Path | None = None) -> Pairs:
     else:
         path = _find(spec, data)
         content, version = read_known(path, spec.sha256, f"name an intact copy: {spec.next_step}")
-        texts, source = spec.parse(content.decode(), str(path)), f"{version}, {path}"
+        texts, source = spec.parse(content.decode(), str(path)), f"{version}, {path.name}"
     return Pairs(name, [query for query, _ in texts], [document for _, document in texts], source)
 
 
