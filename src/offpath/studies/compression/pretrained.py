@@ -77,16 +77,29 @@ def open_pretrained(place: str) -> Pretrained:
 
     with quiet(), readable(folder):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        names = config.architectures or []
-        decoder = any(name.endswith(DECODERS) for name in names)
-        kind = transformers.AutoModelForCausalLM if decoder else transformers.AutoModel
-        model = kind.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
-        tokenizer = open_tokenizer(folder)
-    if getattr(config, "is_encoder_decoder", False):
-        raise RunError(
-            f"expected an encoder or a decoder in {folder}, got {names[0] if names else 'a model'} with both"
+        kind = _class(transformers, config, folder)
+        model, found = kind.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
-    return Pretrained(model.eval(), tokenizer, decoder, folder)
+        tokenizer = open_tokenizer(folder)
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise RunError(
+            f"expected all weights of a {kind.__name__} in {folder}, but {len(missing)} are missing: "
+            f"{', '.join(missing[:3])}...; a folder that `offpath compress` made is for `offpath bench`"
+        )
+    return Pretrained(model.float().eval(), tokenizer, kind.__name__.endswith(DECODERS), folder)
+
+
+def _class(transformers: Any, config: Any, folder: Path) -> Any:
+    """The class that the checkpoint names, if it is one of transformers' own models."""
+    names = config.architectures or []
+    kind = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise RunError(f"expected {folder / CONFIG} to name one of transformers' models, got {names}; mend the file")
+    if config.is_encoder_decoder:
+        raise RunError(f"expected an encoder or a decoder in {folder}, got a {names[0]}, which is both")
+    return kind
 
 
 def open_tokenizer(folder: Path) -> Any:

@@ -37,7 +37,7 @@ def calibration_inputs(pretrained: Pretrained, lines: Sequence[str], batches: in
     if pretrained.decoder:
         windows = text_windows(pretrained, lines)
         chosen = windows[_spread(len(windows), batches * batch_size)]
-        return [{"input_ids": some, "use_cache": False} for some in chosen.split(batch_size)]  # type: ignore[dict-item]
+        return [{"input_ids": some} for some in chosen.split(batch_size)]
     ids = token_ids(pretrained, [lines[place] for place in _spread(len(lines), batches * batch_size)])
     return [padded(pretrained, [ids[place] for place in places]) for places in by_length(ids, batch_size)]
 
@@ -86,6 +86,19 @@ def text_windows(pretrained: Pretrained, lines: Sequence[str], length: int = MAX
     if len(ids) < length:
         raise RunError(f"expected a text of at least {length} tokens in --data, got {len(ids)}; name a longer one")
     return ids[: len(ids) // length * length].view(-1, length)
+
+
+def random_tokens(pretrained: Pretrained, texts: int, tokens: int) -> Inputs:
+    """An input to time a model with: `texts` of `tokens` random tokens each, none of them padding.
+
+    Raises `RunError` for more tokens than the model has places for.
+    """
+    if tokens > _longest(pretrained):
+        raise RunError(f"expected at most the {_longest(pretrained)} tokens that the model reads, got {tokens}")
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = int(pretrained.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    ids = torch.randint(vocabulary // 2, vocabulary, (texts, tokens), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _longest(pretrained: Pretrained) -> int:

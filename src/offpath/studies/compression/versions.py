@@ -15,7 +15,7 @@ from offpath.cost import interleaved, this_machine
 from offpath.cost.timing import TimingStopped
 from offpath.studies.compression.arms import Arms, StudyStopped
 from offpath.studies.compression.pretrained import DTYPES, Pretrained
-from offpath.studies.compression.tokens import Inputs
+from offpath.studies.compression.tokens import Inputs, random_tokens
 from offpath.studies.files import five_digits, write_text
 
 
@@ -39,13 +39,6 @@ class VersionSpec:
 def tensor_bytes(model: nn.Module) -> int:
     """Bytes of the parameters of a dense model, as its file holds them: each once."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def random_tokens(vocabulary: int, texts: int, tokens: int) -> Inputs:
-    """An input of full length: nothing in it is padding."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary // 2, vocabulary, (texts, tokens), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 class Versions:
@@ -78,7 +71,7 @@ class Versions:
         model = offpath.load(self.folder.model_file(spec.sparsity)).eval()
         offpath.densify(model)
         model.to(DTYPES[spec.dtype])
-        example = random_tokens(pretrained.tokenizer.vocab_size, *self.config.points[-1])
+        example = random_tokens(pretrained, *self.config.points[-1])
         report = offpath.compress(
             model, example=example, embeddings="int8", progress=partial(self.arms.watch, f"compressing {spec.name}")
         )
@@ -94,11 +87,11 @@ class Versions:
         return made, asdict(spec) | {"file_bytes": path.stat().st_size, "compress": predicted}
 
     def _time(self, models: dict[str, nn.Module]) -> None:
-        vocabulary = self.arms.open().tokenizer.vocab_size
+        dense = self.arms.open()
         times: dict[str, Any] = {}
         for number, (texts, tokens) in enumerate(self.config.points):
             self.arms.watch(f"timing {texts} x {tokens} tokens", number, len(self.config.points))
-            inputs = random_tokens(vocabulary, texts, tokens)
+            inputs = random_tokens(dense, texts, tokens)
             calls = {name: partial(_run, model, inputs) for name, model in models.items()}
             try:
                 found = interleaved(calls, self.config.seconds, stop=lambda: self.arms.stop.made)
