@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("\n\n".join(load_pairs("python-docs").documents[:300]))
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured_briefly() -> Iterator[None]:
+    """What is tested here does not depend on how well times are known."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("offpath.convert.compress.compress.BUDGET_SECONDS", 0.02)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +125,15 @@ def test_broken_checkpoint_is_refused(checkpoints: dict[str, Path], tmp_path: Pa
     with pytest.raises(RunError, match="expected"):
         open_pretrained(str(folder))
     assert not (tmp_path / "ran").exists()
+
+
+def test_folder_of_sparse_layers_is_no_checkpoint(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(checkpoints["bert"], tmp_path / "sparse")
+    model = open_pretrained(str(checkpoints["bert"])).model
+    offpath.sparsify(model, SPARSITY, method="magnitude")
+    offpath.save(model, tmp_path / "sparse" / "model.safetensors")
+    with pytest.raises(RunError, match=r"are missing: .* is for `offpath bench`"):
+        open_pretrained(str(tmp_path / "sparse"))
 
 
 # --- texts as inputs
@@ -332,8 +350,6 @@ def test_bench_refuses_what_does_not_fit(
     with pytest.raises(RunError, match="name it with --dense"):
         bench(BenchConfig(str(compressed["bert"]), str(tmp_path / "gone")), tmp_path / "bench", _unwatched)
     assert not (tmp_path / "bench").exists()
-    with pytest.raises(RunError, match="is for `offpath bench`"):
-        open_pretrained(str(compressed["bert"]))
 
 
 # --- as a user types them

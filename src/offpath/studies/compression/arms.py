@@ -50,16 +50,14 @@ class Arms:
             path = self.folder.arm_file(method, sparsity)
             if path.exists():
                 continue
-            start = time.perf_counter()
             if method == DENSE:
                 pretrained = self.open()
             elif method == GMP_:
                 pretrained = self._trained(sparsity)
             else:
                 pretrained = self._pruned(method, sparsity)
-            seconds = time.perf_counter() - start
             tests = self.tested(pretrained, f"testing {method}" + (f" {sparsity:.0%}" if sparsity else ""))
-            record = {"method": method, "sparsity": sparsity, "seconds": seconds, "tests": tests}
+            record = {"method": method, "sparsity": sparsity, "tests": tests}
             write_text(path, json.dumps(five_digits(record), indent=1) + "\n")
 
     def open(self) -> Pretrained:

@@ -31,10 +31,10 @@ class StudyConfig:
     test_pairs: int = 1000
     other_pairs: int = 500
     calibration_texts: int = 2048
-    train_texts: int = 40_000
-    steps: tuple[int, ...] = (150, 150, 200, 900)
-    batch_size: int = 128
-    learning_rate: float = 5e-4
+    train_texts: int = 20_000
+    steps: tuple[int, ...] = (150, 200, 300, 1600)
+    batch_size: int = 64
+    learning_rate: float = 1e-3
     update_freq: int = 10
     points: tuple[tuple[int, int], ...] = ((1, 16), (32, 64))
     seconds: float = 20.0

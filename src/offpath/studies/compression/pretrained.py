@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from offpath.studies.config import RunError
@@ -120,7 +121,16 @@ def readable(folder: Path) -> Iterator[None]:
     """Raise `RunError` for whatever transformers says of the files in `folder`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError, TypeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        AttributeError,
+        ImportError,
+        TypeError,
+        SafetensorError,
+    ) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
         raise RunError(
             f"expected a checkpoint in {folder} that transformers can load without code of its own, got: "

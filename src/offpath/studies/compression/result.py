@@ -17,11 +17,10 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Arm:
-    """A way of pruning at a sparsity: its quality on each set of pairs, and the seconds that making it took."""
+    """A way of pruning at a sparsity: its quality on each set of pairs."""
 
     method: str
     sparsity: float
-    seconds: float
     tests: dict[str, EmbeddingQuality]
 
 

@@ -32,7 +32,7 @@ def docs_block(result: StudyResult) -> str:
 
 def _quality(result: StudyResult) -> Table:
     sets = list(result.sources)
-    header = ("", *(f"{what}, {name}" for name in sets for what in ("rank correlation", "retrieval")), "made in")
+    header = ("", *(f"{what}, {name}" for name in sets for what in ("rank correlation", "retrieval")))
     rows = []
     for method, sparsity in result.config.arms():
         arm = result.arm(method, sparsity)
@@ -41,7 +41,7 @@ def _quality(result: StudyResult) -> Table:
                 cell for name in sets for cell in _test(arm.tests[name].rank_correlation, arm.tests[name].retrieval)
             ]
             name = f"{sparsity:.0%} {NAMES[method]}" if sparsity else NAMES[method]
-            rows.append((name, *cells, "" if method == DENSE else _duration(arm.seconds)))
+            rows.append((name, *cells))
     order = {name: number for number, name in enumerate(NAMES.values())}
     rows.sort(key=lambda row: (row[0].split("% ")[0] if "% " in row[0] else "", order[row[0].split("% ")[-1]]))
     return Table("What is left of the embeddings", header, rows)
@@ -76,10 +76,6 @@ def _version(result: StudyResult, version: Version, dense_bytes: int) -> Row:
 
 def _test(rank_correlation: float, retrieval: float) -> Row:
     return f"{rank_correlation:.3f}", f"{retrieval:.1%}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s"
 
 
 def _point(point: str) -> str:
