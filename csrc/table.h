@@ -190,6 +190,36 @@ template <class T> struct compress_args {
     T *values;
 };
 
+// The product of bitmap with int8 values: y[b, r] = bias[r] + scales[r] * sum of value * x[b, column].
+template <class T> struct bitmap_int8_args {
+    Bitmap bitmap;
+    const int8_t *values; // [nnz]
+    const float *scales;  // [rows]
+    const T *bias;        // [rows], or null for zero
+    const T *x;           // [batch, 64 * words_per_row], zero from `columns` on
+    T *y;                 // [batch, rows], contiguous
+    int64_t batch;
+    bool x_is_finite;
+};
+
+// int8 values in the order of the plan, in the type that T is multiplied in.
+template <class T> struct gather_int8_args {
+    BucketPlan plan;
+    const int8_t *values; // [nnz], as the caller has them
+    void *ordered;
+};
+
+// The product of bucketed with what gather_int8 wrote.
+template <class T> struct bucketed_int8_args {
+    BucketPlan plan;
+    const void *values;
+    const float *scales; // [rows]
+    const T *bias;       // [rows], or null for zero
+    const void *panels;
+    T *y; // [batch, rows], contiguous
+    int64_t batch;
+};
+
 // The products that fill absent connections with zeros, in tiles that stay in cache.
 //
 // y[b, r] = bias[r] + sum over the columns c of W[r, c] * x[b, c], for a block of groups x panels.

@@ -73,6 +73,17 @@ class PlannedSpmm(Protocol):
     ) -> Tensor: ...
 
 
+class Int8Spmm(Protocol):
+    """The product of `Spmm` over a plan or a bitmap with int8 `values` and a float32 scale for each row:
+
+    y[:, r] = bias[r] + scales[r] * sum over row r's slots s of values[s] * x[:, col_indices[s]].
+    """
+
+    def __call__(
+        self, prepared: Any, values: Tensor, scales: Tensor, x: Tensor, bias: Tensor | None = None, /
+    ) -> Tensor: ...
+
+
 class Backward(Protocol):
     """(dx, dvalues, dbias) of a layer at once; dbias is the sum of dy over the batch.
 
@@ -135,6 +146,8 @@ class Backend:
     filled_spmm: PlannedSpmm
     filled_dx: Callable[[Any, Tensor, Tensor], Tensor]
     filled_dvalues: PreparedSddmm
+    bitmap_int8_spmm: Int8Spmm
+    planned_int8_spmm: Int8Spmm
     expand: Callable[[Any, Tensor], Tensor]
     compress: Callable[[Any, Tensor], Tensor]
     rows: RowProducts

@@ -82,6 +82,16 @@ def backward(
     return dx, tiled_sddmm(cast(Plan, tiles or bitmap), dy, x), wide(dy).sum(0).to(dy.dtype)
 
 
+def int8_spmm(plan: Plan, values: Tensor, scales: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y[:, r] = bias[r] + scales[r] * sum over row r's slots s of values[s] * x[:, col_indices[s]].
+
+    `values` are int8, `scales` float32.
+    """
+    x_wide = wide(x)
+    y = spmm(plan.crow_indices, plan.col_indices, values.to(x_wide.dtype), x_wide) * scales.to(x_wide.dtype)
+    return (y if bias is None else y + wide(bias)).to(x.dtype)
+
+
 def expand(bitmap: Plan, values: Tensor) -> Tensor:
     """dense[r, c] = the value of connection (r, c), or zero."""
     rows = row_numbers(bitmap.crow_indices)
@@ -115,6 +125,8 @@ BACKEND = Backend(
     filled_spmm=planned_spmm,
     filled_dx=bitmap_dx,
     filled_dvalues=tiled_sddmm,
+    bitmap_int8_spmm=int8_spmm,
+    planned_int8_spmm=int8_spmm,
     expand=expand,
     compress=compress,
     rows=reference_rows.ROWS,

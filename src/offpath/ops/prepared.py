@@ -59,6 +59,13 @@ class Prepared:
             dense = self._weight.matrix.dense(backend, values)
         return self._weight.forward(backend, method, values, x, bias, feature_major, dense), dense
 
+    def int8_forward(
+        self, backend: Backend, values: Tensor, scales: Tensor, x: Tensor, bias: Tensor | None, prefer: str
+    ) -> Tensor:
+        """x @ W.T + bias for int8 values with a scale for each row of W."""
+        method = self._method(backend, "forward", x, prefer)
+        return self._weight.matrix.int8_spmm(backend, method, values, scales, x, bias)
+
     def dx(self, backend: Backend, values: Tensor, dy: Tensor, prefer: str) -> Tensor:
         """dy @ W, for dy [batch, rows]."""
         return self._weight.dx(backend, self._method(backend, "dx", dy, prefer), values, dy)
