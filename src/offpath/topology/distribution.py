@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
-Shape = tuple[int, int]
+Shape = tuple[int, ...]
 
 
 def uniform(shapes: Sequence[Shape], density: float) -> list[float]:
@@ -13,14 +14,14 @@ def uniform(shapes: Sequence[Shape], density: float) -> list[float]:
 
 
 def erk(shapes: Sequence[Shape], density: float) -> list[float]:
-    """Erdos-Renyi: a layer's density is proportional to (in + out) / (in * out), and 1 at most.
+    """Erdos-Renyi kernel: a layer's density is proportional to sum(shape) / prod(shape), and 1 at most.
 
     What a layer cannot take because it is full already goes to the others in the same proportion (Mocanu et al.,
     "Scalable training of artificial neural networks with adaptive sparse connectivity", 2018; Evci et al.,
-    "Rigging the Lottery", 2020; for linear layers the "kernel" variant is the same).
+    "Rigging the Lottery", 2020).
     """
-    sizes = [rows * columns for rows, columns in shapes]
-    raw = [(rows + columns) / size if size else 0.0 for (rows, columns), size in zip(shapes, sizes, strict=True)]
+    sizes = [prod(shape) for shape in shapes]
+    raw = [sum(shape) / size if size else 0.0 for shape, size in zip(shapes, sizes, strict=True)]
     full: set[int] = set()
     while True:
         budget = density * sum(sizes) - sum(sizes[i] for i in full)
@@ -37,7 +38,7 @@ DISTRIBUTIONS = {"uniform": uniform, "erk": erk}
 
 
 def layer_densities(shapes: Sequence[Shape], sparsity: float, distribution: str = "uniform") -> list[float]:
-    """The density of each layer of `shapes` (out, in) at an overall `sparsity`.
+    """The density of each layer of `shapes`, (out, in) or (out, in, *kernel), at an overall `sparsity`.
 
     Raises `ValueError` for an unknown distribution or a sparsity outside [0, 1).
 

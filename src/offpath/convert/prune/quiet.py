@@ -1,0 +1,49 @@
+"""Running somebody's model without leaving a trace in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients and no compiled code inside; modes, buffers and random numbers restored after it.
+
+    Buffers are copied for as long as it lasts. Modules that do something in `train()` or `eval()` are not called: the
+    mode is set and put back in each module by itself.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    # Tensors of inference mode cannot be written to here.
+    kept = [
+        (module, name, buffer, buffer._version, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_inference()
+    ]
+    cuda = {tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(sorted(cuda)))
+        stack.enter_context(torch.no_grad())
+        if any(_is_compiled(module) for module in model.modules()):
+            # Compiled code would not call hooks that came after it.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for module, name, buffer, version, copy in kept:
+                if buffer._version != version:
+                    buffer.copy_(copy)
+                if module._buffers.get(name) is not buffer:
+                    module._buffers[name] = buffer
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
