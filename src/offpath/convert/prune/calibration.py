@@ -29,7 +29,7 @@ def check_calibration(calibration: Any) -> None:
             "expected calibration to be a list or another iterable of model inputs, got a "
             f"{type(calibration).__name__}; put a single batch into a list"
         )
-    if iter(calibration) is calibration:
+    if isinstance(calibration, Iterator):
         raise ValueError(
             "expected calibration that can be gone through several times, got a "
             f"{type(calibration).__name__}, which is empty after the first; pass list(calibration) or a DataLoader"

@@ -53,21 +53,22 @@ def solve(weight: Tensor, inverse: Inverse, nnz: int, blocksize: int) -> Tensor:
     From the left, each block of `blocksize` columns loses the weights that cost least, (w / U_cc)^2, as many as make
     up its share; the error of each column is moved to the columns right of it. Dead inputs lose all their weights.
     """
-    weight = weight.to(torch.float64, copy=True).masked_fill_(inverse.dead.unsqueeze(1), 0)
-    columns = weight.shape[2]
+    # Transposed, so that what a step works on lies together.
+    weight = weight.mT.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    weight.masked_fill_(inverse.dead.unsqueeze(2), 0)
+    columns = weight.shape[1]
     for start in range(0, columns, blocksize):
         end = min(start + blocksize, columns)
-        block = weight[:, :, start:end]
+        block = weight[:, start:end]
         factor = inverse.factor[:, start:end, start:end]
-        costs = (block / factor.diagonal(dim1=1, dim2=2).unsqueeze(1)).square()
+        costs = (block / factor.diagonal(dim1=1, dim2=2).unsqueeze(2)).square()
         share = round(nnz * end / columns) - round(nnz * start / columns)
         keep = keep_largest(costs.reshape(1, -1), share).view_as(costs)
         errors = torch.empty_like(block)
         for column in range(end - start):
-            error = block[:, :, column] / factor[:, column, column].unsqueeze(1)
-            error.masked_fill_(keep[:, :, column], 0)
-            block[:, :, column:] -= error.unsqueeze(2) * factor[:, column, column:].unsqueeze(1)
-            errors[:, :, column] = error
+            error = torch.div(block[:, column], factor[:, column, column].unsqueeze(1), out=errors[:, column])
+            error.masked_fill_(keep[:, column], 0)
+            block[:, column:].baddbmm_(factor[:, column, column:].unsqueeze(2), error.unsqueeze(1), alpha=-1)
         block.masked_fill_(~keep, 0)
-        weight[:, :, end:] -= errors @ inverse.factor[:, start:end, end:]
-    return weight
+        weight[:, end:].baddbmm_(inverse.factor[:, start:end, end:].mT, errors, alpha=-1)
+    return weight.mT
