@@ -25,13 +25,13 @@ transformers = pytest.importorskip("transformers")
 
 def _model() -> nn.Sequential:
     generator = torch.Generator().manual_seed(0)
-    first = SparseLinear(30, 20, sparsity=0.7, generator=generator)  # a bitmap
-    return nn.Sequential(first, nn.ReLU(), SparseLinear(20, 5, sparsity=0.97, generator=generator), nn.Linear(5, 2))
+    first = SparseLinear(30, 80, sparsity=0.7, generator=generator)  # a bitmap; the other one as columns
+    return nn.Sequential(first, nn.ReLU(), SparseLinear(80, 5, sparsity=0.9925, generator=generator), nn.Linear(5, 2))
 
 
 def _dense() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 5), nn.Linear(5, 2))
+    return nn.Sequential(nn.Linear(30, 80), nn.ReLU(), nn.Linear(80, 5), nn.Linear(5, 2))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-def _must_be_refused(path: Path, match: str = "") -> None:
+def _must_be_refused(path: Path, match: str | None = None) -> None:
     """With a model and without: a `StorageError` that names the file, and the model has not changed."""
     dense = _dense()
     modules, before = list(dense.modules()), {key: value.clone() for key, value in dense.state_dict().items()}
@@ -114,7 +114,7 @@ def forged(tmp_path: Path, whole: bytes) -> Forged:
 
 def test_a_forged_file_without_changes_is_loaded(forged: Forged) -> None:
     """Or all that follows would show nothing."""
-    assert offpath.load(forged.write())[0].nnz == 180
+    assert offpath.load(forged.write())[0].nnz == 720
     assert {entry["encoding"] for entry in forged.header["layers"].values()} == {"bitmap", "columns"}
 
 
@@ -165,7 +165,7 @@ HEADER_CHANGES = [
     _set("layers", "2", "encoding", to="bitmap"),
     *(
         _set("layers", "0", "nnz", to=value)
-        for value in (179, 181, -1, 2**31, 2**31 - 1, 1.5, True, None, "180", 10**40)
+        for value in (719, 721, -1, 2**31, 2**31 - 1, 1.5, True, None, "720", 10**40)
     ),
     *(_set("layers", "2", "nnz", to=value) for value in (0, 2, 4, 2**31 - 1)),
     *(
@@ -196,13 +196,13 @@ def test_headers_that_do_not_fit_the_tensors_are_refused(forged: Forged, change:
 
 
 TENSOR_CHANGES = {
-    "a bit too many": (_tensor("0.bitmap", _ones_more), "bitmap of 180 connections"),
-    "a bit too few": (_tensor("0.bitmap", lambda bitmap: bitmap & (bitmap - 1)), "bitmap of 180 connections"),
-    "no bits": (_tensor("0.bitmap", torch.zeros_like), "bitmap of 180 connections"),
-    "short bitmap": (_tensor("0.bitmap", lambda bitmap: bitmap[:-1]), r"uint8 \[75\], got torch.uint8 \[74\]"),
+    "a bit too many": (_tensor("0.bitmap", _ones_more), "bitmap of 720 connections"),
+    "a bit too few": (_tensor("0.bitmap", lambda bitmap: bitmap & (bitmap - 1)), "bitmap of 720 connections"),
+    "no bits": (_tensor("0.bitmap", torch.zeros_like), "bitmap of 720 connections"),
+    "short bitmap": (_tensor("0.bitmap", lambda bitmap: bitmap[:-1]), r"uint8 \[300\], got torch.uint8 \[299\]"),
     "bitmap of int8": (_tensor("0.bitmap", lambda bitmap: bitmap.view(torch.int8)), "got torch.int8"),
-    "square bitmap": (_tensor("0.bitmap", lambda bitmap: bitmap.view(3, 25)), r"got torch.uint8 \[3, 25\]"),
-    "columns beyond the end": (_tensor("2.col_indices", lambda columns: columns.int().add(20).to(columns.dtype)), "in"),
+    "square bitmap": (_tensor("0.bitmap", lambda bitmap: bitmap.view(3, 100)), r"got torch.uint8 \[3, 100\]"),
+    "columns beyond the end": (_tensor("2.col_indices", lambda columns: columns.int().add(80).to(columns.dtype)), "in"),
     "columns in descending order": (_tensor("2.col_indices", _swapped), "ascending|add up"),
     "columns twice": (_tensor("2.col_indices", torch.zeros_like), "duplicate|ascending|add up"),
     "negative columns": (_tensor("2.col_indices", lambda columns: columns.view(torch.int16).neg()), "got torch.int16"),
@@ -211,7 +211,7 @@ TENSOR_CHANGES = {
     "counts that do not add up": (_tensor("2.row_counts", _moved_to_another_row), "add up to 3 connections, got 4"),
     "too many counts": (_tensor("2.row_counts", lambda counts: torch.cat([counts, counts])), r"\[5\], got .*\[10\]"),
     "too few values": (_tensor("0.values", lambda values: values[1:]), "one value a column"),
-    "values as a matrix": (_tensor("0.values", lambda values: values.view(10, 18)), "one value a column"),
+    "values as a matrix": (_tensor("0.values", lambda values: values.view(10, 72)), "one value a column"),
     "whole values": (_tensor("0.values", lambda values: values.int()), "floating point"),
     "a longer bias": (_tensor("0.bias", lambda bias: torch.cat([bias, bias])), "expected a bias of shape"),
     "a longer dense bias": (_tensor("3.bias", lambda bias: torch.cat([bias, bias])), "size mismatch for 3.bias"),
@@ -303,13 +303,9 @@ def test_any_value_anywhere_in_the_header_is_refused_or_changes_nothing(
     except StorageError as error:
         assert str(error).startswith(str(path))
     else:
-        x = torch.randn(3, 30)
-        assert torch.equal(loaded(x), _model_of(whole, tmp_path)(x))
-
-
-def _model_of(whole: bytes, tmp_path: Path) -> nn.Module:
-    (tmp_path / "whole").write_bytes(whole)
-    return offpath.load(tmp_path / "whole")
+        expected = _model().state_dict()
+        assert loaded.state_dict().keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items() if key[0] != "3")
 
 
 # --- the container ------------------------------------------------------------------------------------------------

@@ -78,6 +78,6 @@ def _mapped(path: Path) -> tuple[str, dict[str, Tensor]]:
             f"expected a file that offpath.save wrote, got {len(tensors)} plain tensors; load them with "
             "model.load_state_dict(safetensors.torch.load_file(path)), then make the model sparse"
         )
-    if metadata.get("sha256") != digest(metadata[FORMAT], tensors):
+    if (metadata.get("format"), metadata.get("sha256")) != ("pt", digest(metadata[FORMAT], tensors)):
         raise StorageError("expected contents that agree with their checksum; the file is damaged: restore it")
     return metadata[FORMAT], tensors

@@ -17,13 +17,15 @@ from offpath.storage.fitting import fit
 
 # Where a model came from is nobody's business; what implements its attention is the reader's choice.
 NOT_STORED = ("_name_or_path", "architectures", "transformers_version")
-# These make transformers fetch something, or run what the package does not hold itself.
+# These make transformers fetch something, run what the package does not hold itself, or count to any number.
 REFUSED = (
+    "architecture",
     "auto_map",
     "attn_implementation",
     "_attn_implementation",
     "experts_implementation",
     "_experts_implementation",
+    "num_labels",
     "quantization_config",
     "backbone",
     "use_pretrained_backbone",
