@@ -46,7 +46,7 @@ def test_threshold_over_all_layers_agrees_with_a_sort_of_everything(dtype: torch
     layers[1][:9] = torch.tensor([0.0, torch.finfo(dtype).tiny / 4, torch.finfo(dtype).max] * 3, dtype=dtype)
     layers = [layer.round() if tied else layer for layer in layers]
     every = torch.cat(layers)
-    for count in (0, 1, 2, 433, 4330, 4334):
+    for count in (0, 1, 433, 4334):
         expected = torch.zeros_like(every, dtype=torch.bool)
         expected[every.sort(descending=True, stable=True).indices[:count]] = True
         kept = keep_largest_of_all([lambda a=a: a for a in layers], count)
@@ -145,7 +145,7 @@ def test_layers_that_cannot_be_pruned_are_left_and_named() -> None:
         {
             "embedding": nn.Embedding(20, 8),
             "head": nn.Linear(8, 20),
-            "half": nn.Linear(8, 10),
+            "whole": nn.Linear(8, 10),
             "view": nn.Linear(8, 5),
             "masked": masks.l1_unstructured(nn.Linear(8, 8), "weight", 0.5),
             "parametrized": parametrizations.weight_norm(nn.Linear(8, 8)),
@@ -158,7 +158,7 @@ def test_layers_that_cannot_be_pruned_are_left_and_named() -> None:
         }
     )
     model["head"].weight = model["embedding"].weight
-    model["view"].weight = nn.Parameter(model["half"].weight.data[3:8])
+    model["view"].weight = nn.Parameter(model["whole"].weight.data[3:8])
     model["integer"].weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
     model["expanded"].weight = nn.Parameter(torch.ones(1, 8).expand(8, 8))
     before = {name: m.weight.clone() for name, m in model.items() if name not in ("sparse", "lazy", "free")}
@@ -167,7 +167,7 @@ def test_layers_that_cannot_be_pruned_are_left_and_named() -> None:
     reasons = dict(report.skipped)
     for name, words in {
         "head": "tied",
-        "half": "tied",
+        "whole": "tied",
         "view": "tied",
         "masked": "prune.remove",
         "parametrized": "remove_parametrizations",
