@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured_briefly() -> Iterator[None]:
     """What is tested here does not depend on how well times are known."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("offpath.convert.compress.compress.BUDGET_SECONDS", 0.02)
+        patch.setattr(import_module("offpath.convert.compress.compress"), "BUDGET_SECONDS", 0.02)
         yield
 
 
