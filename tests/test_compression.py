@@ -33,6 +33,9 @@ from offpath.studies.compression.tokens import calibration_inputs, read_lines, t
 from offpath.studies.data import DataError, load_pairs
 from tiny_transformers import tiny_checkpoint
 
+# One thread: tiny layers wait more for each other than they compute.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = ("bert", "gpt2", "llama")
 SPARSITY = 0.9
 
@@ -43,7 +46,7 @@ def _unwatched(what: str, done: int, total: int) -> None:
 
 def _offpath(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from offpath_cli import main; main()", *map(str, arguments)]
-    settings = {"COLUMNS": "160", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
+    settings = {"COLUMNS": "160", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=os.environ | settings | environment, capture_output=True, text=True, check=False)
 
 

@@ -26,6 +26,8 @@ Distribution = Annotated[str, typer.Option(help="How layers share the weights: u
 ForBatch = Annotated[int | None, typer.Option("--batch", help="Texts of a call to be made fast for (default: 32; 1).")]
 ForTokens = Annotated[int | None, typer.Option("--tokens", help="Tokens of each (default: 64; of a decoder 1).")]
 Dtype = Annotated[str, typer.Option(help="Of the saved weights: float32 or bfloat16.")]
+Precision = Annotated[str | None, typer.Option(help="int8: of the sparse layers' values, a scale for each row.")]
+Embeddings = Annotated[str | None, typer.Option(help="int8: of the embeddings' rows, a scale for each.")]
 Seed = Annotated[int, typer.Option(help="Seed of the method random.")]
 CompressOut = Annotated[Path | None, typer.Option(help="New folder to write to (default: runs/compress-NAME).")]
 CompressQuick = Annotated[bool, typer.Option("--quick", help="Look at a small part of --data: a first look.")]
@@ -52,6 +54,8 @@ def compress(
     batch: ForBatch = None,
     tokens: ForTokens = None,
     dtype: Dtype = "float32",
+    precision: Precision = None,
+    embeddings: Embeddings = None,
     out: CompressOut = None,
     seed: Seed = 0,
     quick: CompressQuick = False,
@@ -62,17 +66,19 @@ def compress(
     from offpath_cli.study_display import WatchDisplay, print_tables
 
     config = CompressConfig(
-        checkpoint,
-        sparsity,
-        method,
-        str(data) if data else None,
-        scope,
-        distribution,
-        batch,
-        tokens,
-        dtype,
-        seed,
-        quick,
+        model=checkpoint,
+        sparsity=sparsity,
+        method=method,
+        data=str(data) if data else None,
+        scope=scope,
+        distribution=distribution,
+        batch=batch,
+        tokens=tokens,
+        dtype=dtype,
+        precision=precision,
+        embeddings=embeddings,
+        seed=seed,
+        quick=quick,
     )
     out = out or Path("runs") / f"compress-{Path(checkpoint).expanduser().resolve().name}"
     with WatchDisplay() as display:

@@ -33,7 +33,8 @@ Watch = Callable[[str, int, int], None]
 class CompressConfig:
     """What is asked of a checkpoint. `sparsity` None prunes nothing: most weights are zero already.
 
-    `batch` texts of `tokens` are what it is made fast for. Raises `RunError` for what contradicts itself.
+    `batch` texts of `tokens` are what it is made fast for. `precision` and `embeddings` may be "int8".
+    Raises `RunError` for what contradicts itself.
     """
 
     model: str
@@ -45,6 +46,8 @@ class CompressConfig:
     batch: int | None = None
     tokens: int | None = None
     dtype: str = "float32"
+    precision: str | None = None
+    embeddings: str | None = None
     seed: int = 0
     quick: bool = False
 
@@ -86,7 +89,13 @@ def compress_checkpoint(config: CompressConfig, out: Path, watch: Watch) -> dict
                 pruned = _prune(config, config.sparsity, pretrained, lines, watch)
             model.to(DTYPES[config.dtype])
             example = _example(config, pretrained)
-            compressed = offpath.compress(model, example=example, progress=partial(watch, "making layers sparse"))
+            compressed = offpath.compress(
+                model,
+                example=example,
+                precision=config.precision,
+                embeddings=config.embeddings,
+                progress=partial(watch, "making layers sparse"),
+            )
             watch("saving", 0, 1)
             offpath.save(model, folder / MODEL_FILE)
         model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]
