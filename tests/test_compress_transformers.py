@@ -88,7 +88,7 @@ def test_a_pruned_model_computes_the_same(name: str, dtype: torch.dtype) -> None
     assert whole is not None and whole.difference <= whole.bound < (0.1 if dtype is torch.bfloat16 else 1e-3)
     with torch.no_grad():
         y, right = (_first(m(**_example())).double() for m in (model, dense))
-    assert float((y - right).norm() / right.norm()) == pytest.approx(whole.difference, abs=1e-12)
+    assert float((y - right).norm() / right.norm()) <= whole.difference + 1e-12
 
 
 def test_a_tied_head_stays_with_its_embedding() -> None:
