@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -20,13 +21,16 @@ from offpath.convert.compress.example import largest_difference
 from offpath.convert.compress.measure import Trial, in_rotation
 from offpath.convert.compress.report import CompressReport, Measured
 
-MODULE = importlib.import_module("offpath.convert.compress.compress")
+# By their full names: `offpath.convert.compress` is the function.
+CONTEST, FINISH, MEASURE = (
+    importlib.import_module(f"offpath.convert.compress.{m}") for m in ("contest", "finish", "measure")
+)
 
 
 @pytest.fixture(autouse=True)
 def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MODULE, "BUDGET_SECONDS", 0.0)
-    monkeypatch.setattr(MODULE, "END_TO_END_ROUNDS", 1)
+    monkeypatch.setattr(CONTEST, "BUDGET_SECONDS", 0.0)
+    monkeypatch.setattr(FINISH, "ROUNDS", 1)
 
 
 def _zero(weight: torch.Tensor, sparsity: float = 0.9) -> None:
@@ -98,17 +102,14 @@ def test_what_is_slower_stays_dense_and_says_so_in_numbers() -> None:
 def test_the_measurement_decides(wins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(trials, *_):
         times = (2e-3, 1e-3) if wins else (1e-3, 2e-3)
-        return MODULE_MEASURE.Rotation(tuple(times for _ in trials), 1.0)
+        return MEASURE.Rotation(tuple(times for _ in trials), 1.0)
 
-    monkeypatch.setattr(MODULE, "in_rotation", measured)
+    monkeypatch.setattr(CONTEST, "in_rotation", measured)
     model = _model()
     report = compress(model, batch=7)
     assert [layer.swapped for layer in report.layers] == [wins, wins]
     assert (type(model[0]) is SparseLinear) == wins
     assert ("dense is faster here" in str(report)) == (not wins)
-
-
-MODULE_MEASURE = importlib.import_module("offpath.convert.compress.measure")
 
 
 def test_rotation_calls_every_layer_in_every_round_and_shares_times_within_a_key() -> None:
@@ -227,8 +228,8 @@ def test_layers_that_cannot_be_swapped_are_left_and_named() -> None:
             "head": nn.Linear(16, 32),
             "embedding": nn.Embedding(32, 16),
             "hooked": nn.Linear(16, 16),
-            "half": nn.Linear(16, 16).half(),
-            "empty": nn.Linear(16, 0, device="meta").to_empty(device="cpu"),
+            "float16": nn.Linear(16, 16).half(),
+            "empty": nn.Linear(16, 16),
             "sparse": SparseLinear(16, 16),
             "attention": nn.MultiheadAttention(16, 2),
             "encoder": nn.TransformerEncoderLayer(16, 2, 32),
@@ -241,6 +242,7 @@ def test_layers_that_cannot_be_swapped_are_left_and_named() -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and not isinstance(module, nn.LazyLinear) and module.weight.numel():
             _zero(module.weight)
+    model["empty"].weight = nn.Parameter(torch.empty(0, 16))
     model["embedding"].weight = model["head"].weight
     model["hooked"].register_forward_hook(lambda *_: None)
     prune.identity(model["tied"], "weight")
@@ -248,15 +250,16 @@ def test_layers_that_cannot_be_swapped_are_left_and_named() -> None:
     model["tied too"].weight_orig = model["tied"].weight_orig
     with pytest.warns(FutureWarning):
         nn.utils.weight_norm(model["normed"])
-    quantised = torch.ao.nn.quantized.dynamic.Linear(16, 16)
-    model["quantised"] = quantised
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces that these will move
+        model["quantised"] = torch.ao.nn.quantized.dynamic.Linear(16, 16)
     before = {name: id(module) for name, module in model.named_modules()}
     report = compress(model, goal="size")
     reasons = dict(report.skipped)
     for name, words in {
         "head": "tied to another module",
         "hooked": "hooks",
-        "half": "no kernel computes in torch.float16",
+        "float16": "no kernel computes in torch.float16",
         "empty": "holds nothing",
         "sparse": "sparse already",
         "attention.out_proj": "whose owner may read its weight",
@@ -293,7 +296,9 @@ def _wrong_mask(model: nn.Module) -> None:
         (None, {"batch": 0}, ValueError, "at least 1, got 0"),
         (None, {"batch": 2.5}, ValueError, "at least 1, got 2.5"),
         (None, {"min_sparsity": 1.0}, ValueError, "min_sparsity in"),
-        (None, {"goal": "best"}, ValueError, "'speed' or 'size'"),
+        (None, {"goal": "best"}, ValueError, "'speed' or 'size', got 'best'"),
+        (None, {"precision": "int4"}, ValueError, "None or 'int8', got 'int4'"),
+        (None, {"embeddings": "int4"}, ValueError, "None or 'int8', got 'int4'"),
     ],
 )
 def test_refusals_name_what_is_wrong_and_change_nothing(change, arguments, error, message) -> None:
@@ -323,7 +328,7 @@ class _Wrong(SparseLinear):
 
 
 def test_a_wrong_sparse_layer_is_found_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MODULE, "SparseLinear", _Wrong)
+    monkeypatch.setattr(CONTEST, "SparseLinear", _Wrong)
     model = _model()
     before = _snapshot(model)
     with pytest.raises(RuntimeError, match=r"layer .0.: .* times the error bound"):
@@ -333,10 +338,10 @@ def test_a_wrong_sparse_layer_is_found_and_changes_nothing(monkeypatch: pytest.M
 
 def test_outputs_that_differ_more_than_rounding_undo_the_swap(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = _model(), torch.randn(3, 96)
-    monkeypatch.setattr(MODULE, "check_layer", lambda *_: None)
-    monkeypatch.setattr(MODULE, "SparseLinear", _Wrong)
+    monkeypatch.setattr(CONTEST, "check_layer", lambda *_: None)
+    monkeypatch.setattr(CONTEST, "SparseLinear", _Wrong)
     before = _snapshot(model)
-    with pytest.raises(RuntimeError, match="where rounding explains"):
+    with pytest.raises(RuntimeError, match="where the bounds of its layers explain"):
         compress(model, example=x, goal="size")
     assert _same(before, _snapshot(model))
 

@@ -1,6 +1,7 @@
 """Dense model <-> sparse model."""
 
 from offpath.convert.compress import (
+    CompressedEmbedding as CompressedEmbedding,
     CompressedLayer as CompressedLayer,
     CompressReport as CompressReport,
     EndToEnd as EndToEnd,

@@ -2,6 +2,7 @@
 
 from offpath.convert.compress.compress import compress as compress
 from offpath.convert.compress.report import (
+    CompressedEmbedding as CompressedEmbedding,
     CompressedLayer as CompressedLayer,
     CompressReport as CompressReport,
     EndToEnd as EndToEnd,

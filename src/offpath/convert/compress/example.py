@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offpath.convert.compress.verify import right_output
-from offpath.convert.compress.weights import stand_in
+from offpath.convert.compress.verify import Bound
 
 
 class Example:
@@ -59,27 +58,23 @@ class Example:
         seen: dict[nn.Module, list[tuple[tuple[int, ...], torch.dtype]]] = {}
 
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            x = _input(args, kwargs)
             seen.setdefault(module, []).append((tuple(x.shape), x.dtype))
 
         with _hooks(m.register_forward_pre_hook(look, with_kwargs=True) for m in modules):
             self.run()
         return seen
 
-    def outputs_off_by_the_bound(self, layers: Mapping[nn.Module, str]) -> list[Tensor]:
-        """What the model returns when each output of the dense `layers` is moved by its bound, up or down at random.
-
-        The bound is twice that of one result: the dense and the sparse one both round.
-        """
+    def outputs_off_by_the_bound(self, bounds: Mapping[nn.Module, Bound]) -> list[Tensor]:
+        """What the model returns when each output of these layers is moved by its bound, up or down at random."""
         generator = torch.Generator().manual_seed(0)
 
         def move(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-            bound = 2 * right_output(stand_in(module, layers[module]), x.reshape(-1, x.shape[-1])).bound
+            bound = bounds[module](_input(args, kwargs))
             signs = torch.randint(0, 2, bound.shape, generator=generator) * 2 - 1
-            return output + (signs * bound).view(output.shape).to(output.dtype)
+            return output + (signs * bound).to(output.dtype)
 
-        with _hooks(m.register_forward_hook(move, with_kwargs=True) for m in layers):
+        with _hooks(m.register_forward_hook(move, with_kwargs=True) for m in bounds):
             return self.outputs()
 
 
@@ -121,6 +116,10 @@ def _hooks(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> Iterator[Non
     finally:
         for handle in registered:
             handle.remove()
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -86,8 +86,3 @@ def _by_key(trials: Sequence[Trial], rounds: Sequence[Sequence[float]]) -> dict[
     for trial, seconds in zip(trials, zip(*rounds, strict=True), strict=True):
         shortest[trial.key].append(min(seconds))
     return {key: statistics.median(seconds) for key, seconds in shortest.items()}
-
-
-def random_input(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Standard normal numbers, the same for the same shape; leaves torch's global generator alone."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(dtype)

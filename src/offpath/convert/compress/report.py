@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from offpath.convert.report import aligned
@@ -23,12 +23,14 @@ class Measured:
 class CompressedLayer:
     """A layer that is mostly zero: what it takes dense and sparse, and which of both the model now has.
 
-    `shape` is (out, in). The bytes are those in memory: parameters, buffers, indices and the plans of the products that
-    were measured. `reason` says in numbers why it was swapped or not.
+    `kind` is the dense layer's type, `becomes` the sparse one's; `shape` is (out, in). The bytes are those in memory:
+    parameters, buffers, indices and the plans of the products that were measured. `reason` says in numbers why it was
+    swapped or not.
     """
 
     name: str
     kind: str
+    becomes: str
     shape: tuple[int, int]
     nnz: int
     bytes_before: int
@@ -54,12 +56,23 @@ class CompressedLayer:
 
 
 @dataclass(frozen=True)
+class CompressedEmbedding:
+    """An embedding whose rows are int8 now; `shape` is (rows, width)."""
+
+    name: str
+    shape: tuple[int, int]
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
 class EndToEnd:
     """The whole model on the example.
 
     `predicted_seconds` is dense_seconds with the swapped layers' dense time replaced by their sparse time; it is known
     before anything is swapped. `difference` is max ||dense - sparse|| / ||dense|| over the model's outputs, `bound` the
-    same if each output of a swapped layer is moved by as much as both layers may round, up or down at random.
+    same if each output of a swapped layer is moved by as much as both layers may round (and an int8 weight may be off),
+    up or down at random.
     """
 
     dense_seconds: float
@@ -91,7 +104,8 @@ class CompressReport:
     skipped: tuple[tuple[str, str], ...]
     model_bytes_before: int
     model_bytes_after: int
-    end_to_end: EndToEnd | None = field(default=None)
+    end_to_end: EndToEnd | None = None
+    embeddings: tuple[CompressedEmbedding, ...] = ()
 
     @property
     def swapped(self) -> tuple[CompressedLayer, ...]:
@@ -132,6 +146,11 @@ class CompressReport:
             )
         if self.swapped:
             lines += aligned([self._heading(), *map(self._row, self.swapped), self._total()])
+        lines += [
+            f"int8 embedding: {e.name}, {e.shape[0]} x {e.shape[1]}, {e.bytes_before:,} bytes before, "
+            f"{e.bytes_after:,} after"
+            for e in self.embeddings
+        ]
         lines += [f"left as it was: {layer.name} ({layer.reason})" for layer in self.layers if not layer.swapped]
         for reason in dict.fromkeys(reason for _, reason in self.skipped):
             lines.append(f"left as it was: {', '.join(n for n, r in self.skipped if r == reason)} ({reason})")
@@ -141,7 +160,8 @@ class CompressReport:
             lines += [
                 f"on the example: {_ms(whole.dense_seconds)} ms before, {_ms(whole.measured_seconds)} ms after, "
                 f"{whole.measured_speedup:.2f} times as fast (predicted: {whole.predicted_speedup:.2f})",
-                f"its outputs differ by {whole.difference:.1e} of their norm; rounding may make it {whole.bound:.1e}",
+                f"its outputs differ by {whole.difference:.1e} of their norm; the layers' bounds allow "
+                f"{whole.bound:.1e}",
             ]
         return "\n".join(lines)
 
