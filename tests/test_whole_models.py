@@ -256,10 +256,9 @@ def test_autocast_agrees_with_nn_linear() -> None:
         assert bool(((sparse.double() - linear.double()).abs() <= bound).all())
 
 
-def _train_in_another_process(model: nn.Module, x: Tensor, grown: Any) -> None:
-    torch.set_num_threads(1)
+def _train_in_another_process(rank: int, model: nn.Module, x: Tensor, seen: Tensor) -> None:
     with torch.no_grad():
-        grown.copy_(model(x))
+        seen.copy_(model(x))
         for parameter in model.parameters():
             parameter.fill_(1)
 
@@ -268,8 +267,9 @@ def test_processes_train_one_model_in_shared_memory() -> None:
     model, x = _converted(_mlp, torch.float32)
     model.share_memory()
     expected, seen = model(x).detach(), torch.zeros(2, 8).share_memory_()
-    torch.multiprocessing.spawn(_train_in_another_process, (model, x, seen)[1:] and (model, x, seen), nprocs=1)
-    assert torch.equal(seen, expected)
+    indices = model[0].col_indices
+    torch.multiprocessing.spawn(_train_in_another_process, (model, x, seen), nprocs=1)
+    assert torch.equal(seen, expected) and torch.equal(model[0].col_indices, indices)
     assert all(bool((parameter == 1).all()) for parameter in model.parameters())
 
 
