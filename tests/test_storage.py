@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 import offpath
 from children import numbers_of
 from offpath import SparseLinear, StorageError, pattern as patterns
-from offpath.nn import SparseAutoencoder, SparseSparseLinear
+from offpath.nn import Int8Embedding, Int8SparseLinear, SparseAutoencoder, SparseSparseLinear
 
 transformers = pytest.importorskip("transformers")
 
@@ -101,6 +101,31 @@ def test_every_other_layer_of_offpath_goes_along(tmp_path: Path) -> None:
     offpath.save(model, tmp_path / "m")
     twin = nn.ModuleDict({"a": nn.Linear(20, 30), "b": SparseAutoencoder(16, 64, 4)})
     assert _same(offpath.load(tmp_path / "m", twin), model)
+
+
+def test_int8_layers_take_the_places_of_dense_and_of_sparse_ones(tmp_path: Path) -> None:
+    def dense() -> nn.Sequential:
+        return nn.Sequential(nn.Embedding(60, 24, padding_idx=3), nn.Linear(24, 30), nn.Linear(30, 8, bias=False))
+
+    model = dense().bfloat16()
+    offpath.sparsify(model, 0.8, seed=0)
+    for name, layer in (
+        ("0", Int8Embedding.from_dense(model[0])),
+        ("1", Int8SparseLinear.from_sparse(model[1], activations="int8")),
+        ("2", Int8SparseLinear.from_sparse(model[2])),
+    ):
+        setattr(model, name, layer)
+    offpath.save(model, tmp_path / "m")
+    sparse = dense()
+    offpath.sparsify(sparse, 0.5)
+    x = torch.arange(6)
+    for loaded in (
+        offpath.load(tmp_path / "m"),
+        offpath.load(tmp_path / "m", dense()),
+        offpath.load(tmp_path / "m", sparse),
+    ):
+        assert _same(loaded, model) and str(loaded) == str(model) and loaded[1].activations == "int8"
+        assert torch.equal(loaded(x), model(x))
 
 
 def test_single_layers(tmp_path: Path) -> None:

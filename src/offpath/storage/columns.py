@@ -9,8 +9,8 @@ from torch import Tensor
 from offpath.pattern import Pattern, PatternError
 from offpath.storage.errors import StorageError
 
-# Encoding: the names of its tensors, which stand beside the layer's own.
-ENCODINGS = {"bitmap": ("bitmap",), "columns": ("col_indices", "row_counts")}
+# Encoding: the names of its tensors, which stand beside the layer's own. "none" is that of a layer without connections.
+ENCODINGS = {"bitmap": ("bitmap",), "columns": ("col_indices", "row_counts"), "none": ()}
 # A row of 65535 columns is the widest whose columns and whose count fit 16 bits.
 UINT16_MAX = 2**16 - 1
 # Bits are packed and unpacked a piece at a time, so that memory stays in proportion to the file.

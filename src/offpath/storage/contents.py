@@ -44,7 +44,9 @@ def read(path: Path) -> Contents:
             if missing:
                 raise StorageError(f"expected {', '.join(missing)}, but it is not there")
             encoded = {key: own.pop(key) for key in ENCODINGS[entry.encoding]}
-            pattern = decode(entry.encoding, encoded, shape, entry.nnz)
+            if (shape is None) != (entry.encoding == "none"):
+                raise StorageError(f"expected connections as a {entry.kind} has them, got {entry.encoding!r}")
+            pattern = None if shape is None else decode(entry.encoding, encoded, shape, entry.nnz)
             layers[name] = row.build(entry.arguments, pattern, own)
     for kind, names, stored in (("shared", header.shared, layers), ("tied", header.tied, tensors)):
         for alias, name in names.items():

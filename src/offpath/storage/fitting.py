@@ -82,7 +82,7 @@ def _replacements(model: nn.Module, contents: Contents) -> dict[nn.Module, nn.Mo
 
 def _like(module: nn.Module, layer: nn.Module) -> None:
     """Give the parameters of `layer` the device and the `requires_grad` of those whose place they take."""
-    weight = next((p for name in ("weight", "values") if (p := module._parameters.get(name)) is not None), None)
+    weight = next((p for name in ("weight", "values") if (p := getattr(module, name, None)) is not None), None)
     if weight is not None and not weight.is_meta:
         layer.to(weight.device)
     for name, like in (("values", weight), ("bias", module._parameters.get("bias"))):

@@ -84,7 +84,7 @@ def _entry(name: str, found: Mapping[str, Any]) -> LayerEntry:
 def _is_argument(value: Any) -> bool:
     if isinstance(value, list):
         return len(value) <= 8 and all(type(entry) is int and _is_argument(entry) for entry in value)
-    return isinstance(value, (bool, str)) or (type(value) is int and abs(value) <= INT32_MAX)
+    return value is None or isinstance(value, (bool, str)) or (type(value) is int and abs(value) <= INT32_MAX)
 
 
 def _mapping(what: str, found: Any, fits: Callable[[Any], bool]) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from offpath.nn import SparseLinear, SparseSparseLinear
+from offpath.nn import Int8Embedding, Int8SparseLinear, SparseLinear, SparseSparseLinear
 from offpath.pattern import Pattern
 from offpath.storage.errors import StorageError
 
@@ -20,26 +21,28 @@ class Layer:
     """How layers of one class are stored.
 
     `sizes` and `options` are arguments of its constructor that it keeps as attributes of the same name; whatever
-    stands in the model for it must agree in the sizes. `shape` is what the sizes say of its pattern, `replaces` are
-    the dense classes whose place it takes. Its constructor also takes `bias`, `pattern` and `device`, and its
-    `state_dict` names the two index tensors as `index_names` of the class does.
+    stands in the model for it must agree in the sizes. `replaces` are the classes whose place it can take. `shape` is
+    what the sizes say of its pattern: the constructor of such a layer also takes `bias` and `pattern`, and its
+    `state_dict` names the two index tensors as `index_names` of the class does. None stands for a layer without one.
     """
 
     kind: Any
     sizes: tuple[str, ...]
     options: tuple[str, ...]
-    shape: Callable[[Arguments], tuple[int, int]]
     replaces: tuple[type[nn.Module], ...]
+    shape: Callable[[Arguments], tuple[int, int]] | None = None
 
     def arguments(self, layer: nn.Module) -> dict[str, Any]:
         """What the constructor was given, as JSON has it."""
         return {name: _listed(getattr(layer, name)) for name in (*self.sizes, *self.options)}
 
-    def pattern_shape(self, arguments: Arguments) -> tuple[int, int]:
+    def pattern_shape(self, arguments: Arguments) -> tuple[int, int] | None:
         """Rows and columns of the pattern. Raises `StorageError` for arguments that are not those of this class."""
         names = {*self.sizes, *self.options}
         if arguments.keys() != names:
             raise StorageError(f"expected arguments {sorted(names)}, got {sorted(arguments)}")
+        if self.shape is None:
+            return None
         try:
             rows, columns = self.shape(arguments)
         except (TypeError, ZeroDivisionError) as error:
@@ -49,14 +52,26 @@ class Layer:
                 raise StorageError(f"expected sizes in [0, 2^31), got a pattern of {rows} x {columns}")
         return rows, columns
 
-    def build(self, arguments: Arguments, pattern: Pattern, tensors: Mapping[str, Tensor]) -> nn.Module:
+    def build(self, arguments: Arguments, pattern: Pattern | None, tensors: Mapping[str, Tensor]) -> nn.Module:
         """The layer of these connections whose numbers are `tensors`, not copies; raises `StorageError`."""
-        # Built on meta, so that nothing is drawn and nothing allocated before it is known that all fits.
-        nowhere = Pattern(pattern.shape, pattern.crow_indices.to("meta"), pattern.col_indices.to("meta"))
-        indices = dict(zip(self.kind.index_names, (pattern.crow_indices, pattern.col_indices), strict=True))
+        of_pattern: dict[str, Any] = {}
+        indices: dict[str, Tensor] = {}
+        if pattern is not None:
+            nowhere = Pattern(pattern.shape, pattern.crow_indices.to("meta"), pattern.col_indices.to("meta"))
+            of_pattern = {"bias": "bias" in tensors, "pattern": nowhere}
+            indices = dict(zip(self.kind.index_names, (pattern.crow_indices, pattern.col_indices), strict=True))
         try:
-            given = {name: _tupled(value) for name, value in arguments.items()}
-            layer: nn.Module = self.kind(**given, bias="bias" in tensors, pattern=nowhere, device="meta")
+            given = {name: _revived(name, value) for name, value in arguments.items()}
+            # Built on meta, so that nothing is drawn and nothing allocated before it is known that all fits.
+            layer: nn.Module = self.kind(**given, **of_pattern, device="meta")
+            dtypes = {
+                name: tensor.dtype for name, tensor in layer.state_dict().items() if not tensor.is_floating_point()
+            }
+            for name, tensor in tensors.items():
+                if tensor.dtype != dtypes.get(name, tensor.dtype) or tensor.is_floating_point() == (name in dtypes):
+                    raise StorageError(
+                        f"expected {dtypes.get(name, 'floating point')} for {name!r}, got {tensor.dtype}"
+                    )
             layer.load_state_dict({**tensors, **indices}, assign=True)
         except (TypeError, ValueError, RuntimeError) as error:
             raise StorageError(f"expected what makes a {self.kind.__name__}, got: {error}") from error
@@ -76,10 +91,17 @@ class Layer:
 
 
 def _listed(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
     return list(value) if isinstance(value, tuple) else value
 
 
-def _tupled(value: Any) -> Any:
+def _revived(name: str, value: Any) -> Any:
+    if name == "dtype":
+        dtype = getattr(torch, value, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"expected the name of a floating point dtype, got {value!r:.60}")
+        return dtype
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -87,22 +109,17 @@ def _sizes(sizes: Arguments) -> str:
     return ", ".join(f"{name}={value}" for name, value in sizes.items())
 
 
+def _out_by_in(sizes: Arguments) -> tuple[int, int]:
+    return sizes["out_features"], sizes["in_features"]
+
+
+_LINEAR = ("in_features", "out_features")
 LAYERS: dict[str, Layer] = {
     row.kind.__name__: row
     for row in (
-        Layer(
-            SparseLinear,
-            sizes=("in_features", "out_features"),
-            options=("prefer",),
-            shape=lambda sizes: (sizes["out_features"], sizes["in_features"]),
-            replaces=(nn.Linear,),
-        ),
-        Layer(
-            SparseSparseLinear,
-            sizes=("in_features", "out_features"),
-            options=(),
-            shape=lambda sizes: (sizes["in_features"], sizes["out_features"]),
-            replaces=(nn.Linear, SparseLinear),
-        ),
+        Layer(SparseLinear, _LINEAR, ("prefer",), (nn.Linear,), _out_by_in),
+        Layer(SparseSparseLinear, _LINEAR, (), (nn.Linear, SparseLinear), lambda sizes: _out_by_in(sizes)[::-1]),
+        Layer(Int8SparseLinear, _LINEAR, ("prefer", "activations"), (nn.Linear, SparseLinear), _out_by_in),
+        Layer(Int8Embedding, ("num_embeddings", "embedding_dim", "padding_idx"), ("dtype",), (nn.Embedding,)),
     )
 }

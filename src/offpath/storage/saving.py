@@ -48,7 +48,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise StorageError(f"expected the name of a file, got the folder {path}; try {path / 'model.safetensors'}")
     layers, shared = _sparse_layers(model)
     tensors = _tensors(model, [*layers, *shared])
-    entries, of_layers = {}, {}
+    entries: dict[str, LayerEntry] = {}
+    of_layers: dict[str, Tensor] = {}
     for name, layer in layers.items():
         with said_of(f"layer {name!r}"):
             entries[name], own = _stored(layer)
@@ -97,6 +98,8 @@ def _tensors(model: nn.Module, without: list[str]) -> dict[str, Tensor]:
 
 def _stored(layer: Any) -> tuple[LayerEntry, dict[str, Tensor]]:
     row = LAYERS[type(layer).__name__]
+    if row.shape is None:
+        return LayerEntry(row.kind.__name__, row.arguments(layer), 0, "none"), _tensors(layer, [])
     pattern = layer.pattern
     own = {key: tensor for key, tensor in _tensors(layer, []).items() if key not in row.kind.index_names}
     if "values" not in own:
