@@ -55,6 +55,7 @@ class Distillation:
             final_sparsity=config.sparsities[stage],
             end_step=end_step,
             update_freq=config.update_freq,
+            record_explored=True,  # what a checkpoint holds
         )
         self.step, self.meter = 0, Meter()
         self.ranks: Ranks = ALONE
