@@ -14,7 +14,7 @@ from offpath.studies.table import Table
 MB = 1e6
 COLORS = ("#8a8f98", "#5b6ee1", "#d1495b")
 MEASURES = {
-    "rank_correlation": ("rank correlation with dense", "{:.3f}"),
+    "rank_correlation": ("rank correlation", "{:.3f}"),
     "retrieval": ("retrieval", "{:.1%}"),
     "perplexity": ("perplexity", "{:.2f}"),
 }
@@ -69,7 +69,7 @@ def _bars(result: dict[str, Any]) -> Figure:
     for axes, (title, unit, values) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         axes.bar(range(len(values)), values, color=COLORS, width=0.6)
         for place, value in enumerate(values):
-            axes.annotate(f"{value:.3g}", (place, value), ha="center", va="bottom")
+            axes.annotate(f"{value:,.0f}" if value >= 100 else f"{value:.3g}", (place, value), ha="center", va="bottom")
         axes.set_xticks(range(len(values)), [name.replace(", ", ",\n") for name in versions])
         axes.set(title=title, ylabel=unit)
         clean(axes)

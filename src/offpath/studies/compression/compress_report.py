@@ -32,7 +32,7 @@ def summary(report: dict[str, Any]) -> Table:
         rows += [
             (f"{texts} x {tokens} tokens", f"{1e3 * before:.1f} ms", f"{1e3 * after:.1f} ms", f"{before / after:.2f}x"),
             ("predicted", "", f"{1e3 * predicted:.1f} ms", f"{before / predicted:.2f}x"),
-            ("outputs differ by, at most explained", f"{whole['bound']:.1e}", f"{whole['difference']:.1e}", ""),
+            (f"outputs differ by (bounds explain {whole['bound']:.1e})", "", f"{whole['difference']:.1e}", ""),
         ]
     return Table("The model", ("", "before", "after", "before / after"), rows)
 

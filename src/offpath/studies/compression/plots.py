@@ -68,7 +68,13 @@ def _speed(result: StudyResult) -> Figure:
                 place + shift, value, 0.38, color=DTYPE_COLORS[version.dtype],
                 label=DTYPES[version.dtype] if not version.sparsity else None,
             )  # fmt: skip
-            axes.annotate(f"{value:.3g}", (place + shift, value), ha="center", va="bottom", fontsize="x-small")
+            axes.annotate(
+                f"{value:,.0f}" if value >= 100 else f"{value:.3g}",
+                (place + shift, value),
+                ha="center",
+                va="bottom",
+                fontsize="x-small",
+            )
         names = ["dense", *(f"{sparsity:.0%}" for sparsity in result.config.sparsities)]
         axes.set_xticks(range(len(names)), names)
         texts, _, tokens = panel.partition("x")

@@ -8,11 +8,13 @@ import inspect
 import platform
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 LONGEST = 300
 
 
+@cache
 def read_docstrings() -> tuple[list[tuple[str, str]], str]:
     """(name as words, first sentence of the docstring) of the library's top-level modules, and where they are from.
 
