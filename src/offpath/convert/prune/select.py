@@ -10,7 +10,7 @@ from torch import Tensor
 
 # A threshold over many layers is found 16 bits at a time, in blocks of so many scores.
 DIGIT_BITS = 16
-BLOCK = 1 << 22
+BLOCK = 1 << 20
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
