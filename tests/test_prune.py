@@ -59,7 +59,9 @@ def test_threshold_over_all_layers_agrees_with_a_sort_of_everything(dtype: torch
 def test_counts_are_exact_and_survivors_keep_their_bits(method: str, scope: str, sparsity: float) -> None:
     model = _model()
     before, parameters = _weights(model), list(model.parameters())
-    report = offpath.prune(model, sparsity, method, scope=scope, seed=1)
+    done: list[tuple[int, int]] = []
+    report = offpath.prune(model, sparsity, method, scope=scope, seed=1, progress=lambda *now: done.append(now))
+    assert done == [(1, 3), (2, 3), (3, 3)]
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     assert [layer.name for layer in report.layers] == ["0", "3", "4"]
     density = 1 - sparsity

@@ -357,6 +357,16 @@ def test_few_tokens_and_dead_inputs_make_no_nan() -> None:
     assert torch.equal(model[0].weight, weight)
 
 
+def test_adapted_weights_that_overflow_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(16, 2, dtype=torch.float16))
+    model[0].weight.data.fill_(60000)
+    x = torch.full((8, 16), 1e-3) + 1e-7 * torch.randn(8, 16)
+    weight = model[0].weight.clone()
+    with pytest.raises(ValueError, match=r"'0' that torch\.float16 can hold"):
+        offpath.prune(model, 0.5, "sparsegpt", calibration=[x.half()])
+    assert torch.equal(model[0].weight, weight)
+
+
 def test_inputs_that_are_no_plain_numbers_are_refused() -> None:
     class Sparse(nn.Module):
         def __init__(self) -> None:

@@ -28,7 +28,7 @@ def prune_by_wanda(
             ranked[layer] = partial(_wanda, layer, value)
             if scope != "global":
                 keep = scores.keep_in_rows if scope == "output" else scores.keep_in_layer
-                layer.zero(keep(ranked.pop(layer)(), densities[layer]))
+                layer.zero(keep(ranked.pop(layer), densities[layer]))
 
     lost = _each(walk, survey, groups, Norms, prune)
     if ranked:
@@ -53,7 +53,13 @@ def prune_by_sparsegpt(
         for layer in layers:
             weight = layer.matrices()
             nnz = round(densities[layer] * weight.numel())
-            layer.write(sparsegpt.solve(weight, inverse, nnz, blocksize))
+            adapted = sparsegpt.solve(weight, inverse, nnz, blocksize).to(weight.dtype)
+            if not bool(torch.isfinite(torch.stack(torch.aminmax(adapted))).all()):
+                raise ValueError(
+                    f"expected adapted weights of layer {layer.name!r} that {weight.dtype} can hold, got infinity; "
+                    f"raise dampening ({dampening}) or prune in float32"
+                )
+            layer.write(adapted)
 
     return _each(walk, survey, groups, Hessian, prune)
 

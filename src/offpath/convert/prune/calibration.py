@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from offpath.convert.prune.inputs import Norms, check_input, fed, rows
 from offpath.convert.prune.layer import Layer
+from offpath.convert.prune.scores import Progress
 from offpath.convert.prune.survey import Survey, block_names
 
-Progress = Callable[[int, int], object]
 Feed = Callable[[Layer, Tensor], None]
 Statistic = TypeVar("Statistic", bound=Norms)
 
@@ -63,6 +63,7 @@ class Walk:
         names = dict.fromkeys(layers, "") if together else block_names(self._model, layers)
         self._passes_left = len(set(names.values()))
         self._pass(layers, note, before_batch=survey.next_batch)
+        survey.end()
         if not survey.batches:
             raise ValueError("expected at least one batch of calibration data, got none")
         groups: dict[str, list[Layer]] = {}

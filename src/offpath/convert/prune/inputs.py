@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 # Inputs are converted and unfolded in pieces of about so many numbers.
-PIECE = 1 << 22
+PIECE = 1 << 20
 
 
 def fed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

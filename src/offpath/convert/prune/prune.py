@@ -11,10 +11,11 @@ from torch import nn
 
 from offpath.convert.prune import scores
 from offpath.convert.prune.calibrated import prune_by_sparsegpt, prune_by_wanda
-from offpath.convert.prune.calibration import Progress, Walk, check_calibration
+from offpath.convert.prune.calibration import Walk, check_calibration
 from offpath.convert.prune.layer import Layer
 from offpath.convert.prune.quiet import undisturbed
 from offpath.convert.prune.report import PrunedLayer, PruneReport
+from offpath.convert.prune.scores import Progress
 from offpath.convert.prune.targets import FilterFn, choose
 from offpath.topology import layer_densities
 
@@ -172,10 +173,10 @@ def _prune_by_weight(
     else:
         ranked = {layer: partial(scores.magnitude, layer) for layer in layers}
     if scope == "global":
-        scores.zero_over_all(ranked, 1 - sparsity)
+        scores.zero_over_all(ranked, 1 - sparsity, progress)
         return
     keep = scores.keep_in_rows if scope == "output" else scores.keep_in_layer
     for done, (layer, density) in enumerate(zip(layers, _densities(layers, sparsity, distribution), strict=True), 1):
-        layer.zero(keep(ranked[layer](), density))
+        layer.zero(keep(ranked[layer], density))
         if progress is not None:
             progress(done, len(layers))

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from offpath.convert.prune.layer import Layer
-from offpath.convert.prune.select import keep_largest, keep_largest_of_all
+from offpath.convert.prune.select import BLOCK, keep_largest, keep_largest_of_all
 
 # The scores of a layer's weights, [groups, rows, columns], none below zero.
 Score = Callable[[], Tensor]
+Progress = Callable[[int, int], object]
 
 
 def magnitude(layer: Layer) -> Tensor:
@@ -27,18 +28,21 @@ def random(layer: Layer, seed: int) -> Tensor:
     return torch.rand(shape, dtype=torch.float64, generator=generator).to(layer.weight.device)
 
 
-def keep_in_layer(scores: Tensor, density: float) -> Tensor:
-    """The round(density * size) largest of all `scores` [groups, rows, columns]."""
-    return keep_largest(scores.reshape(1, -1), round(density * scores.numel())).view_as(scores)
+def keep_in_layer(scores: Score, density: float) -> Tensor:
+    """The round(density * size) largest of all scores of a layer, [groups, rows, columns]."""
+    return next(keep_largest_of_all([scores], round(density * scores().numel())))
 
 
-def keep_in_rows(scores: Tensor, density: float) -> Tensor:
-    """The round(density * columns) largest of each row of `scores` [groups, rows, columns]."""
-    columns = scores.shape[2]
-    return keep_largest(scores.reshape(-1, columns), round(density * columns)).view_as(scores)
+def keep_in_rows(scores: Score, density: float) -> Tensor:
+    """The round(density * columns) largest of each row of the scores [groups, rows, columns]."""
+    all_scores = scores()
+    columns = all_scores.shape[2]
+    blocks = all_scores.reshape(-1, columns).split(max(1, BLOCK // columns))
+    keep = torch.cat([keep_largest(block, round(density * columns)) for block in blocks])
+    return keep.view_as(all_scores)
 
 
-def zero_over_all(scores: Mapping[Layer, Score], density: float) -> None:
+def zero_over_all(scores: Mapping[Layer, Score], density: float, progress: Progress | None = None) -> None:
     """Zero all but the round(density * size) weights with the largest scores of all layers together.
 
     The scores of one layer at a time are in memory; each is asked for several times.
@@ -50,5 +54,7 @@ def zero_over_all(scores: Mapping[Layer, Score], density: float) -> None:
         return lambda: score().double() if doubles else score()
 
     kept = keep_largest_of_all([alike(score) for score in scores.values()], count)
-    for layer, keep in zip(scores, kept, strict=True):
+    for done, (layer, keep) in enumerate(zip(scores, kept, strict=True), 1):
         layer.zero(keep)
+        if progress is not None:
+            progress(done, len(scores))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # A threshold over many layers is found 16 bits at a time, in blocks of so many scores.
 DIGIT_BITS = 16
-BLOCK = 1 << 22
+BLOCK = 1 << 20
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
@@ -65,21 +66,22 @@ def _threshold(scores: Sequence[Callable[[], Tensor]], count: int) -> tuple[int,
     bits = 64 if scores[0]().dtype == torch.float64 else 32
     prefix, remaining = 0, max(count, 1)
     for shift in range(bits - DIGIT_BITS, -1, -DIGIT_BITS):
-        histogram = sum(_histogram(score(), prefix, shift) for score in scores)
-        assert isinstance(histogram, Tensor)
-        at_least = histogram.flip(0).cumsum(0).flip(0)
+        histogram = np.zeros(1 << DIGIT_BITS, dtype=np.int64)
+        for score in scores:
+            histogram += _histogram(score(), prefix, shift)
+        at_least = np.cumsum(histogram[::-1])[::-1]
         digit = int((at_least >= remaining).sum()) - 1  # the largest that enough scores reach
         remaining -= int(at_least[digit] - histogram[digit])
         prefix = (prefix << DIGIT_BITS) | digit
     return (prefix, remaining) if count else (prefix, 0)
 
 
-def _histogram(scores: Tensor, prefix: int, shift: int) -> Tensor:
+def _histogram(scores: Tensor, prefix: int, shift: int) -> np.ndarray:
     """How many scores whose bits above `shift` + 16 are `prefix` have each value of the next 16 bits."""
-    counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64)
+    counts = np.zeros(1 << DIGIT_BITS, dtype=np.int64)
     for block in _bits(scores).flatten().split(BLOCK):
-        # Two shifts: one by the whole width is not defined.
-        matching = block[(block >> shift) >> DIGIT_BITS == prefix]
-        digits = (matching >> shift) & ((1 << DIGIT_BITS) - 1)
-        counts += torch.bincount(digits, minlength=1 << DIGIT_BITS).cpu()
+        digits = block >> shift
+        if shift + DIGIT_BITS < 8 * block.element_size():  # not the top digit
+            digits = digits[digits >> DIGIT_BITS == prefix] & ((1 << DIGIT_BITS) - 1)
+        counts += torch.bincount(digits, minlength=1 << DIGIT_BITS).cpu().numpy()
     return counts

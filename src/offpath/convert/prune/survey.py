@@ -36,6 +36,10 @@ class Survey:
         self.batches += 1
         self._latest = None
 
+    def end(self) -> None:
+        """The pass is over: its last input need not be held any more."""
+        self._latest = None
+
     def note(self, layer: Layer, x: Tensor) -> None:
         """A layer is fed `x`."""
         version = 0 if x.is_inference() else x._version
