@@ -1,5 +1,6 @@
 // Products with int8 values, one scale a row: over bits for a few tokens, over a plan for many. Every int8 is a float
-// and a bfloat16, so that values are multiplied and summed as they are; a finished sum is multiplied by its row's scale.
+// and a bfloat16, so that values are multiplied and summed as they are; a finished sum is multiplied by its row's
+// scale.
 #pragma once
 
 #include "bitmap-inl.h"
@@ -9,8 +10,26 @@
 
 namespace {
 
+// y[i] = bias[i] + scales[i] * size * sums[i] for `count` neighbouring rows.
+template <class T, int most, class Sums>
+[[gnu::always_inline]] inline void scale_rows(const Sums (&sums)[most], const float *scales, float size, const T *bias,
+                                              int64_t count, T *y) {
+    using S = Simd<offpath::Sum<T>>;
+    constexpr int lanes = S::lanes;
+    offpath::Sum<T> rows[most] = {};
+    for (int64_t i = 0; i < count; ++i)
+        rows[i] = static_cast<offpath::Sum<T>>(sums[i]) * (scales[i] * size);
+    if (bias)
+        for (int64_t i = 0; i < count; ++i)
+            rows[i] += compute(bias[i]);
+    for (int64_t i = 0; i < count; i += lanes)
+        S::store_first(y + i, S::load(rows + i), count - i < lanes ? count - i : lanes);
+}
+
+// What one row and each token add up to, lane by lane.
 template <class T, int tokens, bool finite>
-void bitmap_int8_rows(const offpath::bitmap_int8_args<T> &args, const offpath::Block &block) {
+[[gnu::always_inline]] inline void int8_row(const offpath::bitmap_int8_args<T> &args, int64_t row,
+                                            typename Simd<offpath::Sum<T>>::V (&sums)[tokens]) {
     using S = Simd<offpath::Sum<T>>;
     using C = ColumnVector<T>;
     constexpr int parts = 64 / C::columns;
@@ -18,42 +37,55 @@ void bitmap_int8_rows(const offpath::bitmap_int8_args<T> &args, const offpath::B
     constexpr int turns = tokens <= 2 && parts <= 4 ? parts : 1;
     const auto &bitmap = args.bitmap;
     const int64_t width = 64 * bitmap.words_per_row;
-    for (int64_t row = block.row_begin; row < block.row_end; ++row) {
-        typename S::V acc[turns][tokens];
-        for (int i = 0; i < turns; ++i)
-            for (int t = 0; t < tokens; ++t)
-                acc[i][t] = S::zero();
-        const int8_t *values = args.values + bitmap.crow_indices[row];
-        for (int64_t w = 0; w < bitmap.words_per_row; ++w) {
-            const uint64_t word = bitmap.words[row * bitmap.words_per_row + w];
-            __builtin_prefetch(values + prefetched_bytes);
-            const WidenedWord<T> widened{spread_bytes(values, word)};
-            values += __builtin_popcountll(word);
+    typename S::V acc[turns][tokens];
+    for (int i = 0; i < turns; ++i)
+        for (int t = 0; t < tokens; ++t)
+            acc[i][t] = S::zero();
+    const int8_t *values = args.values + bitmap.crow_indices[row];
+    for (int64_t w = 0; w < bitmap.words_per_row; ++w) {
+        const uint64_t word = bitmap.words[row * bitmap.words_per_row + w];
+        __builtin_prefetch(values + prefetched_bytes);
+        const WidenedWord<T> widened{spread_bytes(values, word)};
+        values += __builtin_popcountll(word);
 #pragma GCC unroll 32
-            for (int part = 0; part < parts; ++part) {
-                const typename C::V spread = widened.part(part);
-                const uint32_t bits = static_cast<uint32_t>(word >> part * C::columns);
+        for (int part = 0; part < parts; ++part) {
+            const typename C::V spread = widened.part(part);
+            const uint32_t bits = static_cast<uint32_t>(word >> part * C::columns);
 #pragma GCC unroll 8
-                for (int t = 0; t < tokens; ++t) { // masked where an infinite input would meet a missing weight's zero
-                    auto &sum = acc[part % turns][t];
-                    const T *x = args.x + t * width + w * 64 + part * C::columns;
-                    sum = C::multiply_add(spread, finite ? C::load(x) : C::load_where(x, bits), sum);
-                }
+            for (int t = 0; t < tokens; ++t) { // masked where an infinite input would meet a missing weight's zero
+                auto &sum = acc[part % turns][t];
+                const T *x = args.x + t * width + w * 64 + part * C::columns;
+                sum = C::multiply_add(spread, finite ? C::load(x) : C::load_where(x, bits), sum);
             }
         }
+    }
+    for (int t = 0; t < tokens; ++t) {
+        sums[t] = acc[0][t];
         for (int i = 1; i < turns; ++i)
+            sums[t] = S::add(sums[t], acc[i][t]);
+    }
+}
+
+template <class T, int tokens, bool finite>
+void bitmap_int8_rows(const offpath::bitmap_int8_args<T> &args, const offpath::Block &block) {
+    using S = Simd<offpath::Sum<T>>;
+    const int64_t rows = args.bitmap.rows;
+    // As many rows as a register has lanes, so that it takes one tree of additions to sum all their lanes.
+    for (int64_t first = block.row_begin; first < block.row_end; first += S::lanes) {
+        const int64_t count = block.row_end - first < S::lanes ? block.row_end - first : S::lanes;
+        typename S::V of_row[tokens][S::lanes];
+        for (int i = 0; i < S::lanes; ++i) {
+            typename S::V sums[tokens];
+            if (i < count)
+                int8_row<T, tokens, finite>(args, first + i, sums);
             for (int t = 0; t < tokens; ++t)
-                acc[0][t] = S::add(acc[0][t], acc[i][t]);
-        const offpath::Sum<T> scale = args.scales[row], bias = args.bias ? compute(args.bias[row]) : 0;
-        typename S::V totals[S::lanes];
-        for (int first = 0; first < tokens; first += S::lanes) {
-            for (int i = 0; i < S::lanes; ++i)
-                totals[i] = first + i < tokens ? acc[0][first + i] : S::zero();
+                of_row[t][i] = i < count ? sums[t] : S::zero();
+        }
+        for (int t = 0; t < tokens; ++t) {
             offpath::Sum<T> sums[S::lanes];
-            S::store(sums, sum_each<offpath::Sum<T>>(totals));
-            for (int i = 0; i < S::lanes && first + i < tokens; ++i)
-                S::store_first(args.y + (first + i) * bitmap.rows + row,
-                               S::fma(S::set1(sums[i]), S::set1(scale), S::set1(bias)), 1);
+            S::store(sums, sum_each<offpath::Sum<T>>(of_row[t]));
+            scale_rows<T>(sums, args.scales + first, 1, args.bias ? args.bias + first : nullptr, count,
+                          args.y + t * rows + first);
         }
     }
 }

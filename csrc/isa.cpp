@@ -25,11 +25,10 @@ const std::array all_isas = {
     Isa{&offpath_table_avx512, __builtin_cpu_supports("x86-64-v4") != 0},
     // Products of pairs of bfloat16 and of four int8, and the expansion of 16-bit values and of bytes that their bitmap
     // products need. No processor has pairs of bfloat16 and the expansion without the other two.
-    Isa{&offpath_table_avx512bf16, __builtin_cpu_supports("x86-64-v4") != 0 &&
-                                       __builtin_cpu_supports("avx512bf16") != 0 &&
-                                       __builtin_cpu_supports("avx512vbmi") != 0 &&
-                                       __builtin_cpu_supports("avx512vbmi2") != 0 &&
-                                       __builtin_cpu_supports("avx512vnni") != 0},
+    Isa{&offpath_table_avx512bf16,
+        __builtin_cpu_supports("x86-64-v4") != 0 && __builtin_cpu_supports("avx512bf16") != 0 &&
+            __builtin_cpu_supports("avx512vbmi") != 0 && __builtin_cpu_supports("avx512vbmi2") != 0 &&
+            __builtin_cpu_supports("avx512vnni") != 0},
 #endif
 };
 

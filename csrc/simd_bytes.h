@@ -2,6 +2,7 @@
 // products are summed in. One of the files with intrinsics (see simd.h).
 #pragma once
 
+#include "reduce-inl.h"
 #include "simd.h"
 
 namespace {
@@ -15,12 +16,12 @@ inline SpreadBytes spread_bytes(const int8_t *packed, uint64_t bits) {
 }
 #else
 struct SpreadBytes {
-    int8_t of_column[64];
+    int8_t bytes[64];
 };
 inline SpreadBytes spread_bytes(const int8_t *packed, uint64_t bits) {
     SpreadBytes spread = {};
     for (; bits; bits &= bits - 1)
-        spread.of_column[__builtin_ctzll(bits)] = *packed++;
+        spread.bytes[__builtin_ctzll(bits)] = *packed++;
     return spread;
 }
 #endif
@@ -44,6 +45,53 @@ template <class T> struct WidenedWord {
         return S::load(widened);
     }
 };
+
+// Sums of products of spread values with 64 unsigned bytes that stand for numbers 128 smaller.
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI2__)
+template <> struct Simd<int32_t> {
+    using V = __m512i;
+    static constexpr int lanes = 16;
+    static V add(V a, V b) { return _mm512_add_epi32(a, b); }
+    static V interleave_low(V a, V b) {
+        return _mm512_permutex2var_epi32(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+                                         b);
+    }
+    static V interleave_high(V a, V b) {
+        return _mm512_permutex2var_epi32(
+            a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b);
+    }
+};
+struct ByteDots {
+    using V = __m512i;
+    static constexpr int rows = 16; // whose lanes are summed together
+    static V zero() { return _mm512_setzero_si512(); }
+    static V add(V sum, const uint8_t *bytes, const SpreadBytes &spread) {
+        return _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(bytes), spread);
+    }
+    static V add_offset(V sum, const SpreadBytes &spread) {
+        return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(-128), spread);
+    }
+    static V subtract(V a, V b) { return _mm512_sub_epi32(a, b); }
+    static void store(V (&of_row)[rows], int32_t *sums) { _mm512_storeu_si512(sums, sum_each<int32_t>(of_row)); }
+};
+#else
+struct ByteDots {
+    using V = int32_t;
+    static constexpr int rows = 16;
+    static V zero() { return 0; }
+    static V add(V sum, const uint8_t *bytes, const SpreadBytes &spread) {
+        for (int c = 0; c < 64; ++c)
+            sum += (bytes[c] - 128) * spread.bytes[c];
+        return sum;
+    }
+    static V add_offset(V, const SpreadBytes &) { return 0; }
+    static V subtract(V a, V b) { return a - b; }
+    static void store(const V (&of_row)[rows], int32_t *sums) {
+        for (int i = 0; i < rows; ++i)
+            sums[i] = of_row[i];
+    }
+};
+#endif
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 // Every int8 is a bfloat16. Its halves come from tables over its magnitude; 128, which has no room there, from a mask.
@@ -71,8 +119,8 @@ template <> struct WidenedWord<bfloat16> {
             return _mm512_permutex2var_epi8(_mm512_load_si512(table), magnitude, _mm512_load_si512(table + 64));
         };
         constexpr int a_or_b_and_c = 0xF8;
-        const __m512i high = _mm512_mask_mov_epi8(look_up(tables.high), _mm512_movepi8_mask(magnitude),
-                                                  _mm512_set1_epi8(0x43));
+        const __m512i high =
+            _mm512_mask_mov_epi8(look_up(tables.high), _mm512_movepi8_mask(magnitude), _mm512_set1_epi8(0x43));
         const __m512i signed_high = _mm512_ternarylogic_epi32(high, spread, _mm512_set1_epi8(-128), a_or_b_and_c);
         const __m512i low = look_up(tables.low);
         halves[0] = _mm512_unpacklo_epi8(low, signed_high);

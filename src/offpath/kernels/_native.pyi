@@ -416,6 +416,9 @@ def planned_int8_spmm_f32(
     /,
 ) -> None: ...
 
+int8_dots_f32 = bitmap_int8_spmm_f32
+int8_dots_f64 = bitmap_int8_spmm_f32
+int8_dots_bf16 = bitmap_int8_spmm_f32
 bitmap_int8_spmm_f64 = bitmap_int8_spmm_f32
 bitmap_int8_spmm_bf16 = bitmap_int8_spmm_f32
 planned_int8_spmm_f64 = planned_int8_spmm_f32

@@ -77,6 +77,7 @@ def make_backend(isa: str) -> Backend:
         filled_dvalues=variant.filled_dvalues,
         bitmap_int8_spmm=int8.bitmap_spmm,
         planned_int8_spmm=int8.planned_spmm,
+        int8_dots=int8.dots,
         expand=variant.expand,
         compress=variant.compress,
         rows=RowVariant(index).products(),

@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch  # first: the native module joins the OpenMP pool that torch has loaded
 from torch import Tensor
 
+from offpath.kernels.backend import KernelError
 from offpath.kernels.operands import address, is_matrix, is_vector, one_unit_stride, refuse
 from offpath.kernels.plans import Prepared
 from offpath.kernels.variant import native_of_each_dtype, output
 
 _BITMAP, _PLANNED = native_of_each_dtype("bitmap_int8_spmm"), native_of_each_dtype("planned_int8_spmm")
+_DOTS = native_of_each_dtype("int8_dots")
+# Beyond it, 128 * 127 for every connection of a row could leave int32.
+_LARGEST_WIDTH = 1 << 17
 
 
 class Int8Variant:
@@ -27,6 +31,14 @@ class Int8Variant:
         self, plan: Prepared, values: Tensor, scales: Tensor, x: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         return self._spmm(_PLANNED, plan, values, scales, x, bias)
+
+    def dots(self, bitmap: Prepared, values: Tensor, scales: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if bitmap.columns > _LARGEST_WIDTH:
+            raise KernelError(
+                f"expected at most {_LARGEST_WIDTH} inputs for sums in int32, got {bitmap.columns}; use "
+                'activations="float"'
+            )
+        return self._spmm(_DOTS, bitmap, values, scales, x, bias)
 
     def _spmm(
         self, functions: dict, prepared: Prepared, values: Tensor, scales: Tensor, x: Tensor, bias: Tensor | None

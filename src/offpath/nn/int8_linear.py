@@ -13,7 +13,7 @@ from offpath.nn.autocast import input_under_autocast
 from offpath.nn.linear import SparseLinear
 from offpath.nn.quantise import quantise_rows
 from offpath.nn.sparse_weight import SparseWeightModule
-from offpath.ops import Connections, int8_linear
+from offpath.ops import ACTIVATIONS, PREFERENCES, Connections, int8_linear
 from offpath.pattern import Pattern
 
 
@@ -55,10 +55,16 @@ class Int8SparseLinear(SparseWeightModule):
         *,
         pattern: Pattern | None = None,
         prefer: str = "speed",
+        activations: str = "float",
     ) -> None:
+        if prefer not in PREFERENCES:
+            raise ValueError(f"expected prefer to be 'speed' or 'memory', got {prefer!r}")
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"expected activations to be 'float' or 'int8', got {activations!r}")
         nn.Module.__init__(self)  # not that of a layer which draws parameters
         device = torch.get_default_device() if device is None else device
-        self.in_features, self.out_features, self.prefer = in_features, out_features, prefer
+        self.in_features, self.out_features = in_features, out_features
+        self.prefer, self.activations = prefer, activations
         pattern = patterns.random(self.pattern_shape, 0, device=device) if pattern is None else pattern
         if pattern.shape != self.pattern_shape:
             raise ValueError(f"expected a pattern of shape (out, in) = {self.pattern_shape}, got {pattern.shape}")
@@ -79,7 +85,14 @@ class Int8SparseLinear(SparseWeightModule):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         connections = self._connections
         return int8_linear(
-            x, self.values, self.scales, bias, connections.crow_indices, connections.col_indices, self.prefer
+            x,
+            self.values,
+            self.scales,
+            bias,
+            connections.crow_indices,
+            connections.col_indices,
+            self.prefer,
+            self.activations,
         )
 
     @property
@@ -93,7 +106,7 @@ class Int8SparseLinear(SparseWeightModule):
         return self._connections.col_indices.clone()
 
     @classmethod
-    def from_sparse(cls, layer: SparseLinear) -> Int8SparseLinear:
+    def from_sparse(cls, layer: SparseLinear, activations: str = "float") -> Int8SparseLinear:
         """The int8 layer with the connections of `layer`: scales[r] = max |w[r]| / 127, values rounded to the nearest.
 
         Each weight is off by at most scales[r] / 2. Keeps device, bias and training mode; shares no memory with `layer`.
@@ -108,6 +121,7 @@ class Int8SparseLinear(SparseWeightModule):
             layer.values.dtype,
             pattern=pattern,
             prefer=layer.prefer,
+            activations=activations,
         )
         rows = pattern.row_indices().long()
         quantised.values, quantised.scales = quantise_rows(layer.values.detach(), rows, layer.out_features)
@@ -118,15 +132,12 @@ class Int8SparseLinear(SparseWeightModule):
     def to_sparse(self, dtype: torch.dtype = torch.float32) -> SparseLinear:
         """The trainable `SparseLinear` with the weights that this layer computes with, in `dtype`."""
         pattern = self.pattern
-        layer = SparseLinear(
-            self.in_features, self.out_features, self.bias is not None, self.values.device, dtype, pattern=pattern
-        )
         weights = self.values.double() * self.scales.double()[pattern.row_indices().long()]
-        layer.values.data.copy_(weights)
-        if self.bias is not None and layer.bias is not None:
-            layer.bias.data.copy_(self.bias)
+        layer = SparseLinear._holding(pattern, weights.to(dtype), True, self)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.to(dtype, copy=True))
         layer.prefer = self.prefer
-        return layer.train(self.training)
+        return layer
 
     def _resize_values(self, nnz: int) -> None:
         self.values = self.values.new_empty(nnz)
