@@ -29,7 +29,7 @@ PREDICTION_BAR = 0.20
 
 @dataclass(frozen=True)
 class Case:
-    """A pruned model, its input, and by how much it should be faster than the dense one of each dtype, or the better."""
+    """A pruned model, its input, and how much faster it should be than the dense one of a dtype, or the better one."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -108,10 +108,11 @@ def _line(kind: str, report: offpath.convert.CompressReport, sparse: Timing, den
     own = speedup(dense[kind.removeprefix("int8/")], sparse)
     whole = report.end_to_end
     assert whole is not None
+    over = {dtype: speedup(timing, sparse).ratio for dtype, timing in dense.items()}
     off = whole.predicted_speedup / own.ratio - 1
     return (
-        f"{kind:<9} {sparse.median_seconds * 1e3:7.2f} ms, {len(report.swapped):2d} of {len(report.layers)} layers; over "
-        f"dense fp32 {speedup(dense['fp32'], sparse).ratio:4.2f}, bf16 {speedup(dense['bf16'], sparse).ratio:4.2f}; "
+        f"{kind:<9} {sparse.median_seconds * 1e3:7.2f} ms, {len(report.swapped):2d} of {len(report.layers)} layers; "
+        f"over dense fp32 {over['fp32']:4.2f}, bf16 {over['bf16']:4.2f}; "
         f"predicted {whole.predicted_speedup:4.2f}, measured {own.ratio:4.2f} (+-{own.spread:.0%}), off by {off:+.0%}"
         f"{'' if abs(off) <= PREDICTION_BAR else ' (MISSED)'}; layers {report.bytes_before / 1e6:.1f} MB before, "
         f"{report.bytes_after / 1e6:.1f} after; outputs differ by {whole.difference:.0e}"

@@ -56,9 +56,10 @@ def compress(
     infinity; `TypeError` for an example of the wrong kind; `RuntimeError` for results that are not right. Whatever is
     raised, the model is as it was before.
 
+    >>> from torch.nn.utils import prune
     >>> model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
-    >>> _ = torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.95)
-    >>> report = compress(model, batch=64)
+    >>> _ = prune.l1_unstructured(model[0], "weight", 0.95)
+    >>> report = compress(model, batch=64, goal="size")
     >>> model[0]
     SparseLinear(in_features=512, out_features=512, bias=True, nnz=13107, sparsity=0.95)
     >>> report.skipped
