@@ -405,7 +405,14 @@ def _sparse_tensor() -> nn.Module:
     return model
 
 
+def _of_a_rare_dtype() -> nn.Module:
+    model = nn.Module()
+    model.register_buffer("weight", torch.zeros(3, dtype=torch.complex128))
+    return model
+
+
 REFUSED = {
+    _of_a_rare_dtype: r"got torch\.complex128",
     _pruned: "'0': expected values of its own, but they are computed by a mask",
     _parametrized: "'0' is a ParametrizedSparseLinear",
     _own_layer: "'0' is a MySparseLinear",

@@ -137,5 +137,7 @@ def _tied(tensors: dict[str, Tensor]) -> dict[str, str]:
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     try:
         save_file(tensors, path, metadata)
+    except KeyError as error:
+        raise StorageError(f"expected dtypes that safetensors can hold, got {error}; convert those tensors") from error
     except SafetensorError as error:
         raise OSError(f"expected to write {path.parent}, got: {error}") from error
