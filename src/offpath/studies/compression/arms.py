@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import offpath
+from offpath.convert import prune, sparsify
+from offpath.storage import load, save
 from offpath.studies.checkpoint import load_checkpoint, save_checkpoint
 from offpath.studies.compression.config import DENSE, GMP_, StudyConfig
 from offpath.studies.compression.distill import Distillation, is_trained
@@ -92,7 +93,7 @@ class Arms:
         calibration = None
         if method != "magnitude":
             calibration = calibration_inputs(pretrained, lines, -(-len(lines) // CALIBRATION_BATCH), CALIBRATION_BATCH)
-        offpath.prune(
+        prune(
             pretrained.model,
             sparsity,
             method,
@@ -106,11 +107,11 @@ class Arms:
         stage = self.config.sparsities.index(sparsity)
         dense = self.open()
         if stage:
-            model = offpath.load(self.folder.model_file(self.config.sparsities[stage - 1]))
+            model = load(self.folder.model_file(self.config.sparsities[stage - 1]))
             student = Pretrained(model, dense.tokenizer, dense.decoder, dense.folder)
         else:
             student = self.open()
-            offpath.sparsify(student.model, 0, method="magnitude", filter_fn=lambda _, name: is_trained(name))
+            sparsify(student.model, 0, method="magnitude", filter_fn=lambda _, name: is_trained(name))
         ids = token_ids(dense, self.texts.train)
         run = Distillation(self.config, stage, student, ids, self._teacher(dense, ids))
         checkpoint = self.folder.checkpoint_file(sparsity)
@@ -127,7 +128,7 @@ class Arms:
         except StudyStopped:
             save_checkpoint(run, checkpoint)
             raise
-        offpath.save(run.model, self.folder.model_file(sparsity))
+        save(run.model, self.folder.model_file(sparsity))
         checkpoint.unlink(missing_ok=True)
         return student
 

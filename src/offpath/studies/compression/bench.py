@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-import offpath
 from offpath.cost import Timing, interleaved, this_machine
-from offpath.storage import StorageError
+from offpath.storage import StorageError, load
 from offpath.studies.compression.bench_report import write_report
 from offpath.studies.compression.compress import MODEL_FILE, REPORT_FILE
 from offpath.studies.compression.folder import read_json
@@ -120,7 +119,7 @@ def _models(config: BenchConfig, folder: Path, made: dict[str, Any]) -> dict[str
     with quiet(), readable(folder):
         tokenizer = open_tokenizer(folder)
     try:
-        model: nn.Module = offpath.load(folder / MODEL_FILE)
+        model: nn.Module = load(folder / MODEL_FILE)
     except StorageError as error:
         raise RunError(str(error)) from error
     if type(model) is not type(dense.model):

@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import offpath
+from offpath.convert import compress, prune
 from offpath.convert.prune.prune import CALIBRATED, METHODS
 from offpath.cost import this_machine
+from offpath.storage import save
 from offpath.studies.compression.compress_report import write_report
 from offpath.studies.compression.pretrained import DTYPES, Pretrained, open_pretrained
 from offpath.studies.compression.tokens import Inputs, calibration_inputs, random_tokens, read_lines
@@ -74,7 +75,7 @@ class CompressConfig:
 def compress_checkpoint(config: CompressConfig, out: Path, watch: Watch) -> dict[str, Any]:
     """Make `out` the folder of the compressed model, and return the report that stands in it as `report.json`.
 
-    Beside it are `model.safetensors`, which `offpath.load(out)` reads, `config.json` and the tokenizer. `out` must not
+    Beside it are `model.safetensors`, which `load(out)` reads, `config.json` and the tokenizer. `out` must not
     exist, or be empty; it appears whole or not at all. Raises `RunError` or `DataError`.
     """
     with _new_folder(out) as folder:
@@ -89,7 +90,7 @@ def compress_checkpoint(config: CompressConfig, out: Path, watch: Watch) -> dict
                 pruned = _prune(config, config.sparsity, pretrained, lines, watch)
             model.to(DTYPES[config.dtype])
             example = _example(config, pretrained)
-            compressed = offpath.compress(
+            compressed = compress(
                 model,
                 example=example,
                 precision=config.precision,
@@ -97,7 +98,7 @@ def compress_checkpoint(config: CompressConfig, out: Path, watch: Watch) -> dict
                 progress=partial(watch, "making layers sparse"),
             )
             watch("saving", 0, 1)
-            offpath.save(model, folder / MODEL_FILE)
+            save(model, folder / MODEL_FILE)
         model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]
         pretrained.tokenizer.save_pretrained(folder)
         report = {
@@ -122,7 +123,7 @@ def _prune(
     batches = QUICK_BATCHES if config.quick else CALIBRATION_BATCHES
     calibration = calibration_inputs(pretrained, lines, batches, CALIBRATION_BATCH) if lines else None
     head = pretrained.model.get_output_embeddings()  # type: ignore[operator]
-    report = offpath.prune(
+    report = prune(
         pretrained.model,
         sparsity,
         config.method,

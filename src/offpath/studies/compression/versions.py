@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-import offpath
+from offpath.convert import compress, densify
 from offpath.cost import interleaved, this_machine
 from offpath.cost.timing import TimingStopped
+from offpath.storage import load, save
 from offpath.studies.compression.arms import Arms, StudyStopped
 from offpath.studies.compression.pretrained import DTYPES, Pretrained
 from offpath.studies.compression.tokens import Inputs, random_tokens
@@ -68,15 +69,15 @@ class Versions:
         if not spec.sparsity:
             model = pretrained.model.to(DTYPES[spec.dtype])
             return pretrained, asdict(spec) | {"file_bytes": tensor_bytes(model), "compress": None}
-        model = offpath.load(self.folder.model_file(spec.sparsity)).eval()
-        offpath.densify(model)
+        model = load(self.folder.model_file(spec.sparsity)).eval()
+        densify(model)
         model.to(DTYPES[spec.dtype])
         example = random_tokens(pretrained, *self.config.points[-1])
-        report = offpath.compress(
+        report = compress(
             model, example=example, embeddings="int8", progress=partial(self.arms.watch, f"compressing {spec.name}")
         )
         path = self.folder.versions / f"{spec.name}.safetensors"
-        offpath.save(model, path)
+        save(model, path)
         made = Pretrained(model, pretrained.tokenizer, pretrained.decoder, pretrained.folder)
         assert report.end_to_end is not None
         predicted = {
