@@ -22,7 +22,7 @@ help:
 	@echo "make crossover  measure from which sparsity on a layer pays here, for docs/crossover and the README (8 minutes)"
 	@echo "make study      train every arm of docs/studies/topology.md with three seeds (hours; stop it, and it goes on):"
 	@echo "                make study DATA='--data cifar10=cifar-10-python.tar.gz --data tinyshakespeare=input.txt'"
-	@echo "make minilm     prune MiniLM, train it a little and measure it, for docs/studies/minilm.md (25 minutes; it can be stopped)"
+	@echo "make minilm     prune MiniLM, train it a little and measure it, for docs/studies/minilm.md (half an hour; it can be stopped)"
 	@echo "make test       lint, types and all tests (20 minutes the first time)"
 	@echo "make lint       formatting, lint and types alone"
 	@echo "make sanitize   the C++ core under AddressSanitizer, UBSan and ThreadSanitizer (10 minutes)"
