@@ -23,10 +23,12 @@ const std::array all_isas = {
 #if defined(__x86_64__)
     Isa{&offpath_table_avx2, __builtin_cpu_supports("x86-64-v3") != 0},
     Isa{&offpath_table_avx512, __builtin_cpu_supports("x86-64-v4") != 0},
-    // Products of pairs of bfloat16, and the expansion of 16-bit values that their bitmap product needs.
-    Isa{&offpath_table_avx512bf16, __builtin_cpu_supports("x86-64-v4") != 0 &&
-                                       __builtin_cpu_supports("avx512bf16") != 0 &&
-                                       __builtin_cpu_supports("avx512vbmi2") != 0},
+    // Products of pairs of bfloat16 and of four int8, and the expansion of 16-bit values and of bytes that their bitmap
+    // products need. No processor has pairs of bfloat16 and the expansion without the other two.
+    Isa{&offpath_table_avx512bf16,
+        __builtin_cpu_supports("x86-64-v4") != 0 && __builtin_cpu_supports("avx512bf16") != 0 &&
+            __builtin_cpu_supports("avx512vbmi") != 0 && __builtin_cpu_supports("avx512vbmi2") != 0 &&
+            __builtin_cpu_supports("avx512vnni") != 0},
 #endif
 };
 

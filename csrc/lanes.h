@@ -23,6 +23,11 @@ inline bfloat16 narrow(float a) {
 inline float compute(float a) { return a; }
 inline double compute(double a) { return a; }
 inline float compute(bfloat16 a) { return widen(a); }
+inline float compute(int8_t a) { return a; }
+inline bfloat16 as_bfloat16(bfloat16 a) { return a; }
+inline bfloat16 as_bfloat16(int8_t a) { // every int8 is one: nothing is rounded
+    return {static_cast<uint16_t>(__builtin_bit_cast(uint32_t, static_cast<float>(a)) >> 16)};
+}
 
 // What an ISA without the instruction does lane by lane.
 template <class T> void expand_lanes(const T *packed, uint32_t bits, int lanes, T *spread) {

@@ -1,4 +1,4 @@
-// The Python face of the kernels; this file and module_rows.cpp are the only ones that know Python. It takes raw
+// The Python face of the kernels; this file and module_*.cpp are the only ones that know Python. It takes raw
 // addresses: kernels/cpu.py is its only caller and has checked device, dtype, shape, strides and the pattern before.
 #include "module.h"
 #include "backward.h"
@@ -186,6 +186,7 @@ NB_MODULE(_native, m) {
         return digest(at<const int32_t>(col_indices), nnz, first);
     });
     bind_rows(m);
+    bind_int8(m);
     m.def("bf16_columns_per_step", [](int64_t isa) { return isas()[isa].table->bf16.layout.columns_per_step; });
     nb::class_<Plan>(m, "Plan").def_prop_ro("bytes", &Plan::bytes);
     m.def("make_plan", &make_plan);

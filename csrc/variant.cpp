@@ -6,6 +6,8 @@
 #include "encode-inl.h"
 #include "filled-inl.h"
 #include "gather-inl.h"
+#include "int8-inl.h"
+#include "int8_dots-inl.h"
 #include "layout-inl.h"
 #include "pack-inl.h"
 #include "row_sums-inl.h"

@@ -105,6 +105,21 @@ def _feature_major(pattern: Pattern, batch: int, draw: Draw) -> Operands:
     return {"values": draw((pattern.nnz,)), "dy": draw((rows, batch)).t(), "x": draw((columns, batch)).t()}
 
 
+def _int8_operands(pattern: Pattern, draw: Draw) -> Operands:
+    """Values that fill a byte and a float32 scale for each row, where `draw` draws numbers around 1."""
+    values = (draw((pattern.nnz,)).double() * 42).round().clamp(-127, 127).to(torch.int8)
+    return {"values": values, "scales": draw((pattern.shape[0],)).float()}
+
+
+def _bitmap_int8_spmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
+    return backend.bitmap_int8_spmm(_bitmap(backend, pattern), *operands.values())
+
+
+def _planned_int8_spmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
+    plan = backend.plan(pattern.crow_indices, pattern.col_indices, pattern.shape[1], operands["x"].dtype)
+    return backend.planned_int8_spmm(plan, *operands.values())
+
+
 PRODUCTS = (
     Product(
         "spmm",
@@ -175,6 +190,33 @@ PRODUCTS = (
         lambda p, batch, draw: {"values": draw((p.nnz,)), "x": draw((p.shape[1], batch)).t()},
         _bitmap_spmm,
         lambda p, batch: p.row_counts,
+    ),
+    # Of a row's terms, two more roundings: by the scale, and when the bias is added.
+    Product(
+        "bitmap int8 spmm with bias",
+        lambda p, batch, draw: {
+            **_int8_operands(p, draw),
+            "x": draw((batch, p.shape[1])),
+            "bias": draw((p.shape[0],)),
+        },
+        _bitmap_int8_spmm,
+        lambda p, batch: p.row_counts + 2,
+    ),
+    Product(
+        "bitmap int8 spmm feature-major",
+        lambda p, batch, draw: {**_int8_operands(p, draw), "x": draw((p.shape[1], batch)).t()},
+        _bitmap_int8_spmm,
+        lambda p, batch: p.row_counts + 2,
+    ),
+    Product(
+        "planned int8 spmm with bias",
+        lambda p, batch, draw: {
+            **_int8_operands(p, draw),
+            "x": draw((batch, p.shape[1])),
+            "bias": draw((p.shape[0],)),
+        },
+        _planned_int8_spmm,
+        lambda p, batch: p.row_counts + 2,
     ),
     Product(
         "bitmap dx",

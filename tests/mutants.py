@@ -188,7 +188,23 @@ def _bitmap_dvalues_reads_the_columns_of_the_row_before(bitmap, dy, x) -> Tensor
     return REFERENCE.bitmap_dvalues(bitmap, dy, x.roll(1, 1))
 
 
+def _int8_takes_the_scale_of_the_row_before(bitmap, values, scales, x, bias=None) -> Tensor:
+    return REFERENCE.bitmap_int8_spmm(bitmap, values, scales.roll(1), x, bias)
+
+
+def _int8_scales_the_bias_too(bitmap, values, scales, x, bias=None) -> Tensor:
+    return REFERENCE.bitmap_int8_spmm(bitmap, values, scales, x, None if bias is None else bias * scales)
+
+
+def _int8_takes_bytes_without_their_sign(plan, values, scales, x, bias=None) -> Tensor:
+    unsigned = values.double() if values.is_floating_point() else values.double() % 256
+    return REFERENCE.planned_int8_spmm(plan, unsigned, scales, x, bias)
+
+
 MUTANTS = (
+    Mutant(_wrong("int8 scale of the row before", bitmap_int8_spmm=_int8_takes_the_scale_of_the_row_before)),
+    Mutant(_wrong("int8 scales the bias", bitmap_int8_spmm=_int8_scales_the_bias_too)),
+    Mutant(_wrong("int8 without signs", planned_int8_spmm=_int8_takes_bytes_without_their_sign)),
     Mutant(_wrong("bitmap reads other values", bitmap_spmm=_bitmap_reads_values_of_the_row_before)),
     Mutant(_wrong("bitmap forgets columns", bitmap_spmm=_bitmap_forgets_columns_after_a_word)),
     Mutant(_wrong("bitmap forgets a part", bitmap_dx=_bitmap_dx_forgets_the_last_part)),

@@ -385,3 +385,41 @@ take_above_f64 = take_above_f32
 take_above_bf16 = take_above_f32
 encode_topk_f64 = encode_topk_f32
 encode_topk_bf16 = encode_topk_f32
+
+# int8 values.
+def bitmap_int8_spmm_f32(
+    isa: int,
+    bitmap: Bitmap,
+    batch: int,
+    values: int,
+    scales: int,
+    bias: int,
+    x: int,
+    x_feature_stride: int,
+    x_batch_stride: int,
+    y: int,
+    threads: int,
+    /,
+) -> None: ...
+def planned_int8_spmm_f32(
+    isa: int,
+    plan: Plan,
+    batch: int,
+    values: int,
+    scales: int,
+    bias: int,
+    x: int,
+    x_feature_stride: int,
+    x_batch_stride: int,
+    y: int,
+    threads: int,
+    /,
+) -> None: ...
+
+int8_dots_f32 = bitmap_int8_spmm_f32
+int8_dots_f64 = bitmap_int8_spmm_f32
+int8_dots_bf16 = bitmap_int8_spmm_f32
+bitmap_int8_spmm_f64 = bitmap_int8_spmm_f32
+bitmap_int8_spmm_bf16 = bitmap_int8_spmm_f32
+planned_int8_spmm_f64 = planned_int8_spmm_f32
+planned_int8_spmm_bf16 = planned_int8_spmm_f32

@@ -73,6 +73,17 @@ class PlannedSpmm(Protocol):
     ) -> Tensor: ...
 
 
+class Int8Spmm(Protocol):
+    """The product of `Spmm` over a plan or a bitmap with int8 `values` and a float32 scale for each row:
+
+    y[:, r] = bias[r] + scales[r] * sum over row r's slots s of values[s] * x[:, col_indices[s]].
+    """
+
+    def __call__(
+        self, prepared: Any, values: Tensor, scales: Tensor, x: Tensor, bias: Tensor | None = None, /
+    ) -> Tensor: ...
+
+
 class Backward(Protocol):
     """(dx, dvalues, dbias) of a layer at once; dbias is the sum of dy over the batch.
 
@@ -114,6 +125,8 @@ class Backend:
     The gradients go over the bitmap of the weight itself: `bitmap_dx` of values and dy, `bitmap_dvalues` of dy and x.
     `filled_spmm`, `filled_dx` and `filled_dvalues` compute the same with the absent connections as zeros: an infinite
     operand becomes NaN where it meets one.
+    `int8_dots` computes the product of `Int8Spmm` over a bitmap with the tokens rounded to int8, each to a scale of its
+    own (a 127th of its largest magnitude).
     `expand` writes the values of a bitmap's connections into a dense [rows, columns], zero elsewhere; `compress` picks
     them out of one. `rows` are the products on sparse activations. What a `native` backend's methods cost is measured
     on the machine; others compute row by row.
@@ -135,6 +148,9 @@ class Backend:
     filled_spmm: PlannedSpmm
     filled_dx: Callable[[Any, Tensor, Tensor], Tensor]
     filled_dvalues: PreparedSddmm
+    bitmap_int8_spmm: Int8Spmm
+    planned_int8_spmm: Int8Spmm
+    int8_dots: Int8Spmm
     expand: Callable[[Any, Tensor], Tensor]
     compress: Callable[[Any, Tensor], Tensor]
     rows: RowProducts

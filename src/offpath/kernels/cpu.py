@@ -17,6 +17,7 @@ from offpath.kernels.backend import Backend, KernelError
 from offpath.kernels.operands import DTYPES, address, are_indices, refuse
 from offpath.kernels.plans import make_bitmap, make_plan, make_tiles
 from offpath.kernels.variant import Variant
+from offpath.kernels.variant_int8 import Int8Variant
 from offpath.kernels.variant_rows import RowVariant
 
 
@@ -56,7 +57,7 @@ def make_backend(isa: str) -> Backend:
         available = ", ".join(name for name, runs_here in built.items() if runs_here)
         raise KernelError(f"expected an ISA that runs here ({available}), got {isa!r}: {reason}")
     index = list(built).index(isa)
-    variant = Variant(index)
+    variant, int8 = Variant(index), Int8Variant(index)
     return Backend(
         name=f"cpu:{isa}",
         computes=_computes,
@@ -74,6 +75,9 @@ def make_backend(isa: str) -> Backend:
         filled_spmm=variant.filled_spmm,
         filled_dx=variant.filled_dx,
         filled_dvalues=variant.filled_dvalues,
+        bitmap_int8_spmm=int8.bitmap_spmm,
+        planned_int8_spmm=int8.planned_spmm,
+        int8_dots=int8.dots,
         expand=variant.expand,
         compress=variant.compress,
         rows=RowVariant(index).products(),

@@ -68,6 +68,20 @@ class PreparedMatrix:
             return backend.filled_spmm(self.bitmap(backend), values, x, bias, feature_major=feature_major)
         return linear(x, self.dense(backend, values) if dense is None else dense, bias)
 
+    def int8_spmm(
+        self, backend: Backend, method: str, values: Tensor, scales: Tensor, x: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """The same with int8 values and a scale for each row, of a matrix without a permutation.
+
+        Over bits and plans as they are; the other methods multiply a copy of the values in the dtype of x.
+        """
+        if method == "bitmap":
+            return backend.bitmap_int8_spmm(self.bitmap(backend), values, scales, x, bias)
+        if method == "bucketed":
+            return backend.planned_int8_spmm(self.plan(backend, x.dtype), values, scales, x, bias)
+        sums = self.spmm(backend, method, values.to(x.dtype), x)
+        return sums.mul_(scales) if bias is None else sums.mul_(scales).add_(bias)
+
     def sddmm(self, backend: Backend, method: str, dy: Tensor, x: Tensor) -> Tensor:
         """The gradient of the values for dy [batch, rows] and x [batch, columns], by one of METHODS."""
         if method == "dense":

@@ -82,6 +82,36 @@ def backward(
     return dx, tiled_sddmm(cast(Plan, tiles or bitmap), dy, x), wide(dy).sum(0).to(dy.dtype)
 
 
+def int8_spmm(plan: Plan, values: Tensor, scales: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y[:, r] = bias[r] + scales[r] * sum over row r's slots s of values[s] * x[:, col_indices[s]].
+
+    `values` are int8, `scales` float32.
+    """
+    x_wide = wide(x)
+    y = spmm(plan.crow_indices, plan.col_indices, values.to(x_wide.dtype), x_wide) * scales.to(x_wide.dtype)
+    return (y if bias is None else y + wide(bias)).to(x.dtype)
+
+
+def quantise_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(whole numbers in [-127, 127] as floats, sizes float32): x[b] is about sizes[b] * levels[b], in float32."""
+    x = x.float()
+    largest = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
+    lives = largest >= 2.0**-119  # below, the factor would overflow
+    # Not 127 / largest, which torch computes as a reciprocal that it multiplies, rounding twice.
+    factors = torch.full_like(largest, 127).div(largest)
+    levels = (x * torch.where(lives, factors, 0).unsqueeze(1)).round()
+    sizes = torch.where(lives, largest / 127, 0)
+    return levels.nan_to_num(), sizes.where(largest.isfinite(), torch.nan)
+
+
+def int8_dots(bitmap: Plan, values: Tensor, scales: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`int8_spmm` of x with every token rounded to int8 first; sums of products are whole numbers, without error."""
+    levels, sizes = quantise_tokens(x)
+    sums = spmm(bitmap.crow_indices, bitmap.col_indices, values.double(), levels.double())
+    y = sums.to(wide(x).dtype) * (sizes.unsqueeze(1) * scales)
+    return (y if bias is None else y + wide(bias)).to(x.dtype)
+
+
 def expand(bitmap: Plan, values: Tensor) -> Tensor:
     """dense[r, c] = the value of connection (r, c), or zero."""
     rows = row_numbers(bitmap.crow_indices)
@@ -115,6 +145,9 @@ BACKEND = Backend(
     filled_spmm=planned_spmm,
     filled_dx=bitmap_dx,
     filled_dvalues=tiled_sddmm,
+    bitmap_int8_spmm=int8_spmm,
+    planned_int8_spmm=int8_spmm,
+    int8_dots=int8_dots,
     expand=expand,
     compress=compress,
     rows=reference_rows.ROWS,

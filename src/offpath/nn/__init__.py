@@ -2,6 +2,8 @@
 
 from offpath.nn.autoencoder import SparseAutoencoder as SparseAutoencoder
 from offpath.nn.autoencoder_loss import SAELoss as SAELoss
+from offpath.nn.int8_embedding import Int8Embedding as Int8Embedding
+from offpath.nn.int8_linear import Int8SparseLinear as Int8SparseLinear
 from offpath.nn.jumprelu import JumpReLU as JumpReLU
 from offpath.nn.kwinners import (
     KWinners as KWinners,

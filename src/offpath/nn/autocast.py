@@ -14,11 +14,22 @@ def under_autocast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tens
     >>> x.dtype, values.dtype
     (torch.bfloat16, torch.bfloat16)
     """
-    # Every call of a layer comes here: asking whether the device has autocast (meta has none) would take as long again.
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+    dtype = _dtype(x)
+    if dtype is None:
         return x, values, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
     return _cast(x, dtype), _cast(values, dtype), None if bias is None else _cast(bias, dtype)
+
+
+def input_under_autocast(x: Tensor) -> Tensor:
+    """The input of a layer whose weight has no floating dtype."""
+    dtype = _dtype(x)
+    return x if dtype is None else _cast(x, dtype)
+
+
+def _dtype(x: Tensor) -> torch.dtype | None:
+    # Every call of a layer comes here: asking whether the device has autocast (meta has none) would take as long again.
+    enabled = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if enabled else None
 
 
 def _cast(operand: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from offpath.pattern import Pattern, PatternError
 
 if TYPE_CHECKING:
@@ -12,9 +14,9 @@ if TYPE_CHECKING:
 
 def load_problem(layer: SparseWeightModule, state_dict: dict[str, Any], prefix: str, assign: bool) -> str | None:
     """What is wrong with the entries of a checkpoint that `layer` is to take, with the next step; None if they fit."""
-    if "values" not in layer._parameters:
-        return None  # torch.nn.utils.prune or a parametrization has taken the parameter over
-    names = ("values", *layer.index_names)
+    if not layer.owns_values:
+        return None
+    names = (*layer.value_names, *layer.index_names)
     missing = [name for name in names if prefix + name not in state_dict]
     if prefix + "weight" in state_dict and missing:
         return (
@@ -28,11 +30,18 @@ def load_problem(layer: SparseWeightModule, state_dict: dict[str, Any], prefix: 
             f"expected {', '.join(names)}, but {', '.join(missing)} is missing; values without their topology "
             "mean nothing, so save the whole state_dict() and load that"
         )
-    values, crow_indices, col_indices = (state_dict[prefix + name] for name in names)
+    values, crow_indices, col_indices = (state_dict[prefix + name] for name in ("values", *layer.index_names))
     if values.is_meta and not (assign or layer.values.is_meta):
         return "expected tensors with data, got a checkpoint on the meta device"
     if values.dim() != 1 or values.numel() != col_indices.numel():
         return f"expected one value a column, got shapes {tuple(values.shape)} and {tuple(col_indices.shape)}"
+    if (values.dtype is torch.int8) != (layer.values.dtype is torch.int8):
+        return (
+            f"expected values like {layer.values.dtype}, got {values.dtype}; Int8SparseLinear.from_sparse and to_sparse "
+            "lead from a layer that fits the checkpoint to the other kind"
+        )
+    if "scales" in names and state_dict[prefix + "scales"].shape != (layer.out_features,):
+        return f"expected scales of shape ({layer.out_features},), got {tuple(state_dict[prefix + 'scales'].shape)}"
     bias = state_dict.get(prefix + "bias")
     if bias is not None and layer.bias is not None and bias.shape != layer.bias.shape:
         return f"expected a bias of shape {tuple(layer.bias.shape)}, got {tuple(bias.shape)}"

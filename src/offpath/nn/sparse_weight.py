@@ -27,6 +27,7 @@ class SparseWeightModule(nn.Module):
 
     sides: ClassVar[tuple[str, str]]  # "out" and "in": what the rows and the columns of the pattern are
     index_names: ClassVar[tuple[str, str]]  # of the row pointer and the column indices, in the state_dict
+    value_names: ClassVar[tuple[str, ...]] = ("values",)  # what in the state_dict belongs to the topology beside
     values: nn.Parameter
     bias: nn.Parameter | None
     topology_digest: Tensor
@@ -119,6 +120,11 @@ class SparseWeightModule(nn.Module):
         sizes = {"out": self.out_features, "in": self.in_features}
         return sizes[self.sides[0]], sizes[self.sides[1]]
 
+    @property
+    def owns_values(self) -> bool:
+        """Whether `values` are this layer's: torch.nn.utils.prune or a parametrization may have taken them over."""
+        return "values" in self._parameters or "values" in self._buffers
+
     @classmethod
     def _holding(
         cls: type[_Layer], pattern: Pattern, values: Tensor, requires_grad: bool, like: nn.Linear | SparseWeightModule
@@ -161,6 +167,9 @@ class SparseWeightModule(nn.Module):
             "every process, or load one checkpoint in all of them, before wrapping it"
         )
 
+    def _resize_values(self, nnz: int) -> None:
+        replace_values(self.values, self.values.new_empty(nnz).detach())
+
     def _apply(self: _Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
         super()._apply(fn, recurse)
         if not self._connections.col_indices.is_meta or self.values.is_meta:
@@ -196,12 +205,12 @@ class SparseWeightModule(nn.Module):
         if crow_indices is None or col_indices is None:
             if strict:
                 missing_keys += [prefix + name for name in self.index_names]
-        elif "values" in self._parameters:
+        elif self.owns_values:
             device = col_indices.device if assign else self.values.device
             pattern = Pattern(self.pattern_shape, crow_indices.detach().to(device), col_indices.detach().to(device))
             self._set_connections(self._connections.same_or_new(pattern))
             if pattern.nnz != self.values.numel():
-                replace_values(self.values, self.values.new_empty(pattern.nnz).detach())
+                self._resize_values(pattern.nnz)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -59,6 +59,22 @@ class Prepared:
             dense = self._weight.matrix.dense(backend, values)
         return self._weight.forward(backend, method, values, x, bias, feature_major, dense), dense
 
+    def int8_forward(
+        self,
+        backend: Backend,
+        values: Tensor,
+        scales: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        prefer: str,
+        activations: str,
+    ) -> Tensor:
+        """x @ W.T + bias for int8 values with a scale for each row of W, and x as it is or rounded to int8."""
+        if activations == "int8":
+            return backend.int8_dots(self._weight.matrix.bitmap(backend), values, scales, x, bias)
+        method = self._method(backend, "forward", x, prefer)
+        return self._weight.matrix.int8_spmm(backend, method, values, scales, x, bias)
+
     def dx(self, backend: Backend, values: Tensor, dy: Tensor, prefer: str) -> Tensor:
         """dy @ W, for dy [batch, rows]."""
         return self._weight.dx(backend, self._method(backend, "dx", dy, prefer), values, dy)

@@ -1,0 +1,83 @@
+// The products with int8 values as they are called.
+#pragma once
+
+#include "small_products.h"
+
+namespace offpath {
+
+// Values of int8 over a pattern: connection s of row r counts as scales[r] * values[s].
+struct Int8Values {
+    const int8_t *values; // [nnz]
+    const float *scales;  // [rows]
+};
+
+// The product of bitmap_spmm.
+template <class T>
+void bitmap_int8_spmm(const Kernels<T> &kernels, const BitMatrix &matrix, const Int8Values &weight, const T *bias,
+                      const Matrix<T> &x, int64_t batch, T *y, int threads) {
+    const Bitmap view = matrix.view();
+    const int64_t width = 64 * view.words_per_row;
+    const auto rows = scratch<T>(bitmap_batch * width);
+    for (int64_t first = 0; first < batch; first += bitmap_batch) {
+        const int64_t tokens = std::min<int64_t>(bitmap_batch, batch - first);
+        copy_rows(x, first, tokens, view.columns, width, rows.get());
+        const bitmap_int8_args<T> args{
+            view,       weight.values,         weight.scales, bias,
+            rows.get(), y + first * view.rows, tokens,        all_finite(rows.get(), tokens * width)};
+        by_rows(kernels.bitmap_int8, args, view.rows, rows_per_task, threads_for(matrix.nnz() * tokens, threads));
+    }
+}
+
+// The product of bitmap_int8_spmm with activations that are rounded to int8, token by token.
+template <class T>
+void int8_dots(const Kernels<T> &kernels, const BitMatrix &matrix, const Int8Values &weight, const T *bias,
+               const Matrix<T> &x, int64_t batch, T *y, int threads) {
+    const Bitmap view = matrix.view();
+    const auto levels = scratch<uint8_t>(batch * 64 * view.words_per_row);
+    const auto sizes = scratch<float>(batch);
+    const quantise_tokens_args<T> tokens{x.data, x.feature_stride,   x.batch_stride, view.columns,
+                                         batch,  view.words_per_row, levels.get(),   sizes.get()};
+    parallel_for(batch, threads_for(batch * view.columns, threads),
+                 [&](int64_t b) { kernels.quantise_tokens(tokens, {0, 0, b, b + 1}); });
+    const int8_dots_args<T> args{view, weight.values, weight.scales, bias, levels.get(), sizes.get(), y};
+    const int64_t chunks = ceil_div(view.rows, rows_per_task);
+    // Neighbouring tasks share tokens, which then stay in cache.
+    parallel_for(chunks * ceil_div(batch, dots_tokens), threads_for(matrix.nnz() * batch, threads), [&](int64_t task) {
+        const int64_t row = task % chunks * rows_per_task, token = task / chunks * dots_tokens;
+        kernels.int8_dots(args, {row, std::min(view.rows, row + rows_per_task), token,
+                                 std::min<int64_t>(batch, token + dots_tokens)});
+    });
+}
+
+// Tasks that a round of the threads runs, from a function of their number.
+template <class Run> struct Tasks {
+    int64_t count;
+    Run run_task;
+
+    int64_t tasks() const { return count; }
+    void run(int64_t task) const { run_task(task); }
+};
+template <class Run> Tasks(int64_t, Run) -> Tasks<Run>;
+
+// The product of planned_spmm.
+template <class T>
+void planned_int8_spmm(const Kernels<T> &kernels, const Plan &plan, const Int8Values &weight, const T *bias,
+                       const Matrix<T> &x, int64_t batch, T *y, int threads) {
+    const BucketPlan view = plan.view();
+    const auto ordered = scratch<char>(plan.slot_count() * kernels.layout.value_bytes);
+    const int64_t chunks = ceil_div(view.groups, groups_per_product);
+    const auto chunk = [&](int64_t i, int64_t panel) {
+        const int64_t begin = i * groups_per_product;
+        return Block{begin, std::min(view.groups, begin + groups_per_product), panel, panel + 1};
+    };
+    const Panels<T> panels(kernels, x, plan.columns, batch);
+    run_together(threads_for(plan.columns * batch + plan.nnz(), threads), panels,
+                 Tasks{chunks, [&](int64_t task) {
+                           kernels.gather_int8({view, weight.values, ordered.get()}, chunk(task, 0));
+                       }});
+    const bucketed_int8_args<T> args{view, ordered.get(), weight.scales, bias, panels.data(), y, batch};
+    parallel_for(chunks * panels.count, threads_for((plan.nnz() + plan.rows) * batch, threads),
+                 [&](int64_t task) { kernels.bucketed_int8(args, chunk(task % chunks, task / chunks)); });
+}
+
+} // namespace offpath
