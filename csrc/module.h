@@ -31,5 +31,6 @@ template <class T> const Kernels<T> &use_kernels(int64_t isa, const Plan &plan) 
 
 // The products and selections on sparse rows.
 void bind_rows(nanobind::module_ &m);
+void bind_convolutions(nanobind::module_ &m);
 
 } // namespace offpath
