@@ -7,15 +7,14 @@
 
 namespace {
 
-// Where the product stands in the streams of a group. Columns lie `stride` entries apart.
+// Where the product stands in the streams of a group.
 template <class T> struct Cursor {
     const int32_t *counts;
     const int32_t *columns;
     const typename Format<T>::Value *values;
-    int64_t stride;
 };
 
-template <class T, int vectors, int mask>
+template <class T, int vectors, int64_t stride, int mask>
 [[gnu::always_inline]] inline void bucket(Accumulators<T, vectors> &acc, Cursor<T> &at,
                                           const typename Format<T>::Panel *panel) {
     constexpr int32_t columns = Format<T>::columns_per_step;
@@ -24,8 +23,8 @@ template <class T, int vectors, int mask>
         // Columns follow one another at random, so that the processor cannot tell which one it will need. In pairs,
         // fetching ahead costs more than it saves.
         if constexpr (!in_pairs<T>)
-            step.prefetch(panel, at.columns[offpath::columns_ahead], at.stride);
-        step.load(panel, at.columns, at.stride);
+            step.prefetch(panel, at.columns[offpath::columns_ahead], stride);
+        step.load(panel, at.columns, stride);
         at.columns += columns;
 #pragma GCC unroll 8
         for (int row = 0; row < offpath::group_rows; ++row)
@@ -33,22 +32,21 @@ template <class T, int vectors, int mask>
                 step.multiply(*at.values++, acc[row]);
     }
     if constexpr (mask + 1 < offpath::group_masks)
-        bucket<T, vectors, mask + 1>(acc, at, panel);
+        bucket<T, vectors, stride, mask + 1>(acc, at, panel);
 }
 
-// One group times one panel of `vectors` vectors, whose columns lie `stride` entries apart; writes the group's rows of
-// the tile.
-template <class T, int vectors>
+// One group times one panel of `vectors` vectors, whose columns lie `stride` entries apart: known to the compiler, since
+// a multiplication for each column costs small products a tenth. Writes the group's rows of the tile.
+template <class T, int vectors, int64_t stride = Step<T, vectors>::panel_stride>
 [[gnu::noinline]] void bucketed_group(const offpath::BucketPlan &plan, const void *values, int64_t group,
-                                      const typename Format<T>::Panel *panel, int64_t stride,
-                                      const offpath::Sum<T> *start, offpath::Sum<T> *tile) {
+                                      const typename Format<T>::Panel *panel, const offpath::Sum<T> *start,
+                                      offpath::Sum<T> *tile) {
     Accumulators<T, vectors> acc;
     start_group<T, vectors>(acc, start);
     Cursor<T> at = {plan.mask_counts + group * offpath::group_masks, plan.column_order + plan.column_begin[group],
                     static_cast<const typename Format<T>::Value *>(values) +
-                        plan.slot_begin[group] / Format<T>::columns_per_step,
-                    stride};
-    bucket<T, vectors, 1>(acc, at, panel);
+                        plan.slot_begin[group] / Format<T>::columns_per_step};
+    bucket<T, vectors, stride, 1>(acc, at, panel);
     store_group<T, vectors>(acc, tile);
 }
 
@@ -63,9 +61,7 @@ template <class T> void bucketed(const offpath::bucketed_args<T> &args, const of
             each_group<T, vectors>(
                 output, block.row_begin, block.row_end, token, [&](int64_t group, offpath::Sum<T> *tile) {
                     const GroupStart<T> start(args.bias, group, args.plan.rows);
-                    bucketed_group<Multiplied<T>, vectors>(args.plan, args.values, group, x,
-                                                           Step<Multiplied<T>, vectors>::panel_stride, start.of_row,
-                                                           tile);
+                    bucketed_group<Multiplied<T>, vectors>(args.plan, args.values, group, x, start.of_row, tile);
                 });
         });
     }

@@ -31,9 +31,9 @@ void convolve_panel(const offpath::convolve_args<T> &args, const offpath::Block 
         for (int64_t g = group; g < end; ++g) {
             const GroupStart<T> start(args.bias, g, args.plan.rows);
             offpath::Sum<T> *sums = tile + (g - group) * offpath::group_rows * width;
-            bucketed_group<Multiplied<T>, vectors>(args.plan, args.values, g,
-                                                   static_cast<const typename Format<T>::Panel *>(args.block), 1,
-                                                   start.of_row, sums);
+            bucketed_group<Multiplied<T>, vectors, 1>(args.plan, args.values, g,
+                                                      static_cast<const typename Format<T>::Panel *>(args.block),
+                                                      start.of_row, sums);
             order_sums<T>(sums, offpath::group_rows * width);
         }
         write_planes<T>(tile, width, group * offpath::group_rows,
