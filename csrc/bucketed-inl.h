@@ -14,7 +14,7 @@ template <class T> struct Cursor {
     const typename Format<T>::Value *values;
 };
 
-template <class T, int vectors, int64_t stride, int mask>
+template <class T, int vectors, int stride, int mask>
 [[gnu::always_inline]] inline void bucket(Accumulators<T, vectors> &acc, Cursor<T> &at,
                                           const typename Format<T>::Panel *panel) {
     constexpr int32_t columns = Format<T>::columns_per_step;
@@ -23,8 +23,8 @@ template <class T, int vectors, int64_t stride, int mask>
         // Columns follow one another at random, so that the processor cannot tell which one it will need. In pairs,
         // fetching ahead costs more than it saves.
         if constexpr (!in_pairs<T>)
-            step.prefetch(panel, at.columns[offpath::columns_ahead], stride);
-        step.load(panel, at.columns, stride);
+            step.template prefetch<stride>(panel, at.columns[offpath::columns_ahead]);
+        step.template load<stride>(panel, at.columns);
         at.columns += columns;
 #pragma GCC unroll 8
         for (int row = 0; row < offpath::group_rows; ++row)
@@ -37,7 +37,7 @@ template <class T, int vectors, int64_t stride, int mask>
 
 // One group times one panel of `vectors` vectors, whose columns lie `stride` entries apart: known to the compiler, since
 // a multiplication for each column costs small products a tenth. Writes the group's rows of the tile.
-template <class T, int vectors, int64_t stride = Step<T, vectors>::panel_stride>
+template <class T, int vectors, int stride = Step<T, vectors>::panel_stride>
 [[gnu::noinline]] void bucketed_group(const offpath::BucketPlan &plan, const void *values, int64_t group,
                                       const typename Format<T>::Panel *panel, const offpath::Sum<T> *start,
                                       offpath::Sum<T> *tile) {

@@ -31,12 +31,7 @@ template <class T> class ConvolutionProduct {
           block_bytes((args.from.phase_count * source.channels + 1) * plan.block_stride *
                       kernels.layout.panel_entry_bytes),
           panels(images * args.panels),
-          groups_per_task(panels >= tasks_per_thread * threads
-                              ? std::max<int64_t>(args.plan.groups, 1)
-                              : ceil_div(ceil_div(args.plan.groups * std::max<int64_t>(panels, 1),
-                                                  tasks_per_thread * threads),
-                                         tile_groups) *
-                                    tile_groups),
+          groups_per_task(groups_for(panels, args.plan.groups, threads)),
           chunks(ceil_div(args.plan.groups, groups_per_task)) {}
 
     int64_t tasks() const { return panels * chunks; }
@@ -49,7 +44,12 @@ template <class T> class ConvolutionProduct {
     }
 
   private:
-    static constexpr int64_t tasks_per_thread = 4;
+    // All of them, or where there are few panels, whole tiles of a part.
+    static int64_t groups_for(int64_t panels, int64_t groups, int threads) {
+        constexpr int64_t tasks_per_thread = 4;
+        const int64_t chunks = ceil_div(tasks_per_thread * threads, std::max<int64_t>(panels, 1));
+        return std::max<int64_t>(ceil_div(ceil_div(groups, chunks), tile_groups), 1) * tile_groups;
+    }
 
     const Kernel<convolve_args<T>> kernel;
     const convolve_args<T> args;

@@ -8,7 +8,7 @@
 namespace {
 
 // Where columns go in pairs, sums of zipped columns stand in the order of the zip; in order again.
-template <class T> void order_sums(offpath::Sum<T> *tile, int64_t entries) {
+template <class T> void order_sums([[maybe_unused]] offpath::Sum<T> *tile, [[maybe_unused]] int64_t entries) {
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
     if constexpr (in_pairs<T>) {
         using S = Simd<float>;

@@ -25,7 +25,7 @@ template <class T, int vectors>
     const auto multiply = [&] [[gnu::always_inline]] (int32_t column, const auto &values_of) {
         const int32_t together[] = {column, column + 1};
         Step<T, vectors> x;
-        x.load(panel, together, x.panel_stride);
+        x.load(panel, together);
 #pragma GCC unroll 8
         for (int row = 0; row < offpath::group_rows; ++row)
             x.multiply(values_of(weight[row] + column), acc[row]);

@@ -19,7 +19,7 @@ template <class T, int vectors>
                                                  int32_t column) {
     const int32_t together[] = {column, column + 1};
     Step<T, vectors> step;
-    step.load(panel, together, step.panel_stride);
+    step.load(panel, together);
 #pragma GCC unroll 8
     for (int row = 0; row < offpath::group_rows; ++row) {
         typename Format<T>::Value value;

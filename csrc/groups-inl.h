@@ -19,18 +19,20 @@ template <class T, int vectors> struct Step {
     using S = Simd<offpath::Sum<T>>;
     typename S::V x[vectors];
 
-    static constexpr int64_t panel_stride = vectors * S::lanes;
+    static constexpr int panel_stride = vectors * S::lanes;
 
-    [[gnu::always_inline]] void load(const offpath::Sum<T> *panel, const int32_t *column, int64_t stride) {
-        const offpath::Sum<T> *source = panel + *column * stride;
+    template <int stride = panel_stride>
+    [[gnu::always_inline]] void load(const offpath::Sum<T> *panel, const int32_t *column) {
+        const offpath::Sum<T> *source = panel + static_cast<int64_t>(*column) * stride;
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v)
             x[v] = S::load(source + v * S::lanes);
     }
-    [[gnu::always_inline]] static void prefetch(const offpath::Sum<T> *panel, int32_t column, int64_t stride) {
+    template <int stride = panel_stride>
+    [[gnu::always_inline]] static void prefetch(const offpath::Sum<T> *panel, int32_t column) {
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v)
-            __builtin_prefetch(panel + column * stride + v * S::lanes);
+            __builtin_prefetch(panel + static_cast<int64_t>(column) * stride + v * S::lanes);
     }
     [[gnu::always_inline]] void multiply(offpath::Sum<T> value, typename S::V (&acc)[vectors]) {
         const typename S::V spread = S::set1(value);
@@ -49,7 +51,8 @@ template <int vectors> struct Step<bfloat16, vectors> {
 
     static constexpr int64_t panel_stride = (vectors + 1) / 2 * B::entries;
 
-    [[gnu::always_inline]] void load(const bfloat16 *panel, const int32_t *columns, int64_t stride) {
+    template <int64_t stride = panel_stride>
+    [[gnu::always_inline]] void load(const bfloat16 *panel, const int32_t *columns) {
         const bfloat16 *first = panel + columns[0] * stride, *second = panel + columns[1] * stride;
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v += 2) {

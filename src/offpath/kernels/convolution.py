@@ -37,9 +37,11 @@ class Convolution:
     dilation: Pair
 
     def __post_init__(self) -> None:
-        if self.groups < 1 or self.in_channels % self.groups or self.out_channels % self.groups:
+        if min(self.groups, self.in_channels, self.out_channels) < 1 or any(
+            channels % self.groups for channels in (self.in_channels, self.out_channels)
+        ):
             raise KernelError(
-                f"expected channels in whole groups, got {self.in_channels} in and {self.out_channels} out in "
+                f"expected channels, in whole groups, got {self.in_channels} in and {self.out_channels} out in "
                 f"{self.groups} groups"
             )
         if min(*self.kernel, *self.stride, *self.dilation) < 1 or min(*self.padding, *self.padding_after) < 0:

@@ -64,9 +64,7 @@ def _in_format(images: Tensor, channels_last: bool) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _prepare(
-    crow_indices: Tensor, col_indices: Tensor, convolution: Convolution, dtype: torch.dtype
-) -> Prepared:
+def _prepare(crow_indices: Tensor, col_indices: Tensor, convolution: Convolution, dtype: torch.dtype) -> Prepared:
     return Prepared(crow_indices, col_indices, convolution, dtype)
 
 

@@ -50,9 +50,9 @@ class _SparseConv(SparseWeightModule):
             raise ValueError(f"expected prefer to be 'speed' or 'memory', got {prefer!r}")
         if padding_mode != "zeros":
             raise ValueError(f"expected padding_mode='zeros', got {padding_mode!r}; pad with torch.nn.functional.pad")
-        if groups < 1 or in_channels % groups or out_channels % groups:
+        if min(groups, in_channels, out_channels) < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(
-                f"expected channels that groups={groups} divides, got in_channels={in_channels}, "
+                f"expected channels, at least one, that groups={groups} divides, got in_channels={in_channels}, "
                 f"out_channels={out_channels}"
             )
         kernel_size = self._sizes("kernel_size", kernel_size, 1)

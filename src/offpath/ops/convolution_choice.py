@@ -37,7 +37,9 @@ def pays_densely(
         return False
     per_image = math.prod((*convolution.weight_shape, *convolution.outputs))
     images = min(like.shape[0], max(1, int(MEASURED_MULTIPLY_ADDS / per_image)))
-    seconds = _seconds(backend, _rounded(convolution), _rounded_nnz(convolution, nnz), images, like.dtype, channels_last)
+    seconds = _seconds(
+        backend, _rounded(convolution), _rounded_nnz(convolution, nnz), images, like.dtype, channels_last
+    )
     return seconds[product]["dense"] * MARGIN < seconds[product]["planes"]
 
 

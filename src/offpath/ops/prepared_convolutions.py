@@ -40,9 +40,7 @@ class PreparedConvolutions:
         if pays_densely(backend, "forward", convolution, values.numel(), x, channels_last, prefer):
             y = self._dense(backend, convolution).forward(values, x, bias)
             return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        return backend.convolutions.forward(
-            self._plans(backend, convolution, x.dtype), values, x, bias, channels_last
-        )
+        return backend.convolutions.forward(self._plans(backend, convolution, x.dtype), values, x, bias, channels_last)
 
     def dx(
         self,

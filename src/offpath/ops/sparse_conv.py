@@ -78,9 +78,7 @@ def _prepared(
 
 
 def _check(name: str, images: Tensor, dtype: torch.dtype, shape: Sequence[int | None]) -> None:
-    fits = images.dim() == 4 and all(
-        n is None or n == m for n, m in zip(shape, images.shape, strict=True)
-    )
+    fits = images.dim() == 4 and all(n is None or n == m for n, m in zip(shape, images.shape, strict=True))
     if not fits or images.dtype is not dtype:
         expected = ", ".join("any" if n is None else str(n) for n in shape)
         raise KernelError(
@@ -91,7 +89,9 @@ def _check(name: str, images: Tensor, dtype: torch.dtype, shape: Sequence[int | 
 
 def _check_values(values: Tensor, col_indices: Tensor) -> None:
     if values.shape != col_indices.shape or values.dim() != 1:
-        raise KernelError(f"expected one value for each of {col_indices.numel()} connections, got {tuple(values.shape)}")
+        raise KernelError(
+            f"expected one value for each of {col_indices.numel()} connections, got {tuple(values.shape)}"
+        )
 
 
 def _forward(
@@ -106,23 +106,32 @@ def _forward(
     sizes = kernel, stride, padding, dilation, groups
     convolution = _convolution(x.shape[2:], x.shape[1], crow_indices, *sizes)
     backend, prepared = _prepared(x, crow_indices, col_indices, convolution)
-    return prepared.forward(backend, convolution, values, x, bias, is_channels_last(x), prefer)
+    bias = None if bias is None else bias.contiguous()
+    return prepared.forward(backend, convolution, values.contiguous(), x, bias, is_channels_last(x), prefer)
 
 
 def _dx(
-    dy, values, crow_indices, col_indices, shape, channels_last, kernel, stride, padding, dilation, groups,
+    dy,
+    values,
+    crow_indices,
+    col_indices,
+    shape,
+    channels_last,
+    kernel,
+    stride,
+    padding,
+    dilation,
+    groups,
     prefer="speed",
 ) -> Tensor:
     convolution = _convolution(shape[2:], shape[1], crow_indices, kernel, stride, padding, dilation, groups)
     _check("dy", dy, values.dtype, (shape[0], convolution.out_channels, *convolution.outputs))
     _check_values(values, col_indices)
     backend, prepared = _prepared(dy, crow_indices, col_indices, convolution)
-    return prepared.dx(backend, convolution, values, dy, channels_last, prefer)
+    return prepared.dx(backend, convolution, values.contiguous(), dy, channels_last, prefer)
 
 
-def _dvalues(
-    dy, x, crow_indices, col_indices, kernel, stride, padding, dilation, groups, prefer="speed"
-) -> Tensor:
+def _dvalues(dy, x, crow_indices, col_indices, kernel, stride, padding, dilation, groups, prefer="speed") -> Tensor:
     _check("x", x, x.dtype, (None, None, None, None))
     convolution = _convolution(x.shape[2:], x.shape[1], crow_indices, kernel, stride, padding, dilation, groups)
     _check("dy", dy, x.dtype, (x.shape[0], convolution.out_channels, *convolution.outputs))
