@@ -63,7 +63,9 @@ def _forward(
             f"{tuple(values.shape)}"
         )
     if scales.dtype is not torch.float32 or scales.shape != (out_features,):
-        raise KernelError(f"expected float32 scales of shape ({out_features},), got {scales.dtype} {tuple(scales.shape)}")
+        raise KernelError(
+            f"expected float32 scales of shape ({out_features},), got {scales.dtype} {tuple(scales.shape)}"
+        )
     if bias is not None and (bias.shape != (out_features,) or bias.dtype is not x.dtype):
         raise KernelError(
             f"expected bias of shape ({out_features},) and {x.dtype}, got {tuple(bias.shape)} {bias.dtype}"
