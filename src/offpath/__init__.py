@@ -7,6 +7,7 @@ from offpath.convert import densify as densify, fuse as fuse, prune as prune, sp
 from offpath.nn import SparseLinear as SparseLinear
 from offpath.ops import SparseRows as SparseRows
 from offpath.pattern import Pattern as Pattern
+from offpath.storage import StorageError as StorageError, load as load, save as save
 from offpath.topology import GMP as GMP, MEST as MEST, SET as SET, RigL as RigL, Static as Static
 
 __version__ = _version("offpath")

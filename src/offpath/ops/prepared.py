@@ -184,7 +184,8 @@ class Connections:
         return self if self.device == device else Connections(self._prepared.pattern.to(device))
 
     def __reduce__(self) -> tuple[type[Connections], tuple[Pattern]]:
-        return Connections, (self.pattern,)
+        # Not a copy: what is sent to another process through shared memory has to live until it has arrived.
+        return Connections, (self._prepared.pattern,)
 
     def __deepcopy__(self, memo: dict) -> Connections:
         return Connections(self._prepared.pattern)

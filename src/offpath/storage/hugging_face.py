@@ -1,0 +1,129 @@
+"""Models of `transformers`: named by a class of that package and a config, never by code of anyone else."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from offpath.storage.contents import Contents
+from offpath.storage.errors import StorageError
+from offpath.storage.fitting import fit
+
+# Where a model came from is nobody's business; what implements its attention is the reader's choice.
+NOT_STORED = ("_name_or_path", "architectures", "transformers_version")
+# These make transformers fetch something, run what the package does not hold itself, or count to any number.
+REFUSED = (
+    "architecture",
+    "auto_map",
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+    "num_labels",
+    "quantization_config",
+    "backbone",
+    "use_pretrained_backbone",
+    "use_timm_backbone",
+)
+# Larger whole numbers in a config are refused: labels and layers are counted with them.
+MAX_NUMBER = 2**24
+# A constructor may make so many tensors for each that the file holds, and so many bytes besides the parameters.
+CALLS_PER_TENSOR = 200
+MAX_BYTES = 2**30
+_DRAWING = {Tensor.uniform_, Tensor.normal_}
+
+
+def describe(model: nn.Module) -> dict[str, Any] | None:
+    """Class and config of a model of `transformers`, or None for others and for those that need more than these."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return None
+    transformers = sys.modules["transformers"]
+    name = type(model).__name__
+    if not isinstance(model, transformers.PreTrainedModel) or getattr(transformers, name, None) is not type(model):
+        return None
+    config = _stored(json.loads(model.config.to_json_string(use_diff=False)))
+    return None if _problem(config) else {"class": name, "config": config}
+
+
+def build(description: Mapping[str, Any], contents: Contents) -> nn.Module:
+    """The model of that class and config, whose parameters hold nothing yet.
+
+    It is built on the meta device first, and made to hold all that the file does: what a config asks for costs no
+    memory before it is known to fit. Raises `StorageError`.
+    """
+    name, config = description.get("class"), description.get("config")
+    if not isinstance(name, str) or not isinstance(config, dict):
+        raise StorageError("expected the class and the config of a model of transformers; pass model=")
+    problem = _problem(config)
+    if problem:
+        raise StorageError(f"expected a config that needs nothing but itself, got {problem}; pass model=")
+    kind = _model_class(name)
+    most_calls = CALLS_PER_TENSOR * (len(contents.tensors) + len(contents.layers) + 10)
+    with torch.device("meta"):
+        blueprint = _built(kind, config, most_calls)
+    fit(blueprint, contents)
+    return _built(kind, config, most_calls)
+
+
+def _model_class(name: str) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise StorageError(f"expected transformers to be installed for a {name}; install it, or pass model=") from error
+    kind = None if name.startswith("_") else getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.config_class):
+        raise StorageError(f"expected the name of a model in transformers, got {name!r:.60}; update it, or pass model=")
+    return kind
+
+
+def _built(kind: Any, config: Mapping[str, Any], most_calls: int) -> nn.Module:
+    try:
+        with _Frugally(most_calls):
+            return kind(kind.config_class.from_dict(json.loads(json.dumps(config))))
+    except Exception as error:  # the constructors of hundreds of classes meet whatever a file says
+        raise StorageError(f"expected the config of a {kind.__name__}, got: {error!r:.300}; pass model=") from error
+
+
+class _Frugally(TorchFunctionMode):
+    """Leaves parameters as they are allocated, for all of them are replaced, and stops what grows beyond the file."""
+
+    def __init__(self, most_calls: int) -> None:
+        super().__init__()
+        self.calls_left, self.bytes_left = most_calls, MAX_BYTES
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.calls_left -= 1
+        in_place = func.__name__.endswith("_") and not func.__name__.endswith("__")
+        written = kwargs.get("tensor", args[0] if args else None) if in_place else None
+        if isinstance(written, nn.Parameter) or func in _DRAWING:
+            return written
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and func is not torch.empty:
+            self.bytes_left -= result.nbytes
+        if self.calls_left < 0 or self.bytes_left < 0:
+            raise StorageError("a model that is larger than the file")
+        return result
+
+
+def _stored(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in NOT_STORED}
+    return {key: _stored(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def _problem(value: Any, key: str = "") -> str | None:
+    """What of a config is refused; None for one that is not."""
+    if key in REFUSED and value:
+        return f"{key}={value!r:.60}"
+    if isinstance(value, (dict, list)):
+        entries = value.items() if isinstance(value, dict) else ((key, entry) for entry in value)
+        return next((problem for name, entry in entries if (problem := _problem(entry, name))), None)
+    if isinstance(value, int) and abs(value) > MAX_NUMBER:
+        return f"{key}={value!r:.60}"
+    return None
