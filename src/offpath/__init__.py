@@ -3,7 +3,13 @@
 from importlib.metadata import version as _version
 
 from offpath import kernels as kernels, nn as nn, ops as ops, pattern as pattern, topology as topology
-from offpath.convert import densify as densify, fuse as fuse, prune as prune, sparsify as sparsify
+from offpath.convert import (
+    compress as compress,
+    densify as densify,
+    fuse as fuse,
+    prune as prune,
+    sparsify as sparsify,
+)
 from offpath.nn import SparseLinear as SparseLinear
 from offpath.ops import SparseRows as SparseRows
 from offpath.pattern import Pattern as Pattern

@@ -1,5 +1,14 @@
 """Dense model <-> sparse model."""
 
+from offpath.convert.bitmasks import decompress_bitmasks as decompress_bitmasks
+from offpath.convert.compress import (
+    CompressedEmbedding as CompressedEmbedding,
+    CompressedLayer as CompressedLayer,
+    CompressReport as CompressReport,
+    EndToEnd as EndToEnd,
+    Measured as Measured,
+    compress as compress,
+)
 from offpath.convert.densify import densify as densify
 from offpath.convert.fuse import fuse as fuse
 from offpath.convert.prune import PrunedLayer as PrunedLayer, PruneReport as PruneReport, prune as prune

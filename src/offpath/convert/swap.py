@@ -9,6 +9,7 @@ from torch import nn
 
 # Modules that read `weight` of the layers in them instead of calling them, in a fast path of their own.
 WEIGHT_READERS = (nn.TransformerEncoderLayer,)
+READ_BY_OWNER = f"an {WEIGHT_READERS[0].__name__} reads its weight instead of calling it"
 
 
 def obstacles(model: nn.Module, kind: type[nn.Module], weight: str) -> dict[nn.Module, str]:
@@ -16,32 +17,44 @@ def obstacles(model: nn.Module, kind: type[nn.Module], weight: str) -> dict[nn.M
 
     `weight` is the name of the parameter that a module of `kind` computes with.
     """
-    owners = Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
-    read = {c for m in model.modules() if isinstance(m, WEIGHT_READERS) for c in m.modules() if c is not m}
+    owners, read = parameter_owners(model), read_by_their_owner(model)
     found = {}
     for module in model.modules():
         if isinstance(module, kind):
             reason = _obstacle(module, kind, weight, owners)
             if reason is None and module in read:
-                reason = f"an {WEIGHT_READERS[0].__name__} reads its weight instead of calling it"
+                reason = READ_BY_OWNER
             if reason:
                 found[module] = reason
     return found
 
 
-def _obstacle(module: nn.Module, kind: type[nn.Module], weight: str, owners: Counter[int]) -> str | None:
-    if weight not in module._parameters:
-        return f"its {weight} is computed by a mask or parametrization; remove that first"
-    if type(module) is not kind:
-        return f"it is a {type(module).__name__}, whose owner may read its {weight}"
+def parameter_owners(model: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by its id."""
+    return Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+
+
+def read_by_their_owner(model: nn.Module) -> set[nn.Module]:
+    """Modules inside of one that reads their weights instead of calling them."""
+    return {c for m in model.modules() if isinstance(m, WEIGHT_READERS) for c in m.modules() if c is not m}
+
+
+def attachment(module: nn.Module, owners: Counter[int], own_hooks: tuple[type, ...] = ()) -> str | None:
+    """What hangs on `module` and a new layer would lose; hooks of the types `own_hooks` do not count."""
     if "forward" in module.__dict__:
         return "its forward was replaced"
-    hooks: list[object] = [v for name, v in vars(module).items() if "_hooks" in name and isinstance(v, dict)]
+    hooks: list[object] = [
+        hook
+        for name, registered in vars(module).items()
+        if "_hooks" in name and isinstance(registered, dict)
+        for hook in registered.values()
+        if not isinstance(hook, own_hooks)
+    ]
     for name, parameter in module._parameters.items():
         if parameter is not None and owners[id(parameter)] > 1:
             return f"its {name} is tied to another module"
@@ -49,6 +62,14 @@ def _obstacle(module: nn.Module, kind: type[nn.Module], weight: str, owners: Cou
     if any(hooks):
         return "it carries hooks, which a new layer would lose"
     return None
+
+
+def _obstacle(module: nn.Module, kind: type[nn.Module], weight: str, owners: Counter[int]) -> str | None:
+    if weight not in module._parameters:
+        return f"its {weight} is computed by a mask or parametrization; remove that first"
+    if type(module) is not kind:
+        return f"it is a {type(module).__name__}, whose owner may read its {weight}"
+    return attachment(module, owners)
 
 
 def swap_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

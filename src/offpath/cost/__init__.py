@@ -2,6 +2,7 @@
 
 from offpath.cost.bytes import (
     TrainingBytes as TrainingBytes,
+    memory_bytes as memory_bytes,
     model_bytes as model_bytes,
     training_bytes as training_bytes,
 )

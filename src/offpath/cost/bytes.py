@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from offpath.ops import Connections
 
@@ -56,9 +57,21 @@ def model_bytes(model: nn.Module) -> int:
     )
 
 
+def memory_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers of `model` and of all that its topologies take: indices, transposes, plans.
+
+    Plans are made in the first call that needs them.
+
+    >>> memory_bytes(nn.Linear(3, 2))
+    32
+    """
+    tensors: dict[int, Tensor] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return _bytes(tensors.values()) + sum(connections.bytes for connections in _connections(model))
+
+
 def _connections(model: nn.Module) -> list[Connections]:
     return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Connections)]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.numel() * t.element_size() for t in tensors if not is_lazy(t))

@@ -1,0 +1,107 @@
+"""Which layers of a model are mostly zero and can be swapped, and why the others cannot."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from offpath.convert.compress.weights import OWN_HOOKS, evaluated, kind_of, unknown_source
+from offpath.convert.swap import READ_BY_OWNER, attachment, parameter_owners, read_by_their_owner
+from offpath.nn.sparse_weight import SparseWeightModule
+
+FilterFn = Callable[[nn.Module, str], bool]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.qat")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer that is mostly zero: where it first stands, and its nonzeros."""
+
+    name: str
+    module: nn.Module
+    kind: str
+    nnz: int
+
+
+def find(
+    model: nn.Module, filter_fn: FilterFn | None, min_sparsity: float
+) -> tuple[list[Candidate], list[tuple[str, str]]]:
+    """The layers of which at least `min_sparsity` is zero, in the model's order; and (name, reason) of the others.
+
+    Raises `ValueError`, naming the layer, for one on another device than the CPU, a mask of the wrong shape, and a
+    weight that is mostly zero and elsewhere NaN or infinite.
+    """
+    owners, read = parameter_owners(model), read_by_their_owner(model)
+    found, skipped = [], []
+    for name, module in model.named_modules():
+        reason = _foreign(module)
+        if reason is None and kind_of(module) is None:
+            continue
+        if filter_fn is not None and not filter_fn(module, name):
+            continue
+        reason = reason or _obstacle(module, owners) or (READ_BY_OWNER if module in read else None)
+        nnz = 0
+        if reason is None:
+            weight = evaluated(module, name)
+            assert weight is not None
+            reason = _unfit(weight, name)
+            if reason is None:
+                nnz = int(torch.count_nonzero(weight))
+                if nnz > (1 - min_sparsity) * weight.numel():
+                    reason = f"less than {min_sparsity:.0%} of its weights are zero"
+                else:
+                    _check_finite(weight, name)
+        if reason is None:
+            kind = kind_of(module)
+            assert kind is not None
+            found.append(Candidate(name, module, kind, nnz))
+        else:
+            skipped.append((name, reason))
+    return found, skipped
+
+
+def _foreign(module: nn.Module) -> str | None:
+    """Why `module`, which is a layer but none of torch's dense ones, stays."""
+    kind = type(module)
+    if isinstance(module, SparseWeightModule):
+        return "it is sparse already"
+    if kind.__module__.startswith(QUANTISED) and hasattr(module, "weight"):
+        return "it is quantised; compress the float model"
+    original = parametrize.type_before_parametrizations(module)
+    if isinstance(module, nn.Linear) and kind_of(module) is None:
+        return f"it is a {original.__name__}, whose owner may read its weight"
+    return None
+
+
+def _obstacle(module: nn.Module, owners: Counter[int]) -> str | None:
+    reason = unknown_source(module) or attachment(module, owners, OWN_HOOKS)
+    if reason is None and any(owners[id(p)] > 1 for p in module.parameters()):
+        return "what its weight is computed from is tied to another module"
+    return reason
+
+
+def _unfit(weight: Tensor, name: str) -> str | None:
+    if type(weight) is not Tensor or weight.layout is not torch.strided:
+        return f"its weight is a {type(weight).__name__} of layout {weight.layout}, not a plain dense tensor"
+    if weight.device.type != "cpu":
+        step = "load its weights first" if weight.is_meta else "move the model with model.cpu()"
+        raise ValueError(f"expected a model on the CPU, got layer {name!r} on {weight.device}; {step}")
+    if weight.dim() != 2 or weight.numel() == 0:
+        return f"its weight of shape {tuple(weight.shape)} holds nothing"
+    if weight.dtype not in DTYPES:
+        return f"no kernel computes in {weight.dtype}; cast the model with .bfloat16() or .float()"
+    return None
+
+
+def _check_finite(weight: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            f"expected finite weights, got NaN or infinity in layer {name!r}; mend them, or leave the layer out with "
+            "filter_fn"
+        )

@@ -1,0 +1,133 @@
+"""A model on an example input: what its layers get to see, how long it takes, and what comes out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offpath.convert.compress.verify import Bound
+
+
+class Example:
+    """`model` called with `example`: a tensor, a tuple of positional arguments or a mapping of keyword arguments.
+
+    Raises `TypeError` for anything else.
+    """
+
+    def __init__(self, model: nn.Module, example: object) -> None:
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        if isinstance(example, Tensor):
+            self.args = (example,)
+        elif isinstance(example, tuple):
+            self.args = example
+        elif isinstance(example, Mapping):
+            self.kwargs = dict(example)
+        else:
+            raise TypeError(
+                "expected example to be a tensor, a tuple of positional arguments or a mapping of keyword arguments, "
+                f"got {type(example).__name__}"
+            )
+        self.model = model
+
+    @torch.no_grad()
+    def run(self) -> Any:
+        """What the model returns, in evaluation mode, so that it neither drops anything out nor keeps statistics."""
+        with evaluating(self.model):
+            return self.model(*self.args, **self.kwargs)
+
+    def outputs(self) -> list[Tensor]:
+        """The floating-point tensors that the model returns."""
+        return [t for t in _tensors(self.run()) if t.is_floating_point()]
+
+    def seconds(self) -> float:
+        """Time of a call that follows another one."""
+        self.run()
+        start = time.perf_counter()
+        self.run()
+        return time.perf_counter() - start
+
+    def inputs(self, modules: Iterable[nn.Module]) -> dict[nn.Module, list[tuple[tuple[int, ...], torch.dtype]]]:
+        """Shape and dtype of the input of each call of each module; without those that are not called."""
+        seen: dict[nn.Module, list[tuple[tuple[int, ...], torch.dtype]]] = {}
+
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = _input(args, kwargs)
+            seen.setdefault(module, []).append((tuple(x.shape), x.dtype))
+
+        with _hooks(m.register_forward_pre_hook(look, with_kwargs=True) for m in modules):
+            self.run()
+        return seen
+
+    def outputs_off_by_the_bound(self, bounds: Mapping[nn.Module, Bound]) -> list[Tensor]:
+        """What the model returns when each output of these layers is moved by its bound, up or down at random."""
+        generator = torch.Generator().manual_seed(0)
+
+        def move(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            bound = bounds[module](_input(args, kwargs))
+            signs = torch.randint(0, 2, bound.shape, generator=generator) * 2 - 1
+            return output + (signs * bound).to(output.dtype)
+
+        with _hooks(m.register_forward_hook(move, with_kwargs=True) for m in bounds):
+            return self.outputs()
+
+
+def largest_difference(outputs: list[Tensor], others: list[Tensor]) -> float:
+    """max over the tensors of ||a - b|| / ||a||, infinite where only one of both is finite or shapes differ."""
+    if [t.shape for t in outputs] != [t.shape for t in others]:
+        return math.inf
+    differences = [0.0]
+    for a, b in zip(outputs, others, strict=True):
+        finite = torch.isfinite(a)
+        if not torch.equal(finite, torch.isfinite(b)):
+            return math.inf
+        norm = float(a[finite].double().norm())
+        difference = float((a[finite].double() - b[finite].double()).norm())
+        differences.append(difference / norm if norm else math.inf if difference else 0.0)
+    return max(differences)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block, and afterwards each module in its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _hooks(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
+    registered: list[torch.utils.hooks.RemovableHandle] = []
+    try:
+        for handle in handles:
+            registered.append(handle)
+        yield
+    finally:
+        for handle in registered:
+            handle.remove()
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
