@@ -25,8 +25,8 @@ class Int8SparseLinear(SparseWeightModule):
     (in any dtype of the model) and `bias` [out_features]. The topology travels with the `state_dict` as `crow_indices`
     and `col_indices`.
 
-    Made by `from_sparse`; built by its sizes, it has the connections of `pattern` (none by default) with zero values and
-    waits for a checkpoint. Raises `RuntimeError` for an input that requires a gradient.
+    Made by `from_sparse`; built by its sizes, it has the connections of `pattern` (none by default) with zero values
+    and waits for a checkpoint. Raises `RuntimeError` for an input that requires a gradient.
 
     >>> sparse = SparseLinear(784, 100, sparsity=0.9)
     >>> layer = Int8SparseLinear.from_sparse(sparse)
@@ -108,8 +108,8 @@ class Int8SparseLinear(SparseWeightModule):
     def from_sparse(cls, layer: SparseLinear, activations: str = "float") -> Int8SparseLinear:
         """The int8 layer with the connections of `layer`: scales[r] = max |w[r]| / 127, values rounded to the nearest.
 
-        Each weight is off by at most scales[r] / 2. Keeps device, bias and training mode; shares no memory with `layer`.
-        Raises `ValueError` for weights that are not finite or beyond float32.
+        Each weight is off by at most scales[r] / 2. Keeps device, bias and training mode; shares no memory with
+        `layer`. Raises `ValueError` for weights that are not finite or beyond float32.
         """
         pattern = layer.pattern
         quantised = cls(

@@ -37,8 +37,8 @@ def load_problem(layer: SparseWeightModule, state_dict: dict[str, Any], prefix: 
         return f"expected one value a column, got shapes {tuple(values.shape)} and {tuple(col_indices.shape)}"
     if (values.dtype is torch.int8) != (layer.values.dtype is torch.int8):
         return (
-            f"expected values like {layer.values.dtype}, got {values.dtype}; Int8SparseLinear.from_sparse and to_sparse "
-            "lead from a layer that fits the checkpoint to the other kind"
+            f"expected values like {layer.values.dtype}, got {values.dtype}; Int8SparseLinear.from_sparse and "
+            "to_sparse lead from a layer that fits the checkpoint to the other kind"
         )
     if "scales" in names and state_dict[prefix + "scales"].shape != (layer.out_features,):
         return f"expected scales of shape ({layer.out_features},), got {tuple(state_dict[prefix + 'scales'].shape)}"

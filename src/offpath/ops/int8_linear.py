@@ -26,10 +26,10 @@ def int8_linear(
     """y = x @ W.T + bias for W = diag(scales) Q, where Q (out, in) holds int8 values over canonical CSR.
 
     `x` [..., in] and `bias` [out] (or None) in one floating dtype, `values` int8 [nnz], `scales` float32 [out];
-    `crow_indices` int32 [out + 1], `col_indices` int32 [nnz]. Returns a contiguous [..., out] in the dtype of x. Sums are
-    taken of values * x as they are, in float32 at least, and then multiplied by the row's scale. With
-    `activations="int8"`, each token of x is rounded to whole numbers of a 127th of its largest magnitude first, and sums
-    are exact; which inputs a token shares a scale with changes its numbers, as in torch.ao's dynamic quantisation.
+    `crow_indices` int32 [out + 1], `col_indices` int32 [nnz]. Returns a contiguous [..., out] in the dtype of x. Sums
+    are taken of values * x as they are, in float32 at least, and then multiplied by the row's scale. With
+    `activations="int8"`, each token of x is rounded to whole numbers of a 127th of its largest magnitude first, and
+    sums are exact; which inputs a token shares a scale with changes its numbers, as in torch.ao's dynamic quantisation.
     Raises `RuntimeError` where a gradient is asked for, `KernelError` and `PatternError` for operands that do not fit.
 
     >>> crow_indices, col_indices = torch.tensor([0, 2, 3]).int(), torch.tensor([0, 2, 1]).int()
@@ -74,9 +74,8 @@ def _forward(
     prepared = prepare(backend, crow_indices, col_indices, (out_features, x.shape[-1]))
     # Not reshape(-1, ...): the leading size cannot be inferred for a tensor without entries.
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return prepared.int8_forward(backend, values, scales, rows, bias, prefer, activations).view(
-        *x.shape[:-1], out_features
-    )
+    y = prepared.int8_forward(backend, values.contiguous(), scales.contiguous(), rows, bias, prefer, activations)
+    return y.view(*x.shape[:-1], out_features)
 
 
 def _fake(x, values, scales, bias, crow_indices, col_indices, prefer="speed", activations="float"):
