@@ -1,8 +1,8 @@
 """Int8 weights, sparse and dense: `Int8SparseLinear` against `SparseLinear`, `nn.Linear` and torch's own int8 layers.
 
 Run with: .venv/bin/python benchmarks/int8.py [--out FILE] [--rounds N]
-For every layer, batch and sparsity: microseconds of each contender, all measured in turns, and how many times faster the
-fastest sparse one is than the fastest dense one and than the fastest dense one of int8. Dense layers do not depend on
+For every layer, batch and sparsity: microseconds of each contender, all measured in turns, and how many times faster
+the fastest sparse one is than the fastest dense one and than the fastest dense one of int8. Dense layers do not mind
 the sparsity; they are measured in every line, beside what they are compared with. Results of offpath are compared with
 float64 before any time is reported: where activations are rounded to int8, within that rounding.
 

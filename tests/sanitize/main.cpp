@@ -2,6 +2,7 @@
 // and checks each result. Built and run for each checker by `make sanitize`.
 #include "backward.h"
 #include "digest.h"
+#include "int8.h"
 #include "isa.h"
 #include "operands.h"
 #include "rows.h"
@@ -136,6 +137,7 @@ int main(int count, char **arguments) {
         std::cout << isa.table->isa << (isa.runs_here ? ": checked\n" : ": NOT CHECKED, this CPU cannot run it\n");
     check_all_rows();
     check_all_sparse_rows();
+    check_all_int8();
     const std::vector<Problem> all = problems();
     for (size_t i = 0; i < all.size(); ++i) {
         std::cout << '\r' << i + 1 << " of " << all.size() << " problems" << std::flush;
