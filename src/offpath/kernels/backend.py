@@ -113,8 +113,8 @@ class Backend:
     `filled_spmm`, `filled_dx` and `filled_dvalues` compute the same with the absent connections as zeros: an infinite
     operand becomes NaN where it meets one.
     `expand` writes the values of a bitmap's connections into a dense [rows, columns], zero elsewhere; `compress` picks
-    them out of one. `rows` are the products on sparse activations, `convolutions` those on images. What a `native` backend's methods cost is measured
-    on the machine; others compute row by row.
+    them out of one. `rows` are the products on sparse activations, `convolutions` those on images. What a `native`
+    backend's methods cost is measured on the machine; others compute row by row.
     """
 
     name: str
