@@ -35,8 +35,8 @@ template <class T, int vectors, int stride, int mask>
         bucket<T, vectors, stride, mask + 1>(acc, at, panel);
 }
 
-// One group times one panel of `vectors` vectors, whose columns lie `stride` entries apart: known to the compiler, since
-// a multiplication for each column costs small products a tenth. Writes the group's rows of the tile.
+// One group times one panel of `vectors` vectors, whose columns lie `stride` entries apart: known to the compiler,
+// since a multiplication for each column costs small products a tenth. Writes the group's rows of the tile.
 template <class T, int vectors, int stride = Step<T, vectors>::panel_stride>
 [[gnu::noinline]] void bucketed_group(const offpath::BucketPlan &plan, const void *values, int64_t group,
                                       const typename Format<T>::Panel *panel, const offpath::Sum<T> *start,

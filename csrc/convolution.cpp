@@ -107,8 +107,8 @@ Shifts::Shifts(const OfAxis &rows, const OfAxis &columns)
     const int64_t results = static_cast<int64_t>(columns.result.size());
     for (const Tap &r : rows.taps)
         for (const Tap &c : columns.taps)
-            taps.push_back({r.source * sources + c.source, r.result * results + c.result,
-                            r.shift * positions.pitch + c.shift});
+            taps.push_back(
+                {r.source * sources + c.source, r.result * results + c.result, r.shift * positions.pitch + c.shift});
 }
 
 Shifts Shifts::forward(const Convolution &convolution) {
@@ -181,13 +181,12 @@ ConvolutionPlan::ConvolutionPlan(const Csr &weight, const Convolution &convoluti
       result_channels(input_gradient ? convolution.channels : convolution.out_channels),
       block_stride(shifts.block_stride(layout.panel_width)),
       plan((input_gradient ? plan_input_gradient : plan_forward)(weight, convolution, shifts, block_stride, layout,
-                                                                  threads)) {}
+                                                                 threads)) {}
 
 ConvolutionTiles::ConvolutionTiles(const Csr &weight, const Convolution &convolution, const Layout &layout, int threads)
-    : ConvolutionTiles(
-          Transposed({weight.crow_indices, taps_of_all_channels(weight, convolution).data(), weight.rows},
-                     convolution.channels * convolution.taps()),
-          convolution, layout, threads) {}
+    : ConvolutionTiles(Transposed({weight.crow_indices, taps_of_all_channels(weight, convolution).data(), weight.rows},
+                                  convolution.channels * convolution.taps()),
+                       convolution, layout, threads) {}
 
 ConvolutionTiles::ConvolutionTiles(const Transposed &taps, const Convolution &convolution, const Layout &layout,
                                    int threads)

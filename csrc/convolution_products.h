@@ -16,22 +16,20 @@ template <class T> class ConvolutionProduct {
     ConvolutionProduct(const Kernels<T> &kernels, const ConvolutionPlan &plan, const OrderedValues<T> &values,
                        const T *bias, const T *x, const Images &source, T *y, const Images &result, int64_t images,
                        int threads)
-        : kernel(kernels.convolve),
-          args{plan.plan.view(),
-               values.data(),
-               bias,
-               x,
-               plan.shifts.source(source),
-               y,
-               plan.shifts.result(result),
-               plan.shifts.positions,
-               ceil_div(plan.shifts.positions.count, kernels.layout.panel_width),
-               plan.block_stride,
-               nullptr},
+        : kernel(kernels.convolve), args{plan.plan.view(),
+                                         values.data(),
+                                         bias,
+                                         x,
+                                         plan.shifts.source(source),
+                                         y,
+                                         plan.shifts.result(result),
+                                         plan.shifts.positions,
+                                         ceil_div(plan.shifts.positions.count, kernels.layout.panel_width),
+                                         plan.block_stride,
+                                         nullptr},
           block_bytes((args.from.phase_count * source.channels + 1) * plan.block_stride *
                       kernels.layout.panel_entry_bytes),
-          panels(images * args.panels),
-          groups_per_task(groups_for(panels, args.plan.groups, threads)),
+          panels(images * args.panels), groups_per_task(groups_for(panels, args.plan.groups, threads)),
           chunks(ceil_div(args.plan.groups, groups_per_task)) {}
 
     int64_t tasks() const { return panels * chunks; }
@@ -104,23 +102,22 @@ void convolution_dvalues(const Kernels<T> &kernels, const ConvolutionTiles &plan
     const auto sums = scratch<Sum<T>>(plan.nnz());
     const auto ordered = scratch<T>(plan.nnz());
     const TilePlan tiles = plan.tiles.view();
-    const int64_t strip_bytes =
-        (x_planes.phase_count * x_images.channels * plan.block_stride +
-         dy_images.channels * kernels.layout.strip_width) *
-        kernels.layout.panel_entry_bytes;
+    const int64_t strip_bytes = (x_planes.phase_count * x_images.channels * plan.block_stride +
+                                 dy_images.channels * kernels.layout.strip_width) *
+                                kernels.layout.panel_entry_bytes;
     const int64_t per_round = std::clamp<int64_t>(round_bytes / strip_bytes, std::min<int64_t>(4, all), all);
     const int workers = threads_for(plan.nnz() * positions.count * images, threads);
     for (int64_t first = 0; first < all; first += per_round) {
         const int64_t count = std::min(per_round, all - first);
-        const Strips<T> of_dy(kernels, dy, dy_planes, positions.pitch, strips, kernels.layout.strip_width, first, count);
+        const Strips<T> of_dy(kernels, dy, dy_planes, positions.pitch, strips, kernels.layout.strip_width, first,
+                              count);
         const Strips<T> of_x(kernels, x, x_planes, positions.pitch, strips, plan.block_stride, first, count);
         run_together(workers, of_x, of_dy);
-        const strip_dots_args<T> args{tiles,           plan.row_begin.data(), of_x.data(), of_dy.data(), of_x.block,
-                                      of_dy.block,     first,                 positions.count, strips,   all,
-                                      sums.get(),      ordered.get()};
-        parallel_for(tiles.tiles, workers, [&](int64_t tile) {
-            kernels.strip_dots(args, {tile, tile + 1, first, first + count});
-        });
+        const strip_dots_args<T> args{
+            tiles, plan.row_begin.data(), of_x.data(), of_dy.data(), of_x.block, of_dy.block,
+            first, positions.count,       strips,      all,          sums.get(), ordered.get()};
+        parallel_for(tiles.tiles, workers,
+                     [&](int64_t tile) { kernels.strip_dots(args, {tile, tile + 1, first, first + count}); });
     }
     for (int64_t i = 0; i < plan.nnz(); ++i)
         dvalues[plan.slots[i]] = ordered[i];

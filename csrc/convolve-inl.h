@@ -36,8 +36,7 @@ void convolve_panel(const offpath::convolve_args<T> &args, const offpath::Block 
                                                       start.of_row, sums);
             order_sums<T>(sums, offpath::group_rows * width);
         }
-        write_planes<T>(tile, width, group * offpath::group_rows,
-                        smaller_of(args.plan.rows, end * offpath::group_rows),
+        write_planes<T>(tile, width, group * offpath::group_rows, smaller_of(args.plan.rows, end * offpath::group_rows),
                         args.y + image * args.to.images.image_stride, args.to, args.positions, begin,
                         smaller_of(width, args.positions.count - begin));
     }

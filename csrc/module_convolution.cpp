@@ -21,7 +21,9 @@ Convolution convolution_of(const Sizes &s) {
     return {s[0], s[1], s[2], {s[3], s[4], s[5], s[6], s[7], s[8]}, {s[9], s[10], s[11], s[12], s[13], s[14]}};
 }
 
-Images images_of_x(const Sizes &sizes, const Strides &s) { return {sizes[0], sizes[3], sizes[9], s[0], s[1], s[2], s[3]}; }
+Images images_of_x(const Sizes &sizes, const Strides &s) {
+    return {sizes[0], sizes[3], sizes[9], s[0], s[1], s[2], s[3]};
+}
 Images images_of_y(const Sizes &sizes, const Strides &s) {
     return {sizes[1], sizes[8], sizes[14], s[0], s[1], s[2], s[3]};
 }
@@ -59,8 +61,8 @@ void call_convolution_dx(int64_t isa, const ConvolutionPlan &plan, const Sizes &
                          Address dy, const Strides &dy_strides, Address dx, const Strides &dx_strides, int threads) {
     const Kernels<T> &kernels = use_kernels<T>(isa, plan.plan);
     nb::gil_scoped_release release;
-    convolve<T>(kernels, plan, at<const T>(values), nullptr, at<const T>(dy), images_of_y(sizes, dy_strides),
-                at<T>(dx), images_of_x(sizes, dx_strides), images, threads);
+    convolve<T>(kernels, plan, at<const T>(values), nullptr, at<const T>(dy), images_of_y(sizes, dy_strides), at<T>(dx),
+                images_of_x(sizes, dx_strides), images, threads);
 }
 
 template <class T>

@@ -61,8 +61,8 @@ template <class T> struct pack_strips_args {
 // is of the transposed weight, whose rows are taps of x. Strip 0 starts the sums, the last one writes dvalues.
 template <class T> struct strip_dots_args {
     TilePlan plan;
-    const int32_t *row_begin; // [plan.rows]: where plane and tap of a row begin in a block of x
-    const void *x, *dy;       // blocks, `first_strip` first
+    const int32_t *row_begin;               // [plan.rows]: where plane and tap of a row begin in a block of x
+    const void *x, *dy;                     // blocks, `first_strip` first
     int64_t x_block, dy_block, first_strip; // entries of a block
     int64_t positions, strips, all_strips;  // of an image, of an image, of all images
     Sum<T> *sums;                           // [nnz]

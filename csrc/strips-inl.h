@@ -1,5 +1,5 @@
-// The weight gradient of a convolution. The roles of `tiled` are exchanged: what stays in registers is a plane of x at a
-// tap, which begins anywhere, and what comes from the first-level cache is dy.
+// The weight gradient of a convolution. The roles of `tiled` are exchanged: what stays in registers is a plane of x at
+// a tap, which begins anywhere, and what comes from the first-level cache is dy.
 #pragma once
 
 #include "planes-inl.h"
@@ -14,8 +14,7 @@ template <class T> void pack_strips(const offpath::pack_strips_args<T> &args, co
     for (int64_t strip = block.batch_begin; strip < block.batch_end; ++strip)
         pack_planes<T>(args.source + strip / args.strips * args.planes.images.image_stride, args.planes, args.pitch,
                        strip % args.strips * strip_width<T>, args.block_stride, args.block_stride,
-                       static_cast<Panel *>(args.blocks) +
-                           (strip - args.first_strip) * planes * args.block_stride);
+                       static_cast<Panel *>(args.blocks) + (strip - args.first_strip) * planes * args.block_stride);
 }
 
 template <class T, int64_t> struct RowsAtTaps {
@@ -26,8 +25,7 @@ template <class T, int64_t> struct RowsAtTaps {
 };
 
 // One tile times the first `vectors` vectors of a strip; dy has a full strip of each column.
-template <class T, int vectors>
-void strip_tile(const offpath::strip_dots_args<T> &args, int64_t tile, int64_t strip) {
+template <class T, int vectors> void strip_tile(const offpath::strip_dots_args<T> &args, int64_t tile, int64_t strip) {
     using Panel = typename Format<T>::Panel;
     const int64_t block = strip - args.first_strip;
     const int64_t first_column = tile % args.plan.tiles_across * args.plan.tile_width;

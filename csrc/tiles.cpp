@@ -27,9 +27,8 @@ int64_t width_for(const Csr &csr, int64_t columns) {
 Tiles::Tiles(const Csr &csr, int64_t columns, int threads, int64_t tile_rows)
     : rows(csr.rows), columns(columns), connections(csr.crow_indices[csr.rows]), tile_rows(tile_rows),
       tile_width(width_for(csr, columns)), tiles_across(ceil_div(columns, tile_width)),
-      tiles(tiles_across * ceil_div(rows, tile_rows)),
-      segment_begin(tiles + 1), run_begin(tiles + 1), connection_begin(tiles + 1),
-      starts(std::make_unique_for_overwrite<int32_t[]>(rows * (tiles_across + 1))) {
+      tiles(tiles_across * ceil_div(rows, tile_rows)), segment_begin(tiles + 1), run_begin(tiles + 1),
+      connection_begin(tiles + 1), starts(std::make_unique_for_overwrite<int32_t[]>(rows * (tiles_across + 1))) {
     const int workers = connections < serial_work ? 1 : threads;
     parallel_for(ceil_div(rows, rows_per_task), workers, [&](int64_t task) {
         for (int64_t row = task * rows_per_task; row < std::min(rows, (task + 1) * rows_per_task); ++row) {

@@ -170,11 +170,11 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 def test_the_faster_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever is said to be faster computes; `prefer="memory"` and the definition go over planes always."""
     layer, x = SparseConv2d(3, 4, 3), torch.randn(1, 3, 6, 6)
-    asked = []
+    asked, said = [], {}
 
     def seconds(backend, convolution, nnz, images, dtype, channels_last):
         asked.append(images)
-        return {p: {"planes": 1.0, "dense": faster} for p in ("forward", "dx", "dvalues")}
+        return {p: {"planes": 1.0, "dense": said["dense"]} for p in ("forward", "dx", "dvalues")}
 
     monkeypatch.setattr(convolution_choice, "_seconds", seconds)
     calls: list[str] = []
@@ -183,8 +183,9 @@ def test_the_faster_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         "forward",
         lambda *_: calls.append("dense") or torch.zeros(1, 4, 4, 4),
     )
-    for faster, prefer, expected in ((0.5, "speed", ["dense"]), (0.95, "speed", []), (0.5, "memory", [])):
+    for seconds_of_dense, prefer, expected in ((0.5, "speed", ["dense"]), (0.95, "speed", []), (0.5, "memory", [])):
         calls.clear()
+        said["dense"] = seconds_of_dense
         layer.prefer = prefer
         layer(x)
         assert calls == expected

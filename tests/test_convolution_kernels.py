@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
+from cases import gaussian
+from checkers import REFERENCE
 from convolution_cases import (
     LAYOUTS,
     PROBLEMS,
@@ -20,8 +21,6 @@ from convolution_cases import (
     drawn,
     run,
 )
-from cases import gaussian
-from checkers import REFERENCE
 from offpath import kernels
 from offpath.kernels import Backend, KernelError
 from offpath.kernels.convolution import Convolution

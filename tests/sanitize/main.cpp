@@ -5,6 +5,7 @@
 #include "int8.h"
 #include "isa.h"
 #include "operands.h"
+#include "convolutions.h"
 #include "rows.h"
 #include "self_test.h"
 #include "small_products.h"
@@ -135,6 +136,7 @@ int main(int count, char **arguments) {
         return self_test(arguments[2]);
     for (const Isa &isa : isas())
         std::cout << isa.table->isa << (isa.runs_here ? ": checked\n" : ": NOT CHECKED, this CPU cannot run it\n");
+    check_all_convolutions();
     check_all_rows();
     check_all_sparse_rows();
     check_all_int8();

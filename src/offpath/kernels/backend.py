@@ -126,8 +126,8 @@ class Backend:
     `int8_dots` computes the product of `Int8Spmm` over a bitmap with the tokens rounded to int8, each to a scale of its
     own (a 127th of its largest magnitude).
     `expand` writes the values of a bitmap's connections into a dense [rows, columns], zero elsewhere; `compress` picks
-    them out of one. `rows` are the products on sparse activations, `convolutions` those on images. What a `native` backend's methods cost is measured
-    on the machine; others compute row by row.
+    them out of one. `rows` are the products on sparse activations, `convolutions` those on images. What a `native`
+    backend's methods cost is measured on the machine; others compute row by row.
     """
 
     name: str

@@ -18,8 +18,8 @@ Pair = tuple[int, int]
 class Convolution:
     """All sizes of a convolution but the number of images; pairs are (height, width).
 
-    The weight is a matrix [out_channels, in_channels / groups x kernel height x kernel width]. Around an image of `size`
-    pixels stand `padding` zeros before its first pixel and `padding_after` behind its last.
+    The weight is a matrix [out_channels, in_channels / groups x kernel height x kernel width]. Around an image of
+    `size` pixels stand `padding` zeros before its first pixel and `padding_after` behind its last.
     Raises `KernelError` for sizes without an output.
 
     >>> Convolution(3, 8, 1, (32, 32), (3, 3), (2, 2), (1, 1), (1, 1), (1, 1)).outputs

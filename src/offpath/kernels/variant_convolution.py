@@ -1,4 +1,4 @@
-"""The convolutions of one instruction set: operands checked, memory for the results taken, the native function called."""
+"""The convolutions of one instruction set: operands checked, memory for results taken, the native function called."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class _SparseConv(SparseWeightModule):
     sides = ("out_channels", "in_channels / groups x kernel")
     index_names = ("crow_indices", "col_indices")
     dimensions: ClassVar[int]
-    dense_class: ClassVar[type[nn.Module]]
+    dense_class: ClassVar[Any]
 
     def __init__(
         self,
@@ -78,9 +78,10 @@ class _SparseConv(SparseWeightModule):
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of `x` [..., in_channels, *size] with at most one leading dimension."""
         if x.dim() - self.dimensions not in (1, 2) or x.shape[-1 - self.dimensions] != self.in_channels:
+            size = "height, width" if self.dimensions == 2 else "length"
             raise ValueError(
-                f"expected an input [images, {self.in_channels}, {'height, width' if self.dimensions == 2 else 'length'}"
-                f"], with or without images, got shape {tuple(x.shape)}"
+                f"expected an input [images, {self.in_channels}, {size}], with or without images, got shape "
+                f"{tuple(x.shape)}"
             )
         if not torch.compiler.is_compiling():
             self._check_digest()
@@ -128,7 +129,7 @@ class _SparseConv(SparseWeightModule):
         return self._connections.col_indices.clone()
 
     @classmethod
-    def from_dense(cls: type[_Conv], conv: nn.Module, pattern: Pattern | None = None) -> _Conv:
+    def from_dense(cls: type[_Conv], conv: Any, pattern: Pattern | None = None) -> _Conv:
         """The sparse layer that computes what `conv` does with the weights outside `pattern` set to zero.
 
         The pattern has shape (out_channels, in_channels / groups x kernel); without one, the nonzeros of `conv.weight`
@@ -184,13 +185,13 @@ class SparseConv2d(_SparseConv):
     """`nn.Conv2d` that stores and computes only the connections of its pattern.
 
     Input [images, in_channels, height, width] (channels-last or not, as the output then is; `images` may be missing),
-    float32, float64 or bfloat16. Stride, zero padding (numbers, "same", "valid"), dilation and groups as in `nn.Conv2d`.
-    Its parameters are `values` [nnz] and `bias` [out_channels]; the connections are those of a matrix of shape
-    (out_channels, in_channels / groups x kernel height x kernel width), which is `nn.Conv2d.weight.flatten(1)`. They
+    float32, float64 or bfloat16. Stride, zero padding (numbers, "same", "valid"), dilation and groups are those of
+    `nn.Conv2d`. Its parameters are `values` [nnz] and `bias` [out_channels]; the connections are those of a matrix of
+    shape (out_channels, in_channels / groups x kernel height x kernel width), `weight.flatten(1)` of `nn.Conv2d`. They
     travel with the `state_dict` as `crow_indices` and `col_indices` (int32).
 
-    Nothing is copied once per kernel position. Whether an image goes over planes or over the weight written out by torch
-    is measured once for each kind of layer and image, and kept on disk; `prefer="memory"` never writes the weight out.
+    Nothing is copied once per kernel position. Whether images go over planes, or over the weight written out by torch,
+    is measured once for each kind of layer and image and kept on disk; `prefer="memory"` never writes the weight out.
     Which connections there are is given as for `SparseLinear`. `offpath.topology` does not move them.
     Raises `ValueError` for sizes that do not fit.
 

@@ -135,7 +135,7 @@ class SparseWeightModule(nn.Module):
         layer = cls(*sizes, "meta", values.dtype, density=1)  # type: ignore[call-arg]  # the layers have defaults
         return layer._hold(pattern, values, requires_grad, like)
 
-    def _hold(self: _Layer, pattern: Pattern, values: Tensor, requires_grad: bool, like: nn.Module) -> _Layer:
+    def _hold(self: _Layer, pattern: Pattern, values: Tensor, requires_grad: bool, like: Any) -> _Layer:
         """This layer, built on meta, with these connections and this memory as its values; bias and mode of `like`."""
         self._set_connections(Connections(pattern))
         self.values = nn.Parameter(values, requires_grad=requires_grad)

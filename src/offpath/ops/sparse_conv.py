@@ -160,7 +160,7 @@ def _fake_dvalues(dy, x, crow_indices, col_indices, *sizes):
 
 
 def _save(ctx, inputs, output) -> None:
-    x, values, bias, crow_indices, col_indices, *ctx.sizes = inputs
+    x, values, _, crow_indices, col_indices, *ctx.sizes = inputs
     ctx.save_for_backward(x, values, crow_indices, col_indices)
 
 
