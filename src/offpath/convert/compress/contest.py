@@ -78,6 +78,7 @@ def contests(
             inputs = Counter(seen[candidate.module])
         else:
             tokens = (LATENCY_TOKENS, THROUGHPUT_TOKENS) if batch is None else (batch,)
+            assert isinstance(dense, nn.Linear)
             inputs = Counter(Input((t, dense.in_features), dense.weight.dtype) for t in tokens)
         found.append(Contest(candidate, _checked(candidate.name, dense, inputs, precision), inputs))
         progress(done + 1, 2 * len(reached))
