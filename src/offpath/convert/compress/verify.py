@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from offpath.cost.bounds import Expected, excess, expected
+from offpath.cost.bounds import HALF_PRECISION, Expected, excess, expected, gamma
 from offpath.nn import Int8Embedding, Int8SparseLinear
 
 # By how much an output may move when its layer is swapped, given the layer's input.
@@ -17,16 +17,20 @@ Bound = Callable[[Tensor], Tensor]
 CHECKED_TOKENS = 16
 
 
-def right_output(dense: nn.Linear, x: Tensor) -> Expected:
+def right_output(dense: nn.Linear, x: Tensor, int8: bool = False) -> Expected:
     """What `dense` gives for x [tokens, in] in exact arithmetic, and how far from it a rounded result may be.
 
     The bound is gamma_k (|W| |x| + |b|) with k the connections of the row and the bias (`offpath.cost.bounds`), and one
-    rounding more in half precision. Takes the layer's weight in float64 while it runs.
+    rounding more in half precision; two more still from an `int8` layer, where the sum and its product with the scale
+    may have been rounded, too. Takes the layer's weight in float64 while it runs.
     """
     weight, bias = dense.weight.detach(), None if dense.bias is None else dense.bias.detach()
     exact = linear(x.double(), weight.double(), None if bias is None else bias.double())
     size = linear(x.float().abs(), weight.float().abs(), None if bias is None else bias.float().abs())
-    return expected(exact, size, torch.count_nonzero(weight, dim=1) + 1, x.dtype)
+    right = expected(exact, size, torch.count_nonzero(weight, dim=1) + 1, x.dtype)
+    if int8 and x.dtype in HALF_PRECISION:
+        return Expected(exact, right.bound + gamma(torch.tensor(2), x.dtype) * (size + right.bound))
+    return right
 
 
 @torch.no_grad()
@@ -35,7 +39,7 @@ def check_layer(name: str, dense: nn.Linear, sparse: nn.Module, x: Tensor) -> No
     tokens = x.reshape(-1, x.shape[-1])
     rows = torch.linspace(0, max(len(tokens) - 1, 0), min(CHECKED_TOKENS, len(tokens))).long()
     result = sparse(x).reshape(len(tokens), -1)[rows]
-    times = excess(result, right_output(dense, tokens[rows]))
+    times = excess(result, right_output(dense, tokens[rows], isinstance(sparse, Int8SparseLinear)))
     if times is not None:
         raise RuntimeError(
             f"layer {name!r}: the sparse layer's output is off by {times:.3g} times the error bound, so nothing was "
@@ -51,7 +55,7 @@ def swap_bound(dense: Callable[[], nn.Linear], replacement: nn.Module) -> Bound:
 
     def bound(x: Tensor) -> Tensor:
         linear_layer, tokens = dense(), x.reshape(-1, x.shape[-1])
-        apart = 2 * right_output(linear_layer, tokens).bound
+        apart = 2 * right_output(linear_layer, tokens, isinstance(replacement, Int8SparseLinear)).bound
         if isinstance(replacement, Int8SparseLinear):
             off = (linear_layer.weight != 0).double() * replacement.scales.double()[:, None] / 2
             apart += linear(tokens.double().abs(), off)
