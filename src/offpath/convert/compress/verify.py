@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn.functional import linear
 
 from offpath.convert.compress.weights import Dense
-from offpath.cost.bounds import Expected, excess, expected
+from offpath.cost.bounds import HALF_PRECISION, Expected, excess, expected, gamma
 from offpath.nn import Int8Embedding, Int8SparseLinear
 
 # By how much an output may move when its layer is swapped, given the layer's input.
@@ -19,11 +19,12 @@ Bound = Callable[[Tensor], Tensor]
 CHECKED_TOKENS, CHECKED_IMAGES = 16, 2
 
 
-def right_output(dense: Dense, x: Tensor) -> Expected:
+def right_output(dense: Dense, x: Tensor, int8: bool = False) -> Expected:
     """What `dense` gives for x in exact arithmetic, and how far from it a rounded result may be.
 
     The bound is gamma_k (|W| |x| + |b|) with k the connections of the row and the bias (`offpath.cost.bounds`), and one
-    rounding more in half precision. Takes the layer's weight in float64 while it runs.
+    rounding more in half precision; two more still from an `int8` layer, where the sum and its product with the scale
+    may have been rounded, too. Takes the layer's weight in float64 while it runs.
     """
     parameters = {name: parameter.detach() for name, parameter in dense.named_parameters()}
     exact = functional_call(dense, {name: p.double() for name, p in parameters.items()}, x.double())
@@ -31,7 +32,10 @@ def right_output(dense: Dense, x: Tensor) -> Expected:
     terms = torch.count_nonzero(dense.weight.detach().flatten(1), dim=1) + 1
     # Of a convolution's output, the channels are followed by its one or two dimensions.
     terms = terms.view(-1, *(1,) * (dense.weight.dim() - 2))
-    return expected(exact, size, terms, x.dtype)
+    right = expected(exact, size, terms, x.dtype)
+    if int8 and x.dtype in HALF_PRECISION:
+        return Expected(exact, right.bound + gamma(torch.tensor(2), x.dtype) * (size + right.bound))
+    return right
 
 
 @torch.no_grad()
@@ -46,7 +50,7 @@ def check_layer(name: str, dense: Dense, sparse: nn.Module, x: Tensor) -> None:
     else:  # one image without a dimension for it
         x, result = x.unsqueeze(0), result.unsqueeze(0)
     chosen = torch.linspace(0, max(len(x) - 1, 0), min(most, len(x))).long()
-    times = excess(result[chosen], right_output(dense, x[chosen]))
+    times = excess(result[chosen], right_output(dense, x[chosen], isinstance(sparse, Int8SparseLinear)))
     if times is not None:
         raise RuntimeError(
             f"layer {name!r}: the sparse layer's output is off by {times:.3g} times the error bound, so nothing was "
@@ -62,7 +66,7 @@ def swap_bound(dense: Callable[[], Dense], replacement: nn.Module) -> Bound:
 
     def bound(x: Tensor) -> Tensor:
         layer = dense()
-        apart = 2 * right_output(layer, x).bound
+        apart = 2 * right_output(layer, x, isinstance(replacement, Int8SparseLinear)).bound
         if isinstance(replacement, Int8SparseLinear):
             off = (layer.weight != 0).double() * replacement.scales.double()[:, None] / 2
             apart += linear(x.double().abs(), off)
