@@ -44,7 +44,7 @@ ONLY_IN = {
     },
     "torch.library": {"ops/library.py"},
 }
-BINDINGS = {"module.cpp", "module.h", "module_rows.cpp"}
+BINDINGS = {"module.cpp", "module.h", "module_int8.cpp", "module_rows.cpp"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
