@@ -1,11 +1,11 @@
 // Runs every product on every ISA of this CPU, in every dtype, on one to three threads and from two callers at once,
 // and checks each result. Built and run for each checker by `make sanitize`.
 #include "backward.h"
+#include "convolutions.h"
 #include "digest.h"
 #include "int8.h"
 #include "isa.h"
 #include "operands.h"
-#include "convolutions.h"
 #include "rows.h"
 #include "self_test.h"
 #include "small_products.h"
