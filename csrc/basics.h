@@ -26,6 +26,13 @@ struct Csr {
     int64_t rows;
 };
 
+// A matrix of bits: bit c % 64 of word c / 64 of a row says whether the row has a connection to column c.
+struct Bitmap {
+    const uint64_t *words; // [rows, words_per_row]
+    const int32_t *crow_indices;
+    int64_t rows, columns, words_per_row;
+};
+
 // A rectangle of the output: rows of the sparse matrix, columns of the batch.
 struct Block {
     int64_t row_begin, row_end;

@@ -14,7 +14,7 @@ template <class T> struct Cursor {
     const typename Format<T>::Value *values;
 };
 
-template <class T, int vectors, int mask>
+template <class T, int vectors, int stride, int mask>
 [[gnu::always_inline]] inline void bucket(Accumulators<T, vectors> &acc, Cursor<T> &at,
                                           const typename Format<T>::Panel *panel) {
     constexpr int32_t columns = Format<T>::columns_per_step;
@@ -23,8 +23,8 @@ template <class T, int vectors, int mask>
         // Columns follow one another at random, so that the processor cannot tell which one it will need. In pairs,
         // fetching ahead costs more than it saves.
         if constexpr (!in_pairs<T>)
-            step.prefetch(panel, at.columns[offpath::columns_ahead]);
-        step.load(panel, at.columns);
+            step.template prefetch<stride>(panel, at.columns[offpath::columns_ahead]);
+        step.template load<stride>(panel, at.columns);
         at.columns += columns;
 #pragma GCC unroll 8
         for (int row = 0; row < offpath::group_rows; ++row)
@@ -32,11 +32,12 @@ template <class T, int vectors, int mask>
                 step.multiply(*at.values++, acc[row]);
     }
     if constexpr (mask + 1 < offpath::group_masks)
-        bucket<T, vectors, mask + 1>(acc, at, panel);
+        bucket<T, vectors, stride, mask + 1>(acc, at, panel);
 }
 
-// One group times one panel of `vectors` vectors; writes the group's rows of the tile.
-template <class T, int vectors>
+// One group times one panel of `vectors` vectors, whose columns lie `stride` entries apart: known to the compiler,
+// since a multiplication for each column costs small products a tenth. Writes the group's rows of the tile.
+template <class T, int vectors, int stride = Step<T, vectors>::panel_stride>
 [[gnu::noinline]] void bucketed_group(const offpath::BucketPlan &plan, const void *values, int64_t group,
                                       const typename Format<T>::Panel *panel, const offpath::Sum<T> *start,
                                       offpath::Sum<T> *tile) {
@@ -45,7 +46,7 @@ template <class T, int vectors>
     Cursor<T> at = {plan.mask_counts + group * offpath::group_masks, plan.column_order + plan.column_begin[group],
                     static_cast<const typename Format<T>::Value *>(values) +
                         plan.slot_begin[group] / Format<T>::columns_per_step};
-    bucket<T, vectors, 1>(acc, at, panel);
+    bucket<T, vectors, stride, 1>(acc, at, panel);
     store_group<T, vectors>(acc, tile);
 }
 

@@ -14,21 +14,25 @@ constexpr int tile_rows = offpath::tile_groups * offpath::group_rows;
 
 template <class T, int vectors> using Accumulators = typename Simd<offpath::Sum<T>>::V[offpath::group_rows][vectors];
 
-// One column of x, ready to be multiplied with single values.
+// One column of x, ready to be multiplied with single values. In a panel, columns lie panel_stride entries apart.
 template <class T, int vectors> struct Step {
     using S = Simd<offpath::Sum<T>>;
     typename S::V x[vectors];
 
+    static constexpr int panel_stride = vectors * S::lanes;
+
+    template <int stride = panel_stride>
     [[gnu::always_inline]] void load(const offpath::Sum<T> *panel, const int32_t *column) {
-        const offpath::Sum<T> *source = panel + static_cast<int64_t>(*column) * (vectors * S::lanes);
+        const offpath::Sum<T> *source = panel + static_cast<int64_t>(*column) * stride;
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v)
             x[v] = S::load(source + v * S::lanes);
     }
+    template <int stride = panel_stride>
     [[gnu::always_inline]] static void prefetch(const offpath::Sum<T> *panel, int32_t column) {
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v)
-            __builtin_prefetch(panel + static_cast<int64_t>(column) * (vectors * S::lanes) + v * S::lanes);
+            __builtin_prefetch(panel + static_cast<int64_t>(column) * stride + v * S::lanes);
     }
     [[gnu::always_inline]] void multiply(offpath::Sum<T> value, typename S::V (&acc)[vectors]) {
         const typename S::V spread = S::set1(value);
@@ -45,9 +49,11 @@ template <int vectors> struct Step<bfloat16, vectors> {
     using B = BfloatPairs;
     B::V x[vectors];
 
+    static constexpr int64_t panel_stride = (vectors + 1) / 2 * B::entries;
+
+    template <int64_t stride = panel_stride>
     [[gnu::always_inline]] void load(const bfloat16 *panel, const int32_t *columns) {
-        constexpr int64_t width = (vectors + 1) / 2 * B::entries;
-        const bfloat16 *first = panel + columns[0] * width, *second = panel + columns[1] * width;
+        const bfloat16 *first = panel + columns[0] * stride, *second = panel + columns[1] * stride;
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v += 2) {
             const B::V a = B::load(first + v / 2 * B::entries), b = B::load(second + v / 2 * B::entries);

@@ -42,6 +42,10 @@ template <class T> using Multiplied = typename Format<T>::Panel;
 template <class T> constexpr bool in_pairs = Format<T>::columns_per_step == 2;
 template <class T> constexpr int64_t panel_width = panel_vectors * Simd<offpath::Sum<T>>::lanes;
 
+// Registers in which the weight gradient keeps one operand: of a convolution, a strip of neighbouring positions.
+constexpr int dy_vectors = 8;
+template <class T> constexpr int64_t strip_width = dy_vectors * Format<T>::granule;
+
 // Which of `granule` neighbouring tokens stands at step `i` of a panel's column; where columns go in pairs, a step
 // holds two neighbours.
 template <class T> constexpr int64_t token_of_step(int64_t i) {
@@ -60,6 +64,7 @@ template <class T> int64_t width_of_panel(int64_t begin, int64_t batch) {
 template <class T>
 constexpr offpath::Layout layout = {
     static_cast<int32_t>(panel_width<T>), static_cast<int32_t>(sizeof(typename Format<T>::Panel)),
-    static_cast<int32_t>(sizeof(typename Format<T>::Value)), static_cast<int32_t>(Format<T>::columns_per_step)};
+    static_cast<int32_t>(sizeof(typename Format<T>::Value)), static_cast<int32_t>(Format<T>::columns_per_step),
+    static_cast<int32_t>(strip_width<T>)};
 
 } // namespace

@@ -187,6 +187,7 @@ NB_MODULE(_native, m) {
     });
     bind_rows(m);
     bind_int8(m);
+    bind_convolutions(m);
     m.def("bf16_columns_per_step", [](int64_t isa) { return isas()[isa].table->bf16.layout.columns_per_step; });
     nb::class_<Plan>(m, "Plan").def_prop_ro("bytes", &Plan::bytes);
     m.def("make_plan", &make_plan);

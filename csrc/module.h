@@ -31,6 +31,7 @@ template <class T> const Kernels<T> &use_kernels(int64_t isa, const Plan &plan) 
 
 // The products and selections on sparse rows.
 void bind_rows(nanobind::module_ &m);
+void bind_convolutions(nanobind::module_ &m);
 
 // The products with int8 values.
 void bind_int8(nanobind::module_ &m);

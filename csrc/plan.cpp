@@ -143,6 +143,11 @@ void Plan::fill_group(int64_t group, const Csr &csr, const int32_t *permutation,
     }
 }
 
+void Plan::place_columns(const int32_t *begin) {
+    for (int32_t i = 0; i < column_begin[groups]; ++i)
+        column_order[i] = begin[column_order[i]];
+}
+
 BucketPlan Plan::view() const {
     return {mask_counts.get(), column_order.get(),
             slots.get(),       column_begin.get(),

@@ -14,6 +14,9 @@ class Plan {
     // O(nnz + rows) work, split over the threads by groups of rows.
     Plan(const Csr &csr, int64_t columns, const int32_t *permutation, int64_t columns_per_step, int threads);
 
+    // Column c becomes begin[c] (and the padding begin[columns]): for products whose columns begin anywhere.
+    void place_columns(const int32_t *begin);
+
     BucketPlan view() const;
     int64_t nnz() const { return connections; }
     int64_t slot_count() const { return slot_begin[groups]; }

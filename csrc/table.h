@@ -3,6 +3,9 @@
 #pragma once
 
 #include "basics.h"
+#include "int8_args.h"
+#include "plan_args.h"
+#include "plane_args.h"
 #include "row_args.h"
 #include "sparse_row_args.h"
 
@@ -34,27 +37,6 @@ template <class T> struct to_tokens_args {
     int64_t source_stride;
     T *destination;
     int64_t destination_stride;
-};
-
-// Rows that share the loads of x in the bucketed product. Each accumulates in registers of its own.
-constexpr int group_rows = 6;
-constexpr int group_masks = 1 << group_rows;
-// Groups whose rows are finished together: whole squares of lanes.
-constexpr int tile_groups = 8;
-// How many columns ahead the activations of one are fetched.
-constexpr int columns_ahead = 8;
-
-// A pattern prepared for the bucketed product. The rows are taken in groups; in a group, a column's mask says which
-// of the rows have a connection to it. The columns of a group stand sorted by mask, the values in the order in which
-// the product uses them: column by column, inside a column by row. Where an ISA multiplies in pairs, each mask has an
-// even number of columns: the padding is a column of zeros, number `columns`, whose slots are -1.
-struct BucketPlan {
-    const int32_t *mask_counts;  // [groups, group_masks]: how many columns of the group have each mask
-    const int32_t *column_order; // the columns of group g start at column_begin[g]; columns_ahead zeros end the list
-    const int32_t *slots;        // which of the caller's values stands here; group g starts at slot_begin[g]
-    const int32_t *column_begin; // [groups + 1]
-    const int32_t *slot_begin;   // [groups + 1]
-    int64_t rows, columns, groups;
 };
 
 // The values in the order of the plan; the block's rows are groups.
@@ -94,25 +76,6 @@ template <class T> struct sddmm_args {
     T *dvalues;   // [nnz]
 };
 
-// A pattern prepared for the weight gradient: cut into tiles of rows x columns, in which the connections of one row are
-// a run. The runs of a tile stand sorted by length, so that a loop over runs of one length needs no branch that the
-// processor could mispredict; the columns of the connections stand in the order of the runs.
-struct TileSegment { // runs of one length that follow one another
-    int32_t length, runs;
-};
-struct TileRun {
-    int32_t row, slot; // the run's first connection is `slot` of the caller's values
-};
-struct TilePlan {
-    const int32_t *segment_begin;    // [tiles + 1]
-    const int32_t *run_begin;        // [tiles + 1]
-    const int32_t *connection_begin; // [tiles + 1]
-    const TileSegment *segments;
-    const TileRun *runs;     // one more follows the last, which may be read but not used
-    const uint16_t *columns; // [nnz], counted from the first column of the tile
-    int64_t rows, matrix_columns, tiles, tiles_across, tile_width;
-};
-
 // dvalues[s] = sum over b of dy[row of s, b] * x[column of s, b]; the block's rows are tiles. `sums` is working memory.
 template <class T> struct tiled_args {
     TilePlan plan;
@@ -127,13 +90,6 @@ template <class T> struct row_sums_args {
     const void *dy; // panels
     int64_t rows, batch;
     T *sums; // [rows]
-};
-
-// A matrix of bits: bit c % 64 of word c / 64 of a row says whether the row has a connection to column c.
-struct Bitmap {
-    const uint64_t *words; // [rows, words_per_row]
-    const int32_t *crow_indices;
-    int64_t rows, columns, words_per_row;
 };
 
 // y[b, r] = bias[r] + sum over the connections of row r of value * x[b, column], for at most bitmap_batch tokens. The
@@ -188,42 +144,6 @@ template <class T> struct compress_args {
     Bitmap bitmap;
     const T *dense;
     T *values;
-};
-
-// The product of bitmap with int8 values: y[b, r] = bias[r] + scales[r] * sum of value * x[b, column].
-template <class T> struct bitmap_int8_args {
-    Bitmap bitmap;
-    const int8_t *values; // [nnz]
-    const float *scales;  // [rows]
-    const T *bias;        // [rows], or null for zero
-    const T *x;           // [batch, 64 * words_per_row], zero from `columns` on
-    T *y;                 // [batch, rows], contiguous
-    int64_t batch;
-    bool x_is_finite;
-};
-
-// Tokens as int8: x[b, c] is about sizes[b] * (level - 128), where sizes[b] is a 127th of the largest magnitude of
-// token b, zero where that is smaller than smallest_token and NaN where it is not finite. Levels stand in blocks of
-// dots_tokens tokens; in a block word by word, in a word token by token, and 128 behind the last column. The block's
-// batch are tokens.
-constexpr int dots_tokens = 16;
-constexpr float largest_level = 127, smallest_token = 0x1p-119f;
-template <class T> struct quantise_tokens_args {
-    const T *x; // [batch, columns] with these strides
-    int64_t x_feature_stride, x_batch_stride, columns, batch, words;
-    uint8_t *levels; // [batch * 64 * words]
-    float *sizes;    // [batch]
-};
-
-// y[b, r] = bias[r] + scales[r] * sizes[b] * sum of value * (level - 128), for a block of rows and one of tokens.
-template <class T> struct int8_dots_args {
-    Bitmap bitmap;
-    const int8_t *values;  // [nnz]
-    const float *scales;   // [rows]
-    const T *bias;         // [rows], or null for zero
-    const uint8_t *levels; // of words_per_row words
-    const float *sizes;    // [batch]
-    T *y;                  // [batch, rows], contiguous
 };
 
 // int8 values in the order of the plan, in the type that T is multiplied in.
@@ -289,7 +209,7 @@ template <class T> struct filled_dvalues_args {
 
 // How an ISA lays out panels and ordered values of a dtype.
 struct Layout {
-    int32_t panel_width, panel_entry_bytes, value_bytes, columns_per_step;
+    int32_t panel_width, panel_entry_bytes, value_bytes, columns_per_step, strip_width;
 };
 
 // The kernels of one ISA for one dtype.

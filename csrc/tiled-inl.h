@@ -11,18 +11,23 @@
 
 namespace {
 
-// Registers that hold a row's dy.
-constexpr int dy_vectors = 8;
+// Where the dy of a row begins, and how far the columns of x lie apart: one behind the other, as in panels.
+template <class T, int64_t width> struct EvenRows {
+    static constexpr int64_t column_width = width;
+    const typename Format<T>::Panel *dy;
+    const typename Format<T>::Panel *operator()(int32_t row) const { return dy + row * width; }
+};
 
 // Tokens of neighbouring panels that are multiplied in one go.
-template <class T, int panels, int vectors> struct TokenBlock {
+template <class T, int panels, int vectors, template <class, int64_t> class Rows = EvenRows> struct TokenBlock {
     using B = BatchVector<T>;
     using S = Simd<offpath::Sum<T>>;
     using Panel = typename Format<T>::Panel;
     static constexpr int together = summed_together<offpath::Sum<T>>;
     static constexpr int64_t width = vectors * B::tokens;
 
-    const Panel *dy, *x; // the first panel's; x starts at the tile
+    Rows<T, width> dy; // of the first panel
+    const Panel *x;    // the first panel's, from the tile on
     int64_t dy_stride, x_stride;
     bool first, last; // of the batch
     offpath::Sum<T> *sums;
@@ -39,7 +44,7 @@ template <class T, int panels, int vectors> struct TokenBlock {
             acc[c] = S::zero();
 #pragma GCC unroll 4
         for (int c = 0; c < connections; ++c)
-            column[c] = x + columns[c] * width;
+            column[c] = x + columns[c] * Rows<T, width>::column_width;
 #pragma GCC unroll 8
         for (int p = 0; p < panels; ++p)
 #pragma GCC unroll 8
@@ -62,12 +67,13 @@ template <class T, int panels, int vectors> struct TokenBlock {
               offpath::Sum<T> *sums) const {
         for (int32_t r = 0; r < segment.runs; ++r) {
             typename B::V row[panels][vectors];
+            const Panel *own = dy(runs[r].row), *next = dy(runs[r + 1].row);
 #pragma GCC unroll 8
             for (int p = 0; p < panels; ++p)
 #pragma GCC unroll 8
                 for (int v = 0; v < vectors; ++v) {
-                    row[p][v] = B::load(dy + runs[r].row * width + p * dy_stride + v * B::tokens);
-                    __builtin_prefetch(dy + runs[r + 1].row * width + p * dy_stride + v * B::tokens);
+                    row[p][v] = B::load(own + p * dy_stride + v * B::tokens);
+                    __builtin_prefetch(next + p * dy_stride + v * B::tokens);
                 }
             T *to = dvalues + runs[r].slot;
             for (int32_t done = rest; done < segment.length; done += together) {
@@ -114,7 +120,7 @@ int64_t tiled_tokens(const offpath::tiled_args<T> &args, const offpath::Block &b
     const int64_t dy_columns = panel_columns<T>(args.plan.rows), x_columns = panel_columns<T>(args.plan.matrix_columns);
     for (int64_t tile = block.row_begin; tile < block.row_end; ++tile) {
         const int64_t first_column = tile % args.plan.tiles_across * args.plan.tile_width;
-        const Tokens tokens = {static_cast<const Panel *>(args.dy) + token * dy_columns,
+        const Tokens tokens = {{static_cast<const Panel *>(args.dy) + token * dy_columns},
                                static_cast<const Panel *>(args.x) + token * x_columns + first_column * Tokens::width,
                                panel_width<T> * dy_columns,
                                panel_width<T> * x_columns,

@@ -6,8 +6,8 @@
 namespace offpath {
 namespace {
 
-// The activations of 64 columns fill the first-level cache, those of 1024 rows half of the second.
-constexpr int64_t smallest_width = 64, largest_width = 1 << 16, rows_per_tile = 1024;
+// The activations of 64 columns fill the first-level cache.
+constexpr int64_t smallest_width = 64, largest_width = 1 << 16;
 // Each run loads its row of dy anew. A wider tile has longer runs, but finds its columns of x in the second-level
 // cache.
 constexpr int64_t wanted_run_length = 6;
@@ -24,11 +24,11 @@ int64_t width_for(const Csr &csr, int64_t columns) {
 
 } // namespace
 
-Tiles::Tiles(const Csr &csr, int64_t columns, int threads)
-    : rows(csr.rows), columns(columns), connections(csr.crow_indices[csr.rows]), tile_width(width_for(csr, columns)),
-      tiles_across(ceil_div(columns, tile_width)), tiles(tiles_across * ceil_div(rows, rows_per_tile)),
-      segment_begin(tiles + 1), run_begin(tiles + 1), connection_begin(tiles + 1),
-      starts(std::make_unique_for_overwrite<int32_t[]>(rows * (tiles_across + 1))) {
+Tiles::Tiles(const Csr &csr, int64_t columns, int threads, int64_t tile_rows)
+    : rows(csr.rows), columns(columns), connections(csr.crow_indices[csr.rows]), tile_rows(tile_rows),
+      tile_width(width_for(csr, columns)), tiles_across(ceil_div(columns, tile_width)),
+      tiles(tiles_across * ceil_div(rows, tile_rows)), segment_begin(tiles + 1), run_begin(tiles + 1),
+      connection_begin(tiles + 1), starts(std::make_unique_for_overwrite<int32_t[]>(rows * (tiles_across + 1))) {
     const int workers = connections < serial_work ? 1 : threads;
     parallel_for(ceil_div(rows, rows_per_task), workers, [&](int64_t task) {
         for (int64_t row = task * rows_per_task; row < std::min(rows, (task + 1) * rows_per_task); ++row) {
@@ -57,8 +57,8 @@ Tiles::Tiles(const Csr &csr, int64_t columns, int threads)
 
 // Calls body(row, first slot, length) for the runs of a tile that have any connection.
 template <class Body> void Tiles::each_run(int64_t tile, const Body &body) const {
-    const int64_t first_row = tile / tiles_across * rows_per_tile;
-    for (int64_t row = first_row; row < std::min(rows, first_row + rows_per_tile); ++row) {
+    const int64_t first_row = tile / tiles_across * tile_rows;
+    for (int64_t row = first_row; row < std::min(rows, first_row + tile_rows); ++row) {
         const int32_t *start = &starts[row * (tiles_across + 1) + tile % tiles_across];
         if (start[1] > start[0])
             body(row, start[0], start[1] - start[0]);

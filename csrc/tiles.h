@@ -10,8 +10,11 @@ namespace offpath {
 
 class Tiles {
   public:
+    // The activations of so many rows fill half of the second-level cache.
+    static constexpr int64_t most_rows = 1024;
+
     // O(nnz + rows + columns) work, split over the threads by rows and by tiles.
-    Tiles(const Csr &csr, int64_t columns, int threads);
+    Tiles(const Csr &csr, int64_t columns, int threads, int64_t tile_rows = most_rows);
 
     TilePlan view() const;
     int64_t nnz() const { return connections; }
@@ -25,7 +28,7 @@ class Tiles {
     template <class Body> void each_run(int64_t tile, const Body &body) const;
     std::vector<int32_t> runs_of_length(int64_t tile) const;
 
-    const int64_t connections, tile_width, tiles_across, tiles;
+    const int64_t connections, tile_rows, tile_width, tiles_across, tiles;
     std::vector<int32_t> segment_begin, run_begin, connection_begin;
     std::unique_ptr<int32_t[]> starts; // [rows, tiles_across + 1], while the plan is being made
     std::unique_ptr<TileSegment[]> segments;

@@ -26,7 +26,6 @@ class Transposed {
         return ordered;
     }
 
-  private:
     const int64_t columns, nnz;
     const Scratch<int32_t> crow_indices, row_of_entry, slots; // slots: which entry of the rows stands here
 };

@@ -48,7 +48,7 @@ ONLY_IN = {
     },
     "torch.library": {"ops/library.py"},
 }
-BINDINGS = {"module.cpp", "module.h", "module_rows.cpp"}
+BINDINGS = {"module.cpp", "module.h", "module_convolution.cpp", "module_int8.cpp", "module_rows.cpp"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -389,3 +389,12 @@ def test_compressed_models_compile_copy_and_pickle(dtype: torch.dtype) -> None:
         assert torch.equal(torch.load(file, weights_only=False)(x), y)
         if dtype is torch.float32:
             torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_layers_pass_the_check_at_every_batch(dtype: torch.dtype) -> None:
+    """In bfloat16, methods that multiply a copy of the values round their sums before the scale."""
+    for batch in (1, 16, 64):
+        model = _model().to(dtype)
+        report = compress(model, batch=batch, precision="int8", goal="size")
+        assert {layer.becomes for layer in report.swapped} == {"Int8SparseLinear"}

@@ -16,7 +16,14 @@ from torch.nn.utils import prune
 import offpath
 from children import numbers_of
 from offpath import SparseLinear, StorageError, pattern as patterns
-from offpath.nn import Int8Embedding, Int8SparseLinear, SparseAutoencoder, SparseSparseLinear
+from offpath.nn import (
+    Int8Embedding,
+    Int8SparseLinear,
+    SparseAutoencoder,
+    SparseConv1d,
+    SparseConv2d,
+    SparseSparseLinear,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -126,6 +133,27 @@ def test_int8_layers_take_the_places_of_dense_and_of_sparse_ones(tmp_path: Path)
     ):
         assert _same(loaded, model) and str(loaded) == str(model) and loaded[1].activations == "int8"
         assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("dense", "shape"),
+    [
+        (nn.Conv2d(6, 8, (3, 2), stride=(2, 1), padding=(0, 2), dilation=2, groups=2), (2, 6, 9, 8)),
+        (nn.Conv2d(5, 4, 3, padding="same", bias=False), (1, 5, 6, 6)),
+        (nn.Conv1d(4, 6, 5, padding="valid"), (3, 4, 11)),
+    ],
+    ids=str,
+)
+def test_convolutions(tmp_path: Path, dense: nn.Conv1d | nn.Conv2d, shape: tuple[int, ...]) -> None:
+    kind = SparseConv2d if isinstance(dense, nn.Conv2d) else SparseConv1d
+    offpath.prune(nn.Sequential(dense), 0.7)
+    model, x = nn.Sequential(kind.from_dense(dense), nn.ReLU()), torch.randn(shape)
+    offpath.save(model, tmp_path / "m")
+    for loaded in (offpath.load(tmp_path / "m"), offpath.load(tmp_path / "m", nn.Sequential(dense, nn.ReLU()))):
+        assert str(loaded) == str(model) and _same(loaded, model) and torch.equal(loaded(x), model(x))
+    other = type(dense)(dense.in_channels, dense.out_channels, dense.kernel_size, stride=4, groups=dense.groups)
+    with pytest.raises(StorageError, match="stride"):
+        offpath.load(tmp_path / "m", nn.Sequential(other, nn.ReLU()))
 
 
 def test_single_layers(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 // Runs every product on every ISA of this CPU, in every dtype, on one to three threads and from two callers at once,
 // and checks each result. Built and run for each checker by `make sanitize`.
 #include "backward.h"
+#include "convolutions.h"
 #include "digest.h"
 #include "int8.h"
 #include "isa.h"
@@ -135,6 +136,7 @@ int main(int count, char **arguments) {
         return self_test(arguments[2]);
     for (const Isa &isa : isas())
         std::cout << isa.table->isa << (isa.runs_here ? ": checked\n" : ": NOT CHECKED, this CPU cannot run it\n");
+    check_all_convolutions();
     check_all_rows();
     check_all_sparse_rows();
     check_all_int8();

@@ -21,6 +21,14 @@ class Bitmap:
     @property
     def bytes(self) -> int: ...
 
+class ConvolutionPlan:
+    @property
+    def bytes(self) -> int: ...
+
+class ConvolutionTiles:
+    @property
+    def bytes(self) -> int: ...
+
 def make_plan(
     rows: int,
     columns: int,
@@ -415,6 +423,58 @@ def planned_int8_spmm_f32(
     threads: int,
     /,
 ) -> None: ...
+def make_convolution_plan_f32(
+    isa: int,
+    sizes: Sequence[int],
+    input_gradient: bool,
+    crow_indices: int,
+    col_indices: int,
+    threads: int,
+    /,
+) -> ConvolutionPlan: ...
+def make_convolution_tiles_f32(
+    isa: int, sizes: Sequence[int], crow_indices: int, col_indices: int, threads: int, /
+) -> ConvolutionTiles: ...
+def convolve_f32(
+    isa: int,
+    plan: ConvolutionPlan,
+    sizes: Sequence[int],
+    images: int,
+    values: int,
+    bias: int,
+    x: int,
+    x_strides: Sequence[int],
+    y: int,
+    y_strides: Sequence[int],
+    threads: int,
+    /,
+) -> None: ...
+def convolution_dx_f32(
+    isa: int,
+    plan: ConvolutionPlan,
+    sizes: Sequence[int],
+    images: int,
+    values: int,
+    dy: int,
+    dy_strides: Sequence[int],
+    dx: int,
+    dx_strides: Sequence[int],
+    threads: int,
+    /,
+) -> None: ...
+def convolution_dvalues_f32(
+    isa: int,
+    tiles: ConvolutionTiles,
+    sizes: Sequence[int],
+    images: int,
+    dy: int,
+    dy_strides: Sequence[int],
+    x: int,
+    x_strides: Sequence[int],
+    dvalues: int,
+    threads: int,
+    /,
+) -> None: ...
 
 int8_dots_f32 = bitmap_int8_spmm_f32
 int8_dots_f64 = bitmap_int8_spmm_f32
@@ -423,3 +483,13 @@ bitmap_int8_spmm_f64 = bitmap_int8_spmm_f32
 bitmap_int8_spmm_bf16 = bitmap_int8_spmm_f32
 planned_int8_spmm_f64 = planned_int8_spmm_f32
 planned_int8_spmm_bf16 = planned_int8_spmm_f32
+make_convolution_plan_f64 = make_convolution_plan_f32
+make_convolution_plan_bf16 = make_convolution_plan_f32
+make_convolution_tiles_f64 = make_convolution_tiles_f32
+make_convolution_tiles_bf16 = make_convolution_tiles_f32
+convolve_f64 = convolve_f32
+convolve_bf16 = convolve_f32
+convolution_dx_f64 = convolution_dx_f32
+convolution_dx_bf16 = convolution_dx_f32
+convolution_dvalues_f64 = convolution_dvalues_f32
+convolution_dvalues_bf16 = convolution_dvalues_f32

@@ -9,11 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from offpath.kernels.convolution import ConvolutionProducts
+from offpath.kernels.errors import KernelError as KernelError
 from offpath.kernels.row_products import RowProducts
-
-
-class KernelError(ValueError):
-    """A kernel was asked for something that it does not compute; nothing was computed instead."""
 
 
 class Spmm(Protocol):
@@ -128,8 +126,8 @@ class Backend:
     `int8_dots` computes the product of `Int8Spmm` over a bitmap with the tokens rounded to int8, each to a scale of its
     own (a 127th of its largest magnitude).
     `expand` writes the values of a bitmap's connections into a dense [rows, columns], zero elsewhere; `compress` picks
-    them out of one. `rows` are the products on sparse activations. What a `native` backend's methods cost is measured
-    on the machine; others compute row by row.
+    them out of one. `rows` are the products on sparse activations, `convolutions` those on images. What a `native`
+    backend's methods cost is measured on the machine; others compute row by row.
     """
 
     name: str
@@ -154,5 +152,6 @@ class Backend:
     expand: Callable[[Any, Tensor], Tensor]
     compress: Callable[[Any, Tensor], Tensor]
     rows: RowProducts
+    convolutions: ConvolutionProducts
     digest: Callable[[Tensor, Tensor], int] | None = None
     native: bool = False

@@ -17,6 +17,7 @@ from offpath.kernels.backend import Backend, KernelError
 from offpath.kernels.operands import DTYPES, address, are_indices, refuse
 from offpath.kernels.plans import make_bitmap, make_plan, make_tiles
 from offpath.kernels.variant import Variant
+from offpath.kernels.variant_convolution import ConvolutionVariant
 from offpath.kernels.variant_int8 import Int8Variant
 from offpath.kernels.variant_rows import RowVariant
 
@@ -81,6 +82,7 @@ def make_backend(isa: str) -> Backend:
         expand=variant.expand,
         compress=variant.compress,
         rows=RowVariant(index).products(),
+        convolutions=ConvolutionVariant(index).products(),
         digest=_digest,
         native=True,
     )

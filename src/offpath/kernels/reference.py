@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from offpath.kernels import reference_rows
+from offpath.kernels import reference_convolution, reference_rows
 from offpath.kernels.backend import Backend
 from offpath.kernels.operands import row_numbers, wide
 
@@ -151,4 +151,5 @@ BACKEND = Backend(
     expand=expand,
     compress=compress,
     rows=reference_rows.ROWS,
+    convolutions=reference_convolution.CONVOLUTIONS,
 )

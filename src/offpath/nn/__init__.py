@@ -2,6 +2,7 @@
 
 from offpath.nn.autoencoder import SparseAutoencoder as SparseAutoencoder
 from offpath.nn.autoencoder_loss import SAELoss as SAELoss
+from offpath.nn.conv import SparseConv1d as SparseConv1d, SparseConv2d as SparseConv2d
 from offpath.nn.int8_embedding import Int8Embedding as Int8Embedding
 from offpath.nn.int8_linear import Int8SparseLinear as Int8SparseLinear
 from offpath.nn.jumprelu import JumpReLU as JumpReLU

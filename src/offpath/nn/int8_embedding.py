@@ -63,9 +63,10 @@ class Int8Embedding(nn.Module):
                 "nn.Embedding without it first"
             )
         weight = embedding.weight.detach()
-        quantised = cls(*weight.shape, embedding.padding_idx, weight.device, weight.dtype)
-        rows = torch.arange(weight.shape[0], device=weight.device).repeat_interleave(weight.shape[1])
-        values, quantised.scales = quantise_rows(weight.flatten(), rows, weight.shape[0])
+        count, width = weight.shape
+        quantised = cls(count, width, embedding.padding_idx, weight.device, weight.dtype)
+        rows = torch.arange(count, device=weight.device).repeat_interleave(width)
+        values, quantised.scales = quantise_rows(weight.flatten(), rows, count)
         quantised.values = values.view(weight.shape)
         return quantised.train(embedding.training)
 

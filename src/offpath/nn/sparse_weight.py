@@ -78,7 +78,7 @@ class SparseWeightModule(nn.Module):
         if self.values.is_meta:
             return
         pattern = self.pattern
-        outputs = (pattern.row_indices() if self.sides[0] == "out" else pattern.col_indices).long()
+        outputs = (pattern.row_indices() if self.sides[0].startswith("out") else pattern.col_indices).long()
         fan_in = torch.bincount(outputs, minlength=self.out_features).double()
         bound = torch.where(fan_in > 0, fan_in.rsqrt(), 0.0)
         per_slot = bound[outputs]
@@ -117,8 +117,8 @@ class SparseWeightModule(nn.Module):
     @property
     def pattern_shape(self) -> tuple[int, int]:
         """The sizes of `sides`."""
-        sizes = {"out": self.out_features, "in": self.in_features}
-        return sizes[self.sides[0]], sizes[self.sides[1]]
+        by_output = self.sides[0].startswith("out")
+        return (self.out_features, self.in_features) if by_output else (self.in_features, self.out_features)
 
     @property
     def owns_values(self) -> bool:
@@ -133,11 +133,15 @@ class SparseWeightModule(nn.Module):
         # Built on meta so that no initial values are drawn: converting a layer must not move the global RNG.
         sizes = like.in_features, like.out_features, like.bias is not None
         layer = cls(*sizes, "meta", values.dtype, density=1)  # type: ignore[call-arg]  # the layers have defaults
-        layer._set_connections(Connections(pattern))
-        layer.values = nn.Parameter(values, requires_grad=requires_grad)
+        return layer._hold(pattern, values, requires_grad, like)
+
+    def _hold(self: _Layer, pattern: Pattern, values: Tensor, requires_grad: bool, like: Any) -> _Layer:
+        """This layer, built on meta, with these connections and this memory as its values; bias and mode of `like`."""
+        self._set_connections(Connections(pattern))
+        self.values = nn.Parameter(values, requires_grad=requires_grad)
         if like.bias is not None:
-            layer.bias = nn.Parameter(like.bias.detach().clone(), requires_grad=like.bias.requires_grad)
-        return layer.train(like.training)
+            self.bias = nn.Parameter(like.bias.detach().clone(), requires_grad=like.bias.requires_grad)
+        return self.train(like.training)
 
     def extra_repr(self) -> str:
         return (

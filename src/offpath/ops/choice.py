@@ -82,9 +82,9 @@ def choose(
     backend: Backend, product: str, rows: int, columns: int, nnz: int, batch: int, dtype: torch.dtype, prefer: str
 ) -> str:
     """The method for one product; `prefer` "memory" leaves out those that write the weight out dense."""
-    for methods in reversed(_forced):
-        if product in methods:
-            return methods[product]
+    forced = forced_method(product)
+    if forced is not None:
+        return forced
     if not backend.native:
         return "row-wise"
     table = cost_table(backend, dtype, sizes_for(rows, columns))
@@ -96,6 +96,11 @@ def choose(
     if best == "row-wise":
         return next((m for m in _OVER_A_PLAN if costs.get(m, math.inf) <= PLAN_MARGIN * costs[best]), best)
     return best
+
+
+def forced_method(product: str) -> str | None:
+    """The method that `forced_methods` asks for."""
+    return next((methods[product] for methods in reversed(_forced) if product in methods), None)
 
 
 def any_forced() -> bool:

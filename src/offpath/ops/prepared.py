@@ -21,6 +21,7 @@ from torch import Tensor
 from offpath.kernels import Backend
 from offpath.kernels.methods import PreparedMatrix, PreparedWeight
 from offpath.ops.choice import any_forced, choose
+from offpath.ops.prepared_convolutions import PreparedConvolutions
 from offpath.pattern import Pattern
 
 
@@ -38,6 +39,11 @@ class Prepared:
         return PreparedWeight(
             matrix, lambda: PreparedMatrix(*self.pattern.transpose()[:2], rows, self.pattern.transpose()[2])
         )
+
+    @cached_property
+    def convolutions(self) -> PreparedConvolutions:
+        """What backends made of the pattern as the weight of convolutions."""
+        return PreparedConvolutions(self.pattern)
 
     def forward(
         self,
@@ -100,7 +106,8 @@ class Prepared:
     @property
     def bytes(self) -> int:
         """Bytes of the copy, its transpose, the plans and the bitmaps."""
-        return self.pattern.index_bytes + self._weight.bytes
+        convolutions = self.convolutions.bytes if "convolutions" in vars(self) else 0
+        return self.pattern.index_bytes + self._weight.bytes + convolutions
 
     def _method(self, backend: Backend, product: str, operand: Tensor, prefer: str) -> str:
         size = (*self.pattern.shape, self.pattern.nnz)

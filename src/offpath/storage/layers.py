@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from offpath.nn import Int8Embedding, Int8SparseLinear, SparseLinear, SparseSparseLinear
+from offpath.nn import Int8Embedding, Int8SparseLinear, SparseConv1d, SparseConv2d, SparseLinear, SparseSparseLinear
 from offpath.pattern import Pattern
 from offpath.storage.errors import StorageError
 
@@ -113,12 +114,19 @@ def _out_by_in(sizes: Arguments) -> tuple[int, int]:
     return sizes["out_features"], sizes["in_features"]
 
 
+def _channels_by_kernels(sizes: Arguments) -> tuple[int, int]:
+    return sizes["out_channels"], sizes["in_channels"] // sizes["groups"] * prod(sizes["kernel_size"])
+
+
 _LINEAR = ("in_features", "out_features")
+_CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 LAYERS: dict[str, Layer] = {
     row.kind.__name__: row
     for row in (
         Layer(SparseLinear, _LINEAR, ("prefer",), (nn.Linear,), _out_by_in),
         Layer(SparseSparseLinear, _LINEAR, (), (nn.Linear, SparseLinear), lambda sizes: _out_by_in(sizes)[::-1]),
+        Layer(SparseConv1d, _CONV, ("prefer",), (nn.Conv1d,), _channels_by_kernels),
+        Layer(SparseConv2d, _CONV, ("prefer",), (nn.Conv2d,), _channels_by_kernels),
         Layer(Int8SparseLinear, _LINEAR, ("prefer", "activations"), (nn.Linear, SparseLinear), _out_by_in),
         Layer(Int8Embedding, ("num_embeddings", "embedding_dim", "padding_idx"), ("dtype",), (nn.Embedding,)),
     )

@@ -81,6 +81,8 @@ def _foreign(module: nn.Module) -> str | None:
 
 def _obstacle(module: nn.Module, owners: Counter[int]) -> str | None:
     reason = unknown_source(module) or attachment(module, owners, OWN_HOOKS)
+    if reason is None and getattr(module, "padding_mode", "zeros") != "zeros":
+        reason = f"it pads with {module.padding_mode!r}, a sparse convolution with zeros; pad in a layer before it"
     if reason is None and any(owners[id(p)] > 1 for p in module.parameters()):
         return "what its weight is computed from is tied to another module"
     return reason
@@ -92,7 +94,7 @@ def _unfit(weight: Tensor, name: str) -> str | None:
     if weight.device.type != "cpu":
         step = "load its weights first" if weight.is_meta else "move the model with model.cpu()"
         raise ValueError(f"expected a model on the CPU, got layer {name!r} on {weight.device}; {step}")
-    if weight.dim() != 2 or weight.numel() == 0:
+    if weight.dim() < 2 or weight.numel() == 0:
         return f"its weight of shape {tuple(weight.shape)} holds nothing"
     if weight.dtype not in DTYPES:
         return f"no kernel computes in {weight.dtype}; cast the model with .bfloat16() or .float()"

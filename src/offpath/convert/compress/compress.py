@@ -36,12 +36,13 @@ def compress(
 ) -> CompressReport:
     """Swap the layers of `model` that are mostly zero for sparse ones, in place, where that is faster on this machine.
 
-    Looks at `nn.Linear` and at the Conv1D of Hugging Face transformers of which at least `min_sparsity` is zero: plain
-    zeros, masks of `torch.nn.utils.prune` and parametrizations, which a swap makes permanent. Each is timed, dense
-    beside sparse, and swapped if it is slower with none of the inputs asked for: `batch` tokens a call; the shapes that
-    each layer sees while the model runs on `example` (a tensor, a tuple of positional or a mapping of keyword
-    arguments); or, with neither, both 1 token and 256. `goal="size"` swaps what gets smaller, whatever its speed.
-    `precision="int8"` swaps in `nn.Int8SparseLinear`, `embeddings="int8"` turns embeddings into `nn.Int8Embedding`:
+    Looks at `nn.Linear`, at the Conv1D of Hugging Face transformers and, with an example, at `nn.Conv1d` and
+    `nn.Conv2d` of which at least `min_sparsity` is zero: plain zeros, masks of `torch.nn.utils.prune` and
+    parametrizations, which a swap makes permanent. Each is timed, dense beside sparse, and swapped if it is slower with
+    none of the inputs asked for: `batch` tokens a call; what each layer sees while the model runs on `example` (a
+    tensor, a tuple of positional or a mapping of keyword arguments); or, with neither, both 1 token and 256.
+    `goal="size"` swaps what gets smaller, whatever its speed. `precision="int8"` makes `nn.Int8SparseLinear` of linear
+    layers, `embeddings="int8"` turns embeddings into `nn.Int8Embedding`:
     both are for inference, and off by up to half a step of 1/127 of the largest weight of a row.
     `filter_fn(module, fqn)` chooses the layers to look at. `progress(done, total)` is called along the way. Training
     and evaluation mode, dtype and `requires_grad` stay; build an optimizer afterwards.

@@ -12,25 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from offpath.convert.compress.candidates import Candidate
-from offpath.convert.compress.example import Example, evaluating
+from offpath.convert.compress.example import Example, Input, evaluating
 from offpath.convert.compress.measure import Trial, in_rotation
 from offpath.convert.compress.report import Measured
 from offpath.convert.compress.verify import check_layer
-from offpath.convert.compress.weights import stand_in
-from offpath.nn import Int8SparseLinear, SparseLinear
+from offpath.convert.compress.weights import CONVOLUTIONS, Dense, stand_in
+from offpath.nn import Int8SparseLinear, SparseConv1d, SparseConv2d, SparseLinear
 
 LATENCY_TOKENS, THROUGHPUT_TOKENS = 1, 256
 BUDGET_SECONDS = 2.0
 Progress = Callable[[int, int], object]
-Input = tuple[tuple[int, ...], torch.dtype]
+Sparse = SparseLinear | Int8SparseLinear | SparseConv1d | SparseConv2d
 
 
 @dataclass(eq=False)
 class Contest:
-    """One layer: `inputs` are the shapes and dtypes it is timed with, and how many such calls a pass makes."""
+    """One layer: `inputs` are what it is timed with, and how many such calls a pass makes."""
 
     candidate: Candidate
-    sparse: SparseLinear | Int8SparseLinear
+    sparse: Sparse
     inputs: Counter[Input]
     measured: list[Measured] = field(default_factory=list)
 
@@ -39,15 +39,16 @@ class Contest:
         """The layer that the model has."""
         return self.candidate.module
 
-    def stand_in(self) -> nn.Linear:
-        """The `nn.Linear` that computes what the dense layer does."""
+    def stand_in(self) -> Dense:
+        """The plain layer that computes what the dense layer does."""
         return stand_in(self.candidate.module, self.candidate.name)
 
     def key(self, seen: Input) -> Hashable:
         """The same for layers of the same sizes whose densities differ by less than a tenth."""
         density = round(10 * math.log(self.sparse.density)) if self.sparse.nnz else None
         sizes = self.sparse.out_features, self.sparse.in_features, self.sparse.bias is None
-        return type(self.dense), self.sparse.values.dtype, sizes, density, seen
+        convolution = self.dense.extra_repr() if self.candidate.kind in CONVOLUTIONS else None
+        return type(self.dense), self.sparse.values.dtype, sizes, convolution, density, seen
 
 
 def contests(
@@ -57,22 +58,28 @@ def contests(
     precision: str | None,
     progress: Progress,
 ) -> tuple[list[Contest], list[tuple[str, str]]]:
-    """A contest for each candidate, its sparse layer checked; and (name, reason) of those that the example misses.
+    """A contest for each candidate, its sparse layer checked; and (name, reason) of those whose inputs nothing tells.
 
     Raises `RuntimeError`, naming the layer, for one that computes something else.
     """
-    seen = None if example is None else example.inputs([c.module for c in candidates])
-    reached = [c for c in candidates if seen is None or c.module in seen]
-    reason = "the example does not reach it, so that nothing tells what it is used for"
+    if example is not None:
+        seen = example.inputs([c.module for c in candidates])
+        reached = [c for c in candidates if c.module in seen]
+        reason = "the example does not reach it, so that nothing tells what it is used for"
+    else:
+        seen = {}
+        reached = [c for c in candidates if c.kind not in CONVOLUTIONS]
+        reason = "how large its images are only an example tells; give example="
     missed = [(c.name, reason) for c in candidates if c not in reached]
     found = []
     for done, candidate in enumerate(reached):
         dense = stand_in(candidate.module, candidate.name)
-        if seen is not None:
+        if candidate.module in seen:
             inputs = Counter(seen[candidate.module])
         else:
             tokens = (LATENCY_TOKENS, THROUGHPUT_TOKENS) if batch is None else (batch,)
-            inputs = Counter(((t, dense.in_features), dense.weight.dtype) for t in tokens)
+            assert isinstance(dense, nn.Linear)
+            inputs = Counter(Input((t, dense.in_features), dense.weight.dtype) for t in tokens)
         found.append(Contest(candidate, _checked(candidate.name, dense, inputs, precision), inputs))
         progress(done + 1, 2 * len(reached))
     return found, missed
@@ -92,32 +99,39 @@ def measure(model: nn.Module, example: Example | None, entered: Sequence[Contest
         trials = []
         for contest, (seen, _) in zip(playing, chosen, strict=True):
             if seen not in made:
-                made[seen] = random_input(*seen)
+                made[seen] = seen.random()
             trials.append(Trial(contest.key(seen), contest.dense, contest.sparse, made[seen]))
         also = example.run if example is not None and stage == 0 else _nothing
         tick = partial(_tick, progress, len(entered), stage, stages)
         with evaluating(model):
             rotation = in_rotation(trials, BUDGET_SECONDS, also, tick)
-        for contest, ((shape, _), calls), seconds in zip(playing, chosen, rotation.trials, strict=True):
-            contest.measured.append(Measured(math.prod(shape[:-1]), calls, *seconds))
+        for contest, (seen, calls), seconds in zip(playing, chosen, rotation.trials, strict=True):
+            contest.measured.append(Measured(_positions(contest, seen), calls, *seconds))
         whole_seconds = rotation.also_seconds if stage == 0 else whole_seconds
     return whole_seconds
 
 
-def random_input(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Standard normal numbers, the same for the same shape; leaves torch's global generator alone."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+def _positions(contest: Contest, seen: Input) -> int:
+    """Tokens, or the pixels of all images."""
+    channels = contest.sparse.in_channels if isinstance(contest.sparse, (SparseConv1d, SparseConv2d)) else None
+    return math.prod(seen.shape) // max(channels or seen.shape[-1], 1)
 
 
-def _checked(
-    name: str, dense: nn.Linear, inputs: Counter[Input], precision: str | None
-) -> SparseLinear | Int8SparseLinear:
-    sparse = SparseLinear.from_dense(dense)
-    layer = sparse if precision is None else Int8SparseLinear.from_sparse(sparse)
-    # What int8 weights stand for, which is not quite what the dense ones do.
-    meant = layer.to_sparse(torch.float64).to_dense() if isinstance(layer, Int8SparseLinear) else dense
+def _checked(name: str, dense: Dense, inputs: Counter[Input], precision: str | None) -> Sparse:
+    layer: Sparse
+    meant = dense
+    if isinstance(dense, nn.Conv2d):
+        layer = SparseConv2d.from_dense(dense)
+    elif isinstance(dense, nn.Conv1d):
+        layer = SparseConv1d.from_dense(dense)
+    else:
+        layer = SparseLinear.from_dense(dense)
+        if precision is not None:
+            layer = Int8SparseLinear.from_sparse(layer)
+            # What int8 weights stand for is not quite what the dense ones do.
+            meant = layer.to_sparse(torch.float64).to_dense()
     for seen in inputs:
-        check_layer(name, meant, layer, random_input(*seen))
+        check_layer(name, meant, layer, seen.random())
     return layer
 
 

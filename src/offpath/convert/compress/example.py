@@ -6,12 +6,33 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from offpath.convert.compress.verify import Bound
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a layer is called with. A convolution takes another time for images that are `channels_last`."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channels_last: bool = False
+
+    @classmethod
+    def of(cls, x: Tensor) -> Input:
+        """The like of `x`."""
+        layout = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        return cls(tuple(x.shape), x.dtype, layout)
+
+    def random(self) -> Tensor:
+        """Standard normal numbers, the same for the same shape; leaves torch's global generator alone."""
+        x = torch.randn(*self.shape, generator=torch.Generator().manual_seed(0)).to(self.dtype)
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
 
 class Example:
@@ -53,13 +74,13 @@ class Example:
         self.run()
         return time.perf_counter() - start
 
-    def inputs(self, modules: Iterable[nn.Module]) -> dict[nn.Module, list[tuple[tuple[int, ...], torch.dtype]]]:
-        """Shape and dtype of the input of each call of each module; without those that are not called."""
-        seen: dict[nn.Module, list[tuple[tuple[int, ...], torch.dtype]]] = {}
+    def inputs(self, modules: Iterable[nn.Module]) -> dict[nn.Module, list[Input]]:
+        """The input of each call of each module; without those that are not called."""
+        seen: dict[nn.Module, list[Input]] = {}
 
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = _input(args, kwargs)
-            seen.setdefault(module, []).append((tuple(x.shape), x.dtype))
+            seen.setdefault(module, []).append(Input.of(x))
 
         with _hooks(m.register_forward_pre_hook(look, with_kwargs=True) for m in modules):
             self.run()

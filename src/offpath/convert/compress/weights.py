@@ -11,11 +11,16 @@ from torch.nn.utils.prune import BasePruningMethod
 
 # Hooks that only compute a weight from `weight_orig` and `weight_mask`; what they compute is taken over.
 OWN_HOOKS = (BasePruningMethod,)
-LINEAR, CONV1D = KINDS = ("Linear", "Conv1D")
+LINEAR, CONV1D = "Linear", "Conv1D"
+CONVOLUTIONS: dict[str, type[nn.Conv1d] | type[nn.Conv2d]] = {"Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d}
+Dense = nn.Linear | nn.Conv1d | nn.Conv2d
+
+
+_SIZES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """Which of KINDS `module` is, parametrized or not; None for anything else, subclasses included.
+    """ "Linear", "Conv1D", "Conv1d" or "Conv2d", parametrized or not; None for anything else, subclasses included.
 
     Conv1D is that of Hugging Face transformers: a linear layer whose weight is stored as (in, out).
     """
@@ -24,7 +29,7 @@ def kind_of(module: nn.Module) -> str | None:
         return LINEAR
     if kind.__name__ == CONV1D and kind.__module__ == "transformers.pytorch_utils":
         return CONV1D
-    return None
+    return next((name for name, convolution in CONVOLUTIONS.items() if kind is convolution), None)
 
 
 def unknown_source(module: nn.Module) -> str | None:
@@ -60,20 +65,26 @@ def evaluated(module: nn.Module, layer: str, name: str = "weight") -> Tensor | N
     return None if plain is None else plain.detach()
 
 
-def stand_in(module: nn.Module, layer: str) -> nn.Linear:
-    """The `nn.Linear` that computes what `module` does, its weight as (out, in).
+def stand_in(module: nn.Module, layer: str) -> Dense:
+    """The plain layer that computes what `module` does; for Hugging Face's Conv1D, an `nn.Linear`.
 
     Raises `ValueError` as `evaluated` does.
     """
     weight, bias = evaluated(module, layer), evaluated(module, layer, "bias")
     assert weight is not None
-    if kind_of(module) == CONV1D:
+    kind = kind_of(module)
+    if kind == CONV1D:
         weight = weight.t()
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight, requires_grad=_requires_grad(module, "weight"))
+    plain: Dense
+    if kind in CONVOLUTIONS:
+        sizes = {name: getattr(module, name) for name in _SIZES}
+        plain = CONVOLUTIONS[kind](**sizes, bias=bias is not None, device="meta", dtype=weight.dtype)
+    else:
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
+    plain.weight = nn.Parameter(weight, requires_grad=_requires_grad(module, "weight"))
     if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=_requires_grad(module, "bias"))
-    return linear.train(module.training)
+        plain.bias = nn.Parameter(bias, requires_grad=_requires_grad(module, "bias"))
+    return plain.train(module.training)
 
 
 def _requires_grad(module: nn.Module, name: str) -> bool:

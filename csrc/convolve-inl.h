@@ -1,0 +1,65 @@
+// Convolutions as the bucketed product: the columns of a block are planes shifted by taps, so that nothing is copied
+// once per tap.
+#pragma once
+
+#include "bucketed-inl.h"
+#include "planes-inl.h"
+
+namespace {
+
+// Where columns go in pairs, sums of zipped columns stand in the order of the zip; in order again.
+template <class T> void order_sums([[maybe_unused]] offpath::Sum<T> *tile, [[maybe_unused]] int64_t entries) {
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+    if constexpr (in_pairs<T>) {
+        using S = Simd<float>;
+        for (int64_t i = 0; i < entries; i += 2 * S::lanes) {
+            const S::V low = S::load(tile + i), high = S::load(tile + i + S::lanes);
+            S::store(tile + i, BfloatPairs::unzip_low(low, high));
+            S::store(tile + i + S::lanes, BfloatPairs::unzip_high(low, high));
+        }
+    }
+#endif
+}
+
+// The groups of the block times one panel of an image, which is packed already.
+template <class T, int vectors>
+void convolve_panel(const offpath::convolve_args<T> &args, const offpath::Block &block, int64_t image, int64_t begin) {
+    constexpr int64_t width = vectors * Simd<offpath::Sum<T>>::lanes;
+    alignas(64) offpath::Sum<T> tile[tile_rows * width];
+    for (int64_t group = block.row_begin; group < block.row_end; group += offpath::tile_groups) {
+        const int64_t end = smaller_of(block.row_end, group + offpath::tile_groups);
+        for (int64_t g = group; g < end; ++g) {
+            const GroupStart<T> start(args.bias, g, args.plan.rows);
+            offpath::Sum<T> *sums = tile + (g - group) * offpath::group_rows * width;
+            bucketed_group<Multiplied<T>, vectors, 1>(args.plan, args.values, g,
+                                                      static_cast<const typename Format<T>::Panel *>(args.block),
+                                                      start.of_row, sums);
+            order_sums<T>(sums, offpath::group_rows * width);
+        }
+        write_planes<T>(tile, width, group * offpath::group_rows, smaller_of(args.plan.rows, end * offpath::group_rows),
+                        args.y + image * args.to.images.image_stride, args.to, args.positions, begin,
+                        smaller_of(width, args.positions.count - begin));
+    }
+}
+
+// Block: rows count groups, batch counts the panels of all images.
+template <class T> void convolve(const offpath::convolve_args<T> &args, const offpath::Block &block) {
+    using Panel = typename Format<T>::Panel;
+    const int64_t planes = args.from.phase_count * args.from.images.channels;
+    auto *packed = static_cast<Panel *>(args.block);
+    if (in_pairs<T>)
+        Entries<T>::clear(packed + planes * args.block_stride, args.block_stride);
+    for (int64_t panel = block.batch_begin; panel < block.batch_end; ++panel) {
+        const int64_t image = panel / args.panels, begin = panel % args.panels * panel_width<T>;
+        pack_planes<T>(args.x + image * args.from.images.image_stride, args.from, args.positions.pitch, begin,
+                       args.block_stride, args.block_stride, packed);
+        // Zipped columns need both halves of their last register.
+        const int64_t tokens = width_of_panel<T>(begin, args.positions.count);
+        with_vectors_of_panel<T>(begin, begin + tokens, [&]<int vectors>(Vectors<vectors>) {
+            if constexpr (!in_pairs<T> || vectors % 2 == 0)
+                convolve_panel<T, vectors>(args, block, image, begin);
+        });
+    }
+}
+
+} // namespace

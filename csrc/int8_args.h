@@ -1,0 +1,44 @@
+// The operands of the kernels that multiply int8 values over bits.
+#pragma once
+
+#include "basics.h"
+
+namespace offpath {
+
+// The product of bitmap with int8 values: y[b, r] = bias[r] + scales[r] * sum of value * x[b, column].
+template <class T> struct bitmap_int8_args {
+    Bitmap bitmap;
+    const int8_t *values; // [nnz]
+    const float *scales;  // [rows]
+    const T *bias;        // [rows], or null for zero
+    const T *x;           // [batch, 64 * words_per_row], zero from `columns` on
+    T *y;                 // [batch, rows], contiguous
+    int64_t batch;
+    bool x_is_finite;
+};
+
+// Tokens as int8: x[b, c] is about sizes[b] * (level - 128), where sizes[b] is a 127th of the largest magnitude of
+// token b, zero where that is smaller than smallest_token and NaN where it is not finite. Levels stand in blocks of
+// dots_tokens tokens; in a block word by word, in a word token by token, and 128 behind the last column. The block's
+// batch are tokens.
+constexpr int dots_tokens = 16;
+constexpr float largest_level = 127, smallest_token = 0x1p-119f;
+template <class T> struct quantise_tokens_args {
+    const T *x; // [batch, columns] with these strides
+    int64_t x_feature_stride, x_batch_stride, columns, batch, words;
+    uint8_t *levels; // [batch * 64 * words]
+    float *sizes;    // [batch]
+};
+
+// y[b, r] = bias[r] + scales[r] * sizes[b] * sum of value * (level - 128), for a block of rows and one of tokens.
+template <class T> struct int8_dots_args {
+    Bitmap bitmap;
+    const int8_t *values;  // [nnz]
+    const float *scales;   // [rows]
+    const T *bias;         // [rows], or null for zero
+    const uint8_t *levels; // of words_per_row words
+    const float *sizes;    // [batch]
+    T *y;                  // [batch, rows], contiguous
+};
+
+} // namespace offpath

@@ -1,0 +1,114 @@
+"""Whether a convolution goes over planes or over the weight written out: the faster one here, measured once."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offpath.kernels import Backend
+from offpath.kernels.convolution import Convolution
+from offpath.kernels.measured import measured_once
+from offpath.ops.choice import forced_method
+from offpath.ops.dense_convolution import DenseConvolution
+from offpath.pattern import random
+
+PRODUCTS = ("forward", "dx", "dvalues")
+# The measurement takes as many images as this work, or one; large layers take as long per image as a batch of them.
+MEASURED_MULTIPLY_ADDS = 1e9
+ROUNDS = 3
+# torch's time depends on what else its library keeps in the caches; planes win near-ties.
+MARGIN = 1.1
+
+
+def pays_densely(
+    backend: Backend, product: str, convolution: Convolution, nnz: int, like: Tensor, channels_last: bool, prefer: str
+) -> bool:
+    """Whether `product` is faster over the weight written out, for images of the dtype and as many as in `like`."""
+    forced = forced_method(product)
+    if forced is not None:
+        return forced == "dense"
+    if prefer == "memory" or not backend.native or nnz == 0 or like.shape[0] == 0:
+        return False
+    per_image = math.prod((*convolution.weight_shape, *convolution.outputs))
+    images = min(like.shape[0], max(1, int(MEASURED_MULTIPLY_ADDS / per_image)))
+    seconds = _seconds(
+        backend, _rounded(convolution), _rounded_nnz(convolution, nnz), images, like.dtype, channels_last
+    )
+    return seconds[product]["dense"] * MARGIN < seconds[product]["planes"]
+
+
+def _rounded(convolution: Convolution) -> Convolution:
+    """Of images of similar size the middle one, so that images of many sizes are not measured one by one."""
+    height, width = (
+        n if n < 8 else max(d * (k - 1) + 1, 3 << (n.bit_length() - 2))
+        for n, d, k in zip(convolution.size, convolution.dilation, convolution.kernel, strict=True)
+    )
+    return replace(convolution, size=(height, width))
+
+
+def _rounded_nnz(convolution: Convolution, nnz: int) -> int:
+    positions = math.prod(convolution.weight_shape)
+    return max(1, round(round(50 * nnz / positions) / 50 * positions))
+
+
+@cache
+def _seconds(
+    backend: Backend, convolution: Convolution, nnz: int, images: int, dtype: torch.dtype, channels_last: bool
+) -> dict[str, dict[str, float]]:
+    facts: list[object] = [repr(convolution), nnz, images, channels_last]
+    return measured_once(
+        "convolution",
+        backend,
+        dtype,
+        facts,
+        _is_complete,
+        lambda: _measure(backend, convolution, nnz, images, dtype, channels_last),
+    )
+
+
+def _is_complete(found: Any) -> bool:
+    return (
+        isinstance(found, dict)
+        and set(found) == set(PRODUCTS)
+        and all(set(of) == {"planes", "dense"} and min(of.values()) > 0 for of in found.values())
+    )
+
+
+@torch.inference_mode()
+def _measure(
+    backend: Backend, convolution: Convolution, nnz: int, images: int, dtype: torch.dtype, channels_last: bool
+) -> dict[str, dict[str, float]]:
+    generator = torch.Generator().manual_seed(0)
+    pattern = random(convolution.weight_shape, nnz, generator)
+
+    def drawn(*shape: int) -> Tensor:
+        made = torch.randn(shape, generator=generator).to(dtype)
+        return made.contiguous(memory_format=torch.channels_last) if channels_last else made
+
+    values = torch.randn(nnz, generator=generator).to(dtype)
+    x = drawn(images, convolution.in_channels, *convolution.size)
+    dy = drawn(images, convolution.out_channels, *convolution.outputs)
+    products = backend.convolutions
+    planes = products.prepare(pattern.crow_indices, pattern.col_indices, convolution, dtype)
+    dense = DenseConvolution(backend, pattern, convolution)
+    calls = {
+        ("forward", "planes"): lambda: products.forward(planes, values, x, None, channels_last),
+        ("forward", "dense"): lambda: dense.forward(values, x, None),
+        ("dx", "planes"): lambda: products.dx(planes, values, dy, channels_last),
+        ("dx", "dense"): lambda: dense.dx(values, dy, x.shape, channels_last),
+        ("dvalues", "planes"): lambda: products.dvalues(planes, dy, x),
+        ("dvalues", "dense"): lambda: dense.dvalues(dy, x),
+    }
+    best: dict[str, dict[str, float]] = {product: dict.fromkeys(("planes", "dense"), math.inf) for product in PRODUCTS}
+    for _ in range(1 + ROUNDS):
+        for (product, method), call in calls.items():
+            start = time.perf_counter()
+            call()
+            best[product][method] = min(best[product][method], time.perf_counter() - start)
+    return best

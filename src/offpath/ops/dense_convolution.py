@@ -1,0 +1,68 @@
+"""A convolution with the sparse weight written out; the rest is torch's."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, pad
+
+from offpath.kernels import Backend
+from offpath.kernels.convolution import Convolution
+from offpath.pattern import Pattern
+
+
+class DenseConvolution:
+    """One pattern's convolution and its gradients, by torch."""
+
+    def __init__(self, backend: Backend, pattern: Pattern, convolution: Convolution) -> None:
+        self._backend, self._pattern, self._convolution = backend, pattern, convolution
+
+    @cached_property
+    def bitmap(self) -> Any:
+        return self._backend.bitmap(self._pattern.crow_indices, self._pattern.col_indices, self._pattern.shape[1])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the bitmap, once it is made."""
+        return self.bitmap.bytes if "bitmap" in vars(self) else 0
+
+    def forward(self, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        c = self._convolution
+        return conv2d(self._padded(x), self._weight(values), bias, c.stride, self._padding, c.dilation, c.groups)
+
+    def dx(self, values: Tensor, dy: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        x = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=memory_format)
+        dx = self._gradients(dy, self._padded(x), self._weight(values), [True, False, False])[0]
+        return dx[..., : shape[2], : shape[3]].contiguous(memory_format=memory_format)
+
+    def dvalues(self, dy: Tensor, x: Tensor) -> Tensor:
+        # Only its shape and strides are read.
+        weight = self._convolution_weight(x.new_zeros(1).expand(self._convolution.weight_shape))
+        gradient = self._gradients(dy, self._padded(x), weight.contiguous(), [False, True, False])[1]
+        return self._backend.compress(self.bitmap, gradient.reshape(self._convolution.weight_shape).contiguous())
+
+    def _gradients(self, dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
+        c = self._convolution
+        return torch.ops.aten.convolution_backward(
+            dy, x, weight, None, c.stride, self._padding, c.dilation, False, [0, 0], c.groups, wanted
+        )
+
+    def _weight(self, values: Tensor) -> Tensor:
+        return self._convolution_weight(self._backend.expand(self.bitmap, values))
+
+    def _convolution_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.view(self._convolution.dense_shape)
+
+    @property
+    def _padding(self) -> tuple[int, int]:
+        """What torch pads on both sides."""
+        return self._convolution.padding
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """With what is missing behind the last row and column, where that is more than before the first."""
+        (top, left), (bottom, right) = self._convolution.padding, self._convolution.padding_after
+        return pad(x, (0, right - left, 0, bottom - top)) if (top, left) != (bottom, right) else x

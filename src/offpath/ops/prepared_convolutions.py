@@ -1,0 +1,94 @@
+"""What was made of a pattern for convolutions: one set of plans for each size of images."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offpath.kernels import Backend
+from offpath.kernels.convolution import Convolution
+from offpath.ops.convolution_choice import pays_densely
+from offpath.ops.dense_convolution import DenseConvolution
+from offpath.pattern import Pattern
+
+# Sizes of images whose plans are kept; making them takes about as long as a few images.
+KEPT = 8
+
+
+class PreparedConvolutions:
+    """A pattern as the weight of convolutions; it must never change."""
+
+    def __init__(self, pattern: Pattern) -> None:
+        self._pattern = pattern
+        self._made: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def forward(
+        self,
+        backend: Backend,
+        convolution: Convolution,
+        values: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        channels_last: bool,
+        prefer: str,
+    ) -> Tensor:
+        """y, contiguous or channels-last."""
+        if pays_densely(backend, "forward", convolution, values.numel(), x, channels_last, prefer):
+            y = self._dense(backend, convolution).forward(values, x, bias)
+            return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        return backend.convolutions.forward(self._plans(backend, convolution, x.dtype), values, x, bias, channels_last)
+
+    def dx(
+        self,
+        backend: Backend,
+        convolution: Convolution,
+        values: Tensor,
+        dy: Tensor,
+        channels_last: bool,
+        prefer: str,
+    ) -> Tensor:
+        """The gradient of x, contiguous or channels-last."""
+        if pays_densely(backend, "dx", convolution, values.numel(), dy, channels_last, prefer):
+            shape = torch.Size((dy.shape[0], convolution.in_channels, *convolution.size))
+            return self._dense(backend, convolution).dx(values, dy, shape, channels_last)
+        return backend.convolutions.dx(self._plans(backend, convolution, dy.dtype), values, dy, channels_last)
+
+    def dvalues(self, backend: Backend, convolution: Convolution, dy: Tensor, x: Tensor, prefer: str) -> Tensor:
+        """The gradient of the values."""
+        if pays_densely(backend, "dvalues", convolution, self._pattern.nnz, x, is_channels_last(x), prefer):
+            return self._dense(backend, convolution).dvalues(dy, x)
+        return backend.convolutions.dvalues(self._plans(backend, convolution, x.dtype), dy, x)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the plans and bitmaps."""
+        return sum(made.bytes for made in self._made.values())
+
+    def _plans(self, backend: Backend, convolution: Convolution, dtype: torch.dtype) -> Any:
+        own = self._pattern
+        return self._once(
+            (backend.name, convolution, dtype),
+            lambda: backend.convolutions.prepare(own.crow_indices, own.col_indices, convolution, dtype),
+        )
+
+    def _dense(self, backend: Backend, convolution: Convolution) -> DenseConvolution:
+        return self._once(
+            (backend.name, convolution, "dense"), lambda: DenseConvolution(backend, self._pattern, convolution)
+        )
+
+    def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+            if len(self._made) > KEPT:
+                self._made.popitem(last=False)
+        self._made.move_to_end(key)
+        return self._made[key]
+
+
+def is_channels_last(images: Tensor) -> bool:
+    """Whether `nn.Conv2d` would answer these images [images, channels, height, width] channels-last."""
+    return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
