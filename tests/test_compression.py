@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -138,6 +139,30 @@ def test_folder_of_sparse_layers_is_no_checkpoint(checkpoints: dict[str, Path], 
     offpath.save(model, tmp_path / "sparse" / "model.safetensors")
     with pytest.raises(RunError, match=r"are missing: .* is for `offpath bench`"):
         open_pretrained(str(tmp_path / "sparse"))
+
+
+def test_bitmasks_of_llm_compressor_are_read(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "bitmasks"
+    shutil.copytree(checkpoints["llama"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    weight = tensors.pop(f"{name}.weight")
+    mask = weight > weight.quantile(0.7)
+    bits = torch.from_numpy(numpy.packbits(mask.numpy(), axis=-1, bitorder="little"))
+    counts = mask.sum(1)
+    parts = {"compressed": weight[mask], "bitmask": bits, "shape": torch.tensor(weight.shape)}
+    parts["row_offsets"] = counts.cumsum(0) - counts
+    tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "sparse-bitmask"}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = open_pretrained(str(folder)).model.state_dict()
+    dense = open_pretrained(str(checkpoints["llama"])).model.state_dict()
+    assert torch.equal(found.pop(f"{name}.weight"), torch.where(mask, weight, 0))
+    assert all(torch.equal(tensor, dense[key]) for key, tensor in found.items())
 
 
 # --- texts as inputs

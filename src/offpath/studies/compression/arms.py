@@ -106,9 +106,10 @@ class Arms:
     def _trained(self, sparsity: float) -> Pretrained:
         stage = self.config.sparsities.index(sparsity)
         dense = self.open()
+        if self.folder.model_file(sparsity).exists():  # trained, and stopped before it was tested
+            return self._stage(dense, sparsity)
         if stage:
-            model = load(self.folder.model_file(self.config.sparsities[stage - 1]))
-            student = Pretrained(model, dense.tokenizer, dense.decoder, dense.folder)
+            student = self._stage(dense, self.config.sparsities[stage - 1])
         else:
             student = self.open()
             sparsify(student.model, 0, method="magnitude", filter_fn=lambda _, name: is_trained(name))
@@ -131,6 +132,10 @@ class Arms:
         save(run.model, self.folder.model_file(sparsity))
         checkpoint.unlink(missing_ok=True)
         return student
+
+    def _stage(self, dense: Pretrained, sparsity: float) -> Pretrained:
+        model = load(self.folder.model_file(sparsity))
+        return Pretrained(model, dense.tokenizer, dense.decoder, dense.folder)
 
     def _teacher(self, dense: Pretrained, ids: list[list[int]]) -> Tensor:
         """The dense model's embeddings of the texts that are trained on, computed once for all stages."""

@@ -32,7 +32,7 @@ class StudyConfig:
     other_pairs: int = 500
     calibration_texts: int = 2048
     train_texts: int = 20_000
-    steps: tuple[int, ...] = (150, 200, 300, 1600)
+    steps: tuple[int, ...] = (150, 200, 300, 1000)
     batch_size: int = 64
     learning_rate: float = 1e-3
     update_freq: int = 10

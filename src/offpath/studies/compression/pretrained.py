@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
+from offpath.convert import decompress_bitmasks
 from offpath.studies.config import RunError
 
 CONFIG = "config.json"
@@ -79,8 +80,16 @@ def open_pretrained(place: str) -> Pretrained:
     with quiet(), readable(folder):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         kind = _class(transformers, config, folder)
+        state = _bitmask_state(folder)
+        if state is not None:
+            del config.quantization_config  # that is what the bitmasks were
         model, found = kind.from_pretrained(
-            folder, config=config, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            None if state else folder,
+            config=config,
+            state_dict=state,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
         tokenizer = open_tokenizer(folder)
     if found["missing_keys"]:
@@ -90,6 +99,18 @@ def open_pretrained(place: str) -> Pretrained:
             f"{', '.join(missing[:3])}...; a folder that `offpath compress` made is for `offpath bench`"
         )
     return Pretrained(model.float().eval(), tokenizer, kind.__name__.endswith(DECODERS), folder)
+
+
+def _bitmask_state(folder: Path) -> dict[str, Tensor] | None:
+    """The weights of a checkpoint of llm-compressor's format "sparse-bitmask", written out; None for any other."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            if not tensors and not any(name.endswith(".bitmask") for name in names):
+                return None
+            tensors |= {name: file.get_tensor(name) for name in names}
+    return decompress_bitmasks(tensors) if tensors else None
 
 
 def _class(transformers: Any, config: Any, folder: Path) -> Any:
