@@ -14,7 +14,7 @@ CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h tests/sanitize/*.cpp tests/sanitiz
 
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help demo crossover study readme test lint sanitize bars bench format dev clean
+.PHONY: help demo crossover study minilm readme test lint sanitize bars bench format dev clean
 
 help:
 	@echo "make demo       train a dense network and its sparse twin side by side, on real images (4 minutes the first time, most of them compiling)"
@@ -22,6 +22,7 @@ help:
 	@echo "make crossover  measure from which sparsity on a layer pays here, for docs/crossover and the README (8 minutes)"
 	@echo "make study      train every arm of docs/studies/topology.md with three seeds (hours; stop it, and it goes on):"
 	@echo "                make study DATA='--data cifar10=cifar-10-python.tar.gz --data tinyshakespeare=input.txt'"
+	@echo "make minilm     prune MiniLM, train it a little and measure it, for docs/studies/minilm.md (half an hour; it can be stopped)"
 	@echo "make test       lint, types and all tests (20 minutes the first time)"
 	@echo "make lint       formatting, lint and types alone"
 	@echo "make sanitize   the C++ core under AddressSanitizer, UBSan and ThreadSanitizer (10 minutes)"
@@ -47,6 +48,11 @@ crossover: $(VENV)/.installed
 study: $(VENV)/.installed
 	$(BIN)/offpath study topology $(DATA) --out runs/study-topology
 	$(BIN)/python docs/update_study.py
+
+# The same; WordNet's nouns come with a package of the system.
+minilm: $(VENV)/.installed
+	$(BIN)/offpath study minilm --out runs/study-minilm
+	$(BIN)/python docs/update_minilm.py
 
 test: lint
 	$(BIN)/python -m pytest

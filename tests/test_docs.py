@@ -7,11 +7,15 @@ import importlib
 import json
 import pkgutil
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import offpath
+from offpath.studies.compression.result import StudyResult as MiniLMResult
+from offpath.studies.compression.tables import docs_block as minilm_block
 from offpath.studies.crossover import CrossoverResult
 from offpath.studies.crossover.tables import crossover_block
 from offpath.studies.race import RaceResult
@@ -52,11 +56,20 @@ def test_break_evens_of_the_readme_are_those_of_the_committed_crossover() -> Non
     assert f"<!-- crossover -->\n{block}<!-- /crossover -->" in (ROOT / "README.md").read_text()
 
 
-def test_tables_of_the_study_are_those_of_the_committed_result() -> None:
+@pytest.mark.parametrize(
+    ("name", "from_json", "to_block"),
+    [
+        ("topology", StudyResult.from_json, docs_block),
+        ("minilm", MiniLMResult.from_json, minilm_block),
+    ],
+)
+def test_tables_of_a_study_are_those_of_the_committed_result(
+    name: str, from_json: Callable[[dict], Any], to_block: Callable[[Any], str]
+) -> None:
     """Nothing stands there as long as no result is committed."""
     folder = ROOT / "docs" / "studies"
-    page, made = (folder / "topology.md").read_text(), folder / "topology.json"
-    block = docs_block(StudyResult.from_json(json.loads(made.read_text()))) if made.exists() else ""
+    page, made = (folder / f"{name}.md").read_text(), folder / f"{name}.json"
+    block = to_block(from_json(json.loads(made.read_text()))) if made.exists() else ""
     assert f"<!-- study -->\n{block}\n<!-- /study -->" in page
 
 

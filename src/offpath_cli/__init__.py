@@ -12,7 +12,8 @@ import sys
 def main() -> None:
     """Run the command line; without the `cli` extra, say how to get it."""
     try:
-        from offpath_cli.study import app  # late: the extra may not be installed
+        from offpath_cli import compression, study  # noqa: F401 (late: the extra may not be installed; they add commands)
+        from offpath_cli.commands import app
 
         app()
     except ModuleNotFoundError as error:

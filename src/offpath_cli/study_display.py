@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from rich import box
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
-from offpath.studies.topology import StudyResult
-from offpath.studies.topology.tables import tables
+from offpath.studies.table import Table
 from offpath_cli.crossover_display import print_whole
 from offpath_cli.display import Display
 
@@ -38,13 +37,29 @@ class StudyDisplay(Display):
         self.task = self.progress.add_task(description, total=total, now="")
 
 
-def print_study(result: StudyResult, display: StudyDisplay) -> None:
-    """Every table of the study."""
-    for table in tables(result):
-        shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+def print_tables(tables: Iterable[Table], display: Display) -> None:
+    """Every table, under its title."""
+    for table in tables:
+        shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for number, heading in enumerate(table.header):
             shown.add_column(Text(heading), justify="right" if number else "left", no_wrap=True)
         for row in table.rows:
             shown.add_row(*(Text(cell.strip("*"), style="bold" if cell.startswith("**") else "") for cell in row))
         display.console.print(Text(table.title, style="bold"))
         print_whole(shown, display.console)
+
+
+class WatchDisplay(Display):
+    """Watches what goes through phases, each with a bar of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = ""
+
+    def watch(self, what: str, done: int, total: int) -> None:
+        """Show that `done` of `total` parts of `what` are finished."""
+        if what != self.phase:
+            if self.task is not None:
+                self.progress.remove_task(self.task)
+            self.phase, self.task = what, self.progress.add_task(what, total=total)
+        self._show(done)

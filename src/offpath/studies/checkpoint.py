@@ -21,7 +21,7 @@ from torch import Tensor
 
 from offpath.studies.config import RunError
 from offpath.studies.files import write_whole
-from offpath.studies.resumable import Resumable
+from offpath.studies.resumable import Checkpointed
 from offpath.topology import Topology, TopologyError
 
 FORMAT_VERSION = 1
@@ -31,7 +31,7 @@ CHANGEABLE = {"epochs", "data_dir"}
 LAYER_TENSORS = ("unmoved", "explored")
 
 
-def save_checkpoint(run: Resumable, path: Path) -> None:
+def save_checkpoint(run: Checkpointed, path: Path) -> None:
     """Write the whole state of `run` to `path`, atomically."""
     tensors = {f"model/{key}": value for key, value in run.model.state_dict().items()}
     tensors["rng_state"] = run.rng_state
@@ -58,7 +58,7 @@ def save_checkpoint(run: Resumable, path: Path) -> None:
     write_whole(path, lambda beside: save_file(contiguous, beside, metadata=metadata))
 
 
-def load_checkpoint(run: Resumable, path: Path) -> None:
+def load_checkpoint(run: Checkpointed, path: Path) -> None:
     """Put `run` where the checkpoint at `path` left off: read by the first process, and handed to the others.
 
     Raises `RunError` when the file is missing, corrupt, truncated, or belongs to another run.

@@ -11,8 +11,8 @@ from offpath.studies.ranks import Ranks
 from offpath.topology import Topology
 
 
-class Resumable(Protocol):
-    """A run; `meter` is a dataclass of what the current epoch has summed up, `config` has `to_json` and `from_json`."""
+class Checkpointed(Protocol):
+    """What a checkpoint holds; `meter` is a dataclass of sums, `config` has `to_json` and `from_json`."""
 
     step: int
     meter: Any
@@ -37,6 +37,10 @@ class Resumable(Protocol):
     @property
     def ranks(self) -> Ranks:
         """The processes that share its batches."""
+
+
+class Resumable(Checkpointed, Protocol):
+    """A run in epochs; `meter` is what the current one has summed up."""
 
     @property
     def steps_per_epoch(self) -> int:

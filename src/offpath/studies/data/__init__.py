@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from offpath.studies.data.datasets import DATASETS, Dataset, download, load
 from offpath.studies.data.errors import DataError, DataNotFoundError
+from offpath.studies.data.pairs import PAIRS, Pairs, load_pairs
 from offpath.studies.data.spec import ArchiveSpec, IdxSpec, WheelSpec
 
 __all__ = [
     "DATASETS",
+    "PAIRS",
     "ArchiveSpec",
     "DataError",
     "DataNotFoundError",
     "Dataset",
     "IdxSpec",
+    "Pairs",
     "WheelSpec",
     "download",
     "load",
+    "load_pairs",
 ]

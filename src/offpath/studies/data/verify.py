@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from offpath.studies.data.errors import DataError
@@ -33,3 +34,16 @@ def read_verified(path: Path, sha256: str, source: str, next_step: str) -> bytes
     content = gunzip(read_bytes(path, next_step), source, next_step)
     check_sha256(content, sha256, f"{source}, decompressed,", next_step)
     return content
+
+
+def read_known(path: Path, sha256: Mapping[str, str], next_step: str) -> tuple[bytes, str]:
+    """Return the content of `path` and its version, by the table `sha256` of checksums and what they belong to.
+
+    Raises `DataError` for an unreadable file and for one that is in no row of the table.
+    """
+    content = read_bytes(path, next_step)
+    actual = hashlib.sha256(content).hexdigest()
+    if actual not in sha256:
+        versions = " or ".join(sha256.values())
+        raise DataError(f"{path} to be of {versions}", f"SHA-256 {actual} ({len(content)} bytes)", next_step)
+    return content, sha256[actual]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from offpath.studies.table import Row, Table
 from offpath.studies.topology.config import (
     DENSE,
     GMP_,
@@ -29,22 +28,6 @@ COMPARISONS = (
     (RIGL_MEAN, SET_MEAN), (SET_MEAN, None), (RIGL_MEAN, None),
 )  # fmt: skip
 KIB = 1024
-Row = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A heading, the names of the columns, and rows of as many texts."""
-
-    title: str
-    header: Row
-    rows: list[Row]
-
-    def to_markdown(self) -> str:
-        """The table as GitHub Markdown, its title in bold above it."""
-        lines = [f"**{self.title}**", "", "| " + " | ".join(self.header) + " |"]
-        lines += ["|---|" + "---:|" * (len(self.header) - 1)]
-        return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in self.rows])
 
 
 def tables(result: StudyResult) -> list[Table]:

@@ -1,0 +1,83 @@
+"""What a compressed checkpoint came to: the tables of `offpath compress`, and its `report.html`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from offpath.studies.page import write_page
+from offpath.studies.plots import clean, to_svg
+from offpath.studies.table import Row, Table
+
+MB = 1e6
+COLORS = {True: "#d1495b", False: "#8a8f98"}
+
+
+def summary(report: dict[str, Any]) -> Table:
+    """What the whole model takes, before and after."""
+    done, sizes = report["compress"], report["bytes"]
+    swapped = sum(layer["swapped"] for layer in done["layers"])
+    rows: list[Row] = [
+        ("mostly zero layers made sparse", "", f"{swapped} of {len(done['layers'])}", ""),
+        _megabytes("file, before in float32", sizes["dense_float32"], sizes["file"]),
+        _megabytes("memory", done["model_bytes_before"], done["model_bytes_after"]),
+    ]
+    whole = done["end_to_end"]
+    if whole is not None:
+        before, after = whole["dense_seconds"], whole["measured_seconds"]
+        texts, tokens = report["example"]
+        predicted = whole["predicted_seconds"]
+        rows += [
+            (f"{texts} x {tokens} tokens", f"{1e3 * before:.1f} ms", f"{1e3 * after:.1f} ms", f"{before / after:.2f}x"),
+            ("predicted", "", f"{1e3 * predicted:.1f} ms", f"{before / predicted:.2f}x"),
+            (f"outputs differ by (bounds explain {whole['bound']:.1e})", "", f"{whole['difference']:.1e}", ""),
+        ]
+    return Table("The model", ("", "before", "after", "before / after"), rows)
+
+
+def layers(report: dict[str, Any]) -> Table:
+    """Layer by layer."""
+    rows: list[Row] = [
+        (
+            layer["name"],
+            " x ".join(map(str, layer["shape"])),
+            f"{1 - layer['nnz'] / (layer['shape'][0] * layer['shape'][1]):.2%}",
+            f"{layer['bytes_before']:,}",
+            f"{layer['bytes_after']:,}",
+            layer["reason"],
+        )
+        for layer in report["compress"]["layers"]
+    ]
+    return Table("Layer by layer", ("layer", "shape", "sparsity", "bytes before", "after", ""), rows)
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """Write `report.html` into `folder`. Raises `RunError` when it cannot be written."""
+    write_page(
+        folder / "report.html",
+        "compression/compress.html.jinja",
+        machine=report["machine"],
+        report=report,
+        tables=[summary(report), layers(report)],
+        figures={"time of each layer": to_svg(_times(report), salt="times")} if report["compress"]["layers"] else {},
+    )
+
+
+def _megabytes(name: str, before: int, after: int) -> tuple[str, str, str, str]:
+    return name, f"{before / MB:.1f} MB", f"{after / MB:.1f} MB", f"{before / after:.2f}x"
+
+
+def _times(report: dict[str, Any]) -> Figure:
+    """A bar for each layer: how many times as fast it is sparse, over all calls that were measured."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for place, layer in enumerate(report["compress"]["layers"]):
+        dense = sum(m["calls"] * m["dense_seconds"] for m in layer["measured"])
+        sparse = sum(m["calls"] * m["sparse_seconds"] for m in layer["measured"])
+        axes.bar(place, dense / sparse, color=COLORS[layer["swapped"]])
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xlabel="layer", ylabel="dense time / sparse time", title="time of each layer (grey: left dense)")
+    clean(axes)
+    return figure
