@@ -465,4 +465,5 @@ def test_architectures_that_are_not_what_the_file_holds_are_refused(forged: Forg
     forged.header["model"] = model
     with pytest.raises(StorageError):
         offpath.load(forged.write())
+    assert torch.is_grad_enabled()  # constructors turn it off for a while
     offpath.load(forged.path, _dense())  # whoever knows the architecture needs no description

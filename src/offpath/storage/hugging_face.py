@@ -99,16 +99,18 @@ class _Frugally(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.calls_left -= 1
         in_place = func.__name__.endswith("_") and not func.__name__.endswith("__")
         written = kwargs.get("tensor", args[0] if args else None) if in_place else None
         if isinstance(written, nn.Parameter) or func in _DRAWING:
             return written
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor) and func is not torch.empty:
-            self.bytes_left -= result.nbytes
-        if self.calls_left < 0 or self.bytes_left < 0:
-            raise StorageError("a model that is larger than the file")
+        # Only where tensors are made: torch.no_grad switches by calls that come here as well, and one that raised would
+        # never switch back.
+        if isinstance(result, Tensor):
+            self.calls_left -= 1
+            self.bytes_left -= 0 if func is torch.empty else result.nbytes
+            if self.calls_left < 0 or self.bytes_left < 0:
+                raise StorageError("a model that is larger than the file")
         return result
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+import statistics
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from offpath.convert.compress.candidates import Candidate
 from offpath.convert.compress.example import Example, Input, evaluating
 from offpath.convert.compress.measure import Trial, in_rotation
+from offpath.convert.compress.passes import in_passes
 from offpath.convert.compress.report import Measured
 from offpath.convert.compress.verify import check_layer
 from offpath.convert.compress.weights import CONVOLUTIONS, Dense, stand_in
@@ -27,11 +29,11 @@ Sparse = SparseLinear | Int8SparseLinear | SparseConv1d | SparseConv2d
 
 @dataclass(eq=False)
 class Contest:
-    """One layer: `inputs` are what it is timed with, and how many such calls a pass makes."""
+    """One layer: `calls` are what it is timed with; with an example, in the order in which a pass brings them."""
 
     candidate: Candidate
     sparse: Sparse
-    inputs: Counter[Input]
+    calls: list[Input]
     measured: list[Measured] = field(default_factory=list)
 
     @property
@@ -75,40 +77,49 @@ def contests(
     for done, candidate in enumerate(reached):
         dense = stand_in(candidate.module, candidate.name)
         if candidate.module in seen:
-            inputs = Counter(seen[candidate.module])
+            calls = seen[candidate.module]
         else:
             tokens = (LATENCY_TOKENS, THROUGHPUT_TOKENS) if batch is None else (batch,)
             assert isinstance(dense, nn.Linear)
-            inputs = Counter(Input((t, dense.in_features), dense.weight.dtype) for t in tokens)
-        found.append(Contest(candidate, _checked(candidate.name, dense, inputs, precision), inputs))
+            calls = [Input((t, dense.in_features), dense.weight.dtype) for t in tokens]
+        found.append(Contest(candidate, _checked(candidate.name, dense, calls, precision), calls))
         progress(done + 1, 2 * len(reached))
     return found, missed
 
 
 def measure(model: nn.Module, example: Example | None, entered: Sequence[Contest], progress: Progress) -> float:
-    """Time every layer with every input of its; returns the seconds of a pass of the example in turns with them.
+    """Time every layer with every input of its; returns the seconds of a dense pass of the example, 1 without one.
 
-    Layers that have an n-th input are timed together, in the model's order.
+    Layers of one key are expected to take the same time: each gets the median of theirs.
     """
-    stages = max((len(contest.inputs) for contest in entered), default=0)
-    made: dict[Input, Tensor] = {}
-    whole_seconds = 1.0  # nothing is to be compared with it
+    if not entered:
+        return 1.0
+    tick = partial(_tick, progress, len(entered))
+    if example is None:
+        return _measure_in_rotation(model, entered, tick)
+    passes = in_passes(example, {contest.dense: contest.sparse for contest in entered}, BUDGET_SECONDS, tick)
+    of_key: dict[Hashable, list[tuple[float, float]]] = defaultdict(list)
+    for contest in entered:
+        times = zip(contest.calls, passes.dense[contest.dense], passes.sparse[contest.dense], strict=True)
+        for seen, dense, sparse in times:
+            of_key[contest.key(seen)].append((dense, sparse))
+    for contest in entered:
+        for seen, count in Counter(contest.calls).items():
+            dense, sparse = map(statistics.median, zip(*of_key[contest.key(seen)], strict=True))
+            contest.measured.append(Measured(_positions(contest, seen), count, dense, sparse))
+    return passes.rest_seconds + sum(m.calls * m.dense_seconds for contest in entered for m in contest.measured)
+
+
+def _measure_in_rotation(model: nn.Module, entered: Sequence[Contest], tick: Callable[[float], object]) -> float:
+    """Layers that have an n-th input are timed together, in the model's order."""
+    stages = len(entered[0].calls)
     for stage in range(stages):
-        playing = [contest for contest in entered if len(contest.inputs) > stage]
-        chosen = [list(contest.inputs.items())[stage] for contest in playing]
-        trials = []
-        for contest, (seen, _) in zip(playing, chosen, strict=True):
-            if seen not in made:
-                made[seen] = seen.random()
-            trials.append(Trial(contest.key(seen), contest.dense, contest.sparse, made[seen]))
-        also = example.run if example is not None and stage == 0 else _nothing
-        tick = partial(_tick, progress, len(entered), stage, stages)
+        trials = [Trial(c.key(c.calls[stage]), c.dense, c.sparse, c.calls[stage].random()) for c in entered]
         with evaluating(model):
-            rotation = in_rotation(trials, BUDGET_SECONDS, also, tick)
-        for contest, (seen, calls), seconds in zip(playing, chosen, rotation.trials, strict=True):
-            contest.measured.append(Measured(_positions(contest, seen), calls, *seconds))
-        whole_seconds = rotation.also_seconds if stage == 0 else whole_seconds
-    return whole_seconds
+            times = in_rotation(trials, BUDGET_SECONDS, partial(_tick_of_stage, tick, stage, stages))
+        for contest, seconds in zip(entered, times, strict=True):
+            contest.measured.append(Measured(_positions(contest, contest.calls[stage]), 1, *seconds))
+    return 1.0
 
 
 def _positions(contest: Contest, seen: Input) -> int:
@@ -117,7 +128,7 @@ def _positions(contest: Contest, seen: Input) -> int:
     return math.prod(seen.shape) // max(channels or seen.shape[-1], 1)
 
 
-def _checked(name: str, dense: Dense, inputs: Counter[Input], precision: str | None) -> Sparse:
+def _checked(name: str, dense: Dense, calls: Sequence[Input], precision: str | None) -> Sparse:
     layer: Sparse
     meant = dense
     if isinstance(dense, nn.Conv2d):
@@ -130,14 +141,14 @@ def _checked(name: str, dense: Dense, inputs: Counter[Input], precision: str | N
             layer = Int8SparseLinear.from_sparse(layer)
             # What int8 weights stand for is not quite what the dense ones do.
             meant = layer.to_sparse(torch.float64).to_dense()
-    for seen in inputs:
+    for seen in dict.fromkeys(calls):
         check_layer(name, meant, layer, seen.random())
     return layer
 
 
-def _nothing() -> None:
-    pass
+def _tick(progress: Progress, layers: int, share: float) -> None:
+    progress(layers + int(layers * share), 2 * layers)
 
 
-def _tick(progress: Progress, layers: int, stage: int, stages: int, share: float) -> None:
-    progress(layers + int(layers * (stage + share) / stages), 2 * layers)
+def _tick_of_stage(tick: Callable[[float], object], stage: int, stages: int, share: float) -> None:
+    tick((stage + share) / stages)

@@ -61,18 +61,24 @@ class Example:
     def run(self) -> Any:
         """What the model returns, in evaluation mode, so that it neither drops anything out nor keeps statistics."""
         with evaluating(self.model):
-            return self.model(*self.args, **self.kwargs)
+            return self.call()
+
+    def call(self) -> Any:
+        """What the model returns in whatever mode it is."""
+        return self.model(*self.args, **self.kwargs)
 
     def outputs(self) -> list[Tensor]:
         """The floating-point tensors that the model returns."""
         return [t for t in _tensors(self.run()) if t.is_floating_point()]
 
+    @torch.no_grad()
     def seconds(self) -> float:
         """Time of a call that follows another one."""
-        self.run()
-        start = time.perf_counter()
-        self.run()
-        return time.perf_counter() - start
+        with evaluating(self.model):
+            self.call()
+            start = time.perf_counter()
+            self.call()
+            return time.perf_counter() - start
 
     def inputs(self, modules: Iterable[nn.Module]) -> dict[nn.Module, list[Input]]:
         """The input of each call of each module; without those that are not called."""

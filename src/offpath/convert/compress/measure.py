@@ -30,47 +30,40 @@ class Trial:
     x: Tensor
 
 
-@dataclass(frozen=True)
-class Rotation:
-    """Seconds of a call: (dense, sparse) of each trial, and of what else was called in every round."""
-
-    trials: tuple[tuple[float, float], ...]
-    also_seconds: float
-
-
 @torch.no_grad()
 def in_rotation(
     trials: Sequence[Trial],
     budget_seconds: float,
-    also: Callable[[], object] = lambda: None,
     tick: Callable[[float], object] = lambda share: None,
     clock: Callable[[], float] = time.perf_counter,
-) -> Rotation:
-    """The shortest time of each call: what disturbs a machine makes it longer, never shorter.
+) -> list[tuple[float, float]]:
+    """The shortest seconds of a call, (dense, sparse) of each trial: what disturbs a machine makes it longer only.
 
-    Trials of one key get the median of theirs. In a round, all dense layers run once in their order, so do all sparse
-    ones, and so does `also`. A layer alone, called again and again, would find its weights in the cache, where a
-    model's other layers leave no room for them. After one round to warm up come as many as fit the budget, but at
-    least 5. `tick` gets the share that is done.
+    Trials of one key get the median of theirs. In a round, all dense layers run once in their order, and so do all
+    sparse ones. A layer alone, called again and again, would find its weights in the cache, where a model's other
+    layers leave no room for them. After one round to warm up come as many as fit the budget, but at least 5. `tick`
+    gets the share that is done.
     """
     calls: dict[str, Callable[[], list[float]]] = {
         "dense": lambda: _seconds([partial(trial.dense, trial.x) for trial in trials], clock),
         "sparse": lambda: _seconds([partial(trial.sparse, trial.x) for trial in trials], clock),
-        "also": lambda: _seconds([also], clock),
     }
     start = clock()
     for call in calls.values():
         call()
-    rounds = math.ceil(budget_seconds / max(clock() - start, 1e-6))
-    rounds = min(max(rounds, MIN_ROUNDS), MAX_ROUNDS)
+    rounds = rounds_that_fit(budget_seconds, clock() - start)
     samples: dict[str, list[list[float]]] = {name: [] for name in calls}
     for number in range(rounds):
         for name in list(calls)[:: -1 if number % 2 else 1]:
             samples[name].append(calls[name]())
         tick((number + 1) / rounds)
     dense, sparse = (_by_key(trials, samples[name]) for name in ("dense", "sparse"))
-    pairs = tuple((dense[trial.key], sparse[trial.key]) for trial in trials)
-    return Rotation(pairs, min(seconds for (seconds,) in samples["also"]))
+    return [(dense[trial.key], sparse[trial.key]) for trial in trials]
+
+
+def rounds_that_fit(budget_seconds: float, seconds_of_one: float) -> int:
+    """How many rounds to measure: the more, the shorter they are."""
+    return min(max(math.ceil(budget_seconds / max(seconds_of_one, 1e-6)), MIN_ROUNDS), MAX_ROUNDS)
 
 
 def _seconds(calls: Sequence[Callable[[], object]], clock: Callable[[], float]) -> list[float]:

@@ -1,0 +1,103 @@
+"""Dense and sparse layers timed where they stand, in whole passes of the model on the example."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from offpath.convert.compress.example import Example, evaluating
+from offpath.convert.compress.measure import rounds_that_fit
+from offpath.convert.swap import swap_modules
+
+Seconds = dict[nn.Module, list[float]]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Seconds of each call of each layer in its order, by the dense layer; and of all else in a pass."""
+
+    rest_seconds: float
+    dense: Seconds
+    sparse: Seconds
+
+
+@torch.no_grad()
+def in_passes(
+    example: Example,
+    replacements: Mapping[nn.Module, nn.Module],
+    budget_seconds: float,
+    tick: Callable[[float], object],
+) -> Passes:
+    """Time each layer of `replacements` and its sparse one, which stands in the model for every second pass.
+
+    There each layer finds the caches as the layers before it leave them. After one round to warm up come as many as fit
+    the budget; all times are medians. The model has its dense layers again afterwards, whatever happens.
+    """
+    back = {sparse: dense for dense, sparse in replacements.items()}
+    rest: list[float] = []
+    dense: dict[nn.Module, list[list[float]]] = defaultdict(list)
+    sparse: dict[nn.Module, list[list[float]]] = defaultdict(list)
+
+    def each_once() -> None:
+        whole, seconds = _timed(example, replacements)
+        # What disturbs a pass disturbs its layers: the difference says more than two passes would.
+        rest.append(whole - sum(map(sum, seconds.values())))
+        for module, calls in seconds.items():
+            dense[module].append(calls)
+        try:
+            swap_modules(example.model, replacements)
+            for module, calls in _timed(example, back)[1].items():
+                sparse[back[module]].append(calls)
+        finally:
+            swap_modules(example.model, back)
+
+    start = time.perf_counter()
+    each_once()
+    rounds = rounds_that_fit(budget_seconds, time.perf_counter() - start)
+    for times in (rest, dense, sparse):
+        times.clear()
+    for number in range(rounds):
+        each_once()
+        tick((number + 1) / rounds)
+    return Passes(median(rest), _medians(dense), _medians(sparse))
+
+
+def _timed(example: Example, modules: Mapping[nn.Module, nn.Module]) -> tuple[float, Seconds]:
+    """Seconds of one pass, and of each call of each of these modules in it."""
+    seconds: Seconds = {module: [] for module in modules}
+    with evaluating(example.model), _stopwatches(seconds):
+        start = time.perf_counter()
+        example.call()
+        return time.perf_counter() - start, seconds
+
+
+@contextmanager
+def _stopwatches(seconds: Seconds) -> Iterator[None]:
+    started: dict[nn.Module, float] = {}
+
+    def start(module: nn.Module, args: Any) -> None:
+        started[module] = time.perf_counter()
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        seconds[module].append(time.perf_counter() - started[module])
+
+    handles = []
+    try:
+        for module in seconds:
+            handles += [module.register_forward_pre_hook(start), module.register_forward_hook(stop, prepend=True)]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _medians(rounds: Mapping[nn.Module, list[list[float]]]) -> Seconds:
+    return {module: [median(calls) for calls in zip(*passes, strict=True)] for module, passes in rounds.items()}
