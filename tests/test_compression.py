@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +14,7 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import offpath
 from offpath.studies import RunError
@@ -32,6 +30,8 @@ from offpath.studies.compression.quality import (
 )
 from offpath.studies.compression.tokens import calibration_inputs, read_lines, text_windows, token_ids
 from offpath.studies.data import DataError, load_pairs
+from offpath_cli import compression  # noqa: F401 (it adds its commands)
+from offpath_cli.commands import app
 from tiny_transformers import tiny_checkpoint
 
 # One thread: tiny layers wait more for each other than they compute.
@@ -43,12 +43,6 @@ SPARSITY = 0.9
 
 def _unwatched(what: str, done: int, total: int) -> None:
     pass
-
-
-def _offpath(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from offpath_cli import main; main()", *map(str, arguments)]
-    settings = {"COLUMNS": "160", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=os.environ | settings | environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -397,12 +391,18 @@ def test_bench_refuses_what_does_not_fit(
 # --- as a user types them
 
 
-def test_the_commands(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
+def test_the_commands(
+    checkpoints: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_module("offpath.studies.compression.bench"), "QUICK_SECONDS", 0.1)
+    monkeypatch.setenv("COLUMNS", "160")
     out = tmp_path / "out"
-    options = ["--sparsity", "0.9", "--method", "wanda", "--data", text, "--quick", "--out", out]
-    made = _offpath("compress", checkpoints["bert"], *options)
-    assert made.returncode == 0, made.stderr
-    assert "before / after" in made.stdout and f"offpath bench {out}" in made.stdout
-    benched = _offpath("bench", out, "--quick")
-    assert benched.returncode == 0, benched.stderr
-    assert "dense, bfloat16" in benched.stdout and (out / "bench" / "report.html").is_file()
+    options = ["--sparsity", "0.9", "--method", "wanda", "--data", str(text), "--quick", "--out", str(out)]
+    made = CliRunner().invoke(app, ["compress", str(checkpoints["bert"]), *options])
+    assert made.exit_code == 0, made.output
+    assert "before / after" in made.output and f"offpath bench {out}" in made.output
+    benched = CliRunner().invoke(app, ["bench", str(out), "--quick"])
+    assert benched.exit_code == 0, benched.output
+    assert "dense, bfloat16" in benched.output and (out / "bench" / "report.html").is_file()
+    again = CliRunner().invoke(app, ["compress", str(checkpoints["bert"]), *options])
+    assert again.exit_code == 1 and again.stderr.count("\n") == 1 and "new or empty folder" in again.stderr
