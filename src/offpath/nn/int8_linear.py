@@ -21,9 +21,9 @@ class Int8SparseLinear(SparseWeightModule):
 
     Input [..., in_features], output [..., out_features] in the dtype of the input: float32, float64 or bfloat16. It
     computes with the activations as they are (weights alone are quantised), sums in float32 at least, and multiplies
-    the sum by the row's scale; in bfloat16 both may be rounded before the bias is added. It holds buffers and no parameters: `values` int8 [nnz], `scales` float32 [out_features]
-    (in any dtype of the model) and `bias` [out_features]. The topology travels with the `state_dict` as `crow_indices`
-    and `col_indices`.
+    the sum by the row's scale; in bfloat16 both may be rounded before the bias is added. It holds buffers and no
+    parameters: `values` int8 [nnz], `scales` float32 [out_features] (in any dtype of the model) and `bias`
+    [out_features]. The topology travels with the `state_dict` as `crow_indices` and `col_indices`.
 
     Made by `from_sparse`; built by its sizes, it has the connections of `pattern` (none by default) with zero values
     and waits for a checkpoint. Raises `RuntimeError` for an input that requires a gradient.

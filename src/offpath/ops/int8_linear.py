@@ -28,8 +28,9 @@ def int8_linear(
     `x` [..., in] and `bias` [out] (or None) in one floating dtype, `values` int8 [nnz], `scales` float32 [out];
     `crow_indices` int32 [out + 1], `col_indices` int32 [nnz]. Returns a contiguous [..., out] in the dtype of x. Sums
     are taken of values * x as they are, in float32 at least, and then multiplied by the row's scale; in bfloat16, the
-    sum and its product with the scale may each be rounded before the bias is added. With `activations="int8"`, each token of x is rounded to whole numbers of a 127th of its largest magnitude first, and
-    sums are exact; which inputs a token shares a scale with changes its numbers, as in torch.ao's dynamic quantisation.
+    sum and its product with the scale may each be rounded before the bias is added. With `activations="int8"`, each
+    token of x is rounded to whole numbers of a 127th of its largest magnitude first, and sums are exact; which inputs a
+    token shares a scale with changes its numbers, as in torch.ao's dynamic quantisation.
     Raises `RuntimeError` where a gradient is asked for, `KernelError` and `PatternError` for operands that do not fit.
 
     >>> crow_indices, col_indices = torch.tensor([0, 2, 3]).int(), torch.tensor([0, 2, 1]).int()
