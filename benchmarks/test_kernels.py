@@ -42,9 +42,11 @@ def _shapes(product: Product) -> tuple[tuple[int, int, int], ...]:
     return SHAPES if for_many_tokens else (*SHAPES, ONE_TOKEN)
 
 
+# Products of int8 values have other rivals: benchmarks/int8.py.
 CASES = [
     pytest.param(product, *shape, id="-".join(map(str, (product.name, *shape))))
     for product in PRODUCTS
+    if "int8" not in product.name
     for shape in _shapes(product)
 ]
 
