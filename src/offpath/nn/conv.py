@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from offpath import pattern as patterns
 from offpath.nn.autocast import under_autocast
-from offpath.nn.sparse_weight import SparseWeightModule
+from offpath.nn.sparse_weight import CsrWeightModule
 from offpath.ops import PREFERENCES, sparse_conv2d, sparse_linear
 from offpath.pattern import Pattern
 
@@ -18,11 +18,10 @@ Ints = int | tuple[int, ...]
 _Conv = TypeVar("_Conv", bound="_SparseConv")
 
 
-class _SparseConv(SparseWeightModule):
+class _SparseConv(CsrWeightModule):
     """What convolutions of one and two dimensions share. As a matrix, the weight has a row for each output channel."""
 
     sides = ("out_channels", "in_channels / groups x kernel")
-    index_names = ("crow_indices", "col_indices")
     dimensions: ClassVar[int]
     dense_class: ClassVar[Any]
 
@@ -117,16 +116,6 @@ class _SparseConv(SparseWeightModule):
     def _is_pointwise(self) -> bool:
         ones = math.prod((*self.kernel_size, *self.stride, self.groups)) == 1
         return ones and not any((*self._pads[0], *self._pads[1]))
-
-    @property
-    def crow_indices(self) -> Tensor:
-        """Where each output channel's connections begin, int32 [out_channels + 1]: a copy."""
-        return self._connections.crow_indices.clone()
-
-    @property
-    def col_indices(self) -> Tensor:
-        """Input channel of the group x kernel position of each connection, int32 [nnz]: a copy."""
-        return self._connections.col_indices.clone()
 
     @classmethod
     def from_dense(cls: type[_Conv], conv: Any, pattern: Pattern | None = None) -> _Conv:

@@ -11,12 +11,12 @@ from offpath import pattern as patterns
 from offpath.nn.autocast import input_under_autocast
 from offpath.nn.linear import SparseLinear
 from offpath.nn.quantise import quantise_rows
-from offpath.nn.sparse_weight import SparseWeightModule
+from offpath.nn.sparse_weight import CsrWeightModule
 from offpath.ops import ACTIVATIONS, PREFERENCES, Connections, int8_linear
 from offpath.pattern import Pattern
 
 
-class Int8SparseLinear(SparseWeightModule):
+class Int8SparseLinear(CsrWeightModule):
     """A sparse linear layer of int8 values with one float32 scale for each output: W[r, c] = scales[r] * values[s].
 
     Input [..., in_features], output [..., out_features] in the dtype of the input: float32, float64 or bfloat16. It
@@ -38,7 +38,6 @@ class Int8SparseLinear(SparseWeightModule):
     """
 
     sides = ("out", "in")
-    index_names = ("crow_indices", "col_indices")
     value_names = ("values", "scales")
     values: Tensor  # type: ignore[assignment]  # a buffer here
     scales: Tensor
@@ -93,16 +92,6 @@ class Int8SparseLinear(SparseWeightModule):
             self.prefer,
             self.activations,
         )
-
-    @property
-    def crow_indices(self) -> Tensor:
-        """Where each row's connections begin, int32 [out_features + 1]: a copy."""
-        return self._connections.crow_indices.clone()
-
-    @property
-    def col_indices(self) -> Tensor:
-        """The input of each connection, int32 [nnz]: a copy."""
-        return self._connections.col_indices.clone()
 
     @classmethod
     def from_sparse(cls, layer: SparseLinear, activations: str = "float") -> Int8SparseLinear:

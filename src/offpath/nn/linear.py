@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from offpath import pattern as patterns
 from offpath.nn.autocast import under_autocast
-from offpath.nn.sparse_weight import SparseWeightModule
+from offpath.nn.sparse_weight import CsrWeightModule
 from offpath.ops import PREFERENCES, Explanation, explain, sparse_linear
 from offpath.pattern import Pattern
 
 
-class SparseLinear(SparseWeightModule):
+class SparseLinear(CsrWeightModule):
     """A linear layer that stores and computes only the connections of its pattern.
 
     Input [..., in_features], output [..., out_features], float32, float64 or bfloat16. Its parameters are `values`
@@ -36,7 +36,6 @@ class SparseLinear(SparseWeightModule):
     """
 
     sides = ("out", "in")
-    index_names = ("crow_indices", "col_indices")
 
     def __init__(
         self,
@@ -85,16 +84,6 @@ class SparseLinear(SparseWeightModule):
         True
         """
         return explain(self.values, (self.out_features, self.in_features), batch, self.prefer)
-
-    @property
-    def crow_indices(self) -> Tensor:
-        """Where each row's connections begin, int32 [out_features + 1]: a copy."""
-        return self._connections.crow_indices.clone()
-
-    @property
-    def col_indices(self) -> Tensor:
-        """The input of each connection, int32 [nnz]: a copy."""
-        return self._connections.col_indices.clone()
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, pattern: Pattern | None = None) -> SparseLinear:

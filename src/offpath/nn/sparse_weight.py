@@ -223,6 +223,22 @@ class SparseWeightModule(nn.Module):
                 unexpected_keys.remove(prefix + name)
 
 
+class CsrWeightModule(SparseWeightModule):
+    """A layer that stores its weight by output."""
+
+    index_names = ("crow_indices", "col_indices")
+
+    @property
+    def crow_indices(self) -> Tensor:
+        """Where each output's connections begin, int32 [number of outputs + 1]: a copy."""
+        return self._connections.crow_indices.clone()
+
+    @property
+    def col_indices(self) -> Tensor:
+        """The column of each connection, int32 [nnz]: a copy."""
+        return self._connections.col_indices.clone()
+
+
 def _density(sparsity: float | None, density: float | None) -> float:
     if density is not None:
         if not 0 < density <= 1:  # also refuses NaN

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from offpath import kernels
 from offpath.kernels import KernelError
-from offpath.ops.library import define, library, nobody_listens
+from offpath.ops.library import as_rows, define, library, nobody_listens
 from offpath.ops.prepared import prepare
 
 ACTIVATIONS = ("float", "int8")
@@ -73,9 +73,8 @@ def _forward(
         )
     backend = kernels.select(x.device.type, x.dtype)
     prepared = prepare(backend, crow_indices, col_indices, (out_features, x.shape[-1]))
-    # Not reshape(-1, ...): the leading size cannot be inferred for a tensor without entries.
-    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    y = prepared.int8_forward(backend, values.contiguous(), scales.contiguous(), rows, bias, prefer, activations)
+    operands = values.contiguous(), scales.contiguous(), as_rows(x), bias
+    y = prepared.int8_forward(backend, *operands, prefer, activations)
     return y.view(*x.shape[:-1], out_features)
 
 

@@ -64,6 +64,12 @@ def _without_forward_mode(name: str, kernel: Callable[..., Any]) -> Callable[...
     return run
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """`x` [..., features] as [tokens, features]."""
+    # Not reshape(-1, ...): the leading size cannot be inferred for a tensor without entries.
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 def nobody_listens(x: Tensor, *operands: Tensor | None) -> bool:
     """Whether the dispatcher would do nothing but call the kernel; the trip through it costs as much as a small layer.
 

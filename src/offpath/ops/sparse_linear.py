@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from offpath import kernels
 from offpath.kernels import KernelError
-from offpath.ops.library import library, nobody_listens, of_one_device
+from offpath.ops.library import as_rows, library, nobody_listens, of_one_device
 from offpath.ops.prepared import prepare
 
 library.define(
@@ -96,7 +96,7 @@ def _forward_keeping(
         )
     backend = kernels.select(x.device.type, x.dtype)
     prepared = prepare(backend, crow_indices, col_indices, (out_features, x.shape[-1]))
-    y, dense = prepared.forward(backend, values, _rows(x), bias, prefer, feature_major and x.dim() == 2, keep_dense)
+    y, dense = prepared.forward(backend, values, as_rows(x), bias, prefer, feature_major and x.dim() == 2, keep_dense)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features), dense
 
 
@@ -107,7 +107,7 @@ def _dx(
     _check_width(dy, crow_indices)
     backend = kernels.select(dy.device.type, dy.dtype)
     shape = (crow_indices.shape[0] - 1, in_features)
-    dx = prepare(backend, crow_indices, col_indices, shape).dx(backend, values, _rows(dy), prefer)
+    dx = prepare(backend, crow_indices, col_indices, shape).dx(backend, values, as_rows(dy), prefer)
     return dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], in_features)
 
 
@@ -115,7 +115,7 @@ def _dvalues(dy: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, p
     _check_gradient_of(x, dy, crow_indices)
     backend = kernels.select(dy.device.type, dy.dtype)
     shape = (crow_indices.shape[0] - 1, x.shape[-1])
-    return prepare(backend, crow_indices, col_indices, shape).dvalues(backend, _rows(dy), _rows(x), prefer)
+    return prepare(backend, crow_indices, col_indices, shape).dvalues(backend, as_rows(dy), as_rows(x), prefer)
 
 
 def _backward(
@@ -133,7 +133,7 @@ def _backward(
     backend = kernels.select(dy.device.type, dy.dtype)
     prepared = prepare(backend, crow_indices, col_indices, (crow_indices.shape[0] - 1, x.shape[-1]))
     dx, dvalues, dbias = prepared.backward(
-        backend, values, _rows(dy), _rows(x), prefer, feature_major and x.dim() == 2, dense
+        backend, values, as_rows(dy), as_rows(x), prefer, feature_major and x.dim() == 2, dense
     )
     return dx if x.dim() == 2 else dx.view(x.shape), dvalues, dbias
 
@@ -159,11 +159,6 @@ def _check_gradient_of(x: Tensor, dy: Tensor, crow_indices: Tensor) -> None:
             f"expected dy and x of one dtype and the same leading dimensions, got {dy.dtype} {tuple(dy.shape)} "
             f"and {x.dtype} {tuple(x.shape)}"
         )
-
-
-def _rows(x: Tensor) -> Tensor:
-    # Not reshape(-1, ...): the leading size cannot be inferred for a tensor without entries.
-    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -197,7 +192,7 @@ class _SparseLinear(torch.autograd.Function):
                 gradients = _ops.sparse_linear_backward.default(*operands)
             return *gradients[:2], gradients[2] if wants_dbias else None, None, None, None, None
         dx = dvalues = None
-        dbias = _rows(dy).sum(0) if wants_dbias else None
+        dbias = as_rows(dy).sum(0) if wants_dbias else None
         if wants_dx:
             dx = _ops.sparse_linear_dx.default(dy, values, crow_indices, col_indices, ctx.in_features, ctx.prefer)
         if wants_dvalues:
