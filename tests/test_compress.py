@@ -8,6 +8,8 @@ import io
 import json
 import math
 import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,6 +213,19 @@ def test_nothing_that_is_mostly_zero_is_a_clear_report() -> None:
     report = compress(model, example=torch.randn(2, 96))
     assert report.layers == () and "prune first" in str(report) and _same(before, _snapshot(model))
     assert compress(nn.Sequential(nn.ReLU())).layers == ()
+    whole = report.end_to_end
+    assert whole is not None and whole.dense_seconds == whole.predicted_seconds == whole.measured_seconds
+
+
+def test_a_report_without_layers_advises_only_what_helps() -> None:
+    """Pruning helps neither what is sparse already nor what has no kernel; and int8 embeddings are a change."""
+    model = _model().half()
+    text = str(compress(model))
+    assert "no kernel computes in torch.float16" in text and "prune first" not in text
+    assert "(at least 99.9%); prune first" in str(compress(_model(), min_sparsity=0.999))
+    assert "less than 99.9% of its weights" in str(compress(_model(), min_sparsity=0.999))
+    text = str(compress(nn.Sequential(nn.Embedding(50, 64)), embeddings="int8"))
+    assert "int8 embedding: 0" in text and "nothing was changed" not in text
 
 
 def test_filter_fn_and_min_sparsity_choose() -> None:
@@ -288,11 +303,16 @@ def _wrong_mask(model: nn.Module) -> None:
         (_wrong_mask, {}, ValueError, r"weight_mask of layer '2.0' .* \(64, 128\), got \(3, 3\)"),
         (lambda m: m[0].weight.data.view(-1)[5:6].fill_(math.nan), {}, ValueError, "NaN or infinity in layer '0'"),
         (lambda m: m[0].weight.data.view(-1)[5:6].fill_(-math.inf), {}, ValueError, "NaN or infinity in layer '0'"),
+        (lambda m: m[0].bias.data[5:6].fill_(math.nan), {}, ValueError, "finite bias, got NaN or infinity in layer '0'"),
         (None, {"example": [1, 2]}, TypeError, "got list"),
         (None, {"example": torch.randn(2, 3)}, RuntimeError, "mat1 and mat2"),
         (None, {"example": torch.randn(2, 96), "batch": 1}, ValueError, "got both"),
         (None, {"batch": 0}, ValueError, "at least 1, got 0"),
         (None, {"batch": 2.5}, ValueError, "at least 1, got 2.5"),
+        (None, {"batch": True}, ValueError, "at least 1, got True"),
+        (None, {"min_sparsity": "0.5"}, ValueError, r"in \(0, 1\), got '0.5'"),
+        (None, {"example": torch.randn(0, 96), "goal": "size"}, ValueError, "finite numbers among what the model"),
+        (None, {"example": torch.full((2, 96), math.nan), "goal": "size"}, ValueError, "got none. Check the example"),
         (None, {"min_sparsity": 1.0}, ValueError, "min_sparsity in"),
         (None, {"goal": "best"}, ValueError, "'speed' or 'size', got 'best'"),
         (None, {"precision": "int4"}, ValueError, "None or 'int8', got 'int4'"),
@@ -314,6 +334,70 @@ def test_a_bare_layer_and_what_is_no_module_are_refused() -> None:
         compress(nn.Linear(3, 3))
     with pytest.raises(TypeError, match="got str"):
         compress("model.safetensors")
+
+
+def test_autocast_is_refused_and_inference_mode_leaves_no_trace() -> None:
+    model, x = _model(), torch.randn(3, 96)
+    before = _snapshot(model)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="outside of torch.autocast"):
+        compress(model, example=x)
+    assert _same(before, _snapshot(model))
+    with torch.inference_mode():
+        compress(model, example=x, goal="size")
+    assert type(model[0]) is SparseLinear
+    model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class _Odd(nn.Module):
+    """A sparse layer in a model whose `forward` is given."""
+
+    def __init__(self, forward) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.calls, self._forward = nn.Linear(64, 64), 0, forward
+        _zero(self.layer.weight)
+
+    def forward(self, x: torch.Tensor) -> object:
+        self.calls += 1
+        return self._forward(self, x)
+
+
+@dataclass
+class _Output:
+    y: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda m, x: m.layer(x.add_(1)), "it changes the example in place"),
+        (lambda m, x: m.layer(x) * m.calls, "keeps a state such as a cache"),
+        (lambda m, x: [m.layer(x) for _ in range(m.calls % 3 + 1)][-1], "calls its layers as often"),
+        (lambda m, x: SimpleNamespace(y=m.layer(x)), "finite numbers among what the model returns"),
+    ],
+)
+def test_models_whose_outputs_cannot_be_compared_are_refused(forward, message) -> None:
+    model = _Odd(forward)
+    before = _snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        compress(model, example=torch.randn(5, 64), goal="size")
+    assert _same(before, _snapshot(model))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: nn.functional.dropout(m.layer(x + torch.randn_like(x))),  # in evaluation mode, too
+        lambda m, x: _Output(m.layer(x)),
+        lambda m, x: m.layer(torch.cat([m.layer(x[:0]), m.layer(x)])),  # an expert that gets no token
+    ],
+)
+def test_random_numbers_dataclasses_and_calls_with_nothing_are_no_obstacle(forward) -> None:
+    model = _Odd(forward)
+    report = compress(model, example=torch.randn(5, 64), goal="size")
+    whole = report.end_to_end
+    assert whole is not None and report.swapped and 0 < whole.bound < 1e-4 and whole.difference <= whole.bound
 
 
 class _Wrong(SparseLinear):

@@ -79,5 +79,5 @@ def test_public_functions_have_an_example() -> None:
     nn = offpath.nn
     activations = nn.TopK, nn.BatchTopK, nn.JumpReLU, nn.KWinners, nn.KWinners2d, nn.update_boost_strength
     readers = nn.SparseInputLinear, nn.SparseInputLinear.from_linear, nn.ProductKeyMemory
-    for function in (*public, offpath.prune, *recipes, *activations, *readers):
+    for function in (*public, offpath.prune, offpath.compress, *recipes, *activations, *readers):
         assert ">>>" in (function.__doc__ or ""), function

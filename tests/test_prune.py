@@ -138,7 +138,10 @@ def test_the_report_prints_as_a_table() -> None:
     masks.random_unstructured(model[2], "weight", 0.5)
     text = str(offpath.prune(model, 0.9))
     assert "30 x 20   60    90.00%" in text and "left as it was: 2 (its weight is computed by a mask" in text
-    assert offpath.prune(nn.ReLU()).sparsity == 0.0
+    nothing = offpath.prune(nn.Sequential(nn.LazyLinear(3)))
+    assert nothing.sparsity == 0.0 and str(nothing).startswith("no layer can be pruned: nothing was changed\nleft as")
+    with pytest.raises(TypeError, match="got list"):
+        offpath.prune([model])
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # torch's word on the layer without weights
@@ -214,6 +217,8 @@ X = [torch.zeros(1, 20)]
         ({"sparsity": 1.0}, r"sparsity in \[0, 1\)"),
         ({"sparsity": float("nan")}, r"sparsity in \[0, 1\)"),
         ({"sparsity": -0.1}, r"sparsity in \[0, 1\)"),
+        ({"sparsity": "0.9"}, r"sparsity in \[0, 1\), got '0.9'"),
+        ({"sparsity": torch.tensor(0.5)}, r"sparsity in \[0, 1\), got tensor"),
         ({"method": "best"}, "magnitude, random, wanda, sparsegpt"),
         ({"scope": "row"}, "layer, output, global"),
         ({"distribution": "equal"}, "uniform, erk"),
@@ -226,6 +231,7 @@ X = [torch.zeros(1, 20)]
         ({"method": "sparsegpt", "calibration": X, "blocksize": 0}, "positive number of columns"),
         ({"method": "sparsegpt", "calibration": X, "dampening": 0.0}, "dampening above 0"),
         ({"method": "wanda", "calibration": []}, "at least one batch"),
+        ({"method": "wanda", "calibration": [X[0][:0]]}, "is it empty"),
         ({"method": "wanda", "calibration": X[0]}, "put a single batch into a list"),
         ({"method": "wanda", "calibration": {"x": X[0]}}, "put a single batch into a list"),
         ({"method": "wanda", "calibration": 3}, "got a int"),

@@ -116,3 +116,15 @@ def test_calibrated_pruning_of_a_trained_model_loses_less_on_text_it_has_not_see
             offpath.prune(model, 0.6, method, calibration=None if method == "magnitude" else [seen])
             lost[method] = float((model(unseen).last_hidden_state - dense).norm() / dense.norm())
     assert max(lost["wanda"], lost["sparsegpt"]) < lost["magnitude"], lost
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_what_attention_keeps_dense_stands_in_the_report(method: str) -> None:
+    """It has three quarters of its weights in a parameter of its own, and calls the layer for its outputs never."""
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    report = offpath.prune(model, 0.5, method, [torch.randn(2, 3, 16)] if method == "wanda" else None)
+    reasons = dict(report.skipped)
+    assert "parameters of its own and no layers" in reasons["self_attn"]
+    assert ("reads its weight instead of calling it" in reasons.get("self_attn.out_proj", "")) == (method == "wanda")
+    linears = {layer.name for layer in report.layers} - {"self_attn.out_proj"}
+    assert linears == {"linear1", "linear2"} and (model.linear1.weight == 0).any()

@@ -6,6 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+def percent(share: float) -> str:
+    """As few digits as say what it is.
+
+    >>> percent(0.5), percent(0.999)
+    ('50%', '99.9%')
+    """
+    return f"{100 * share:.6g}%"
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """One converted layer: `shape` is (out, in), the bytes are those of parameters and buffers."""

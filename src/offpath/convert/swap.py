@@ -9,7 +9,7 @@ from torch import nn
 
 # Modules that read `weight` of the layers in them instead of calling them, in a fast path of their own.
 WEIGHT_READERS = (nn.TransformerEncoderLayer,)
-READ_BY_OWNER = f"an {WEIGHT_READERS[0].__name__} reads its weight instead of calling it"
+READ_BY_OWNER = f"a {WEIGHT_READERS[0].__name__} reads its weight instead of calling it"
 
 
 def obstacles(model: nn.Module, kind: type[nn.Module], weight: str) -> dict[nn.Module, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from numbers import Real
 
 Shape = tuple[int, ...]
 
@@ -47,6 +48,6 @@ def layer_densities(shapes: Sequence[Shape], sparsity: float, distribution: str 
     """
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"expected distribution to be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"expected sparsity in [0, 1), got {sparsity}; 0.9 keeps one connection in ten")
+    if not (isinstance(sparsity, Real) and 0 <= sparsity < 1):
+        raise ValueError(f"expected sparsity in [0, 1), got {sparsity!r}; 0.9 keeps one connection in ten")
     return DISTRIBUTIONS[distribution](shapes, 1 - sparsity)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from offpath.convert.compress.report import too_dense
 from offpath.convert.compress.weights import OWN_HOOKS, evaluated, kind_of, unknown_source
 from offpath.convert.swap import READ_BY_OWNER, attachment, parameter_owners, read_by_their_owner
 from offpath.nn.sparse_weight import SparseWeightModule
@@ -34,8 +35,8 @@ def find(
 ) -> tuple[list[Candidate], list[tuple[str, str]]]:
     """The layers of which at least `min_sparsity` is zero, in the model's order; and (name, reason) of the others.
 
-    Raises `ValueError`, naming the layer, for one on another device than the CPU, a mask of the wrong shape, and a
-    weight that is mostly zero and elsewhere NaN or infinite.
+    Raises `ValueError`, naming the layer, for one on another device than the CPU, a mask of the wrong shape, and NaN or
+    infinity in one that is mostly zero.
     """
     owners, read = parameter_owners(model), read_by_their_owner(model)
     found, skipped = [], []
@@ -54,9 +55,10 @@ def find(
             if reason is None:
                 nnz = int(torch.count_nonzero(weight))
                 if nnz > (1 - min_sparsity) * weight.numel():
-                    reason = f"less than {min_sparsity:.0%} of its weights are zero"
+                    reason = too_dense(min_sparsity)
                 else:
                     _check_finite(weight, name)
+                    _check_finite(evaluated(module, name, "bias"), name, "bias")
         if reason is None:
             kind = kind_of(module)
             assert kind is not None
@@ -101,9 +103,9 @@ def _unfit(weight: Tensor, name: str) -> str | None:
     return None
 
 
-def _check_finite(weight: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(weight).all()):
+def _check_finite(tensor: Tensor | None, layer: str, what: str = "weights") -> None:
+    if tensor is not None and not bool(torch.isfinite(tensor).all()):
         raise ValueError(
-            f"expected finite weights, got NaN or infinity in layer {name!r}; mend them, or leave the layer out with "
+            f"expected finite {what}, got NaN or infinity in layer {layer!r}; mend the layer, or leave it out with "
             "filter_fn"
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 
+import torch
 from torch import nn
 
 from offpath.convert.compress.candidates import FilterFn, find
@@ -22,6 +24,7 @@ PRECISIONS = (None, "int8")
 Progress = Callable[[int, int], object]
 
 
+@torch.inference_mode(False)  # parameters that are made in inference mode could not be trained
 def compress(
     model: nn.Module,
     batch: int | None = None,
@@ -53,9 +56,10 @@ def compress(
     more, to measure the kernels. Peak memory: the dense model, the sparse layers beside it, one layer in float64.
 
     Layers that cannot be swapped are in the report with the reason. Raises `ValueError` for a bad argument, a model
-    that is itself such a layer or not on the CPU, a mask of the wrong shape and a mostly zero weight with NaN or
-    infinity; `TypeError` for an example of the wrong kind; `RuntimeError` for results that are not right. Whatever is
-    raised, the model is as it was before.
+    that is itself such a layer or not on the CPU, a mask of the wrong shape, a mostly zero layer with NaN or infinity,
+    a model that does not do the same whenever it is called with the example, and under `torch.autocast`; `TypeError`
+    for an example of the wrong kind; `RuntimeError` for results that are not right. Whatever is raised, the model is as
+    it was before.
 
     >>> from torch.nn.utils import prune
     >>> model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
@@ -119,10 +123,15 @@ def _check_arguments(model: nn.Module, batch: int | None, example: object, min_s
         )
     if batch is not None and example is not None:
         raise ValueError("expected batch= or example=, got both: an example says how many tokens each layer sees")
-    if batch is not None and not (isinstance(batch, int) and batch > 0):
+    if batch is not None and (isinstance(batch, bool) or not (isinstance(batch, int) and batch > 0)):
         raise ValueError(f"expected batch to be a number of tokens, at least 1, got {batch!r}")
-    if not 0 < min_sparsity < 1:
-        raise ValueError(f"expected min_sparsity in (0, 1), got {min_sparsity}")
+    if not (isinstance(min_sparsity, Real) and 0 < min_sparsity < 1):
+        raise ValueError(f"expected min_sparsity in (0, 1), got {min_sparsity!r}")
+    if torch.is_autocast_enabled("cpu"):
+        raise ValueError(
+            "expected compress outside of torch.autocast, in which layers do not compute in the dtype of their "
+            "weights; leave its block, and cast the model with .bfloat16() if that is what it is to compute in"
+        )
 
 
 def _layer(contest: Contest, goal: str, whole_pass: bool) -> CompressedLayer:

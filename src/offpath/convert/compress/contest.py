@@ -97,7 +97,9 @@ def measure(model: nn.Module, example: Example | None, entered: Sequence[Contest
     tick = partial(_tick, progress, len(entered))
     if example is None:
         return _measure_in_rotation(model, entered, tick)
-    passes = in_passes(example, {contest.dense: contest.sparse for contest in entered}, BUDGET_SECONDS, tick)
+    replacements = {contest.dense: contest.sparse for contest in entered}
+    calls = {contest.dense: len(contest.calls) for contest in entered}
+    passes = in_passes(example, replacements, calls, BUDGET_SECONDS, tick)
     of_key: dict[Hashable, list[tuple[float, float]]] = defaultdict(list)
     for contest in entered:
         times = zip(contest.calls, passes.dense[contest.dense], passes.sparse[contest.dense], strict=True)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class Input:
 
     def random(self) -> Tensor:
         """Standard normal numbers, the same for the same shape; leaves torch's global generator alone."""
-        x = torch.randn(*self.shape, generator=torch.Generator().manual_seed(0)).to(self.dtype)
+        x = torch.randn(*self.shape, device="cpu", generator=torch.Generator().manual_seed(0)).to(self.dtype)
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
 
@@ -59,8 +59,12 @@ class Example:
 
     @torch.no_grad()
     def run(self) -> Any:
-        """What the model returns, in evaluation mode, so that it neither drops anything out nor keeps statistics."""
-        with evaluating(self.model):
+        """What the model returns in evaluation mode, so that it neither drops anything out nor keeps statistics.
+
+        Random numbers that it draws all the same are those of each run, and the global generator stays as it was.
+        """
+        with evaluating(self.model), torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(0)
             return self.call()
 
     def call(self) -> Any:
@@ -153,8 +157,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
+        yield from _tensors(list(value.values()))
     elif isinstance(value, (tuple, list)):
         for part in value:
             yield from _tensors(part)
+    elif is_dataclass(value):
+        yield from _tensors([getattr(value, field.name) for field in fields(value)])

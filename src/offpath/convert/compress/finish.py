@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from offpath.convert.compress.example import Example, largest_difference
@@ -22,10 +23,18 @@ def swap_and_compare(
 ) -> EndToEnd:
     """Swap for good, having timed the model with and without in turns.
 
-    Raises `RuntimeError` for outputs that differ by more than the bounds of the layers explain; then, and whatever else
-    is raised, the model has its dense layers.
+    Raises `RuntimeError` for outputs that differ by more than the bounds of the layers explain, and `ValueError` for
+    outputs that cannot be compared; then, and whatever else is raised, the model has its dense layers.
     """
+    if not replacements:
+        seconds = min(example.seconds() for _ in range(ROUNDS))
+        return EndToEnd(seconds, seconds, seconds, 0.0, 0.0)
     outputs = example.outputs()
+    if not any(bool(torch.isfinite(output).any()) for output in outputs):
+        raise ValueError(
+            "expected finite numbers among what the model returns for the example, in tensors, mappings, sequences or "
+            "dataclasses, to compare before and after; got none. Check the example, or give batch= instead"
+        )
     bound = largest_difference(outputs, example.outputs_off_by_the_bound(bounds))
     back = {sparse: dense for dense, sparse in replacements.items()}
     before, after = [], []
@@ -33,6 +42,15 @@ def swap_and_compare(
         swap_modules(example.model, replacements)
         difference = largest_difference(outputs, example.outputs())
         if not difference <= bound:
+            swap_modules(example.model, back)
+            drift = largest_difference(outputs, example.outputs())
+            if drift:
+                raise ValueError(
+                    "expected a model that returns the same whenever it is called with the example, but its dense "
+                    f"layers alone gave outputs that differ by {drift:.3g} of their norm: it changes the example in "
+                    "place, or keeps a state such as a cache. Nothing was changed; leave that out, or give batch= "
+                    "instead"
+                )
             raise RuntimeError(
                 f"the model's outputs on the example differ by {difference:.3g} of their norm, where the bounds of its "
                 f"layers explain {bound:.3g}; nothing was changed. Compress fewer layers at a time, with filter_fn, to "

@@ -33,13 +33,15 @@ class Passes:
 def in_passes(
     example: Example,
     replacements: Mapping[nn.Module, nn.Module],
+    calls: Mapping[nn.Module, int],
     budget_seconds: float,
     tick: Callable[[float], object],
 ) -> Passes:
     """Time each layer of `replacements` and its sparse one, which stands in the model for every second pass.
 
     There each layer finds the caches as the layers before it leave them. After one round to warm up come as many as fit
-    the budget; all times are medians. The model has its dense layers again afterwards, whatever happens.
+    the budget; all times are medians. The model has its dense layers again afterwards, whatever happens. Raises
+    `ValueError` unless each dense layer, or the one in its place, gets its `calls` in every pass.
     """
     back = {sparse: dense for dense, sparse in replacements.items()}
     rest: list[float] = []
@@ -48,16 +50,28 @@ def in_passes(
 
     def each_once() -> None:
         whole, seconds = _timed(example, replacements)
+        check(seconds)
         # What disturbs a pass disturbs its layers: the difference says more than two passes would.
         rest.append(whole - sum(map(sum, seconds.values())))
-        for module, calls in seconds.items():
-            dense[module].append(calls)
+        for module, timed in seconds.items():
+            dense[module].append(timed)
         try:
             swap_modules(example.model, replacements)
-            for module, calls in _timed(example, back)[1].items():
-                sparse[back[module]].append(calls)
+            seconds = {back[module]: timed for module, timed in _timed(example, back)[1].items()}
         finally:
             swap_modules(example.model, back)
+        check(seconds)
+        for module, timed in seconds.items():
+            sparse[module].append(timed)
+
+    def check(seconds: Seconds) -> None:
+        for module, timed in seconds.items():
+            if len(timed) != calls[module]:
+                raise ValueError(
+                    f"expected a model that calls its layers as often whenever it is called with the example, got "
+                    f"{calls[module]} and then {len(timed)} calls of a {type(module).__name__}: it keeps a state, or "
+                    "draws random numbers. Leave that out, or give batch= instead"
+                )
 
     start = time.perf_counter()
     each_once()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from offpath.convert.report import aligned
+from offpath.convert.report import aligned, percent
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,10 @@ class CompressReport:
     def __str__(self) -> str:
         lines = []
         if not self.layers:
+            dense = too_dense(self.min_sparsity) in (reason for _, reason in self.skipped)
             lines.append(
-                f"no layer is mostly zero (at least {self.min_sparsity:.0%}): nothing was changed; prune first, with "
-                "offpath.prune"
+                f"no layer that can be swapped is mostly zero (at least {percent(self.min_sparsity)})"
+                + ("; prune first, with offpath.prune" if dense else "")
             )
         if self.swapped:
             lines += aligned([self._heading(), *map(self._row, self.swapped), self._total()])
@@ -194,6 +195,11 @@ class CompressReport:
                 _ms(sum(m.calls * m.sparse_seconds for m in chosen)),
             ]
         return cells
+
+
+def too_dense(min_sparsity: float) -> str:
+    """Why a layer is left alone that is not mostly zero."""
+    return f"less than {percent(min_sparsity)} of its weights are zero"
 
 
 def tokens_in_words(tokens: int) -> str:

@@ -72,7 +72,7 @@ class Walk:
         if not groups:
             raise ValueError(
                 "expected the calibration data to go through the layers that are to be pruned, but none of them was "
-                "called; does the model read their weights without calling them?"
+                "called with any; is it empty, or does the model read their weights without calling them?"
             )
         self._passes_left = len(groups)
         return survey, list(groups.values())

@@ -16,7 +16,7 @@ from offpath.convert.prune.layer import Layer
 from offpath.convert.prune.quiet import undisturbed
 from offpath.convert.prune.report import PrunedLayer, PruneReport
 from offpath.convert.prune.scores import Progress
-from offpath.convert.prune.targets import FilterFn, choose
+from offpath.convert.prune.targets import FilterFn, choose, unreached_reason
 from offpath.topology import layer_densities
 
 # Method: the scope it has unless told otherwise. SparseGPT compares within its blocks of columns only.
@@ -82,6 +82,8 @@ def prune(
     2       10 x 100    100    90.00%
     total             7,900    90.05%
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     scope = _check_arguments(sparsity, method, calibration, scope, distribution, blocksize, dampening)
     layers, skipped = choose(model, filter_fn)
     unreached: list[tuple[str, str]] = []
@@ -99,7 +101,7 @@ def prune(
                     lost = prune_by_wanda(walk, survey, groups, shared, str(scope))
                 else:
                     lost = prune_by_sparsegpt(walk, survey, groups, shared, blocksize, dampening)
-            unreached = [(a.name, "the calibration data does not reach it") for a in layers if a not in shared]
+            unreached = [(a.name, unreached_reason(a)) for a in layers if a not in shared]
             unreached += [(a.name, "the calibration data does not reach it after pruning") for a in lost]
         missed = {name for name, _ in unreached}
         pruned = [PrunedLayer(a.name, tuple(a.weight.shape), a.nnz()) for a in layers if a.name not in missed]
@@ -168,7 +170,7 @@ def _prune_by_weight(
 ) -> None:
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     if method == "random":
-        seeds = torch.randint(2**62, (len(layers),), generator=generator).tolist()
+        seeds = torch.randint(2**62, (len(layers),), device="cpu", generator=generator).tolist()
         ranked = {layer: partial(scores.random, layer, own) for layer, own in zip(layers, seeds, strict=True)}
     else:
         ranked = {layer: partial(scores.magnitude, layer) for layer in layers}

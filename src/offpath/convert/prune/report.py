@@ -44,12 +44,15 @@ class PruneReport:
         return 1 - self.nnz / positions if positions else 0.0
 
     def __str__(self) -> str:
+        if not self.layers:
+            return "\n".join(["no layer can be pruned: nothing was changed", *self._left_alone()])
         rows = [("layer", "weight", "nnz", "sparsity")]
         rows += [
             (layer.name, " x ".join(map(str, layer.shape)), f"{layer.nnz:,}", f"{layer.sparsity:.2%}")
             for layer in self.layers
         ]
         rows.append(("total", "", f"{self.nnz:,}", f"{self.sparsity:.2%}"))
-        lines = aligned(rows)
-        lines += [f"left as it was: {name} ({reason})" for name, reason in self.skipped]
-        return "\n".join(lines)
+        return "\n".join([*aligned(rows), *self._left_alone()])
+
+    def _left_alone(self) -> list[str]:
+        return [f"left as it was: {name} ({reason})" for name, reason in self.skipped]

@@ -25,7 +25,7 @@ def random(layer: Layer, seed: int) -> Tensor:
     """Uniform numbers that depend on `seed` alone, also on another device. In float64, where hardly two are equal."""
     generator = torch.Generator().manual_seed(seed)
     shape = layer.matrices().shape
-    return torch.rand(shape, dtype=torch.float64, generator=generator).to(layer.weight.device)
+    return torch.rand(shape, dtype=torch.float64, device="cpu", generator=generator).to(layer.weight.device)
 
 
 def keep_in_layer(scores: Score, density: float) -> Tensor:

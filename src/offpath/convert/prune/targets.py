@@ -7,6 +7,7 @@ from math import isfinite
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from offpath.convert.prune.layer import Layer, is_prunable
@@ -25,6 +26,8 @@ def choose(model: nn.Module, filter_fn: FilterFn | None) -> tuple[list[Layer], l
     shared = _sharing_memory(model)
     layers, skipped = [], []
     for name, module in model.named_modules():
+        if filter_fn is None and isinstance(module, nn.MultiheadAttention):
+            skipped.append((name, "the projections of its inputs are parameters of its own and no layers"))
         converted = _converted(module)
         if not (converted or is_prunable(module)) or (filter_fn is not None and not filter_fn(module, name)):
             continue
@@ -35,6 +38,13 @@ def choose(model: nn.Module, filter_fn: FilterFn | None) -> tuple[list[Layer], l
             _check(name, module.weight)
             layers.append(Layer(name, module))
     return layers, skipped
+
+
+def unreached_reason(layer: Layer) -> str:
+    """Why a layer is left alone that is not called while the model runs over the calibration data."""
+    if isinstance(layer.module, NonDynamicallyQuantizableLinear):  # what nn.MultiheadAttention has for its outputs
+        return "its nn.MultiheadAttention reads its weight instead of calling it; magnitude and random can prune it"
+    return "the calibration data does not reach it"
 
 
 def _converted(module: nn.Module) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from offpath.convert import compress, prune
+from offpath.convert.compress.compress import PRECISIONS
 from offpath.convert.prune.prune import CALIBRATED, METHODS
 from offpath.cost import this_machine
 from offpath.storage import save
@@ -56,6 +57,9 @@ class CompressConfig:
         for name, choice, known in (("method", self.method, METHODS), ("dtype", self.dtype, DTYPES)):
             if choice not in known:
                 raise RunError(f"expected {name} to be one of {', '.join(known)}, got {choice!r}")
+        for name, choice in (("precision", self.precision), ("embeddings", self.embeddings)):
+            if choice not in PRECISIONS:
+                raise RunError(f"expected --{name} int8 or none at all, got {choice!r}")
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise RunError(f"expected sparsity in (0, 1), the share of weights that become zero, got {self.sparsity}")
         calibrated = self.sparsity is not None and self.method in CALIBRATED
@@ -84,12 +88,12 @@ def compress_checkpoint(config: CompressConfig, out: Path, watch: Watch) -> dict
         pretrained = open_pretrained(config.model)
         model = pretrained.model
         dense_bytes = sum(p.numel() * 4 for p in model.parameters())
+        example = _example(config, pretrained)
         with _mendable():
             pruned = None
             if config.sparsity is not None:
                 pruned = _prune(config, config.sparsity, pretrained, lines, watch)
             model.to(DTYPES[config.dtype])
-            example = _example(config, pretrained)
             compressed = compress(
                 model,
                 example=example,
