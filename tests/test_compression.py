@@ -301,11 +301,34 @@ def test_int8_embeddings_where_asked_for(checkpoints: dict[str, Path], tmp_path:
         ({"data": "text"}, "leave it out"),
         ({"dtype": "float16"}, "expected dtype to be one of float32, bfloat16"),
         ({"batch": 0}, "expected batch of at least 1"),
+        ({"precision": "int4"}, "expected --precision int8 or none at all, got 'int4'"),
+        ({"embeddings": "int4"}, "expected --embeddings int8"),
     ],
 )
 def test_contradictions_are_refused(options: dict, said: str) -> None:
     with pytest.raises(RunError, match=said):
         CompressConfig("somewhere", **options)
+
+
+def test_models_that_read_few_tokens_are_pruned_timed_and_tested_on_as_many(text: Path, tmp_path: Path) -> None:
+    short = tiny_checkpoint("bert", tmp_path / "short", max_position_embeddings=12)
+    config = CompressConfig(str(short), SPARSITY, "wanda", str(text), quick=True)
+    assert compress_checkpoint(config, tmp_path / "out", _unwatched)["example"] == [32, 12]
+    with pytest.raises(RunError, match="at most the 12 tokens that the model reads, got 64; name fewer with --tokens"):
+        bench(BenchConfig(str(tmp_path / "out")), tmp_path / "bench", _unwatched)
+    config = BenchConfig(str(tmp_path / "out"), batch=2, tokens=12, seconds=0.01, tested=20)
+    result = bench(config, tmp_path / "bench", _unwatched)
+    assert result["points"] == {"latency": [1, 12], "throughput": [2, 12]}
+
+
+def test_what_the_model_itself_raises_is_an_error_and_no_traceback(text: Path, tmp_path: Path) -> None:
+    """Here its tokenizer knows words for which it has no embeddings."""
+    poor = tiny_checkpoint("bert", tmp_path / "poor", vocab_size=10)
+    with pytest.raises(RunError, match="index out of range"):
+        compress_checkpoint(CompressConfig(str(poor), SPARSITY, "wanda", str(text)), tmp_path / "out", _unwatched)
+    compress_checkpoint(CompressConfig(str(poor), SPARSITY), tmp_path / "out", _unwatched)
+    with pytest.raises(RunError, match="index out of range"):
+        bench(BenchConfig(str(tmp_path / "out")), tmp_path / "bench", _unwatched)
 
 
 def test_refusals_leave_nothing_behind(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
@@ -377,8 +400,16 @@ def test_bench_of_a_decoder_agrees_with_what_is_recomputed(
 
 
 def test_bench_refuses_what_does_not_fit(
-    compressed: dict[str, Path], checkpoints: dict[str, Path], tmp_path: Path
+    compressed: dict[str, Path], checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("batch", "tokens"):
+        with pytest.raises(RunError, match=f"expected --{name} of at least 1, got 0"):
+            BenchConfig(str(compressed["bert"]), **{name: 0})
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patch:  # before anything is measured
+        patch.setattr("offpath.studies.compression.bench.embed", None)
+        with pytest.raises(RunError, match="expected a writable folder"):
+            bench(BenchConfig(str(compressed["bert"])), tmp_path / "file", _unwatched)
     with pytest.raises(RunError, match=r"expected a folder that `offpath compress` made"):
         bench(BenchConfig(str(checkpoints["bert"])), tmp_path / "bench", _unwatched)
     with pytest.raises(RunError, match="expected a dense BertModel"):

@@ -16,8 +16,8 @@ MARKS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 SIZES = {"vocab_size": len(MARKS) + len(WORDS)}
 
 
-def tiny_checkpoint(kind: str, folder: Path) -> Path:
-    """Write a model of `kind` ("bert", "gpt2" or "llama") to `folder`."""
+def tiny_checkpoint(kind: str, folder: Path, **sizes: int) -> Path:
+    """Write a model of `kind` ("bert", "gpt2" or "llama") to `folder`; `sizes` are those of a BERT that is to differ."""
     import transformers
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -32,21 +32,21 @@ def tiny_checkpoint(kind: str, folder: Path) -> Path:
         marks |= {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     torch.manual_seed(0)
     transformers.utils.logging.disable_progress_bar()
-    _model(kind).save_pretrained(folder)
+    _model(kind, sizes).save_pretrained(folder)
     transformers.utils.logging.enable_progress_bar()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks).save_pretrained(folder)
     return folder
 
 
-def _model(kind: str) -> torch.nn.Module:
+def _model(kind: str, sizes: dict[str, int]) -> torch.nn.Module:
     import transformers
 
     if kind == "bert":
         # Weights larger than BERT's own, so that texts are far apart.
-        config = transformers.BertConfig(
-            **SIZES, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
-            max_position_embeddings=128, initializer_range=0.2,
-        )  # fmt: skip
+        config = transformers.BertConfig(**{
+            **SIZES, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
+            "max_position_embeddings": 128, "initializer_range": 0.2, **sizes,
+        })  # fmt: skip
         return transformers.BertModel(config)
     if kind == "gpt2":
         config = transformers.GPT2Config(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from torch import nn
 from offpath.cost import Timing, interleaved, this_machine
 from offpath.storage import StorageError, load
 from offpath.studies.compression.bench_report import write_report
-from offpath.studies.compression.compress import MODEL_FILE, REPORT_FILE
+from offpath.studies.compression.compress import MODEL_FILE, REPORT_FILE, mendable
 from offpath.studies.compression.folder import read_json
 from offpath.studies.compression.pretrained import Pretrained, open_pretrained, open_tokenizer, quiet, readable
 from offpath.studies.compression.quality import embed, embedding_quality, perplexity
-from offpath.studies.compression.tokens import Inputs, random_tokens, read_lines, text_windows, token_ids
+from offpath.studies.compression.tokens import Inputs, longest, random_tokens, read_lines, text_windows, token_ids
 from offpath.studies.config import RunError
 from offpath.studies.data import Pairs, load_pairs
 from offpath.studies.files import five_digits, write_text
@@ -33,7 +34,7 @@ Watch = Callable[[str, int, int], None]
 class BenchConfig:
     """What is measured. `pairs` is the set that an encoder is tested on, `data` the text that a decoder predicts.
 
-    Times are those of one text of a few tokens, and of `batch` texts of `tokens`.
+    Times are those of one text of a few tokens, and of `batch` texts of `tokens`. Raises `RunError` for none.
     """
 
     folder: str
@@ -45,6 +46,11 @@ class BenchConfig:
     seconds: float = 10.0
     tested: int = 500
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, count in (("batch", self.batch), ("tokens", self.tokens)):
+            if count < 1:
+                raise RunError(f"expected --{name} of at least 1, got {count}")
 
 
 QUICK_SECONDS, QUICK_TESTED = 2.0, 50
@@ -64,14 +70,17 @@ def bench(config: BenchConfig, out: Path, watch: Watch) -> dict[str, Any]:
         raise RunError("expected --data, a text file that a decoder is to predict, got none")
     if not decoder and config.data is not None:
         raise RunError("expected no --data for an encoder, which is tested on --pairs; leave it out")
-    task, accuracy = (_perplexities if decoder else _qualities)(config, models, watch)
-    points = {"latency": (1, 1 if decoder else 16), "throughput": (config.batch, config.tokens)}
-    times = {}
-    for number, (name, (texts, tokens)) in enumerate(points.items()):
-        watch("timing", number, len(points))
-        inputs = random_tokens(models[DENSE], texts, tokens)
-        calls = {version: partial(_run, pretrained.model, inputs) for version, pretrained in models.items()}
-        times[name] = interleaved(calls, config.seconds)
+    short = 1 if decoder else min(16, longest(models[DENSE]))
+    points = {"latency": (1, short), "throughput": (config.batch, config.tokens)}
+    timed = {name: random_tokens(models[DENSE], *point) for name, point in points.items()}
+    _make(out)
+    with mendable():
+        task, accuracy = (_perplexities if decoder else _qualities)(config, models, watch)
+        times = {}
+        for number, (name, inputs) in enumerate(timed.items()):
+            watch("timing", number, len(points))
+            calls = {version: partial(_run, pretrained.model, inputs) for version, pretrained in models.items()}
+            times[name] = interleaved(calls, config.seconds)
     sizes = {DENSE: 4, DENSE_BF16: 2}
     numbers = sum(p.numel() for p in models[DENSE].model.parameters())
     result = {
@@ -90,13 +99,19 @@ def bench(config: BenchConfig, out: Path, watch: Watch) -> dict[str, Any]:
         "machine": asdict(this_machine()),
     }
     result = five_digits(result)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"expected a writable folder {out}, got: {error}; choose another --out") from error
     write_text(out / BENCH_FILE, json.dumps(result, indent=1) + "\n")
     write_report(result, out)
     return result
+
+
+def _make(out: Path) -> None:
+    """Before anything is measured, so that nothing is measured in vain."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise RunError(f"expected a writable folder {out}, got: {error}; choose another --out") from error
 
 
 def _made(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from offpath.cost import this_machine
 from offpath.storage import save
 from offpath.studies.compression.compress_report import write_report
 from offpath.studies.compression.pretrained import DTYPES, Pretrained, open_pretrained
-from offpath.studies.compression.tokens import Inputs, calibration_inputs, random_tokens, read_lines
+from offpath.studies.compression.tokens import Inputs, calibration_inputs, longest, random_tokens, read_lines
 from offpath.studies.config import RunError
 from offpath.studies.files import five_digits, write_text
 
@@ -89,7 +89,7 @@ def compress_checkpoint(config: CompressConfig, out: Path, watch: Watch) -> dict
         model = pretrained.model
         dense_bytes = sum(p.numel() * 4 for p in model.parameters())
         example = _example(config, pretrained)
-        with _mendable():
+        with mendable():
             pruned = None
             if config.sparsity is not None:
                 pruned = _prune(config, config.sparsity, pretrained, lines, watch)
@@ -145,15 +145,16 @@ def _prune(
 
 def _example(config: CompressConfig, pretrained: Pretrained) -> Inputs:
     texts, tokens = DECODER_EXAMPLE if pretrained.decoder else ENCODER_EXAMPLE
-    return random_tokens(pretrained, config.batch or texts, config.tokens or tokens)
+    return random_tokens(pretrained, config.batch or texts, config.tokens or min(tokens, longest(pretrained)))
 
 
 @contextmanager
-def _mendable() -> Iterator[None]:
-    """Show what pruning, conversion and storage refuse as what it is: something about the user's model."""
+def mendable() -> Iterator[None]:
+    """Show what pruning, conversion and storage refuse, and what the model itself raises, as what it is: something about
+    the user's model."""
     try:
         yield
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, IndexError) as error:
         raise RunError(str(error)) from error
 
 

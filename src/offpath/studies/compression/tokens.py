@@ -48,8 +48,9 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 
 def token_ids(pretrained: Pretrained, texts: Sequence[str], max_tokens: int = MAX_TOKENS) -> list[list[int]]:
-    """The tokens of each text with the marks of its beginning and end, at most `max_tokens`."""
-    found: list[list[int]] = pretrained.tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
+    """The tokens of each text with the marks of its beginning and end, at most `max_tokens` and what the model reads."""
+    most = min(max_tokens, longest(pretrained))
+    found: list[list[int]] = pretrained.tokenizer(list(texts), truncation=True, max_length=most)["input_ids"]
     return found
 
 
@@ -80,7 +81,7 @@ def text_windows(pretrained: Pretrained, lines: Sequence[str], length: int = MAX
 
     Raises `RunError` for a text of fewer tokens.
     """
-    length = min(length, _longest(pretrained))
+    length = min(length, longest(pretrained))
     tokenizer = pretrained.tokenizer
     ids = torch.tensor(tokenizer("\n".join(lines), add_special_tokens=False, verbose=False)["input_ids"])
     if len(ids) < length:
@@ -93,14 +94,18 @@ def random_tokens(pretrained: Pretrained, texts: int, tokens: int) -> Inputs:
 
     Raises `RunError` for more tokens than the model has places for.
     """
-    if tokens > _longest(pretrained):
-        raise RunError(f"expected at most the {_longest(pretrained)} tokens that the model reads, got {tokens}")
+    if tokens > longest(pretrained):
+        raise RunError(
+            f"expected at most the {longest(pretrained)} tokens that the model reads, got {tokens}; name fewer with "
+            "--tokens"
+        )
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(pretrained.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     ids = torch.randint(vocabulary // 2, vocabulary, (texts, tokens), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _longest(pretrained: Pretrained) -> int:
+def longest(pretrained: Pretrained) -> int:
+    """How many tokens the model has places for."""
     config = getattr(pretrained.model, "config", None)
     return int(getattr(config, "max_position_embeddings", None) or MAX_TOKENS)
