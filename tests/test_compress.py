@@ -241,6 +241,7 @@ def test_layers_that_cannot_be_swapped_are_left_and_named() -> None:
             "head": nn.Linear(16, 32),
             "embedding": nn.Embedding(32, 16),
             "hooked": nn.Linear(16, 16),
+            "adapted": nn.Linear(16, 16),
             "float16": nn.Linear(16, 16).half(),
             "empty": nn.Linear(16, 16),
             "sparse": SparseLinear(16, 16),
@@ -258,6 +259,7 @@ def test_layers_that_cannot_be_swapped_are_left_and_named() -> None:
     model["empty"].weight = nn.Parameter(torch.empty(0, 16))
     model["embedding"].weight = model["head"].weight
     model["hooked"].register_forward_hook(lambda *_: None)
+    model["adapted"].register_buffer("scale", torch.ones(16))
     prune.identity(model["tied"], "weight")
     prune.identity(model["tied too"], "weight")
     model["tied too"].weight_orig = model["tied"].weight_orig
@@ -272,6 +274,7 @@ def test_layers_that_cannot_be_swapped_are_left_and_named() -> None:
     for name, words in {
         "head": "tied to another module",
         "hooked": "hooks",
+        "adapted": "it holds scale besides its weight and bias",
         "float16": "no kernel computes in torch.float16",
         "empty": "holds nothing",
         "sparse": "sparse already",
@@ -303,7 +306,7 @@ def _wrong_mask(model: nn.Module) -> None:
         (_wrong_mask, {}, ValueError, r"weight_mask of layer '2.0' .* \(64, 128\), got \(3, 3\)"),
         (lambda m: m[0].weight.data.view(-1)[5:6].fill_(math.nan), {}, ValueError, "NaN or infinity in layer '0'"),
         (lambda m: m[0].weight.data.view(-1)[5:6].fill_(-math.inf), {}, ValueError, "NaN or infinity in layer '0'"),
-        (lambda m: m[0].bias.data[5:6].fill_(math.nan), {}, ValueError, "finite bias, got NaN or infinity in layer '0'"),
+        (lambda m: m[0].bias.data[5:6].fill_(math.nan), {}, ValueError, "finite bias, .* in layer '0'"),
         (None, {"example": [1, 2]}, TypeError, "got list"),
         (None, {"example": torch.randn(2, 3)}, RuntimeError, "mat1 and mat2"),
         (None, {"example": torch.randn(2, 96), "batch": 1}, ValueError, "got both"),
@@ -339,7 +342,7 @@ def test_a_bare_layer_and_what_is_no_module_are_refused() -> None:
 def test_autocast_is_refused_and_inference_mode_leaves_no_trace() -> None:
     model, x = _model(), torch.randn(3, 96)
     before = _snapshot(model)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="outside of torch.autocast"):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"outside of torch\.autocast"):
         compress(model, example=x)
     assert _same(before, _snapshot(model))
     with torch.inference_mode():

@@ -79,6 +79,16 @@ def compressed(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytes
 # --- checkpoints
 
 
+def test_model_that_reads_no_text_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    shutil.copytree(checkpoints["bert"], tmp_path / "vit")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(RunError, match="got a ViTModel, which has no vocabulary"):
+        open_pretrained(str(tmp_path / "vit"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint_is_opened_as_what_it_is(checkpoints: dict[str, Path], kind: str) -> None:
     found = open_pretrained(str(checkpoints[kind]))
@@ -331,6 +341,22 @@ def test_what_the_model_itself_raises_is_an_error_and_no_traceback(text: Path, t
         bench(BenchConfig(str(tmp_path / "out")), tmp_path / "bench", _unwatched)
 
 
+def test_int8_embeddings_that_are_tied_stay_and_the_command_says_so(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    llama = open_pretrained(str(checkpoints["llama"]))
+    llama.model.config.tie_word_embeddings = True
+    llama.model.tie_weights()
+    llama.model.save_pretrained(tmp_path / "tied")
+    llama.tokenizer.save_pretrained(tmp_path / "tied")
+    options = ["--sparsity", "0.9", "--embeddings", "int8", "--out", str(tmp_path / "out")]
+    made = CliRunner().invoke(app, ["compress", str(tmp_path / "tied"), *options])
+    assert made.exit_code == 0, made.output
+    assert "no embedding became int8: the report says why" in made.output
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "model.embed_tokens" in page and "tied to another module" in page
+
+
 def test_refusals_leave_nothing_behind(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
     bert, out = str(checkpoints["bert"]), tmp_path / "out"
     cases = [
@@ -343,8 +369,16 @@ def test_refusals_leave_nothing_behind(checkpoints: dict[str, Path], text: Path,
         with pytest.raises((RunError, DataError), match=said):
             compress_checkpoint(config, out, _unwatched)
         assert not list(tmp_path.iterdir())
-    out.mkdir()
-    (out / "mine").touch()
+
+    def meanwhile(what: str, done: int, total: int) -> None:
+        """Another process begins in the same folder, and is faster."""
+        if what == "saving":
+            out.mkdir()
+            (out / "mine").touch()
+
+    with pytest.raises(RunError, match="another process wrote there meanwhile"):
+        compress_checkpoint(CompressConfig(bert, 0.5), out, meanwhile)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(RunError, match="expected a new or empty folder"):
         compress_checkpoint(CompressConfig(bert, 0.5), out, _unwatched)
     assert [path.name for path in out.iterdir()] == ["mine"]
@@ -434,6 +468,10 @@ def test_the_commands(
     assert "before / after" in made.output and f"offpath bench {out}" in made.output
     benched = CliRunner().invoke(app, ["bench", str(out), "--quick"])
     assert benched.exit_code == 0, benched.output
-    assert "dense, bfloat16" in benched.output and (out / "bench" / "report.html").is_file()
+    assert "dense, bfloat16" in benched.output
+    assert max(map(len, benched.output.splitlines()[-12:-2])) < 80, benched.output
+    assert (out / "bench" / "report.html").is_file()
+    idle = CliRunner().invoke(app, ["compress", str(checkpoints["bert"]), "--out", str(tmp_path / "idle")])
+    assert idle.exit_code == 0 and "name the share that is to become zero with --sparsity" in idle.output
     again = CliRunner().invoke(app, ["compress", str(checkpoints["bert"]), *options])
     assert again.exit_code == 1 and again.stderr.count("\n") == 1 and "new or empty folder" in again.stderr

@@ -17,7 +17,7 @@ SIZES = {"vocab_size": len(MARKS) + len(WORDS)}
 
 
 def tiny_checkpoint(kind: str, folder: Path, **sizes: int) -> Path:
-    """Write a model of `kind` ("bert", "gpt2" or "llama") to `folder`; `sizes` are those of a BERT that is to differ."""
+    """Write a model of `kind` ("bert", "gpt2" or "llama") to `folder`; `sizes` are a BERT's that are to differ."""
     import transformers
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 

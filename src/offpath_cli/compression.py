@@ -23,7 +23,9 @@ Method = Annotated[str, typer.Option(help="Which weights go: magnitude, random, 
 CalibrationText = Annotated[Path | None, typer.Option(help="Text file whose lines wanda and sparsegpt look at.")]
 Scope = Annotated[str | None, typer.Option(help="What weights are compared with: layer, output or global.")]
 Distribution = Annotated[str, typer.Option(help="How layers share the weights: uniform or erk.")]
-ForBatch = Annotated[int | None, typer.Option("--batch", help="Texts of a call to be made fast for (default: 32; 1).")]
+ForBatch = Annotated[
+    int | None, typer.Option("--batch", help="Texts of a call to be made fast for (default: 32; of a decoder 1).")
+]
 ForTokens = Annotated[int | None, typer.Option("--tokens", help="Tokens of each (default: 64; of a decoder 1).")]
 Dtype = Annotated[str, typer.Option(help="Of the saved weights: float32 or bfloat16.")]
 Precision = Annotated[str | None, typer.Option(help="int8: of the sparse layers' values, a scale for each row.")]
@@ -84,6 +86,10 @@ def compress(
     with WatchDisplay() as display:
         report = compress_checkpoint(config, out, display.watch)
     print_tables([summary(report)], display)
+    if not report["compress"]["layers"]:
+        display.say("no layer is mostly zero: name the share that is to become zero with --sparsity")
+    if embeddings and not report["compress"]["embeddings"]:
+        display.say("no embedding became int8: the report says why")
     display.say(f"layer by layer: {out / 'report.html'}   numbers: {out / REPORT_FILE}")
     display.say(f"in Python: offpath.load({str(out)!r})   beside dense: offpath bench {shlex.quote(str(out))}")
 

@@ -87,7 +87,14 @@ def _obstacle(module: nn.Module, owners: Counter[int]) -> str | None:
         reason = f"it pads with {module.padding_mode!r}, a sparse convolution with zeros; pad in a layer before it"
     if reason is None and any(owners[id(p)] > 1 for p in module.parameters()):
         return "what its weight is computed from is tied to another module"
-    return reason
+    return reason or _companions(module)
+
+
+def _companions(module: nn.Module) -> str | None:
+    """What somebody added to `module` and a new layer would not have."""
+    known = {f"{name}{kind}" for name in ("weight", "bias") for kind in ("", "_orig", "_mask")} | {"parametrizations"}
+    added = [name for name in (*module._parameters, *module._buffers, *module._modules) if name not in known]
+    return f"it holds {', '.join(added)} besides its weight and bias, which a new layer would lose" if added else None
 
 
 def _unfit(weight: Tensor, name: str) -> str | None:

@@ -69,8 +69,9 @@ def in_passes(
             if len(timed) != calls[module]:
                 raise ValueError(
                     f"expected a model that calls its layers as often whenever it is called with the example, got "
-                    f"{calls[module]} and then {len(timed)} calls of a {type(module).__name__}: it keeps a state, or "
-                    "draws random numbers. Leave that out, or give batch= instead"
+                    f"{calls[module]} and then {len(timed)} calls of a {type(module).__name__}: it keeps a state, "
+                    "draws random numbers, or holds a layer elsewhere than as a child module. Leave that out, or give "
+                    "batch= instead"
                 )
 
     start = time.perf_counter()

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from offpath.studies.page import write_page
 from offpath.studies.plots import clean, to_svg
-from offpath.studies.table import Table
+from offpath.studies.table import Row, Table
 
 MB = 1e6
 COLORS = ("#8a8f98", "#5b6ee1", "#d1495b")
@@ -21,29 +21,21 @@ MEASURES = {
 
 
 def table(result: dict[str, Any]) -> Table:
-    """A row for each version of the model."""
-    versions = result["versions"]
-    measures = list(next(iter(versions.values()))["accuracy"])
-    (one, few), (texts, tokens) = result["points"]["latency"], result["points"]["throughput"]
-    header = ("", "file", f"{one} x {few} tokens", "speed-up", f"{texts} x {tokens} tokens", "texts/s", "speed-up")
-    dense = next(iter(versions.values()))
-    rows = []
-    for name, version in versions.items():
-        latency, throughput = (version[f"{point}_seconds"]["median"] for point in ("latency", "throughput"))
-        rows.append(
-            (
-                name,
-                f"{version['file_bytes'] / MB:.1f} MB",
-                f"{1e3 * latency:.2f} ms",
-                f"{dense['latency_seconds']['median'] / latency:.2f}x",
-                f"{1e3 * throughput:.1f} ms",
-                f"{texts / throughput:,.1f}",
-                f"{dense['throughput_seconds']['median'] / throughput:.2f}x",
-                *(MEASURES[measure][1].format(version["accuracy"][measure]) for measure in measures),
-            )
-        )
-    title = f"Dense and sparse; tested on {result['task']['name']}"
-    return Table(title, (*header, *(MEASURES[measure][0] for measure in measures)), rows)
+    """A column for each version of the model: so it fits a terminal of 80."""
+    versions = list(result["versions"].values())
+    rows: list[Row] = [("file", *(f"{version['file_bytes'] / MB:.1f} MB" for version in versions))]
+    for point, (texts, tokens) in result["points"].items():
+        seconds = [version[f"{point}_seconds"]["median"] for version in versions]
+        rows += [
+            (f"{texts} x {tokens} tokens", *(f"{1e3 * each:.2f} ms" for each in seconds)),
+            ("  speed-up", *(f"{seconds[0] / each:.2f}x" for each in seconds)),
+        ]
+        if texts > 1:
+            rows.append(("  texts/s", *(f"{texts / each:,.1f}" for each in seconds)))
+    for measure in versions[0]["accuracy"]:
+        name, form = MEASURES[measure]
+        rows.append((name, *(form.format(version["accuracy"][measure]) for version in versions)))
+    return Table(f"Dense and sparse; tested on {result['task']['name']}", ("", *result["versions"]), rows)
 
 
 def write_report(result: dict[str, Any], folder: Path) -> None:

@@ -57,9 +57,9 @@ class CompressConfig:
         for name, choice, known in (("method", self.method, METHODS), ("dtype", self.dtype, DTYPES)):
             if choice not in known:
                 raise RunError(f"expected {name} to be one of {', '.join(known)}, got {choice!r}")
-        for name, choice in (("precision", self.precision), ("embeddings", self.embeddings)):
-            if choice not in PRECISIONS:
-                raise RunError(f"expected --{name} int8 or none at all, got {choice!r}")
+        for name, kept in (("precision", self.precision), ("embeddings", self.embeddings)):
+            if kept not in PRECISIONS:
+                raise RunError(f"expected --{name} int8 or none at all, got {kept!r}")
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise RunError(f"expected sparsity in (0, 1), the share of weights that become zero, got {self.sparsity}")
         calibrated = self.sparsity is not None and self.method in CALIBRATED
@@ -140,7 +140,12 @@ def _prune(
     )
     if not report.layers:
         raise RunError(f"expected layers to prune, found none: {'; '.join(f'{n}: {r}' for n, r in report.skipped[:4])}")
-    return {"sparsity": report.sparsity, "nnz": report.nnz, "layers": [asdict(layer) for layer in report.layers]}
+    return {
+        "sparsity": report.sparsity,
+        "nnz": report.nnz,
+        "layers": [asdict(layer) for layer in report.layers],
+        "skipped": report.skipped,
+    }
 
 
 def _example(config: CompressConfig, pretrained: Pretrained) -> Inputs:
@@ -150,8 +155,7 @@ def _example(config: CompressConfig, pretrained: Pretrained) -> Inputs:
 
 @contextmanager
 def mendable() -> Iterator[None]:
-    """Show what pruning, conversion and storage refuse, and what the model itself raises, as what it is: something about
-    the user's model."""
+    """Show what pruning, conversion, storage and the model itself refuse as what it is: about the user's model."""
     try:
         yield
     except (ValueError, RuntimeError, IndexError) as error:
@@ -171,6 +175,12 @@ def _new_folder(out: Path) -> Iterator[Path]:
     try:
         yield beside
         beside.chmod(0o755)
-        beside.replace(out)
+        try:
+            beside.replace(out)
+        except OSError as error:
+            raise RunError(
+                f"expected {out} to stay new or empty, but another process wrote there meanwhile ({error.strerror}); "
+                "choose another --out"
+            ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)

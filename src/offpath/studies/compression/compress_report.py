@@ -32,13 +32,14 @@ def summary(report: dict[str, Any]) -> Table:
         rows += [
             (f"{texts} x {tokens} tokens", f"{1e3 * before:.1f} ms", f"{1e3 * after:.1f} ms", f"{before / after:.2f}x"),
             ("predicted", "", f"{1e3 * predicted:.1f} ms", f"{before / predicted:.2f}x"),
-            (f"outputs differ by (bounds explain {whole['bound']:.1e})", "", f"{whole['difference']:.1e}", ""),
+            ("outputs differ by", "", f"{whole['difference']:.1e}", ""),
+            ("  the bounds explain", "", f"{whole['bound']:.1e}", ""),
         ]
     return Table("The model", ("", "before", "after", "before / after"), rows)
 
 
 def layers(report: dict[str, Any]) -> Table:
-    """Layer by layer."""
+    """Each mostly zero layer, and why it was made sparse or not."""
     rows: list[Row] = [
         (
             layer["name"],
@@ -53,6 +54,14 @@ def layers(report: dict[str, Any]) -> Table:
     return Table("Layer by layer", ("layer", "shape", "sparsity", "bytes before", "after", ""), rows)
 
 
+def left_alone(report: dict[str, Any]) -> Table:
+    """What was not pruned, and what kept its kind without having been timed; and why."""
+    pruned = report["prune"] or {"skipped": ()}
+    rows: list[Row] = [("not pruned", *each) for each in pruned["skipped"]]
+    rows += [("not changed", *each) for each in report["compress"]["skipped"]]
+    return Table("Left as they were", ("", "layer", "reason"), rows)
+
+
 def write_report(report: dict[str, Any], folder: Path) -> None:
     """Write `report.html` into `folder`. Raises `RunError` when it cannot be written."""
     write_page(
@@ -60,7 +69,7 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
         "compression/compress.html.jinja",
         machine=report["machine"],
         report=report,
-        tables=[summary(report), layers(report)],
+        tables=[table for table in (summary(report), layers(report), left_alone(report)) if table.rows],
         figures={"time of each layer": to_svg(_times(report), salt="times")} if report["compress"]["layers"] else {},
     )
 

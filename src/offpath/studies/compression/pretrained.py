@@ -119,6 +119,8 @@ def _class(transformers: Any, config: Any, folder: Path) -> Any:
     kind = getattr(transformers, names[0], None) if names else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise RunError(f"expected {folder / CONFIG} to name one of transformers' models, got {names}; mend the file")
+    if not hasattr(config, "vocab_size"):
+        raise RunError(f"expected a model that reads text in {folder}, got a {names[0]}, which has no vocabulary")
     if config.is_encoder_decoder:
         raise RunError(f"expected an encoder or a decoder in {folder}, got a {names[0]}, which is both")
     return kind

@@ -48,7 +48,7 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 
 def token_ids(pretrained: Pretrained, texts: Sequence[str], max_tokens: int = MAX_TOKENS) -> list[list[int]]:
-    """The tokens of each text with the marks of its beginning and end, at most `max_tokens` and what the model reads."""
+    """The tokens of each text with the marks of its ends, at most `max_tokens` and no more than the model reads."""
     most = min(max_tokens, longest(pretrained))
     found: list[list[int]] = pretrained.tokenizer(list(texts), truncation=True, max_length=most)["input_ids"]
     return found
