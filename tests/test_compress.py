@@ -69,6 +69,8 @@ def test_layers_that_are_mostly_zero_are_swapped_and_reported() -> None:
     model = _model()
     dense, x = copy.deepcopy(model), torch.randn(5, 96)
     report = compress(model, goal="size")
+    # Before anything is computed with another number of tokens, for which another product may prepare other plans.
+    held = sum(offpath.cost.memory_bytes(model.get_submodule(layer.name)) for layer in report.swapped)
     assert [layer.name for layer in report.swapped] == ["0", "2.0"]
     assert report.skipped == (("3", "less than 50% of its weights are zero"),)
     assert type(model[0]) is SparseLinear and type(model[2][0]) is SparseLinear and type(model[3]) is nn.Linear
@@ -78,7 +80,6 @@ def test_layers_that_are_mostly_zero_are_swapped_and_reported() -> None:
         assert [m.tokens for m in layer.measured] == [1, 256]
         assert all(m.dense_seconds > 0 and m.sparse_seconds > 0 for m in layer.measured)
     assert report.bytes_before == (96 * 128 + 128 + 128 * 64) * 4
-    held = sum(offpath.cost.memory_bytes(model.get_submodule(layer.name)) for layer in report.swapped)
     assert report.bytes_after == held < report.bytes_before
     assert report.model_bytes_before - report.model_bytes_after == report.bytes_before - report.bytes_after
     assert json.loads(json.dumps(report.to_dict()))["layers"][0]["nnz"] == report.layers[0].nnz
