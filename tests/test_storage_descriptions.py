@@ -64,7 +64,7 @@ CHANGED: dict[str, Callable[[], nn.Module]] = {
 def test_what_a_description_cannot_say_needs_a_model(tmp_path: Path, name: str) -> None:
     model = CHANGED[name]()
     offpath.save(model, tmp_path / "m")
-    with pytest.raises(StorageError, match="hooks and changed modules are no part of it.*pass model="):
+    with pytest.raises(StorageError, match=r"hooks and changed modules are no part of it.*pass model="):
         offpath.load(tmp_path / "m")
 
 
