@@ -84,3 +84,13 @@ def test_a_buffer_of_the_container_needs_a_model(tmp_path: Path) -> None:
     offpath.save(model, tmp_path / "m")
     with pytest.raises(StorageError, match="pass model="):
         offpath.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["hook", "hook of a sparse layer", "forward"])
+def test_a_layer_that_something_hangs_on_is_not_exchanged(tmp_path: Path, name: str) -> None:
+    offpath.save(nn.Sequential(SparseLinear(7, 7)), tmp_path / "m")
+    model = CHANGED[name]()
+    before, layer = model(IMAGES), model[0]
+    with pytest.raises(StorageError, match=r"layer '0' to take the place of one that nothing hangs on, but .*attach"):
+        offpath.load(tmp_path / "m", model)
+    assert model[0] is layer and torch.equal(model(IMAGES), before)
