@@ -48,7 +48,8 @@ def test_convolutions_become_sparse_where_asked_for(method: str, distribution: s
     assert (model[0].stride, model[0].groups, model[2].padding, model[2].dilation) == ((2, 2), 2, "same", (2, 2))
     again = _model()
     sparsify(again, 0.75, distribution, method=method, seed=0, modules=BOTH)
-    assert torch.equal(again(IMAGES), model(IMAGES))
+    state = again.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
     if method == "magnitude":
         kept = model[0].to_dense().weight
         assert torch.equal(kept[kept != 0], dense[0].weight[kept != 0])

@@ -88,17 +88,17 @@ def _described(module: nn.Module | None, name: str, seen: dict[nn.Module, str]) 
     arguments = {name: _argument(module, name) for name in PLAIN[kind]}
     with torch.device("meta"):
         again = kind(**arguments)
-    return {"class": kind.__name__, "arguments": arguments} if _computes_like(again, module) else None
+    like = same_settings(again, module) and _shapes(again) == _shapes(module)
+    return {"class": kind.__name__, "arguments": arguments} if like else None
 
 
-def _computes_like(again: nn.Module, module: nn.Module) -> bool:
-    """Whether all that the constructor of `again` has set is so in `module`, names and shapes of tensors included.
+def same_settings(again: nn.Module, module: nn.Module) -> bool:
+    """Whether all that the constructor of `again` has set is so in `module`.
 
     Whether ReLU and the like write into their input is left out: the result is the same.
     """
     settings = {name for name in vars(again) if not name.startswith("_")} - {"training", "inplace"}
-    same = all(vars(module).get(name) == vars(again)[name] for name in settings)
-    return same and _shapes(again) == _shapes(module)
+    return all(vars(module).get(name) == vars(again)[name] for name in settings)
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
