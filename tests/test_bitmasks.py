@@ -54,9 +54,20 @@ def test_parts_that_do_not_fit_together_are_refused_by_name(changes: dict[str, T
         decompress_bitmasks(_file(**changes))
 
 
-@pytest.mark.parametrize("part", ["shape", "compressed", "row_offsets"])
+@pytest.mark.parametrize("part", ["shape", "compressed", "row_offsets", "bitmask"])
 def test_a_missing_part_is_named(part: str) -> None:
     file = _file()
     del file[f"a.b.{part}"]
-    with pytest.raises(ValueError, match=f"come with {part}"):
+    with pytest.raises(ValueError, match=f"{part} is not there; of a checkpoint in several"):
         decompress_bitmasks(file)
+
+
+def test_float8_is_written_out_as_it_is() -> None:
+    eighth = _file(compressed=_file()["a.b.compressed"].to(torch.float8_e4m3fn))
+    dense = decompress_bitmasks(eighth)["a.b.weight"]
+    assert dense.dtype is torch.float8_e4m3fn and torch.equal(dense.float(), WEIGHT)
+
+
+def test_a_weight_that_is_there_already_is_not_replaced_in_silence() -> None:
+    with pytest.raises(ValueError, match=r"expected a\.b to be stored once"):
+        decompress_bitmasks({"a.b.weight": WEIGHT} | _file())

@@ -20,15 +20,16 @@ def decompress_bitmasks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     A layer's weight is stored there as `<layer>.compressed` [nnz], the nonzeros row by row; `<layer>.bitmask` uint8
     [rows, ceil(columns / 8)], one bit a position, the lowest first; `<layer>.shape` [2] and `<layer>.row_offsets`
-    [rows]. It becomes `<layer>.weight`; other tensors stay. Raises `ValueError`, naming the layer, for parts that are
-    missing or do not fit together.
+    [rows]. It becomes `<layer>.weight`; other tensors stay. Give all files of a checkpoint in one mapping. Raises
+    `ValueError`, naming the layer, for parts that are missing or do not fit together.
 
     >>> bits = torch.tensor([[0b101], [0b010]], dtype=torch.uint8)
     >>> file = {"a.bitmask": bits, "a.compressed": torch.tensor([1.0, 2.0, 3.0]), "a.shape": torch.tensor([2, 3])}
     >>> decompress_bitmasks(file | {"a.row_offsets": torch.tensor([0, 2])})["a.weight"].tolist()
     [[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]
     """
-    layers = [name.removesuffix(".bitmask") for name in tensors if name.endswith(".bitmask")]
+    ends = (".compressed", ".bitmask")
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors if name.endswith(ends)))
     dense = {f"{layer}.weight": _dense(layer, tensors) for layer in layers}
     parts = {f"{layer}.{part}" for layer in layers for part in PARTS}
     return {name: tensor for name, tensor in tensors.items() if name not in parts} | dense
@@ -37,7 +38,12 @@ def decompress_bitmasks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _dense(layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
     missing = [part for part in PARTS if f"{layer}.{part}" not in tensors]
     if missing:
-        raise ValueError(f"expected {layer}.bitmask to come with {', '.join(missing)}, which the checkpoint lacks")
+        raise ValueError(
+            f"expected {', '.join(f'{layer}.{part}' for part in PARTS)} together, but {', '.join(missing)} is not "
+            "there; of a checkpoint in several files, pass the tensors of all of them"
+        )
+    if f"{layer}.weight" in tensors:
+        raise ValueError(f"expected {layer} to be stored once, got {layer}.weight and {layer}.bitmask")
     values, bits, shape, offsets = (tensors[f"{layer}.{part}"] for part in PARTS)
     if shape.dtype not in (torch.int64, torch.int32) or shape.shape != (2,):
         raise ValueError(f"expected {layer}.shape to be 2 integers, got {shape.dtype} {tuple(shape.shape)}")
@@ -56,4 +62,6 @@ def _dense(layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
             f"expected as many numbers in {layer}.compressed as bits in its bitmask, and row_offsets to say where each "
             f"row begins; got {tuple(values.shape)} numbers for {int(positions.sum())} bits"
         )
-    return torch.zeros(rows, columns, dtype=values.dtype).masked_scatter_(mask, values)
+    # As bytes, where torch cannot scatter the numbers themselves: those of float8.
+    stored = values.contiguous().view(torch.uint8) if values.itemsize == 1 else values
+    return torch.zeros(rows, columns, dtype=stored.dtype).masked_scatter_(mask, stored).view(values.dtype)

@@ -7,14 +7,18 @@ from torch import nn
 from offpath.convert.report import ConversionReport, LayerReport
 from offpath.convert.swap import obstacles, swap_modules
 from offpath.cost import model_bytes
-from offpath.nn import SparseLinear
+from offpath.nn import SparseConv1d, SparseConv2d, SparseLinear
+from offpath.nn.sparse_weight import SparseWeightModule
+
+SPARSE_CLASSES = (SparseLinear, SparseConv1d, SparseConv2d)
 
 
 def densify(model: nn.Module) -> ConversionReport:
-    """Swap the `SparseLinear` layers of `model` for `nn.Linear` that compute the same, in place.
+    """Swap the `SparseLinear` layers of `model` for `nn.Linear` that compute the same, and convolutions, in place.
 
     The zeros are written out. Build the optimizer afterwards. Layers that cannot be swapped without changing what the
-    model computes stay sparse and stand in the report. Raises `ValueError` when the model is itself a `SparseLinear`.
+    model computes, and sparse layers of other kinds, stay as they are and stand in the report. Raises `ValueError` when
+    the model is itself such a layer.
 
     >>> from offpath.convert import sparsify
     >>> model = nn.Sequential(nn.Linear(8, 4))
@@ -26,18 +30,24 @@ def densify(model: nn.Module) -> ConversionReport:
       (0): Linear(in_features=8, out_features=4, bias=True)
     )
     """
-    if isinstance(model, SparseLinear):
-        raise ValueError("expected a model that contains SparseLinear layers, got one; use its to_dense()")
+    if isinstance(model, SparseWeightModule):
+        raise ValueError(
+            f"expected a model that contains sparse layers, got a {type(model).__name__} itself; use its to_dense(), "
+            "or make a SparseLinear of it first"
+        )
     replacements: dict[nn.Module, nn.Module] = {}
     layers, skipped = [], []
-    blocked = obstacles(model, SparseLinear, "values")
+    blocked: dict[nn.Module, str] = {}
+    for kind in SPARSE_CLASSES:
+        blocked |= obstacles(model, kind, "values")
     for name, layer in model.named_modules():
         if layer in blocked:
             skipped.append((name, blocked[layer]))
-        elif isinstance(layer, SparseLinear):
-            linear = layer.to_dense()
-            replacements[layer] = linear
-            shape = (layer.out_features, layer.in_features)
-            layers.append(LayerReport(name, shape, layer.nnz, model_bytes(layer), model_bytes(linear)))
+        elif isinstance(layer, SPARSE_CLASSES):
+            dense = layer.to_dense()
+            replacements[layer] = dense
+            layers.append(LayerReport(name, layer.pattern_shape, layer.nnz, model_bytes(layer), model_bytes(dense)))
+        elif isinstance(layer, SparseWeightModule):
+            skipped.append((name, f"it is a {type(layer).__name__}; make a SparseLinear of it first"))
     swap_modules(model, replacements)
     return ConversionReport(tuple(layers), tuple(skipped))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,10 +12,12 @@ from offpath import pattern as patterns
 from offpath.convert.report import ConversionReport, LayerReport
 from offpath.convert.swap import obstacles, swap_modules
 from offpath.cost import model_bytes
-from offpath.nn import SparseLinear
+from offpath.nn import SparseConv1d, SparseConv2d, SparseLinear
 from offpath.topology import layer_densities
 
 FilterFn = Callable[[nn.Module, str], bool]
+# The dense layers that can be made sparse, and what they become.
+SPARSE_CLASSES: dict[Any, Any] = {nn.Linear: SparseLinear, nn.Conv1d: SparseConv1d, nn.Conv2d: SparseConv2d}
 
 
 def sparsify(
@@ -24,18 +27,20 @@ def sparsify(
     filter_fn: FilterFn | None = None,
     method: str = "random",
     seed: int | None = None,
+    modules: Sequence[type[nn.Module]] = (nn.Linear,),
 ) -> ConversionReport:
     """Swap the `nn.Linear` layers of `model` for `SparseLinear`, in place, and report what was done.
 
-    `distribution` shares the connections over the layers: `"uniform"` or `"erk"`. `filter_fn(module, fqn)` chooses
-    the layers; the default takes all. `method="random"` starts sparse training: random connections, freshly
+    `distribution` shares the connections over the layers: `"uniform"` or `"erk"`. `modules` names the classes that are
+    swapped: `nn.Conv2d` and `nn.Conv1d` become `SparseConv2d` and `SparseConv1d`. `filter_fn(module, fqn)` chooses
+    among their layers; the default takes all. `method="random"` starts sparse training: random connections, freshly
     initialised for their live fan-in (the dense weights are discarded, biases stay). `method="magnitude"` keeps the
     largest weights with their values. `seed` makes the random draw repeatable without touching torch's global RNG.
 
     Build the optimizer afterwards: one built before holds the dense parameters. Layers that cannot be swapped
     without changing what the model computes (tied or computed weights, hooks) stay dense and stand in the report.
-    Raises `ValueError`, before anything is changed, for a bad argument, a NaN weight or a model that is itself an
-    `nn.Linear`.
+    Raises `ValueError`, before anything is changed, for a bad argument, a NaN weight or a model that is itself such a
+    layer.
 
     >>> model = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
     >>> print(sparsify(model, sparsity=0.9, seed=0))
@@ -44,72 +49,79 @@ def sparsify(
     2              10 x 100    100    90.00%         4,040          892
     total                    7,940    90.00%       318,040       64,424
     """
-    if isinstance(model, nn.Linear):
-        raise ValueError("expected a model that contains nn.Linear layers, got one; use SparseLinear.from_dense")
+    if isinstance(model, tuple(SPARSE_CLASSES)):
+        raise ValueError(
+            f"expected a model that contains layers, got a {type(model).__name__} itself; use SparseLinear.from_dense, "
+            "or that of SparseConv1d and SparseConv2d"
+        )
+    unknown = [kind for kind in modules if kind not in SPARSE_CLASSES]
+    if unknown:
+        known = ", ".join(f"nn.{kind.__name__}" for kind in SPARSE_CLASSES)
+        raise ValueError(f"expected modules among {known}, got {unknown[0]!r}")
     if method not in ("random", "magnitude"):
         raise ValueError(f"expected method to be 'random' or 'magnitude', got {method!r}")
-    chosen, skipped = _choose(model, filter_fn)
-    shapes = [(linear.out_features, linear.in_features) for linear in chosen.values()]
+    chosen, skipped = _choose(model, tuple(modules), filter_fn)
+    shapes = [tuple(dense.weight.shape) for dense in chosen.values()]
     densities = layer_densities(shapes, sparsity, distribution)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     replacements: dict[nn.Module, nn.Module] = {}
     layers = []
-    for (name, linear), density in zip(chosen.items(), densities, strict=True):
-        nnz = min(round(density * linear.weight.numel()), linear.weight.numel())
+    for (name, dense), density in zip(chosen.items(), densities, strict=True):
+        nnz = min(round(density * dense.weight.numel()), dense.weight.numel())
         if method == "random":
-            layer = _random(linear, nnz, generator)
+            layer = _random(dense, nnz, generator)
         else:
-            layer = SparseLinear.from_dense(linear, _largest(name, linear, nnz))
-        replacements[linear] = layer
-        layers.append(
-            LayerReport(
-                name,
-                (linear.out_features, linear.in_features),
-                nnz,
-                model_bytes(linear),
-                model_bytes(layer),
-            )
-        )
+            layer = SPARSE_CLASSES[type(dense)].from_dense(dense, _largest(name, dense, nnz))
+        replacements[dense] = layer
+        layers.append(LayerReport(name, _matrix(dense), nnz, model_bytes(dense), model_bytes(layer)))
     swap_modules(model, replacements)
     return ConversionReport(tuple(layers), tuple(skipped))
 
 
-def _choose(model: nn.Module, filter_fn: FilterFn | None) -> tuple[dict[str, nn.Linear], list[tuple[str, str]]]:
-    blocked = obstacles(model, nn.Linear, "weight")
-    chosen: dict[str, nn.Linear] = {}
+def _choose(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...], filter_fn: FilterFn | None
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    blocked: dict[nn.Module, str] = {}
+    for kind in kinds:
+        blocked |= obstacles(model, kind, "weight")
+    chosen: dict[str, Any] = {}
     skipped = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or (filter_fn is not None and not filter_fn(module, name)):
+        if not isinstance(module, kinds):
+            if filter_fn is None and type(module) in SPARSE_CLASSES:
+                kind_name = type(module).__name__
+                skipped.append((name, f"it is a {kind_name}; name nn.{kind_name} in modules= to make it sparse"))
+        elif filter_fn is not None and not filter_fn(module, name):
             continue
-        if module in blocked:
+        elif module in blocked:
             skipped.append((name, blocked[module]))
+        elif getattr(module, "padding_mode", "zeros") != "zeros":
+            skipped.append((name, f"it pads with {module.padding_mode!r}; sparse convolutions pad with zeros"))
         else:
             chosen[name] = module
     return chosen, skipped
 
 
-def _random(linear: nn.Linear, nnz: int, generator: torch.Generator | None) -> SparseLinear:
-    weight, bias = linear.weight, linear.bias
-    pattern = patterns.random((linear.out_features, linear.in_features), nnz, generator, weight.device)
-    layer = SparseLinear(
-        linear.in_features,
-        linear.out_features,
-        bias is not None,
-        weight.device,
-        weight.dtype,
-        pattern=pattern,
-        generator=generator,
-    )
-    layer.values.requires_grad_(weight.requires_grad)
-    if bias is not None and layer.bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-    return layer.train(linear.training)
+def _matrix(dense: Any) -> tuple[int, int]:
+    """The shape of its pattern: outputs, and inputs or what a kernel holds."""
+    rows, columns = dense.weight.flatten(1).shape
+    return rows, columns
 
 
-def _largest(name: str, linear: nn.Linear, nnz: int) -> patterns.Pattern:
-    magnitudes = linear.weight.detach().abs().flatten()
+@torch.no_grad()
+def _random(dense: Any, nnz: int, generator: torch.Generator | None) -> nn.Module:
+    pattern = patterns.random(_matrix(dense), nnz, generator, dense.weight.device)
+    layer = SPARSE_CLASSES[type(dense)].from_dense(dense, pattern)
+    layer.reset_parameters(generator)
+    if dense.bias is not None:
+        layer.bias.copy_(dense.bias)
+    return layer
+
+
+def _largest(name: str, dense: Any, nnz: int) -> patterns.Pattern:
+    magnitudes = dense.weight.detach().abs().flatten()
     if bool(magnitudes.isnan().any()):
         raise ValueError(f"expected finite weights to rank by magnitude, got NaN in layer {name!r}")
     positions = magnitudes.topk(nnz, sorted=False).indices.sort().values
-    return patterns.from_positions(positions, (linear.out_features, linear.in_features))
+    return patterns.from_positions(positions, _matrix(dense))

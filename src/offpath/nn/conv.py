@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ class _SparseConv(CsrWeightModule):
     """What convolutions of one and two dimensions share. As a matrix, the weight has a row for each output channel."""
 
     sides = ("out_channels", "in_channels / groups x kernel")
+    from_dense_by = "offpath.sparsify(model, method='magnitude', modules=...) or from_dense of the sparse layer"
     dimensions: ClassVar[int]
     dense_class: ClassVar[Any]
 
@@ -49,11 +51,13 @@ class _SparseConv(CsrWeightModule):
             raise ValueError(f"expected prefer to be 'speed' or 'memory', got {prefer!r}")
         if padding_mode != "zeros":
             raise ValueError(f"expected padding_mode='zeros', got {padding_mode!r}; pad with torch.nn.functional.pad")
-        if min(groups, in_channels, out_channels) < 1 or in_channels % groups or out_channels % groups:
+        whole = all(isinstance(number, Integral) for number in (groups, in_channels, out_channels))
+        if not whole or min(groups, in_channels, out_channels) < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(
-                f"expected channels, at least one, that groups={groups} divides, got in_channels={in_channels}, "
-                f"out_channels={out_channels}"
+                f"expected channels, at least one, that groups={groups!r} divides, got in_channels={in_channels!r}, "
+                f"out_channels={out_channels!r}"
             )
+        in_channels, out_channels, groups = int(in_channels), int(out_channels), int(groups)
         kernel_size = self._sizes("kernel_size", kernel_size, 1)
         super().__init__(
             in_channels // groups * math.prod(kernel_size),
@@ -113,6 +117,10 @@ class _SparseConv(CsrWeightModule):
         return y.squeeze(2) if one_dimensional else y
 
     @property
+    def dense_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    @property
     def _is_pointwise(self) -> bool:
         ones = math.prod((*self.kernel_size, *self.stride, self.groups)) == 1
         return ones and not any((*self._pads[0], *self._pads[1]))
@@ -154,8 +162,9 @@ class _SparseConv(CsrWeightModule):
         return f"{shown}, bias={self.bias is not None}, nnz={self.nnz}, sparsity={self.sparsity:.4g}"
 
     def _sizes(self, name: str, given: Ints, least: int) -> tuple[int, ...]:
-        sizes = (given,) * self.dimensions if isinstance(given, int) else tuple(given)
-        if len(sizes) != self.dimensions or any(not isinstance(n, int) or n < least for n in sizes):
+        listed = given if isinstance(given, (tuple, list)) else (given,) * self.dimensions
+        sizes = tuple(int(n) for n in listed if isinstance(n, Integral) and n >= least)  # NumPy's integers as well
+        if len(listed) != self.dimensions or len(sizes) != self.dimensions:
             raise ValueError(f"expected {name} as a number or {self.dimensions} of at least {least}, got {given!r}")
         return sizes
 

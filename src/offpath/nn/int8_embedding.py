@@ -54,8 +54,14 @@ class Int8Embedding(nn.Module):
         """The int8 rows of `embedding`: each entry is off by at most half its row's scale, max |row| / 127.
 
         Keeps device, dtype of the output, padding_idx and training mode; shares no memory with `embedding`. Raises
-        `ValueError` for weights that are not finite, and for max_norm, scale_grad_by_freq and sparse.
+        `ValueError` for weights that are not finite, for max_norm, scale_grad_by_freq and sparse, and for what is not
+        looked up as `nn.Embedding` does.
         """
+        if not isinstance(embedding, nn.Embedding) or type(embedding).forward is not nn.Embedding.forward:
+            raise ValueError(
+                f"expected nn.Embedding, got {type(embedding).__name__}, which does not compute the same: its rows "
+                "alone would not stand for it"
+            )
         asked = [name for name in cls.refused if getattr(embedding, name)]
         if asked:
             raise ValueError(

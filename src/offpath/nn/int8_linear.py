@@ -38,6 +38,7 @@ class Int8SparseLinear(CsrWeightModule):
     """
 
     sides = ("out", "in")
+    from_dense_by = "SparseLinear.from_dense and Int8SparseLinear.from_sparse"
     value_names = ("values", "scales")
     values: Tensor  # type: ignore[assignment]  # a buffer here
     scales: Tensor
@@ -98,8 +99,10 @@ class Int8SparseLinear(CsrWeightModule):
         """The int8 layer with the connections of `layer`: scales[r] = max |w[r]| / 127, values rounded to the nearest.
 
         Each weight is off by at most scales[r] / 2. Keeps device, bias and training mode; shares no memory with
-        `layer`. Raises `ValueError` for weights that are not finite or beyond float32.
+        `layer`. Raises `ValueError` for weights that are not finite or beyond float32, and for layers of another kind.
         """
+        if not isinstance(layer, SparseLinear):  # others have patterns that mean something else, or scales
+            raise ValueError(f"expected a SparseLinear, got {type(layer).__name__}; SparseLinear.from_dense makes one")
         pattern = layer.pattern
         quantised = cls(
             layer.in_features,

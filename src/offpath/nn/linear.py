@@ -36,6 +36,7 @@ class SparseLinear(CsrWeightModule):
     """
 
     sides = ("out", "in")
+    from_dense_by = "offpath.sparsify(model, method='magnitude') or SparseLinear.from_dense"
 
     def __init__(
         self,
@@ -90,13 +91,18 @@ class SparseLinear(CsrWeightModule):
         """The sparse layer that computes what `linear` does with the weights outside `pattern` set to zero.
 
         Without a pattern, the nonzeros of `linear.weight` are the connections. Keeps device, dtype, training mode
-        and `requires_grad`; shares no memory with `linear`.
+        and `requires_grad`; shares no memory with `linear`. Raises `ValueError` for a layer of another kind.
 
         >>> linear = nn.Linear(3, 2)
         >>> _ = linear.weight.data[0].zero_()
         >>> SparseLinear.from_dense(linear)
         SparseLinear(in_features=3, out_features=2, bias=True, nnz=3, sparsity=0.5)
         """
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(
+                f"expected nn.Linear, got {type(linear).__name__}; SparseConv1d and SparseConv2d are for convolutions, "
+                "offpath.compress also knows transformers' Conv1D"
+            )
         weight = linear.weight.detach()
         pattern = patterns.from_dense(weight) if pattern is None else pattern
         if pattern.shape != tuple(weight.shape):

@@ -12,8 +12,13 @@ if TYPE_CHECKING:
     from offpath.nn.sparse_weight import SparseWeightModule
 
 
-def load_problem(layer: SparseWeightModule, state_dict: dict[str, Any], prefix: str, assign: bool) -> str | None:
-    """What is wrong with the entries of a checkpoint that `layer` is to take, with the next step; None if they fit."""
+def load_problem(
+    layer: SparseWeightModule, state_dict: dict[str, Any], prefix: str, assign: bool, dense_shape: Any = None
+) -> str | None:
+    """What is wrong with the entries of a checkpoint that `layer` is to take, with the next step; None if they fit.
+
+    `dense_shape` is that of the layer which the checkpoint was made of, where it says so.
+    """
     if not layer.owns_values:
         return None
     names = (*layer.value_names, *layer.index_names)
@@ -21,7 +26,7 @@ def load_problem(layer: SparseWeightModule, state_dict: dict[str, Any], prefix: 
     if prefix + "weight" in state_dict and missing:
         return (
             "the checkpoint holds a dense weight here; load it into the dense model and convert that with "
-            "offpath.sparsify(model, method='magnitude') or SparseLinear.from_dense"
+            f"{layer.from_dense_by}"
         )
     if len(missing) == len(names):
         return None  # nothing about this layer: the default loading reports the missing keys
@@ -40,6 +45,8 @@ def load_problem(layer: SparseWeightModule, state_dict: dict[str, Any], prefix: 
             f"expected values like {layer.values.dtype}, got {values.dtype}; Int8SparseLinear.from_sparse and "
             "to_sparse lead from a layer that fits the checkpoint to the other kind"
         )
+    if dense_shape is not None and tuple(dense_shape) != layer.dense_shape:
+        return f"expected connections of a weight of shape {layer.dense_shape}, got those of {tuple(dense_shape)}"
     if "scales" in names and state_dict[prefix + "scales"].shape != (layer.out_features,):
         return f"expected scales of shape ({layer.out_features},), got {tuple(state_dict[prefix + 'scales'].shape)}"
     bias = state_dict.get(prefix + "bias")

@@ -36,6 +36,7 @@ class SparseSparseLinear(SparseWeightModule):
     """
 
     sides = ("in", "out")
+    from_dense_by = "SparseSparseLinear.from_linear"
     index_names = ("ccol_indices", "row_indices")
 
     def __init__(
@@ -93,9 +94,13 @@ class SparseSparseLinear(SparseWeightModule):
     def from_sparse_linear(cls, layer: SparseLinear) -> SparseSparseLinear:
         """The layer that computes what `layer` does; keeps dtype, device, mode, `requires_grad`, shares no memory.
 
+        Raises `ValueError` for a layer of another kind.
+
         >>> SparseSparseLinear.from_sparse_linear(SparseLinear(4, 3, density=0.25)).to_sparse_linear()
         SparseLinear(in_features=4, out_features=3, bias=True, nnz=3, sparsity=0.75)
         """
+        if not isinstance(layer, SparseLinear):
+            raise ValueError(f"expected a SparseLinear, got {type(layer).__name__}")
         return cls._holding(*_turned(layer), layer.values.requires_grad, layer)
 
     def to_sparse_linear(self) -> SparseLinear:

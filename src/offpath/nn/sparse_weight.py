@@ -27,6 +27,7 @@ class SparseWeightModule(nn.Module):
 
     sides: ClassVar[tuple[str, str]]  # "out" and "in": what the rows and the columns of the pattern are
     index_names: ClassVar[tuple[str, str]]  # of the row pointer and the column indices, in the state_dict
+    from_dense_by: ClassVar[str]  # what makes one of a dense layer, for messages
     value_names: ClassVar[tuple[str, ...]] = ("values",)  # what in the state_dict belongs to the topology beside
     values: nn.Parameter
     bias: nn.Parameter | None
@@ -121,6 +122,11 @@ class SparseWeightModule(nn.Module):
         return (self.out_features, self.in_features) if by_output else (self.in_features, self.out_features)
 
     @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """The shape of the weight of the dense layer that computes the same."""
+        return self.out_features, self.in_features
+
+    @property
     def owns_values(self) -> bool:
         """Whether `values` are this layer's: torch.nn.utils.prune or a parametrization may have taken them over."""
         return "values" in self._parameters or "values" in self._buffers
@@ -184,6 +190,10 @@ class SparseWeightModule(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.index_names:
             destination[prefix + name] = getattr(self, name)
+        # A pattern also fits a wider layer. What torch keeps beside a state_dict, and saves with it, tells them apart.
+        beside = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if beside is not None:
+            beside["dense_shape"] = self.dense_shape
 
     def _load_from_state_dict(
         self,
@@ -201,7 +211,7 @@ class SparseWeightModule(nn.Module):
         holding it, but what it remembers has the old nnz: load the optimizer's state as well, or build a new one.
         """
         assign = local_metadata.get("assign_to_params_buffers", False)
-        problem = load_problem(self, state_dict, prefix, assign)
+        problem = load_problem(self, state_dict, prefix, assign, local_metadata.get("dense_shape"))
         if problem:
             error_msgs.append(f"{type(self).__name__} {prefix.rstrip('.') or '(root)'}: {problem}")
             return

@@ -29,7 +29,10 @@ def build(contents: Contents) -> nn.Module:
     """The architecture that the header describes, without the numbers. Raises `StorageError`."""
     description = contents.header.model
     if description is None:
-        raise StorageError("expected a model to load into, since its class is no part of the file; pass model=")
+        raise StorageError(
+            "expected a model to load into, since the file does not say how its own is built (classes of other "
+            "packages, hooks and changed modules are no part of it); pass model="
+        )
     if len(description) != 1 or not all(isinstance(value, dict) for value in description.values()):
         raise StorageError(f"expected one description of a model, got {sorted(description)}")
     ((kind, found),) = description.items()

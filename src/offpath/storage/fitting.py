@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from offpath.convert.swap import swap_modules
+from offpath.convert.swap import attachment, swap_modules
 from offpath.nn.sparse_weight import SparseWeightModule
 from offpath.storage.contents import Contents
 from offpath.storage.errors import StorageError
@@ -69,6 +70,12 @@ def _replacements(model: nn.Module, contents: Contents) -> dict[nn.Module, nn.Mo
             problem = "one module of two names in the model, two in the file"
         if problem:
             raise StorageError(f"expected layer {name!r} to take the place of one of its size, got {problem}")
+        attached = attachment(module, Counter())
+        if attached:
+            raise StorageError(
+                f"expected layer {name!r} to take the place of one that nothing hangs on, but {attached}; load into a "
+                "model as its code builds it, and attach that afterwards"
+            )
     if len(found) != len(contents.layers):
         raise StorageError(f"expected a model that shares modules as the file does: {', '.join(map(repr, shared))}")
     for name, module in modules.items():

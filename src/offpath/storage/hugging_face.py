@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from offpath.storage.contents import Contents
 from offpath.storage.errors import StorageError
 from offpath.storage.fitting import fit
+from offpath.storage.layers import LAYERS
+from offpath.storage.sequential import same_settings
 
 # Where a model came from is nobody's business; what implements its attention is the reader's choice.
 NOT_STORED = ("_name_or_path", "architectures", "transformers_version")
@@ -40,7 +42,11 @@ _DRAWING = {Tensor.uniform_, Tensor.normal_}
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
-    """Class and config of a model of `transformers`, or None for others and for those that need more than these."""
+    """Class and config of a model of `transformers`, or None for others and for those that need more than these.
+
+    So do models whose modules were exchanged or changed after they were built. Hooks are not looked for: transformers
+    leaves its own on a model.
+    """
     if "transformers.modeling_utils" not in sys.modules:
         return None
     transformers = sys.modules["transformers"]
@@ -48,7 +54,31 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     if not isinstance(model, transformers.PreTrainedModel) or getattr(transformers, name, None) is not type(model):
         return None
     config = _stored(json.loads(model.config.to_json_string(use_diff=False)))
-    return None if _problem(config) else {"class": name, "config": config}
+    return {"class": name, "config": config} if not _problem(config) and _is_built_from(config, model) else None
+
+
+def _is_built_from(config: Mapping[str, Any], model: nn.Module) -> bool:
+    try:
+        with torch.device("meta"):
+            again = _built(type(model), config, sys.maxsize)
+    except StorageError:
+        return False
+    own, built = (dict(one.named_modules(remove_duplicate=False)) for one in (model, again))
+    return own.keys() == built.keys() and all(_is_like(built[name], module) for name, module in own.items())
+
+
+def _is_like(built: nn.Module, module: nn.Module) -> bool:
+    """Whether `module` is a layer that the file holds, or computes with its tensors what `built` does."""
+    kind = type(module)
+    row = LAYERS.get(kind.__name__)
+    if row is not None and row.kind is kind:
+        return True
+    # transformers puts the forward of a module back into its attributes after it has recorded outputs.
+    forward = vars(module).get("forward")
+    if kind is not type(built) or (forward is not None and getattr(forward, "__func__", None) is not kind.forward):
+        return False
+    # What other modules set may be a cache.
+    return not kind.__module__.startswith("torch.nn.") or same_settings(built, module)
 
 
 def build(description: Mapping[str, Any], contents: Contents) -> nn.Module:

@@ -40,6 +40,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     (True, SparseLinear(in_features=64, out_features=32, bias=True, nnz=205, sparsity=0.8999))
     """
     path = Path(path)
+    if model is not None and not isinstance(model, nn.Module):
+        raise StorageError(f"expected a model to load into, got a {type(model).__name__}")
     if path.is_dir():
         path = path / FILE_IN_FOLDER
     if path.exists() and not path.is_file():

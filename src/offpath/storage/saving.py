@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from offpath.storage.header import FORMAT, Header, LayerEntry
 from offpath.storage.layers import LAYERS
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_OF_LAYERS = {"values", "scales", "bias"}
+_METADATA = "__metadata__"
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -44,8 +47,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     True
     """
     path = Path(path)
-    if path.is_dir():
-        raise StorageError(f"expected the name of a file, got the folder {path}; try {path / 'model.safetensors'}")
+    if not isinstance(model, nn.Module):
+        raise StorageError(f"expected a model to save, got a {type(model).__name__}")
+    _check_place(path)
     layers, shared = _sparse_layers(model)
     tensors = _tensors(model, [*layers, *shared])
     entries: dict[str, LayerEntry] = {}
@@ -59,10 +63,33 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for alias, key in tied.items():
         if alias in of_layers or key in of_layers:
             raise StorageError(f"expected sparse layers with numbers of their own, but {alias!r} is tied to {key!r}")
-    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items() if key not in tied}
+    if _METADATA in tensors:
+        raise StorageError(f"expected tensors with other names than {_METADATA}, under which safetensors keeps its own")
+    contiguous = {key: _written_out(tensor) for key, tensor in tensors.items() if key not in tied}
     text = Header(entries, shared, tied, describe(model)).to_text()
     metadata = {"format": "pt", FORMAT: text, "sha256": digest(text, contiguous)}
     write_whole(path, lambda beside: _write(contiguous, beside, metadata))
+
+
+def _check_place(path: Path) -> None:
+    """Raise `StorageError` for what a file must not replace, and `OSError` where there can be none."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if not path.resolve().parent.is_dir():
+            raise FileNotFoundError(
+                f"expected a folder to write {path.name} into, got {path.parent}; make it"
+            ) from None
+        return
+    if stat.S_ISDIR(mode):
+        raise StorageError(f"expected the name of a file, got the folder {path}; try {path / 'model.safetensors'}")
+    if not stat.S_ISREG(mode):
+        raise StorageError(f"expected the name of a file, got {path}, which is a device, a pipe or a socket")
+
+
+def _written_out(tensor: Tensor) -> Tensor:
+    """Its numbers as the CPU has them in memory, one behind the other."""
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
 def _sparse_layers(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
@@ -98,14 +125,19 @@ def _tensors(model: nn.Module, without: list[str]) -> dict[str, Tensor]:
 
 def _stored(layer: Any) -> tuple[LayerEntry, dict[str, Tensor]]:
     row = LAYERS[type(layer).__name__]
+    kind, own = row.kind.__name__, _tensors(layer, [])
+    if row.shape is not None:
+        own = {key: tensor for key, tensor in own.items() if key not in row.kind.index_names}
+        if "values" not in own:
+            raise StorageError("expected values of its own, but they are computed by a mask; remove that first")
+    added = sorted(own.keys() - _OF_LAYERS)
+    if added:
+        raise StorageError(f"expected no tensors but those of a {kind}, got {', '.join(added)}; hold them elsewhere")
     if row.shape is None:
-        return LayerEntry(row.kind.__name__, row.arguments(layer), 0, "none"), _tensors(layer, [])
+        return LayerEntry(kind, row.arguments(layer), 0, "none"), own
     pattern = layer.pattern
-    own = {key: tensor for key, tensor in _tensors(layer, []).items() if key not in row.kind.index_names}
-    if "values" not in own:
-        raise StorageError("expected values of its own, but they are computed by a mask; remove that first")
     encoding, encoded = encode(pattern)
-    return LayerEntry(row.kind.__name__, row.arguments(layer), pattern.nnz, encoding), own | encoded
+    return LayerEntry(kind, row.arguments(layer), pattern.nnz, encoding), own | encoded
 
 
 def _tied(tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from offpath.convert.swap import attachment
 from offpath.storage.contents import Contents
 from offpath.storage.errors import StorageError
 from offpath.storage.layers import LAYERS
@@ -20,12 +22,20 @@ PLAIN: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("in_features", "out_features", "bias"),
     nn.Conv1d: _CONV,
     nn.Conv2d: _CONV,
-    nn.Embedding: ("num_embeddings", "embedding_dim", "padding_idx"),
+    nn.Embedding: (
+        "num_embeddings",
+        "embedding_dim",
+        "padding_idx",
+        "max_norm",
+        "norm_type",
+        "scale_grad_by_freq",
+        "sparse",
+    ),
     nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine", "bias"),
     nn.BatchNorm1d: _NORM,
     nn.BatchNorm2d: _NORM,
-    nn.MaxPool2d: _POOL,
-    nn.AvgPool2d: _POOL,
+    nn.MaxPool2d: (*_POOL, "dilation", "return_indices", "ceil_mode"),
+    nn.AvgPool2d: (*_POOL, "ceil_mode", "count_include_pad", "divisor_override"),
     nn.AdaptiveAvgPool2d: ("output_size",),
     nn.Flatten: ("start_dim", "end_dim"),
     nn.Dropout: ("p",),
@@ -37,7 +47,11 @@ _BY_NAME = {kind.__name__: kind for kind in PLAIN}
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
-    """What `build` makes `model` of, or None where it holds a module that is not in the table."""
+    """What `build` makes `model` of, or None where that would not compute the same.
+
+    So it is where `model` holds a module that is not in the table, one with hooks, a forward or tensors that its class
+    does not give it, or one that was changed after it was built.
+    """
     return _described(model, "", {})
 
 
@@ -50,15 +64,20 @@ def build(description: Mapping[str, Any], contents: Contents) -> nn.Module:
         raise StorageError(f"expected a description of nn.Sequential, got: {error!r:.200}") from error
 
 
-def _described(module: nn.Module, name: str, seen: dict[nn.Module, str]) -> dict[str, Any] | None:
+def _described(module: nn.Module | None, name: str, seen: dict[nn.Module, str]) -> dict[str, Any] | None:
+    if module is None or attachment(module, Counter()):
+        return None
     if module in seen:
         return {"same_as": seen[module]}
     seen[module] = name
     kind = type(module)
     if kind is nn.Sequential:
+        if module._parameters or module._buffers.keys() - module._non_persistent_buffers_set:
+            return None
+        # Not named_children: a module that stands in two places is called in both.
         children = {
             child_name: _described(child, f"{name}.{child_name}" if name else child_name, seen)
-            for child_name, child in module.named_children()
+            for child_name, child in module._modules.items()
         }
         return None if None in children.values() else {"children": children}
     row = LAYERS.get(kind.__name__)
@@ -66,7 +85,24 @@ def _described(module: nn.Module, name: str, seen: dict[nn.Module, str]) -> dict
         return {"stored": kind.__name__}
     if kind not in PLAIN:
         return None
-    return {"class": kind.__name__, "arguments": {name: _argument(module, name) for name in PLAIN[kind]}}
+    arguments = {name: _argument(module, name) for name in PLAIN[kind]}
+    with torch.device("meta"):
+        again = kind(**arguments)
+    like = same_settings(again, module) and _shapes(again) == _shapes(module)
+    return {"class": kind.__name__, "arguments": arguments} if like else None
+
+
+def same_settings(again: nn.Module, module: nn.Module) -> bool:
+    """Whether all that the constructor of `again` has set is so in `module`.
+
+    Whether ReLU and the like write into their input is left out: the result is the same.
+    """
+    settings = {name for name in vars(again) if not name.startswith("_")} - {"training", "inplace"}
+    return all(vars(module).get(name) == vars(again)[name] for name in settings)
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def _argument(module: nn.Module, name: str) -> Any:

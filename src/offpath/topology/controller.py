@@ -18,7 +18,7 @@ from offpath.topology.distributed import Processes, fingerprint, unwrapped
 from offpath.topology.errors import TopologyError
 from offpath.topology.grow import gradient_decay, gradient_steps, needs_dense_gradient
 from offpath.topology.layer import LayerView
-from offpath.topology.managed import FilterFn, ManagedLayer, check_plain, managed_layers
+from offpath.topology.managed import FilterFn, ManagedLayer, check_plain, managed_layers, warn_of_staying
 from offpath.topology.recipe import Recipe
 from offpath.topology.record import LayerState, LayerUpdate, TopologyUpdate
 from offpath.topology.settings import whole
@@ -34,7 +34,8 @@ class Topology:
     of any torch optimizer go with their connection, bit for bit; grown connections begin with zero. Models in `also`
     (such as an `AveragedModel`) get the same connections. All draws come from a generator of its own, made from `seed`.
 
-    Frozen layers, and those that `filter_fn(module, fqn)` declines, are left alone. `grown_state` gives other numbers
+    Frozen layers, and those that `filter_fn(module, fqn)` declines, are left alone; sparse convolutions, which it also
+    leaves alone, are warned of. `grown_state` gives other numbers
     than zero, or "mean" for that of the layer, to the optimizer's state of grown connections, by its key: for Adam,
     {"exp_avg_sq": "mean"} keeps their first steps from being several times the learning rate. `record_explored`
     remembers which positions have ever held a connection, for `survey()`: one bit for each position of the dense
@@ -80,6 +81,8 @@ class Topology:
         if recipe.schedule is not None:
             check_optimizer(optimizer)
         self._managed = managed_layers(unwrapped(model), optimizer, also, filter_fn, record_explored)
+        if recipe.schedule is not None:
+            warn_of_staying(unwrapped(model), filter_fn)
         self._generator = torch.Generator().manual_seed(whole("seed", seed, "pass an int, such as 0"))
         self._step = 0
         if recipe.budget is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from offpath import pattern as patterns
-from offpath.nn import SparseLinear, check_rewire
+from offpath.nn import SparseConv1d, SparseConv2d, SparseLinear, check_rewire
 from offpath.pattern import Edit, PatternError
 from offpath.topology.capture import Capture
 from offpath.topology.carry import owns, state_problem
@@ -176,6 +177,7 @@ def managed_layers(
             "expected a model with trainable SparseLinear layers, found none"
             + (" that filter_fn takes" if filter_fn else "")
             + "; make some with offpath.sparsify(model, 0.9), before the optimizer is built"
+            + (f". The connections of {staying} cannot be moved" if (staying := _staying(model, filter_fn)) else "")
         )
     owner: dict[int, str] = {}
     for name, layer in chosen.items():
@@ -192,6 +194,22 @@ def managed_layers(
     return [
         ManagedLayer(name, layer, [twins[name] for twins in copies], record_explored) for name, layer in chosen.items()
     ]
+
+
+def warn_of_staying(model: nn.Module, filter_fn: FilterFn | None) -> None:
+    """Warn of sparse convolutions that `filter_fn` takes: a topology does not move their connections."""
+    staying = _staying(model, filter_fn)
+    if staying:
+        warnings.warn(f"the connections of {staying} stay as they are: only those of SparseLinear move", stacklevel=4)
+
+
+def _staying(model: nn.Module, filter_fn: FilterFn | None) -> str:
+    convolutions = [
+        f"{name!r} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, (SparseConv1d, SparseConv2d)) and (filter_fn is None or filter_fn(module, name))
+    ]
+    return ", ".join(convolutions)
 
 
 def _twins(chosen: dict[str, SparseLinear], other: nn.Module) -> dict[str, SparseLinear]:

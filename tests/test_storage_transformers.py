@@ -1,0 +1,73 @@
+"""What a file says of a model of `transformers`: the model that was saved, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import offpath
+from offpath import StorageError
+from offpath.ops import forced_methods
+
+transformers = pytest.importorskip("transformers")
+TOKENS = torch.arange(12).view(2, 6)
+
+
+def _bert() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    model = transformers.BertModel(config).eval()
+    offpath.sparsify(model, 0.5, filter_fn=lambda module, name: "intermediate" in name)
+    return model
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "activation": lambda model: setattr(model.encoder.layer[0].intermediate, "intermediate_act_fn", nn.ReLU()),
+    "setting": lambda model: setattr(model.encoder.layer[0].output.LayerNorm, "eps", 0.1),
+    "forward": lambda model: setattr(model.encoder.layer[0].output, "forward", lambda states, residual: residual),
+    "module taken out": lambda model: setattr(model, "pooler", None),
+    "layer taken out": lambda model: setattr(model.encoder, "layer", model.encoder.layer[:1]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_its_config_does_not_build_needs_a_model(tmp_path: Path, change: str) -> None:
+    model = _bert()
+    CHANGES[change](model)
+    offpath.save(model, tmp_path / "m")
+    with pytest.raises(StorageError, match="pass model="):
+        offpath.load(tmp_path / "m")
+
+
+@torch.no_grad()
+def test_use_and_training_leave_a_model_what_it_is(tmp_path: Path) -> None:
+    model = _bert()
+    with forced_methods(forward="row-wise"):  # nothing to measure
+        model(TOKENS, output_hidden_states=True)
+    model.train().to(torch.bfloat16)
+    model.embeddings.word_embeddings = offpath.nn.Int8Embedding.from_dense(model.embeddings.word_embeddings)
+    offpath.save(model, tmp_path / "m")
+    again = offpath.load(tmp_path / "m")
+    with forced_methods(forward="row-wise"):
+        assert torch.equal(again(TOKENS).last_hidden_state, model.eval()(TOKENS).last_hidden_state)
+
+
+@torch.no_grad()
+def test_a_model_that_was_resized_and_generated_is_described(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=32, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.resize_token_embeddings(60)
+    model.generate(TOKENS, max_new_tokens=40, do_sample=False)  # beyond the positions that it was made for
+    offpath.save(model, tmp_path / "m")
+    assert torch.equal(offpath.load(tmp_path / "m")(TOKENS).logits, model(TOKENS).logits)
