@@ -245,7 +245,7 @@ def test_the_whole_command_on_tiny_layers(tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
         f"from bars import main; from bar_jobs import Effort\nsys.exit(main(['--json', 'out/bars.json'], {TINY}))"
     )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("OFFPATH_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("OFFPATH_") or k == "OFFPATH_CACHE_DIR"}
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
