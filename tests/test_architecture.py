@@ -191,7 +191,8 @@ def test_one_openmp_runtime_in_the_process() -> None:
     code = (
         "import torch, offpath; from offpath.kernels import cpu\n"
         "torch.set_num_threads(2); layer = offpath.SparseLinear(512, 512)\n"
-        "layer(torch.randn(256, 512, requires_grad=True)).sum().backward()\n"
+        "with offpath.ops.forced_methods(forward='bucketed', dx='bucketed', dvalues='tiled'):\n"
+        "  layer(torch.randn(256, 512, requires_grad=True)).sum().backward()\n"
         "torch.randn(512, 512) @ torch.randn(512, 512)\n"
         "print(cpu.pool_library()); print(open('/proc/self/maps').read())"
     )
@@ -207,7 +208,8 @@ def test_thread_count_of_torch_is_honoured() -> None:
         "import os, torch, offpath; torch.set_num_threads(1)\n"
         "layer, x = offpath.SparseLinear(512, 512), torch.ones(256, 512)\n"
         "torch.set_num_threads({})\n"
-        "before = len(os.listdir('/proc/self/task')); layer(x)\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "with offpath.ops.forced_methods(forward='bucketed'): layer(x)\n"
         "print(len(os.listdir('/proc/self/task')) - before)"
     )
     for count in (1, 2, 3):
