@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -12,6 +13,11 @@ def peak_bytes():
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 """
+
+
+def environment() -> dict[str, str]:
+    """This process's, with no choice of a backend."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("OFFPATH_") or k == "OFFPATH_CACHE_DIR"}
 
 
 def numbers_of(code: str) -> list[int]:
@@ -49,5 +55,6 @@ def outcomes_under(environments: list[dict[str, str]], code: str) -> list[tuple[
     """Exit status, output and errors of `code` under each environment, in forks of one process that has imported torch
     and offpath, which takes seconds."""
     given = json.dumps([code, environments])
-    made = subprocess.run([sys.executable, "-c", _FORKS], input=given, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", _FORKS]
+    made = subprocess.run(command, input=given, env=environment(), capture_output=True, text=True, check=True)
     return [(status, out, errors) for status, out, errors in json.loads(made.stdout)]
