@@ -53,7 +53,7 @@ class poisoned_memory:
         torch.utils.deterministic.fill_uninitialized_memory = self.before[1]
 
 
-@lru_cache(maxsize=64)  # the problems of one product and dtype: those serve every backend and thread count
+@lru_cache(maxsize=128)  # the problems of one product and dtype, which every backend and thread count is given
 def _defined(
     product: Product, problem: Problem, dtype: torch.dtype, draw: Callable
 ) -> tuple[Pattern, Operands, Tensor, Tensor]:
