@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -29,11 +32,11 @@ def in_float64(operands: Operands) -> Operands:
 
 def run_unmodified(product: Product, backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
     """The backend's result on fresh NaN-filled memory; fails when it wrote to an operand."""
-    before = {name: tensor.clone() for name, tensor in operands.items()}
+    own = {name: tensor.clone() for name, tensor in operands.items()}
     with poisoned_memory():
-        result = product.run(backend, pattern, operands)
+        result = product.run(backend, pattern, own)
     for name, tensor in operands.items():
-        assert torch.equal(tensor, before[name]), f"{backend.name} modified its operand {name}"
+        assert torch.equal(tensor, own[name]), f"{backend.name} modified its operand {name}"
     return result
 
 
@@ -50,23 +53,31 @@ class poisoned_memory:
         torch.utils.deterministic.fill_uninitialized_memory = self.before[1]
 
 
+@lru_cache(maxsize=128)  # the problems of one product and dtype, which every backend and thread count is given
+def _defined(
+    product: Product, problem: Problem, dtype: torch.dtype, draw: Callable
+) -> tuple[Pattern, Operands, Tensor, Tensor]:
+    """A pattern, operands, what the definition makes of them in float64, and what it makes of their absolute values."""
+    pattern = problem.pattern
+    operands = product.draw(pattern, problem.batch, draw(1, dtype))
+    wide = in_float64(operands)
+    size = product.run(REFERENCE, pattern, {name: tensor.abs() for name, tensor in wide.items()})
+    return pattern, operands, product.run(REFERENCE, pattern, wide), size
+
+
 def check_exact(product: Product, backend: Backend, problem: Problem, dtype: torch.dtype) -> None:
     """Small integers: the same bits as the reference in float64."""
-    pattern = problem.pattern
-    operands = product.draw(pattern, problem.batch, small_integers(1, dtype))
+    pattern, operands, exact, _ = _defined(product, problem, dtype, small_integers)
     result = run_unmodified(product, backend, pattern, operands)
-    expected = product.run(REFERENCE, pattern, in_float64(operands)).to(dtype)
+    expected = exact.to(dtype)
     assert result.dtype == dtype and result.shape == expected.shape
     assert torch.equal(result, expected), f"{product.name} on {problem.name}: not exact"
 
 
 def check_bounded(product: Product, backend: Backend, problem: Problem, dtype: torch.dtype) -> None:
     """Gaussian operands: |y - y64| <= gamma_k (|A| |x|), the a-priori bound for any order of summation."""
-    pattern = problem.pattern
-    operands = product.draw(pattern, problem.batch, gaussian(2, dtype))
+    pattern, operands, exact, size = _defined(product, problem, dtype, gaussian)
     result = run_unmodified(product, backend, pattern, operands)
-    exact = product.run(REFERENCE, pattern, in_float64(operands))
-    size = product.run(REFERENCE, pattern, {name: tensor.abs() for name, tensor in in_float64(operands).items()})
     terms = product.terms(pattern, problem.batch)
     # The float64 reference errs too, by the same formula.
     summed_in = torch.float32 if dtype is torch.bfloat16 else dtype

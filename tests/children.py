@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 
@@ -13,7 +15,46 @@ def peak_bytes():
 """
 
 
+def environment() -> dict[str, str]:
+    """This process's, with no choice of a backend."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("OFFPATH_") or k == "OFFPATH_CACHE_DIR"}
+
+
 def numbers_of(code: str) -> list[int]:
     """The whole numbers that `code` prints; it may call `peak_bytes()`, the most memory that it has had resident."""
     command = [sys.executable, "-c", _PEAK_BYTES + code]
     return [int(word) for word in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
+
+
+_FORKS = """
+import json, os, sys, tempfile, traceback, torch, offpath
+code, environments = json.load(sys.stdin)
+outcomes = []
+for environment in environments:
+    files = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    child = os.fork()
+    if child == 0:
+        os.environ.update(environment)
+        for number, file in enumerate(files, start=1):
+            os.dup2(file.fileno(), number)
+        status = 0
+        try:
+            exec(code)
+        except Exception:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    outcomes.append([status, *(os.pread(file.fileno(), 2**20, 0).decode() for file in files)])
+print(json.dumps(outcomes))
+"""
+
+
+def outcomes_under(environments: list[dict[str, str]], code: str) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of `code` under each environment, in forks of one process that has imported torch
+    and offpath, which takes seconds."""
+    given = json.dumps([code, environments])
+    command = [sys.executable, "-c", _FORKS]
+    made = subprocess.run(command, input=given, env=environment(), capture_output=True, text=True, check=True)
+    return [(status, out, errors) for status, out, errors in json.loads(made.stdout)]

@@ -13,7 +13,7 @@ from hypothesis import settings
 
 from data_files import tiny_files
 from offpath import kernels
-from offpath.kernels import Backend, cpu
+from offpath.kernels import Backend, calibration, cpu
 from offpath.studies.data import DATASETS, IdxSpec
 from offpath.studies.data.locate import DATA_DIR_VARIABLE, cache_dir
 
@@ -27,8 +27,13 @@ settings.load_profile("offpath")
 
 @pytest.fixture(scope="session", autouse=True)
 def measured_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One cost table for all tests and the processes they start, and none left in the user's cache."""
+    """One cost table for all tests and the processes they start, and none left in the user's cache.
+
+    Measured in one round: no test depends on how well times are known.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        for rounds in ("SMALL_ROUNDS", "LARGE_ROUNDS"):
+            patch.setattr(calibration, rounds, 1)
         patch.setenv("OFFPATH_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
 

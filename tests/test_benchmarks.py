@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import any_batch
 import bars
 from any_batch import excess_steps, worst_tail
 from bar_jobs import BREAK_EVEN, JOBS, Effort, Job, break_even_figures
+from children import environment
 from contenders import CONTENDERS, Contender, Refused
 from measure import Timing, WrongResult, check_forward, check_step, interleaved, speedup, training_step
 from offpath.kernels import KernelError
@@ -245,9 +245,8 @@ def test_the_whole_command_on_tiny_layers(tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
         f"from bars import main; from bar_jobs import Effort\nsys.exit(main(['--json', 'out/bars.json'], {TINY}))"
     )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("OFFPATH_")}
     command = [sys.executable, "-c", code]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     content = json.loads((tmp_path / "out" / "bars.json").read_text())
     assert content["machine"]["processor"] in (tmp_path / "out" / "bars.txt").read_text()

@@ -210,6 +210,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(quick_measure, monkeypat
 
 def _measure_in_a_process(folder: str) -> dict:
     os.environ["OFFPATH_CACHE_DIR"] = folder
+    calibration.SMALL_ROUNDS = 1
     return calibration.cost_table(BEST, torch.float32, SMALL_SIZES).seconds
 
 

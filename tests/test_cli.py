@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from commands import run_offpath
+
 SMALL = ["--data", "digits", "--model", "mlp-small", "--epochs", "2"]
 
 
@@ -65,27 +67,19 @@ def test_train_prints_writes_and_resumes(tmp_path: Path) -> None:
     assert "epoch   3" in again.stdout and "epoch   2" not in again.stdout
 
 
-def test_resume_refuses_an_option_that_contradicts_the_run(tmp_path: Path) -> None:
-    assert _offpath("train", *SMALL, "--out", tmp_path / "run").returncode == 0
-    finished = _offpath("train", "--out", tmp_path / "run", "--resume", "--sparsity", "0.5")
-    assert finished.returncode == 1
-    assert "go on with sparsity=0.9 as the run was started, got 0.5" in finished.stderr
-
-
-def test_resume_takes_more_epochs_but_not_fewer_and_no_quick(tmp_path: Path) -> None:
-    assert _offpath("train", *SMALL, "--out", tmp_path / "run").returncode == 0
-    fewer = _offpath("train", "--out", tmp_path / "run", "--resume", "--epochs", "1")
-    assert fewer.returncode == 1 and "at least the 2 epochs" in fewer.stderr
-    quick = _offpath("train", "--out", tmp_path / "run", "--resume", "--quick")
-    assert quick.returncode == 1 and "--quick on a new run only" in quick.stderr
-
-
-def test_paths_are_shown_as_they_are_and_can_be_pasted(tmp_path: Path) -> None:
+def test_paths_are_shown_as_they_are_and_can_be_pasted_and_what_contradicts_the_run_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "a [bold] [/b] :smile: folder"
     finished = _offpath("train", *SMALL, "--out", out)
     assert finished.returncode == 0 and f"the run is in {out}" in finished.stdout
     again = _offpath("train", *SMALL, "--out", out)
     assert again.returncode == 1 and f"{out} already holds a run" in again.stderr
+    for options, message in (
+        (["--sparsity", "0.5"], "go on with sparsity=0.9 as the run was started, got 0.5"),
+        (["--epochs", "1"], "at least the 2 epochs"),
+        (["--quick"], "--quick on a new run only"),
+    ):
+        refused = run_offpath("train", "--out", out, "--resume", *options)
+        assert refused.exit_code == 1 and message in refused.stderr
 
 
 def test_reader_that_leaves_gets_no_traceback() -> None:
@@ -134,8 +128,8 @@ def test_race_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, arguments: list[str], message: str) -> None:
     out = [] if "--out" in arguments or arguments[0] == "data" else ["--out", str(tmp_path / "run")]
-    finished = _offpath(*arguments, *out)
-    assert finished.returncode == 1
+    finished = run_offpath(*arguments, *out)
+    assert finished.exit_code == 1
     assert finished.stderr.startswith("error: ") and finished.stderr.count("\n") == 1
     assert message in finished.stderr
     assert not list(tmp_path.rglob("config.json"))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from commands import run_offpath
 from offpath import kernels
 from offpath.cost.crossover import DENSE, OFFPATH, PRODUCTS, TORCH_SPARSE
 from offpath.studies import RunError
@@ -262,7 +263,7 @@ def test_ctrl_c_at_the_command_shows_and_keeps_what_there_is(tmp_path: Path) -> 
     ],
 )
 def test_bad_option_is_one_line_and_leaves_nothing(tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = _offpath(*arguments, "--out", tmp_path / "run")
-    assert done.returncode == 1 and message in done.stderr
+    done = run_offpath("crossover", *arguments, "--out", tmp_path / "run")
+    assert done.exit_code == 1 and message in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()

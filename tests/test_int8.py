@@ -187,13 +187,13 @@ def test_opcheck() -> None:
             opcheck(torch.ops.offpath.int8_linear.default, operands)
 
 
-@pytest.mark.parametrize("activations", ["float", "int8"])
-def test_a_layer_is_compiled_without_graph_breaks(activations: str, one_thread: None) -> None:
-    layer = _layer(activations=activations)
-    compiled = torch.compile(lambda x: layer(x) * 2, fullgraph=True)
+def test_layers_are_compiled_without_graph_breaks(one_thread: None) -> None:
+    layers = [_layer(activations=activations) for activations in ("float", "int8")]
+    compiled = torch.compile(lambda x: [layer(x) * 2 for layer in layers], fullgraph=True)
     for batch in (7, 3):
         x = torch.randn(batch, 70)
-        assert torch.equal(compiled(x), layer(x) * 2)
+        for got, layer in zip(compiled(x), layers, strict=True):
+            assert torch.equal(got, layer(x) * 2)
 
 
 def test_gradients_are_refused() -> None:

@@ -15,17 +15,20 @@ from offpath.kernels import Backend
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 pytestmark = pytest.mark.usefixtures("threads")
+# The scope makes pytest go through all backends and thread counts before the next product, while its operands are kept.
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str, scope="module")
+every_product = pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: p.name, scope="module")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: p.name)
+@every_dtype
+@every_product
 def test_exact(product: Product, backend: Backend, dtype: torch.dtype) -> None:
     for problem in (*WIDTHS, *PROBLEMS, *LARGE_PROBLEMS):
         check_exact(product, backend, problem, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: p.name)
+@every_dtype
+@every_product
 def test_bounded(product: Product, backend: Backend, dtype: torch.dtype) -> None:
     for problem in (*WIDTHS, *PROBLEMS, *LARGE_PROBLEMS):
         check_bounded(product, backend, problem, dtype)

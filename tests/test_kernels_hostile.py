@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 
 from cases import PROBLEMS, PRODUCTS, Problem, Product, gaussian
 from checkers import poisoned_memory
+from children import outcomes_under
 from offpath import kernels, pattern as patterns
 from offpath.kernels import KernelError, _native, cpu, variant
 
@@ -197,38 +195,24 @@ def test_unknown_isa_is_refused() -> None:
         cpu.make_backend("avx1024")
 
 
-PRINT_BACKEND = "import torch, offpath; print(offpath.kernels.select('cpu', torch.float32).name)"
+RUN = """
+print(offpath.kernels.select('cpu', torch.float32).name)
+with offpath.ops.forced_methods(forward="bucketed"):
+    offpath.SparseLinear(64, 64)(torch.randn(8, 64))
+print(*[isa for isa in offpath.kernels.cpu.isas() if offpath.kernels.cpu.calls(isa)])
+"""
 
 
-def _in_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-
-
-@pytest.mark.parametrize("name", NATIVE)
-def test_forced_isa_is_the_one_that_runs(name: str) -> None:
-    code = (
-        "import torch, offpath; from offpath.kernels import cpu\n"
-        "offpath.SparseLinear(64, 64)(torch.randn(8, 64))\n"
-        "print(*[isa for isa in cpu.isas() if cpu.calls(isa)])"
-    )
-    isa = name.removeprefix("cpu:")
-    assert _in_process(code, OFFPATH_ISA=isa).stdout.strip() == isa
-
-
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
+def test_forced_choice_is_the_one_that_runs_and_one_that_cannot_be_met_raises() -> None:
+    forced = [({"OFFPATH_ISA": isa}, f"cpu:{isa}", isa) for isa in (name.removeprefix("cpu:") for name in NATIVE)]
+    forced.append(({"OFFPATH_BACKEND": "reference"}, "reference", ""))
+    impossible = [
         ({"OFFPATH_ISA": "sve2"}, "got 'sve2': it was not built"),
         ({"OFFPATH_BACKEND": "gpu"}, "expected OFFPATH_BACKEND to be 'cpu' or 'reference', got 'gpu'"),
         ({"OFFPATH_BACKEND": "reference", "OFFPATH_ISA": "avx2"}, "has no ISA"),
-    ],
-)
-def test_forced_choice_that_cannot_be_met_raises(environment: dict[str, str], message: str) -> None:
-    finished = _in_process(PRINT_BACKEND, **environment)
-    assert finished.returncode == 1 and message in finished.stderr
-
-
-def test_forced_reference_runs() -> None:
-    assert _in_process(PRINT_BACKEND, OFFPATH_BACKEND="reference").stdout.strip() == "reference"
+    ]
+    outcomes = outcomes_under([environment for environment, *_ in (*forced, *impossible)], RUN)
+    for (_, name, isa), (status, out, errors) in zip(forced, outcomes, strict=False):
+        assert status == 0 and out.splitlines() == [name, isa], errors
+    for (_, message), (status, out, errors) in zip(impossible, outcomes[len(forced) :], strict=True):
+        assert status == 1 and not out and message in errors

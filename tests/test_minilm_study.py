@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -16,6 +14,7 @@ import pytest
 import torch
 
 import offpath
+from commands import run_offpath
 from offpath.studies import RunError
 from offpath.studies.compression.config import QUICK, StudyConfig
 from offpath.studies.compression.pretrained import Pretrained, open_pretrained
@@ -189,10 +188,8 @@ def test_what_cannot_be_run_is_refused(config: StudyConfig, tmp_path: Path) -> N
 
 
 def test_command_says_what_brings_the_text(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from offpath_cli import main; main()", "study", "minilm"]
-    options = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
-    finished = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
-    assert finished.returncode == 1 and "apt-get install wordnet-base" in finished.stderr
+    finished = run_offpath("study", "minilm", "--data", tmp_path, "--out", tmp_path / "out")
+    assert finished.exit_code == 1 and "apt-get install wordnet-base" in finished.stderr
     assert finished.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 

@@ -23,7 +23,8 @@ from offpath.pattern import Pattern, PatternError
 SMALL = [p for p in (*WIDTHS[:4], *PROBLEMS) if not p.name.startswith(("several", "batch over", "strips"))]
 OPS = torch.ops.offpath
 
-pytestmark = pytest.mark.usefixtures("threads")
+# What is large enough to be split among threads asks for `threads`.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _operands(problem: Problem, dtype: torch.dtype, bias: bool = True) -> tuple[Tensor, Tensor, Tensor | None, Pattern]:
@@ -42,7 +43,9 @@ def test_gradcheck_in_float64(backend: Backend, problem: Problem, bias: bool) ->
 
 
 @pytest.mark.parametrize("problem", (*WIDTHS[:17], *PROBLEMS), ids=lambda p: p.name)
-def test_float32_gradients_are_within_the_bound_of_the_float64_reference(backend: Backend, problem: Problem) -> None:
+def test_float32_gradients_are_within_the_bound_of_the_float64_reference(
+    backend: Backend, problem: Problem, threads: int
+) -> None:
     x, values, bias, pattern = _operands(problem, torch.float32)
     y = sparse_linear(x, values, bias, pattern.crow_indices, pattern.col_indices)
     dy = gaussian(12, torch.float32)(tuple(y.shape))
@@ -82,7 +85,7 @@ def test_opcheck(problem: Problem, dtype: torch.dtype) -> None:
     opcheck(OPS.sparse_linear_dvalues.default, (dy, x.detach(), p.crow_indices, p.col_indices))
 
 
-def test_compile_without_graph_breaks_gives_the_same_numbers(one_thread: None) -> None:
+def test_compile_without_graph_breaks_gives_the_same_numbers() -> None:
     pattern = patterns.random((24, 40), 96, torch.Generator().manual_seed(0))
     x, values, bias = (gaussian(i, torch.float32)(s).requires_grad_() for i, s in enumerate([(7, 40), (96,), (24,)]))
 
@@ -268,7 +271,7 @@ def test_forward_mode_differentiation_is_refused_instead_of_giving_zero(grad: bo
         torch.func.jvp(lambda x: sparse_linear(x, values, None, pattern.crow_indices, pattern.col_indices), (x,), (x,))
 
 
-def test_threads_that_compute_at_once_do_not_disturb_each_other() -> None:
+def test_threads_that_compute_at_once_do_not_disturb_each_other(threads: int) -> None:
     pattern = patterns.random((64, 96), 600, torch.Generator().manual_seed(0))
     values, inputs = torch.randn(600), [torch.randn(128, 96) for _ in range(8)]
     expected = [sparse_linear(x, values, None, pattern.crow_indices, pattern.col_indices) for x in inputs]

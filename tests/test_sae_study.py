@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import Result
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
+from commands import run_offpath
 from offpath.studies import RunError, race as race_other, train as train_other
 from offpath.studies.data import DataError
 from offpath.studies.data.errors import DataNotFoundError
@@ -26,7 +25,6 @@ from offpath.studies.sae.report import write_race_report, write_train_report
 from offpath.studies.sae.run import SaeRun
 from offpath.studies.sae.tables import race_rows
 from offpath.studies.sae.text import read_text
-from offpath_cli.study import app
 from run_checks import SMALL, Watcher, assert_same
 
 TINY = SaeConfig(data="synthetic", latents=128, k=8, epochs=2, batch_size=2000, seed=1)
@@ -265,7 +263,7 @@ def test_more_live_latents_than_are_positive_are_refused(synthetic: Activations,
 
 def test_quick_caps_the_epochs(tmp_path: Path) -> None:
     small = ["--model", "sae", "--data", "synthetic", "--latents", 64, "--k", 4, "--batch-size", 9000]
-    assert _offpath("train", *small, "--quick", "--epochs", 3, "--out", tmp_path / "run").exit_code == 0
+    assert run_offpath("train", *small, "--quick", "--epochs", 3, "--out", tmp_path / "run").exit_code == 0
     assert [record["epoch"] for record in _numbers(tmp_path / "run")] == [1, 2]
 
 
@@ -278,7 +276,7 @@ def test_resume_tells_a_race_from_a_run(tmp_path: Path, held: str, asked: str, m
     else:
         {"race": race_other, "train": train_other}[held](SMALL, tmp_path, Watcher(stop_after_steps=1))
     before = sorted(tmp_path.rglob("*"))
-    finished = _offpath(asked, "--resume", "--out", tmp_path)
+    finished = run_offpath(asked, "--resume", "--out", tmp_path)
     assert finished.exit_code == 1 and f"use offpath {held} --resume" in finished.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -294,10 +292,10 @@ def test_race_whose_activations_were_not_taken_yet_is_a_race(tmp_path: Path, mon
 def test_resume_says_when_the_model_is_of_another_kind(tmp_path: Path) -> None:
     RunFolder(tmp_path).start(TINY)
     for arguments, message in ((["mlp"], "holds an sae run, got mlp"), (["SAE"], "holds an sae run, got SAE")):
-        finished = _offpath("train", "--resume", "--out", tmp_path, "--model", *arguments)
+        finished = run_offpath("train", "--resume", "--out", tmp_path, "--model", *arguments)
         assert finished.exit_code == 1 and message in finished.stderr
     RunFolder(tmp_path).start(SMALL)
-    finished = _offpath("train", "--resume", "--out", tmp_path, "--model", "sae")
+    finished = run_offpath("train", "--resume", "--out", tmp_path, "--model", "sae")
     assert finished.exit_code == 1 and "holds no sae run, got sae" in finished.stderr
 
 
@@ -307,7 +305,7 @@ def test_resume_says_when_the_model_is_of_another_kind(tmp_path: Path) -> None:
 def test_file_in_place_of_the_folder_is_refused(tmp_path: Path, command: list[str]) -> None:
     (tmp_path / "file").write_text("")
     data = [] if "study" in command else ["--data", "synthetic" if "sae" in command else "digits"]
-    finished = _offpath(*command, *data, "--out", tmp_path / "file")
+    finished = run_offpath(*command, *data, "--out", tmp_path / "file")
     assert finished.exit_code == 1 and "file is a file; choose another --out" in finished.stderr
 
 
@@ -317,21 +315,17 @@ def test_diverging_run_says_so(synthetic: Activations) -> None:
         run.advance(9)
 
 
-def _offpath(*arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1"}).invoke(app, list(map(str, arguments)))
-
-
 def test_commands(tmp_path: Path) -> None:
     small = ["--model", "sae", "--data", "synthetic", "--latents", 128, "--k", 8, "--batch-size", 2000]
-    first = _offpath("train", *small, "--epochs", 1, "--out", tmp_path / "run")
+    first = run_offpath("train", *small, "--epochs", 1, "--out", tmp_path / "run")
     assert first.exit_code == 0, first.stderr
     assert "sae, 8 of 128 latents, on synthetic" in first.stdout and "tokens/s" in first.stdout
-    more = _offpath("train", "--out", tmp_path / "run", "--resume", "--epochs", 2)
+    more = run_offpath("train", "--out", tmp_path / "run", "--resume", "--epochs", 2)
     assert more.exit_code == 0, more.stderr
     assert "epoch   2" in more.stdout and "epoch   1" not in more.stdout
-    other = _offpath("train", "--out", tmp_path / "run", "--resume", "--k", 9)
+    other = run_offpath("train", "--out", tmp_path / "run", "--resume", "--k", 9)
     assert other.exit_code == 1 and "go on with k=8 as the run was started, got 9" in other.stderr
-    raced = _offpath("race", *small, "--epochs", 1, "--out", tmp_path / "race")
+    raced = run_offpath("race", *small, "--epochs", 1, "--out", tmp_path / "race")
     assert raced.exit_code == 0, raced.stderr
     for text in ("explained variance", "dead latents", "time a training step", "peak memory", "report.html"):
         assert text in raced.stdout
@@ -350,6 +344,6 @@ def test_commands(tmp_path: Path) -> None:
     ],
 )
 def test_options_that_mean_nothing_here_are_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
-    finished = _offpath("train", *arguments, "--out", tmp_path / "run")
+    finished = run_offpath("train", *arguments, "--out", tmp_path / "run")
     assert finished.exit_code == 1 and message in finished.stderr and finished.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from commands import run_offpath
 from offpath.studies import RunError
 from offpath.studies.data import DataError, DataNotFoundError
 from offpath.studies.topology import StudyConfig, StudyResult, study
@@ -248,9 +249,8 @@ def test_texts_that_are_none(tmp_path: Path) -> None:
 
 
 def test_command_refuses_data_without_a_name(tmp_path: Path) -> None:
-    command = [*COMMAND, "--data", "cifar10", "--out", str(tmp_path / "x")]
-    ran = subprocess.run(command, env=os.environ | SETTINGS, capture_output=True, text=True, check=False)
-    assert ran.returncode == 1 and ran.stderr.startswith("error: expected --data NAME=PATH")
+    ran = run_offpath("study", "topology", "--quick", "--data", "cifar10", "--out", tmp_path / "x")
+    assert ran.exit_code == 1 and ran.stderr.startswith("error: expected --data NAME=PATH")
 
 
 def test_difference_is_taken_seed_by_seed() -> None:

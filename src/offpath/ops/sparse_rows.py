@@ -72,9 +72,10 @@ class SparseRows:
             )
         if indices.is_floating_point() or indices.is_complex() or indices.dtype is torch.bool:
             raise KernelError(f"expected integer indices, got {indices.dtype}; give what topk returns as its indices")
+        # Before the indices are copied: those of too many entries take 16 GB.
+        crow_indices = row_pointer(values.shape[0], values.shape[1], values.device)
         if indices.dtype is torch.int64:  # what no int32 can hold must not become another index
             indices = indices.clamp(-1, columns)
-        crow_indices = row_pointer(values.shape[0], values.shape[1], values.device)
         return cls(crow_indices, indices.reshape(-1).int(), values.reshape(-1), columns)
 
     @property

@@ -1,9 +1,8 @@
-"""Files that are damaged or written by an enemy: refused by name, with the model as it was, and never out of bounds."""
+"""Files that an enemy writes, with a checksum that fits: refused by name, with the model as it was, and never out of
+bounds."""
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,100 +10,18 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import offpath
-from children import numbers_of
 from offpath import SparseLinear, StorageError
-from offpath.storage.digest import digest
+from storage_cases import Forged, dense_model, must_be_refused, saved_model, whole_file
 
 transformers = pytest.importorskip("transformers")
 
 
-def _model() -> nn.Sequential:
-    generator = torch.Generator().manual_seed(0)
-    first = SparseLinear(30, 80, sparsity=0.7, generator=generator)  # a bitmap; the other one as columns
-    return nn.Sequential(first, nn.ReLU(), SparseLinear(80, 5, sparsity=0.9925, generator=generator), nn.Linear(5, 2))
-
-
-def _dense() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(30, 80), nn.ReLU(), nn.Linear(80, 5), nn.Linear(5, 2))
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("whole") / "m"
-    offpath.save(_model(), path)
-    return path.read_bytes()
-
-
-def _must_be_refused(path: Path, match: str | None = None) -> None:
-    """With a model and without: a `StorageError` that names the file, and the model has not changed."""
-    dense = _dense()
-    modules, before = list(dense.modules()), {key: value.clone() for key, value in dense.state_dict().items()}
-    for model in (dense, None):
-        with pytest.raises(StorageError, match=match) as raised:
-            offpath.load(path, model)
-        assert str(raised.value).startswith(str(path))
-    assert list(dense.modules()) == modules
-    assert all(torch.equal(tensor, before[key]) for key, tensor in dense.state_dict().items())
-
-
-# --- damage: what disks, networks and editors do -------------------------------------------------------------------
-
-
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_no_damaged_file_is_loaded(whole: bytes, tmp_path: Path, data: st.DataObject) -> None:
-    kind = data.draw(st.sampled_from(["flip", "truncate", "insert", "delete", "header length", "zeros"]))
-    place = data.draw(st.integers(0, len(whole) - 1))
-    if kind == "flip":
-        damaged = whole[:place] + bytes([whole[place] ^ data.draw(st.integers(1, 255))]) + whole[place + 1 :]
-    elif kind == "truncate":
-        damaged = whole[:place]
-    elif kind == "insert":
-        damaged = whole[:place] + data.draw(st.binary(min_size=1, max_size=20)) + whole[place:]
-    elif kind == "delete":
-        damaged = whole[:place] + whole[place + data.draw(st.integers(1, 20)) :]
-    elif kind == "header length":
-        damaged = struct.pack("<Q", data.draw(st.integers(0, 2**64 - 1))) + whole[8:]
-    else:
-        damaged = whole[:place] + bytes(len(whole) - place)
-    path = tmp_path / "damaged"
-    path.write_bytes(damaged)
-    if damaged != whole:
-        _must_be_refused(path)
-
-
-def test_every_single_byte_counts(whole: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "damaged"
-    for place in range(0, len(whole), 7):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(StorageError):
-            offpath.load(path)
-
-
-# --- an enemy, who writes a checksum that fits ---------------------------------------------------------------------
-
-
-class Forged:
-    """The parts of a whole file, to be changed and written again as a file whose checksum fits."""
-
-    def __init__(self, path: Path, whole: bytes) -> None:
-        path.write_bytes(whole)
-        self.path = path
-        with safe_open(path, "pt") as file:
-            self.header: Any = json.loads(file.metadata()["offpath"])
-        self.tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
-
-    def write(self, text: str | None = None) -> Path:
-        text = json.dumps(self.header) if text is None else text
-        metadata = {"format": "pt", "offpath": text, "sha256": digest(text, self.tensors)}
-        save_file(self.tensors, self.path, metadata)
-        return self.path
+    return whole_file(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture
@@ -192,7 +109,7 @@ HEADER_CHANGES = [
 @pytest.mark.parametrize("change", HEADER_CHANGES, ids=lambda change: change.__name__)
 def test_headers_that_do_not_fit_the_tensors_are_refused(forged: Forged, change: Callable[[Forged], None]) -> None:
     change(forged)
-    _must_be_refused(forged.write())
+    must_be_refused(forged.write())
 
 
 TENSOR_CHANGES = {
@@ -227,19 +144,19 @@ def test_tensors_that_are_not_what_the_header_says_are_refused(forged: Forged, n
         forged.tensors["2.col_indices"] = torch.tensor([1, 5, 7]).to(torch.uint16)
         offpath.load(forged.write())
     change(forged)
-    _must_be_refused(forged.write(), message)
+    must_be_refused(forged.write(), message)
 
 
 @pytest.mark.parametrize("key", ["0.bitmap", "0.values", "2.row_counts", "2.col_indices", "3.weight"])
 def test_a_missing_tensor_is_refused(forged: Forged, key: str) -> None:
     del forged.tensors[key]
-    _must_be_refused(forged.write())
+    must_be_refused(forged.write())
 
 
 @pytest.mark.parametrize("key", ["0.more", "3.more", "more", "0.bitmap.more", ""])
 def test_one_tensor_too_many_is_refused(forged: Forged, key: str) -> None:
     forged.tensors[key] = torch.zeros(2)
-    _must_be_refused(forged.write())
+    must_be_refused(forged.write())
 
 
 def test_bits_behind_the_end_are_refused(tmp_path: Path) -> None:
@@ -273,7 +190,7 @@ def test_bits_behind_the_end_are_refused(tmp_path: Path) -> None:
     ids=lambda text: repr(text[:20]),
 )
 def test_json_that_is_no_header_is_refused(forged: Forged, text: str) -> None:
-    _must_be_refused(forged.write(text), "header|version|got other JSON")
+    must_be_refused(forged.write(text), "header|version|got other JSON")
 
 
 JSON = st.recursive(
@@ -299,106 +216,13 @@ def test_any_value_anywhere_in_the_header_is_refused_or_changes_nothing(
         break
     path = forged.write()
     try:
-        loaded = offpath.load(path, _dense())
+        loaded = offpath.load(path, dense_model())
     except StorageError as error:
         assert str(error).startswith(str(path))
     else:
-        expected = _model().state_dict()
+        expected = saved_model().state_dict()
         assert loaded.state_dict().keys() == expected.keys()
         assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items() if key[0] != "3")
-
-
-# --- the container ------------------------------------------------------------------------------------------------
-
-
-def _container(path: Path, header: Any, data: bytes) -> Path:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-    return path
-
-
-F32 = {"dtype": "F32", "shape": [2]}
-CONTAINERS = {
-    "overlapping": {"a": F32 | {"data_offsets": [0, 8]}, "b": F32 | {"data_offsets": [4, 12]}},
-    "holes": {"a": F32 | {"data_offsets": [0, 8]}, "b": F32 | {"data_offsets": [12, 20]}},
-    "beyond the end": {"a": F32 | {"data_offsets": [0, 2**40]}},
-    "negative": {"a": F32 | {"data_offsets": [-8, 0]}},
-    "backwards": {"a": F32 | {"data_offsets": [8, 0]}},
-    "a product that overflows": {"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 16]}},
-    "an unknown dtype": {"a": {"dtype": "F9", "shape": [2], "data_offsets": [0, 16]}},
-    "metadata of numbers": {"__metadata__": {"offpath": 3}, "a": F32 | {"data_offsets": [0, 8]}},
-    "a list": [],
-    "deep": b"[" * 100_000,
-    "nothing": b"",
-    "no text": b"\xff\xfe" * 20,
-    "huge and empty": {"a": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}},
-}
-
-
-@pytest.mark.parametrize("name", CONTAINERS)
-def test_broken_containers_are_refused(tmp_path: Path, name: str) -> None:
-    _must_be_refused(_container(tmp_path / "m", CONTAINERS[name], bytes(16)))
-
-
-def test_files_of_other_kinds_are_told_apart(tmp_path: Path) -> None:
-    save_file(_dense().state_dict(), tmp_path / "plain")
-    _must_be_refused(tmp_path / "plain", r"got 6 plain tensors; .*load_state_dict\(safetensors")
-    torch.save(_dense().state_dict(), tmp_path / "pickle")
-    _must_be_refused(tmp_path / "pickle", "expected a whole safetensors file")
-    (tmp_path / "empty").touch()
-    _must_be_refused(tmp_path / "empty", "expected a whole safetensors file")
-    for missing in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(FileNotFoundError):
-            offpath.load(missing)
-    with pytest.raises(StorageError, match="expected a file"):
-        offpath.load("/dev/zero")
-
-
-# --- memory -------------------------------------------------------------------------------------------------------
-
-_BOMB = """
-import torch, offpath
-from pathlib import Path
-offpath.load(WHOLE)
-before = peak_bytes()
-for path in sorted(Path(FOLDER).iterdir()):
-    try:
-        offpath.load(path)
-    except offpath.StorageError:
-        print(peak_bytes() - before)
-"""
-
-
-def test_small_files_that_claim_to_be_large_take_no_memory(tmp_path: Path, whole: bytes) -> None:
-    bombs = tmp_path / "bombs"
-    bombs.mkdir()
-    for number, (size, other) in enumerate([(2**31 - 1, 2**31 - 1), (2**31 - 1, 0), (0, 2**31 - 1), (2**31 - 1, 1)]):
-        for layer in ("0", "2"):
-            forged = Forged(bombs / f"{number}{layer}", whole)
-            forged.header["layers"][layer]["arguments"] |= {"in_features": size, "out_features": other}
-            forged.header["layers"][layer]["nnz"] = 2**31 - 1
-            forged.write()
-    forged = Forged(bombs / "empty bitmap", whole)
-    forged.header["layers"]["0"] |= {
-        "nnz": 0,
-        "arguments": {"in_features": 0, "out_features": 2**31 - 1, "prefer": "speed"},
-    }
-    forged.tensors |= {"0.bitmap": torch.zeros(0, dtype=torch.uint8), "0.values": torch.zeros(0)}
-    forged.write()
-    forged = Forged(bombs / "wide", whole)
-    forged.header["model"] = {
-        "sequential": {
-            "children": {
-                str(n): {"class": "Linear", "arguments": {"in_features": 2**20, "out_features": 2**20, "bias": True}}
-                for n in range(9)
-            }
-        }
-    }
-    forged.write()
-    (tmp_path / "whole").write_bytes(whole)
-    code = _BOMB.replace("WHOLE", repr(str(tmp_path / "whole"))).replace("FOLDER", repr(str(bombs)))
-    grown = numbers_of(code)
-    assert len(grown) == len(list(bombs.iterdir())) and max(grown) < 2**25
 
 
 # --- architectures ------------------------------------------------------------------------------------------------
@@ -466,4 +290,4 @@ def test_architectures_that_are_not_what_the_file_holds_are_refused(forged: Forg
     with pytest.raises(StorageError):
         offpath.load(forged.write())
     assert torch.is_grad_enabled()  # constructors turn it off for a while
-    offpath.load(forged.path, _dense())  # whoever knows the architecture needs no description
+    offpath.load(forged.path, dense_model())  # whoever knows the architecture needs no description
