@@ -71,7 +71,7 @@ class SparseLinear(CsrWeightModule):
         as_usual = "values" in own and "bias" in own
         values, bias = (own["values"], own["bias"]) if as_usual else (self.values, self.bias)
         return sparse_linear(
-            *under_autocast(x, values, bias),
+            *under_autocast(x, values, bias),  # type: ignore[arg-type]  # values are never None
             connections.crow_indices,
             connections.col_indices,
             self.prefer,

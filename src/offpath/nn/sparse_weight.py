@@ -159,7 +159,8 @@ class SparseWeightModule(nn.Module):
         self.register_buffer("topology_digest", digest, persistent=False)
 
     def _check_digest(self) -> None:
-        digest = self._buffers["topology_digest"]  # as an attribute, nn.Module would look in three places, in Python
+        # As an attribute, nn.Module would look for it in three places, in Python.
+        digest: Tensor = self._buffers["topology_digest"]  # type: ignore[assignment]  # it is never None
         if digest.is_meta:
             return
         found = digest.item()
