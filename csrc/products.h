@@ -34,13 +34,13 @@ constexpr int64_t columns_per_transpose = 64, columns_per_pack = 256, groups_per
 inline int threads_for(int64_t work, int threads) { return work < serial_work ? 1 : threads; }
 
 // The feature-major form of a matrix in the type of the sums, `width` >= batch entries a feature: itself, or a copy,
-// whose entries beyond the batch mean nothing.
+// whose entries beyond the batch are zero. The features of a single token stand side by side.
 template <class T> class FeatureMajor {
   public:
     FeatureMajor(const Kernels<T> &kernels, const Matrix<T> &matrix, int64_t features, int64_t batch, int64_t width,
                  int threads) {
         if constexpr (std::is_same_v<T, Sum<T>>)
-            if (width == batch && (matrix.batch_stride == 1 || batch == 1)) {
+            if (width == batch && (batch == 1 ? matrix.feature_stride : matrix.batch_stride) == 1) {
                 data = matrix.data;
                 stride = matrix.feature_stride;
                 return;
@@ -65,21 +65,15 @@ template <class T> class FeatureMajor {
 template <class T>
 void spmm(const Kernels<T> &kernels, const Csr &csr, int64_t columns, const T *values, const T *bias,
           const Matrix<T> &x, int64_t batch, T *y, int threads) {
-    // Whole registers of the widest kind: what is left over would take longer than one of them.
+    // Whole registers of the widest kind, so that none has to be loaded in part.
     constexpr int64_t lanes = 64 / sizeof(Sum<T>);
-    const int64_t width = batch <= lanes ? batch : ceil_div(batch, lanes) * lanes;
+    const int64_t width = batch == 1 ? 1 : ceil_div(batch, lanes) * lanes;
     const FeatureMajor<T> features(kernels, x, columns, batch, width, threads);
-    const auto result = scratch<Sum<T>>(csr.rows * width);
-    const spmm_args<T> args{csr, values, bias, features.data, features.stride, result.get(), width, width};
+    const spmm_args<T> args{csr, values, bias, features.data, features.stride, y, batch};
     // A strip that keeps eight of the widest registers busy; splitting the batch there leaves no tails inside.
     constexpr int64_t batch_quantum = 8 * lanes;
-    const Blocks blocks(csr, width, batch_quantum, threads);
+    const Blocks blocks(csr, batch, batch_quantum, threads);
     parallel_for(blocks.count(), threads, [&](int64_t i) { kernels.spmm(args, blocks[i]); });
-    const to_tokens_args<T> back{result.get(), width, y, csr.rows};
-    parallel_for(ceil_div(batch, columns_per_transpose), threads_for(csr.rows * batch, threads), [&](int64_t i) {
-        const int64_t begin = i * columns_per_transpose;
-        kernels.to_tokens(back, {0, csr.rows, begin, std::min(batch, begin + columns_per_transpose)});
-    });
 }
 
 // Activations in panels, packed by tasks that any loop may run. What lies behind the last column of the last panel may

@@ -1,63 +1,99 @@
-// Row-wise sparse x dense: for one row of the sparse matrix, a strip of the batch stays in `vectors` registers
-// while the row's connections are added to it in ascending column order.
+// Row-wise sparse x dense: for a row of the sparse matrix, a strip of the batch stays in `vectors` registers while the
+// row's connections are added to it in ascending column order.
 #pragma once
 
 #include "layout-inl.h"
 #include "reduce-inl.h"
 #include "simd.h"
 #include "table.h"
+#include "transpose-inl.h"
 
 namespace {
 
-template <class T, int vectors>
-void spmm_strip(const offpath::spmm_args<T> &args, const offpath::Block &block, int64_t b) {
-    using S = Simd<offpath::Sum<T>>;
-    for (int64_t row = block.row_begin; row < block.row_end; ++row) {
-        typename S::V acc[vectors];
-        const typename S::V start = args.bias ? S::set1(compute(args.bias[row])) : S::zero();
-        for (int v = 0; v < vectors; ++v)
-            acc[v] = start;
-        const int64_t end = args.csr.crow_indices[row + 1];
-        for (int64_t s = args.csr.crow_indices[row]; s < end; ++s) {
-            const offpath::Sum<T> *x = args.x + args.csr.col_indices[s] * args.x_stride + b;
-            const typename S::V value = S::set1(compute(args.values[s]));
-            for (int v = 0; v < vectors; ++v)
-                acc[v] = S::fma(value, S::load(x + v * S::lanes), acc[v]);
-        }
-        offpath::Sum<T> *y = args.y + row * args.y_stride + b;
-        for (int v = 0; v < vectors; ++v)
-            S::store(y + v * S::lanes, acc[v]);
-    }
-}
+// Rows whose sums are computed together, so that no addition waits for the one before it; many registers of tokens are
+// enough additions by themselves.
+template <int vectors> constexpr int rows_together = vectors <= 2 ? 4 : 1;
+// Rows that are finished in a small tile before they are written to y: whole squares of the transpose, on every ISA.
+constexpr int64_t spmm_tile_rows = 16;
 
-// The last n <= lanes columns of the batch. Four rows take turns, so that no addition waits for the one before it.
-template <class T>
-void spmm_tail(const offpath::spmm_args<T> &args, const offpath::Block &block, int64_t b, int64_t n) {
+// Some rows and one strip of the batch.
+template <class T, int vectors> struct RowsTogether {
     using S = Simd<offpath::Sum<T>>;
-    constexpr int together = 4;
-    const auto add = [&](typename S::V acc, int64_t s) {
-        const offpath::Sum<T> *x = args.x + args.csr.col_indices[s] * args.x_stride + b;
-        return S::fma(S::set1(compute(args.values[s])), S::load_first(x, n), acc);
-    };
-    for (int64_t first = block.row_begin; first < block.row_end; first += together) {
-        const int rows = block.row_end - first < together ? static_cast<int>(block.row_end - first) : together;
-        typename S::V acc[together];
-        int64_t next[together] = {}, shortest = rows == together ? INT32_MAX : 0;
+    static constexpr int rows = rows_together<vectors>;
+    typename S::V sums[rows][vectors];
+    const T *values[rows];
+    const int32_t *columns[rows];
+    int64_t counts[rows], row[rows];
+
+    // The longest row comes first; what `end` leaves over of the last rows has no connections.
+    RowsTogether(const offpath::spmm_args<T> &args, int64_t first, int64_t end) {
         for (int i = 0; i < rows; ++i) {
-            acc[i] = args.bias ? S::set1(compute(args.bias[first + i])) : S::zero();
-            next[i] = args.csr.crow_indices[first + i];
-            const int64_t count = args.csr.crow_indices[first + i + 1] - next[i];
-            shortest = count < shortest ? count : shortest;
+            row[i] = first + i;
+            counts[i] = row[i] < end ? args.csr.crow_indices[row[i] + 1] - args.csr.crow_indices[row[i]] : 0;
         }
-        for (int64_t k = 0; k < shortest; ++k)
+        for (int last = rows - 1; last > 0; --last)
 #pragma GCC unroll 4
-            for (int i = 0; i < together; ++i)
-                acc[i] = add(acc[i], next[i] + k);
+            for (int i = 0; i < last; ++i)
+                longer_first(i, i + 1);
         for (int i = 0; i < rows; ++i) {
-            for (int64_t s = next[i] + shortest; s < args.csr.crow_indices[first + i + 1]; ++s)
-                acc[i] = add(acc[i], s);
-            S::store_first(args.y + (first + i) * args.y_stride + b, acc[i], n);
+            const int64_t r = row[i] < end ? row[i] : first;
+            values[i] = args.values + args.csr.crow_indices[r];
+            columns[i] = args.csr.col_indices + args.csr.crow_indices[r];
+            const typename S::V start = args.bias ? S::set1(compute(args.bias[r])) : S::zero();
+            for (int v = 0; v < vectors; ++v)
+                sums[i][v] = start;
         }
+    }
+    // Without a branch: which of two rows is longer is a coin toss for the predictor.
+    [[gnu::always_inline]] void longer_first(int a, int b) {
+        const bool swap = counts[a] < counts[b];
+        const int64_t count = swap ? counts[b] : counts[a], r = swap ? row[b] : row[a];
+        counts[b] = swap ? counts[a] : counts[b];
+        row[b] = swap ? row[a] : row[b];
+        counts[a] = count;
+        row[a] = r;
+    }
+    // Adds the connections from `begin` on: the first n rows until one of them ends, then one row less. Which sum is
+    // meant must be known to the compiler, or it keeps them in memory.
+    template <int n> [[gnu::always_inline]] void add(const offpath::Sum<T> *x, int64_t x_stride, int64_t begin) {
+        for (int64_t s = begin; s < counts[n - 1]; ++s)
+#pragma GCC unroll 4
+            for (int i = 0; i < n; ++i) {
+                const offpath::Sum<T> *column = x + columns[i][s] * x_stride;
+                const typename S::V value = S::set1(compute(values[i][s]));
+#pragma GCC unroll 8
+                for (int v = 0; v < vectors; ++v)
+                    sums[i][v] = S::fma(value, S::load(column + v * S::lanes), sums[i][v]);
+            }
+        if constexpr (n > 1)
+            add<n - 1>(x, x_stride, counts[n - 1]);
+    }
+};
+
+template <class T, int vectors>
+void spmm_strip(const offpath::spmm_args<T> &args, const offpath::Block &block, int64_t token) {
+    using S = Simd<offpath::Sum<T>>;
+    constexpr int64_t lanes = S::lanes, width = vectors * lanes;
+    const int64_t tokens = args.batch - token < width ? args.batch - token : width;
+    alignas(64) offpath::Sum<T> tile[spmm_tile_rows * width];
+    for (int64_t first = block.row_begin; first < block.row_end; first += spmm_tile_rows) {
+        const int64_t end = block.row_end - first < spmm_tile_rows ? block.row_end : first + spmm_tile_rows;
+        for (int64_t r = first; r < end; r += rows_together<vectors>) {
+            RowsTogether<T, vectors> together(args, r, end);
+            together.template add<rows_together<vectors>>(args.x + token, args.x_stride, 0);
+#pragma GCC unroll 4
+            for (int i = 0; i < rows_together<vectors>; ++i)
+#pragma GCC unroll 8
+                for (int v = 0; v < vectors; ++v)
+                    S::store(tile + (together.row[i] - first) * width + v * lanes, together.sums[i][v]);
+        }
+        for (int64_t t = 0; t < tokens; t += lanes)
+            for (int64_t r = first; r < end; r += lanes) {
+                const int64_t rows = end - r < lanes ? end - r : lanes;
+                transpose_square<T>(tile + (r - first) * width + t, width, rows,
+                                    tokens - t < lanes ? tokens - t : lanes, args.y + (token + t) * args.csr.rows + r,
+                                    args.csr.rows, rows);
+            }
     }
 }
 
@@ -82,23 +118,24 @@ template <class T> void spmm_one_token(const offpath::spmm_args<T> &args, const 
         const typename S::V bias = S::set1(args.bias ? compute(args.bias[row]) : 0);
         acc[0] = S::add(acc[0], acc[1]);
         acc[1] = S::zero();
-        S::store_first(args.y + row * args.y_stride, S::add(sum_some<offpath::Sum<T>>(acc), bias), 1);
+        S::store_first(args.y + row, S::add(sum_some<offpath::Sum<T>>(acc), bias), 1);
     }
 }
 
 template <class T> void spmm(const offpath::spmm_args<T> &args, const offpath::Block &block) {
     constexpr int64_t lanes = Simd<offpath::Sum<T>>::lanes;
-    int64_t b = block.batch_begin;
     if (args.batch == 1 && args.x_stride == 1)
         return spmm_one_token<T>(args, block);
-    for (; block.batch_end - b >= 8 * lanes; b += 8 * lanes)
-        spmm_strip<T, 8>(args, block, b);
-    for (; block.batch_end - b >= 4 * lanes; b += 4 * lanes)
-        spmm_strip<T, 4>(args, block, b);
-    for (; block.batch_end - b >= 2 * lanes; b += 2 * lanes)
-        spmm_strip<T, 2>(args, block, b);
-    for (; b < block.batch_end; b += lanes)
-        spmm_tail<T>(args, block, b, block.batch_end - b < lanes ? block.batch_end - b : lanes);
+    const auto vectors_from = [&](int64_t token) { return (block.batch_end - token + lanes - 1) / lanes; };
+    int64_t token = block.batch_begin;
+    for (; vectors_from(token) >= 8; token += 8 * lanes)
+        spmm_strip<T, 8>(args, block, token);
+    for (; vectors_from(token) >= 4; token += 4 * lanes)
+        spmm_strip<T, 4>(args, block, token);
+    for (; vectors_from(token) >= 2; token += 2 * lanes)
+        spmm_strip<T, 2>(args, block, token);
+    if (vectors_from(token) > 0)
+        spmm_strip<T, 1>(args, block, token);
 }
 
 } // namespace

@@ -11,15 +11,14 @@
 
 namespace offpath {
 
-// y[r, b] = bias[r] + sum over the connections s of row r of values[s] * x[col_indices[s], b].
+// y[b, r] = bias[r] + sum over the connections s of row r of values[s] * x[col_indices[s], b].
 template <class T> struct spmm_args {
     Csr csr;
     const T *values; // [nnz]
     const T *bias;   // [rows], or null for zero
-    const Sum<T> *x; // [columns, batch], rows `x_stride` elements apart
+    const Sum<T> *x; // [columns, batch], rows `x_stride` elements apart: whole registers, or the features of one token
     int64_t x_stride;
-    Sum<T> *y; // [rows, batch], rows `y_stride` elements apart
-    int64_t y_stride;
+    T *y; // [batch, rows], contiguous
     int64_t batch;
 };
 
@@ -27,15 +26,7 @@ template <class T> struct spmm_args {
 template <class T> struct to_features_args {
     const T *source;
     int64_t source_row_stride, source_column_stride; // one of them is 1
-    Sum<T> *destination;
-    int64_t destination_stride;
-};
-
-// The same on the way back.
-template <class T> struct to_tokens_args {
-    const Sum<T> *source;
-    int64_t source_stride;
-    T *destination;
+    Sum<T> *destination;                             // zero from the last row of the source on
     int64_t destination_stride;
 };
 

@@ -37,35 +37,24 @@ void transpose_square(const From *source, int64_t source_stride, int64_t rows, i
         S::store_first(destination + c * destination_stride, a[c], written);
 }
 
-template <class T, class From, class To>
-void transpose(const From *source, int64_t source_stride, To *destination, int64_t destination_stride,
-               const offpath::Block &block) {
-    constexpr int64_t lanes = Simd<offpath::Sum<T>>::lanes;
-    for (int64_t r = block.row_begin; r < block.row_end; r += lanes)
-        for (int64_t c = block.batch_begin; c < block.batch_end; c += lanes) {
-            const int64_t rows = block.row_end - r < lanes ? block.row_end - r : lanes;
-            const int64_t columns = block.batch_end - c < lanes ? block.batch_end - c : lanes;
-            transpose_square<T>(source + r * source_stride + c, source_stride, rows, columns,
-                                destination + c * destination_stride + r, destination_stride, rows);
-        }
-}
-
+// The block's rows are those of the source: all of them. Whole registers are written, as far as they belong to the row.
 template <class T> void to_features(const offpath::to_features_args<T> &args, const offpath::Block &block) {
     using S = Simd<offpath::Sum<T>>;
-    if (args.source_column_stride == 1) {
-        transpose<T>(args.source, args.source_row_stride, args.destination, args.destination_stride, block);
-        return;
+    constexpr int64_t lanes = S::lanes;
+    for (int64_t r = block.row_begin; r < args.destination_stride; r += lanes) {
+        const int64_t left = block.row_end > r ? block.row_end - r : 0, rows = left < lanes ? left : lanes;
+        const int64_t written = args.destination_stride - r < lanes ? args.destination_stride - r : lanes;
+        if (args.source_column_stride == 1)
+            for (int64_t c = block.batch_begin; c < block.batch_end; c += lanes)
+                transpose_square<T>(args.source + r * args.source_row_stride + c, args.source_row_stride, rows,
+                                    block.batch_end - c < lanes ? block.batch_end - c : lanes,
+                                    args.destination + c * args.destination_stride + r, args.destination_stride,
+                                    written);
+        else
+            for (int64_t c = block.batch_begin; c < block.batch_end; ++c)
+                S::store_first(args.destination + c * args.destination_stride + r,
+                               S::load_first(args.source + c * args.source_column_stride + r, rows), written);
     }
-    for (int64_t c = block.batch_begin; c < block.batch_end; ++c)
-        for (int64_t r = block.row_begin; r < block.row_end; r += S::lanes) {
-            const int64_t n = block.row_end - r < S::lanes ? block.row_end - r : S::lanes;
-            S::store_first(args.destination + c * args.destination_stride + r,
-                           S::load_first(args.source + c * args.source_column_stride + r, n), n);
-        }
-}
-
-template <class T> void to_tokens(const offpath::to_tokens_args<T> &args, const offpath::Block &block) {
-    transpose<T>(args.source, args.source_stride, args.destination, args.destination_stride, block);
 }
 
 } // namespace

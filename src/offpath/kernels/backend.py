@@ -17,7 +17,8 @@ from offpath.kernels.row_products import RowProducts
 class Spmm(Protocol):
     """y[:, r] = bias[r] + sum over row r's slots s of values[s] * x[:, col_indices[s]].
 
-    `x` [batch, columns] with any strides, `y` [batch, rows], contiguous.
+    `x` [batch, columns] with any strides, `y` [batch, rows], contiguous; where the backend is native, x may also be
+    [..., columns] and y is [..., rows].
     """
 
     def __call__(

@@ -51,7 +51,7 @@ class PreparedMatrix:
         feature_major: bool = False,
         dense: Tensor | None = None,
     ) -> Tensor:
-        """x @ W.T + bias for x [batch, columns], by one of METHODS.
+        """x @ W.T + bias for x [batch, columns], by one of METHODS; a native backend takes x [..., columns].
 
         `dense` is the weight, where it is written out already. With `feature_major`, a method that can save a transpose
         by it returns a view of a contiguous [rows, batch].

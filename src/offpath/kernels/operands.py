@@ -20,16 +20,27 @@ def address(tensor: Tensor) -> int:
 
 
 def is_vector(tensor: Tensor, dtype: torch.dtype, count: int) -> bool:
-    return tensor.dtype is dtype and tensor.is_cpu and tensor.shape == (count,) and tensor.is_contiguous()
+    # Asked in every call of a layer: comparing shapes would take three times as long.
+    return (
+        tensor.dtype is dtype
+        and tensor.is_cpu
+        and tensor.dim() == 1
+        and tensor.numel() == count
+        and tensor.is_contiguous()
+    )
 
 
 def is_matrix(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return are_tokens(tensor, dtype) and tensor.dim() == 2
+
+
+def are_tokens(tensor: Tensor, dtype: torch.dtype) -> bool:
     return (
         tensor.dtype is dtype
         and dtype in DTYPES
         and tensor.is_cpu
         and tensor.layout is torch.strided
-        and tensor.dim() == 2
+        and tensor.dim() >= 2
     )
 
 
@@ -63,10 +74,18 @@ def refuse(**given: Tensor | None) -> NoReturn:
 
 def one_unit_stride(matrix: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """`matrix` with its (feature, batch) strides, one of them 1; a copy only when the tensor has no such stride."""
-    if 1 not in matrix.stride():
-        matrix = matrix.contiguous()
     batch_stride, feature_stride = matrix.stride()
+    if feature_stride != 1 and batch_stride != 1:
+        matrix = matrix.contiguous()
+        batch_stride, feature_stride = matrix.stride()
     return matrix, (feature_stride, batch_stride)
+
+
+def token_strides(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """The same for x [..., features] as [tokens, features]."""
+    if x.dim() == 2:
+        return one_unit_stride(x)
+    return x.contiguous(), (1, x.shape[-1])
 
 
 def wide(operand: Tensor) -> Tensor:

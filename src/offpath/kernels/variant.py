@@ -11,7 +11,17 @@ from torch import Tensor
 
 from offpath.kernels import _native
 from offpath.kernels.backend import KernelError
-from offpath.kernels.operands import DTYPES, address, are_indices, is_matrix, is_vector, one_unit_stride, refuse
+from offpath.kernels.operands import (
+    DTYPES,
+    address,
+    are_indices,
+    are_tokens,
+    is_matrix,
+    is_vector,
+    one_unit_stride,
+    refuse,
+    token_strides,
+)
 from offpath.kernels.plans import Prepared
 
 _SUFFIXES = dict(zip(DTYPES, ("f32", "f64", "bf16"), strict=True))
@@ -49,13 +59,14 @@ class Variant:
         if not (
             are_indices(crow_indices, col_indices)
             and is_vector(values, dtype, col_indices.shape[0])
-            and is_matrix(x, dtype)
+            and are_tokens(x, dtype)
             and (bias is None or is_vector(bias, dtype, rows))
         ):
             refuse(crow_indices=crow_indices, col_indices=col_indices, values=values, x=x, bias=bias)
-        x, x_strides = one_unit_stride(x)
-        batch, columns = x.shape
-        y = output(values, batch, rows)
+        x, x_strides = token_strides(x)
+        *leading, columns = x.shape
+        batch = math.prod(leading)
+        y = output(values, *leading, rows)
         _SPMM[dtype](
             self._index,
             rows,
@@ -192,7 +203,7 @@ class Variant:
         dy, dy_strides = one_unit_stride(dy)
         x, x_strides = one_unit_stride(x)
         batch = x.shape[0]
-        dx = _activations(x, batch, columns, feature_major)
+        dx = output(x, columns, batch).t() if feature_major else output(x, batch, columns)
         dvalues = output(dy, nnz)
         dbias = dy.new_empty(rows)
         _BACKWARD[dtype](
@@ -235,17 +246,20 @@ class Variant:
         dtype = values.dtype
         if not (
             is_vector(values, dtype, prepared.nnz)
-            and is_matrix(x, dtype)
-            and x.shape[1] == prepared.columns
+            and are_tokens(x, dtype)
+            and x.shape[-1] == prepared.columns
             and (bias is None or is_vector(bias, dtype, prepared.rows))
         ):
             refuse(values=values, x=x, bias=bias)
-        x, x_strides = one_unit_stride(x)
-        y = _activations(values, x.shape[0], prepared.rows, *layout)
+        x, x_strides = token_strides(x)
+        leading, rows = x.shape[:-1], prepared.rows
+        batch = math.prod(leading)
+        feature_major = True in layout
+        y = output(values, rows, batch).t() if feature_major else output(values, *leading, rows)
         functions[dtype](
             self._index,
             prepared.native,
-            x.shape[0],
+            batch,
             address(values),
             0 if bias is None else address(bias),
             address(x),
@@ -275,13 +289,9 @@ class Variant:
         return values
 
 
-def _activations(like: Tensor, batch: int, features: int, feature_major: bool = False) -> Tensor:
-    return output(like, features, batch).t() if feature_major else output(like, batch, features)
-
-
 def output(like: Tensor, *shape: int) -> Tensor:
     if math.prod(shape) * like.element_size() < _KEPT_OUTPUT_BYTES:
-        return like.new_empty(shape)
+        return like.new_empty(*shape)  # half a microsecond less than with a tuple
     output = _TAKE_OUTPUT[like.dtype](shape)
     # torch.utils.deterministic is a module whose class is exchanged at import, which type checkers cannot see.
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]

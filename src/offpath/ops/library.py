@@ -15,6 +15,8 @@ from offpath.kernels import KernelError
 
 library = torch.library.Library("offpath", "DEF")
 _PLAIN = (Tensor, Parameter)
+_count_of_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+_functorch_interpreter = torch._C._functorch.peek_interpreter_stack
 
 
 def define(
@@ -75,11 +77,15 @@ def nobody_listens(x: Tensor, *operands: Tensor | None) -> bool:
 
     The meta device, negative views, modes, functorch, tracers, profilers and subclasses of tensors want more.
     """
-    return (
-        not x.is_meta
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and not autograd_profiler._is_profiler_enabled
-        and all(operand is None or (type(operand) in _PLAIN and not operand.is_neg()) for operand in (x, *operands))
-    )
+    if (
+        x.is_meta
+        or _count_of_modes() > 0
+        or _functorch_interpreter() is not None
+        or _tracing_state() is not None
+        or autograd_profiler._is_profiler_enabled
+    ):
+        return False
+    for operand in (x, *operands):  # a generator expression would take as long as all the rest
+        if operand is not None and (type(operand) not in _PLAIN or operand.is_neg()):
+            return False
+    return True

@@ -12,6 +12,7 @@ nobody else gets to see.
 from __future__ import annotations
 
 import hashlib
+import math
 import weakref
 from functools import cached_property
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from offpath.kernels import Backend
 from offpath.kernels.methods import PreparedMatrix, PreparedWeight
 from offpath.ops.choice import any_forced, choose
+from offpath.ops.library import as_rows
 from offpath.ops.prepared_convolutions import PreparedConvolutions
 from offpath.pattern import Pattern
 
@@ -55,10 +57,13 @@ class Prepared:
         feature_major: bool,
         keep_dense: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """x @ W.T + bias, for x [batch, columns].
+        """x @ W.T + bias, for x [..., columns].
 
         With `keep_dense`, also the weight written out, if both this product and the gradient of x are computed with it.
         """
+        if x.dim() != 2 and not (backend.native and x.dim() > 2):
+            y, dense = self.forward(backend, values, as_rows(x), bias, prefer, feature_major, keep_dense)
+            return y.view(*x.shape[:-1], y.shape[-1]), dense
         method = self._method(backend, "forward", x, prefer)
         dense = None
         if keep_dense and method == "dense" and self._method(backend, "dx", x, prefer) == "dense":
@@ -110,14 +115,17 @@ class Prepared:
         return self.pattern.index_bytes + self._weight.bytes + convolutions
 
     def _method(self, backend: Backend, product: str, operand: Tensor, prefer: str) -> str:
-        size = (*self.pattern.shape, self.pattern.nnz)
+        batch = operand.shape[0] if operand.dim() == 2 else math.prod(operand.shape[:-1])
+        key = backend.name, product, batch, operand.dtype, prefer
         if any_forced():
-            return choose(backend, product, *size, operand.shape[0], operand.dtype, prefer)
-        key = backend.name, product, operand.shape[0], operand.dtype, prefer
+            return self._choose(backend, *key[1:])
         method = self._chosen.get(key)
         if method is None:
-            method = self._chosen[key] = choose(backend, product, *size, *key[2:])
+            method = self._chosen[key] = self._choose(backend, *key[1:])
         return method
+
+    def _choose(self, backend: Backend, product: str, batch: int, dtype: torch.dtype, prefer: str) -> str:
+        return choose(backend, product, *self.pattern.shape, self.pattern.nnz, batch, dtype, prefer)
 
 
 class Connections:

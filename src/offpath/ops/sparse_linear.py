@@ -90,14 +90,13 @@ def _forward_keeping(
 ) -> tuple[Tensor, Tensor | None]:
     out_features = crow_indices.shape[0] - 1
     _check("x", x, values, col_indices)
-    if bias is not None and (bias.shape != (out_features,) or bias.dtype is not x.dtype):
+    if bias is not None and (bias.dim() != 1 or bias.numel() != out_features or bias.dtype is not x.dtype):
         raise KernelError(
             f"expected bias of shape ({out_features},) and {x.dtype}, got {tuple(bias.shape)} {bias.dtype}"
         )
-    backend = kernels.select(x.device.type, x.dtype)
+    backend = kernels.select("cpu" if x.is_cpu else x.device.type, x.dtype)
     prepared = prepare(backend, crow_indices, col_indices, (out_features, x.shape[-1]))
-    y, dense = prepared.forward(backend, values, as_rows(x), bias, prefer, feature_major and x.dim() == 2, keep_dense)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features), dense
+    return prepared.forward(backend, values, x, bias, prefer, feature_major and x.dim() == 2, keep_dense)
 
 
 def _dx(
@@ -139,7 +138,7 @@ def _backward(
 
 
 def _check(name: str, operand: Tensor, values: Tensor, col_indices: Tensor) -> None:
-    if operand.dtype is not values.dtype or values.shape != col_indices.shape or values.dim() != 1:
+    if operand.dtype is not values.dtype or values.dim() != 1 or values.numel() != col_indices.numel():
         raise KernelError(
             f"expected {name} and values of one dtype, and one value for each of the {col_indices.numel()} "
             f"connections; got {name} {operand.dtype}, values {values.dtype} {tuple(values.shape)}. "
