@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 
 import torch
 from torch import nn
 
 from offpath.convert.compress.candidates import FilterFn, find
-from offpath.convert.compress.contest import Contest, contests, measure
+from offpath.convert.compress.contest import Contest, Rest, contests, measure
 from offpath.convert.compress.decide import GOALS, decide
 from offpath.convert.compress.embeddings import int8_embeddings
 from offpath.convert.compress.example import Example
@@ -81,7 +81,7 @@ def compress(
     candidates, skipped = find(model, filter_fn, min_sparsity)
     whole = None if example is None else Example(model, example)
     entered, unreached = contests(candidates, batch, whole, precision, progress)
-    whole_seconds = measure(model, whole, entered, progress)
+    rest = measure(model, whole, entered, progress)
     layers = [_layer(contest, goal, whole is not None) for contest in entered]
     replacements: dict[nn.Module, nn.Module] = {}
     bounds: dict[nn.Module, Bound] = {}
@@ -105,13 +105,20 @@ def compress(
     if whole is None:
         swap_modules(model, replacements)
     else:
-        dense = sum(layer.dense_seconds for layer in layers if layer.swapped)
-        sparse = sum(layer.sparse_seconds for layer in layers if layer.swapped)
-        predicted_share = max(whole_seconds - dense + sparse, sparse) / whole_seconds  # the rest takes some time, too
-        end_to_end = swap_and_compare(whole, replacements, bounds, predicted_share)
+        end_to_end = swap_and_compare(whole, replacements, bounds, _predicted_share(layers, rest))
     after = memory_bytes(model)
     left_alone = (*skipped, *unreached)
     return CompressReport(min_sparsity, tuple(layers), left_alone, before, after, end_to_end, tuple(tables))
+
+
+def _predicted_share(layers: Sequence[CompressedLayer], rest: Rest | None) -> float:
+    """What part of its time the model is expected to take afterwards."""
+    dense = sum(layer.dense_seconds for layer in layers)
+    if rest is None or not dense:
+        return 1.0
+    swapped = sum(layer.dense_seconds for layer in layers if layer.swapped) / dense
+    after = sum(layer.sparse_seconds if layer.swapped else layer.dense_seconds for layer in layers)
+    return (rest.beside(swapped) + after) / (rest.beside(0) + dense)
 
 
 def _check_arguments(model: nn.Module, batch: int | None, example: object, min_sparsity: float) -> None:

@@ -87,16 +87,29 @@ def contests(
     return found, missed
 
 
-def measure(model: nn.Module, example: Example | None, entered: Sequence[Contest], progress: Progress) -> float:
-    """Time every layer with every input of its; returns the seconds of a dense pass of the example, 1 without one.
+@dataclass(frozen=True)
+class Rest:
+    """Seconds of all but the measured layers in a pass of the example, beside dense ones and beside sparse ones."""
+
+    beside_dense: float
+    beside_sparse: float
+
+    def beside(self, swapped: float) -> float:
+        """The same where layers that take this share of the dense ones' time are sparse."""
+        return max(self.beside_dense + swapped * (self.beside_sparse - self.beside_dense), 0.0)
+
+
+def measure(model: nn.Module, example: Example | None, entered: Sequence[Contest], progress: Progress) -> Rest | None:
+    """Time every layer with every input of its, and the rest of the model with an example.
 
     Layers of one key are expected to take the same time: each gets the median of theirs.
     """
     if not entered:
-        return 1.0
+        return None
     tick = partial(_tick, progress, len(entered))
     if example is None:
-        return _measure_in_rotation(model, entered, tick)
+        _measure_in_rotation(model, entered, tick)
+        return None
     replacements = {contest.dense: contest.sparse for contest in entered}
     calls = {contest.dense: len(contest.calls) for contest in entered}
     passes = in_passes(example, replacements, calls, BUDGET_SECONDS, tick)
@@ -109,10 +122,10 @@ def measure(model: nn.Module, example: Example | None, entered: Sequence[Contest
         for seen, count in Counter(contest.calls).items():
             dense, sparse = map(statistics.median, zip(*of_key[contest.key(seen)], strict=True))
             contest.measured.append(Measured(_positions(contest, seen), count, dense, sparse))
-    return passes.rest_seconds + sum(m.calls * m.dense_seconds for contest in entered for m in contest.measured)
+    return Rest(passes.rest_seconds, passes.rest_beside_sparse_seconds)
 
 
-def _measure_in_rotation(model: nn.Module, entered: Sequence[Contest], tick: Callable[[float], object]) -> float:
+def _measure_in_rotation(model: nn.Module, entered: Sequence[Contest], tick: Callable[[float], object]) -> None:
     """Layers that have an n-th input are timed together, in the model's order."""
     stages = len(entered[0].calls)
     for stage in range(stages):
@@ -121,7 +134,6 @@ def _measure_in_rotation(model: nn.Module, entered: Sequence[Contest], tick: Cal
             times = in_rotation(trials, BUDGET_SECONDS, partial(_tick_of_stage, tick, stage, stages))
         for contest, seconds in zip(entered, times, strict=True):
             contest.measured.append(Measured(_positions(contest, contest.calls[stage]), 1, *seconds))
-    return 1.0
 
 
 def _positions(contest: Contest, seen: Input) -> int:
