@@ -93,8 +93,8 @@ def _bits(name: str, kernel: Any, limit: float) -> Compiled:
     return Compiled(name, kernel, types, constants, 4, 2 * 512 * 8 // 128, limit, 2)
 
 
-# The first-level cache hands over 128 bytes a cycle to 128 lanes: an instruction for each byte of an element. In bfloat16
-# half of them make it float32, so there it is twice that.
+# The first-level cache hands over 128 bytes a cycle to 128 lanes: an instruction for each byte of an element.
+# Of those for bfloat16, half make it float32, so there it is twice that.
 CACHE = {"fp32": 4.0, "bf16": 2 * 2.0}
 # The memory hands over 4.2e12 bytes a second: 8 instructions for each byte. No kernel fills more than two slots in
 # three.

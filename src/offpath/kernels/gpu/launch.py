@@ -92,7 +92,7 @@ def block_of(width: int, most: int) -> int:
 
 
 def blocks_of(width: int, block: int) -> int:
-    """How many blocks cover `width`; raises `KernelError` where that is more than a GPU counts in a second dimension."""
+    """How many blocks cover `width`; raises `KernelError` where a grid cannot have so many in its second dimension."""
     blocks = triton.cdiv(width, block)
     if blocks > 65535:
         raise KernelError(
