@@ -45,7 +45,7 @@ Epochs = Annotated[int, typer.Option(help="Passes over the training data.")]
 BatchSize = Annotated[int, typer.Option(help="Samples a step, of all processes together.")]
 LearningRate = Annotated[float, typer.Option(help="Adam's learning rate.")]
 Seed = Annotated[int, typer.Option(help="Seed of the initial weights, the connections and the data order.")]
-Device = Annotated[str, typer.Option(help="cpu, or cuda where OFFPATH_BACKEND=reference is set.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda; offpath info says what is missing for the latter.")]
 DataDir = Annotated[
     Path | None, typer.Option(help="Folder with the data files (default: OFFPATH_DATA and known places).")
 ]
@@ -126,10 +126,10 @@ def offpath(
 @reports_errors
 def info() -> None:
     """Print what is installed, what was chosen to compute with, and why."""
-    from offpath.cost import this_machine
+    from offpath.cost import gpu_parts, this_machine
     from offpath_cli.display import print_machine
 
-    print_machine(this_machine())
+    print_machine(this_machine(), gpu_parts())
 
 
 @app.command()
