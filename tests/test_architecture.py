@@ -35,6 +35,8 @@ ROOMS = {
 LIGHT_ROOMS = set(ROOMS) - {"trainers", "swapins", "studies", "cli"}
 THIRD_PARTY = {"torch", "numpy"}
 ALSO = {"storage": {"safetensors"}}
+# The kernels written in Triton; whoever imports one of these does so late.
+ALSO_BELOW = {"kernels/gpu/": {"triton"}}
 # What may be imported late, because few need it and it is heavy.
 LATE = {"storage/hugging_face.py": {"transformers"}}
 # Thing: the only files that may import it.
@@ -73,6 +75,7 @@ def _imports(path: Path) -> list[tuple[str, bool]]:
 def _violations(path: Path, imports: list[tuple[str, bool]]) -> list[str]:
     room, place = _room(path), path.relative_to(PACKAGE).as_posix()
     third_party = THIRD_PARTY | ALSO.get(room, set())
+    third_party |= set().union(*(names for below, names in ALSO_BELOW.items() if place.startswith(below)))
     problems = []
     for name, inside_function in imports:
         top, *rest = name.split(".")
@@ -107,6 +110,7 @@ def test_imports_run_one_way(path: Path) -> None:
         ("nn/x.py", "offpath.kernels", False),
         ("cost/x.py", "offpath.nn.SparseLinear", False),
         ("nn/x.py", "rich.table", False),
+        ("kernels/x.py", "triton", False),
         ("nn/x.py", "torch.library", False),
         ("ops/x.py", "math", True),
         ("topology/x.py", "lightning.pytorch", False),

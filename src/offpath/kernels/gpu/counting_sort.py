@@ -1,0 +1,196 @@
+"""Products that go by what an index names: the entries are sorted by it, then each named row has one writer.
+
+So nothing is added atomically, and the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from offpath.kernels.errors import KernelError
+from offpath.kernels.gpu.launch import (
+    accumulator,
+    block_of,
+    contiguous_rows,
+    described,
+    device_of,
+    expect_indices,
+    expect_operands,
+    expect_rows,
+    expect_shapes,
+    warps_of,
+    wide_dtype,
+)
+from offpath.kernels.operands import row_numbers
+
+
+@dataclass(frozen=True)
+class Named:
+    """The entries that name each of some places, in their order in the batch.
+
+    Those of place i are `entries[starts[i] : starts[i + 1]]`, and come from the `rows` at the same positions.
+    """
+
+    starts: Tensor  # int32 [columns + 1]
+    entries: Tensor  # int32 [nnz]
+    rows: Tensor  # int32 [nnz]
+
+
+def named(crow_indices: Tensor, indices: Tensor, columns: int) -> Named:
+    """Which entries name each place in [0, columns); entries out of that range belong to none."""
+    places, entries = indices.sort(stable=True)
+    bounds = torch.arange(columns + 1, dtype=torch.int32, device=indices.device)
+    starts = torch.searchsorted(places, bounds, out_int32=True)
+    rows = row_numbers(crow_indices, indices.shape[0]).int()[entries]
+    return Named(starts, entries.int(), rows)
+
+
+def counts(indices: Tensor, columns: int) -> Tensor:
+    """How many entries each place has, int32 [columns]: `RowProducts.counts`."""
+    expect_indices(indices, indices=indices)
+    whole = torch.tensor([0, indices.shape[0]], dtype=torch.int32, device=indices.device)
+    expect_rows(whole, indices, columns)
+    bounds = torch.arange(columns + 1, dtype=torch.int32, device=indices.device)
+    return torch.searchsorted(indices.sort().values, bounds, out_int32=True).diff()
+
+
+@triton.jit
+def gather_by_name_kernel(
+    starts,
+    entries,
+    rows,
+    values,
+    dy,
+    weight,
+    gradient,
+    dots,
+    nnz,
+    width,
+    dy_stride,
+    weight_stride,
+    gradient_stride,
+    ADD: tl.constexpr,
+    DOTS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """gradient[name] = sum over the entries at it of value * dy[row]; with DOTS, <dy[row], weight[name]> for each too.
+
+    Grid (names, blocks of the width). With ADD, it is added to the gradient, and rows without an entry are not touched.
+    """
+    name = tl.program_id(0)
+    block = tl.program_id(1)
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    inside = place < width
+    begin = tl.load(starts + name)
+    end = tl.load(starts + name + 1)
+    target = gradient + name.to(tl.int64) * gradient_stride + place
+    if begin < end or not ADD:
+        total = tl.zeros([BLOCK], ACCUMULATOR)
+        if DOTS:
+            source = weight + name.to(tl.int64) * weight_stride + place
+            # Read once, and nothing at all where no entry asks.
+            wide_weight = tl.load(source, mask=inside & (begin < end), other=0.0).to(ACCUMULATOR)
+        for position in range(begin, end):
+            row = tl.load(rows + position)
+            entry = tl.load(entries + position)
+            value = tl.load(values + entry).to(ACCUMULATOR)
+            wide_dy = tl.load(dy + row.to(tl.int64) * dy_stride + place, mask=inside, other=0.0).to(ACCUMULATOR)
+            total += value * wide_dy
+            if DOTS:
+                dot = tl.sum(wide_dy * wide_weight, 0)
+                tl.store(dots + block.to(tl.int64) * nnz + entry, dot.to(dots.dtype.element_ty))
+        if ADD:
+            total += tl.load(target, mask=inside, other=0.0).to(ACCUMULATOR)
+        tl.store(target, total.to(gradient.dtype.element_ty), mask=inside)
+
+
+def weight_gradient(crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor, columns: int) -> Tensor:
+    """Row i is the sum over the entries at i of value * dy[row of the entry]: `RowProducts.weight_gradient`."""
+    _expect(crow_indices, indices, values, dy)
+    expect_rows(crow_indices, indices, columns)
+    gradient = values.new_empty(columns, dy.shape[1])
+    _launch(named(crow_indices, indices, columns), values, contiguous_rows(dy), gradient, add=False)
+    return gradient
+
+
+def add_weight_gradient(crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor, buffer: Tensor) -> None:
+    """`weight_gradient`, added to the rows of `buffer` that an entry names: `RowProducts.add_weight_gradient`."""
+    _expect(crow_indices, indices, values, dy)
+    expect_operands(values=values, buffer=buffer)
+    expect_shapes(buffer.dim() == 2 and buffer.shape[1] == dy.shape[1], dy=dy, buffer=buffer)
+    expect_rows(crow_indices, indices, buffer.shape[0])
+    rows = named(crow_indices, indices, buffer.shape[0])
+    target = contiguous_rows(buffer)
+    _launch(rows, values, contiguous_rows(dy), target, add=True)
+    if target is not buffer:
+        buffer.copy_(target)
+
+
+def row_gradients(
+    crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(`dots`, `weight_gradient`) at once: each row of `weight` that an entry names is read once."""
+    _expect(crow_indices, indices, values, dy)
+    expect_operands(values=values, weight=weight)
+    expect_shapes(weight.dim() == 2 and weight.shape[1] == dy.shape[1], dy=dy, weight=weight)
+    expect_rows(crow_indices, indices, weight.shape[0])
+    gradient = values.new_empty(weight.shape)
+    dots = _launch(
+        named(crow_indices, indices, weight.shape[0]),
+        values,
+        contiguous_rows(dy),
+        gradient,
+        add=False,
+        weight=contiguous_rows(weight),
+    )
+    return dots, gradient
+
+
+def _expect(crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor) -> None:
+    expect_operands(values=values, dy=dy)
+    expect_indices(values, crow_indices=crow_indices, indices=indices)
+    if dy.dim() != 2 or dy.shape[0] != crow_indices.shape[0] - 1 or values.shape != indices.shape:
+        got = described(crow_indices=crow_indices, indices=indices, values=values, dy=dy)
+        raise KernelError(f"expected a value for each index and a row of dy for each row of entries, got {got}")
+
+
+def _launch(
+    by_name: Named, values: Tensor, dy: Tensor, gradient: Tensor, add: bool, weight: Tensor | None = None
+) -> Tensor:
+    """Fills `gradient`, and returns the dots where a `weight` was given; the operands have been checked."""
+    (names, width), nnz = gradient.shape, values.shape[0]
+    if names == 0 or width == 0:
+        return values.new_zeros(nnz)
+    block = block_of(width, 512)
+    blocks = triton.cdiv(width, block)
+    # An entry that names nothing keeps NaN, as in `dots`.
+    parts = values.new_full((blocks, nnz if weight is not None else 0), float("nan"), dtype=wide_dtype(values.dtype))
+    with device_of(values):
+        gather_by_name_kernel[(names, blocks)](
+            by_name.starts,
+            by_name.entries,
+            by_name.rows,
+            values.contiguous(),
+            dy,
+            gradient if weight is None else weight,
+            gradient,
+            parts,
+            nnz,
+            width,
+            dy.stride(0),
+            0 if weight is None else weight.stride(0),
+            gradient.stride(0),
+            ADD=add,
+            DOTS=weight is not None,
+            ACCUMULATOR=accumulator(values.dtype),
+            BLOCK=block,
+            num_warps=warps_of(block, values.dtype, 1),
+            num_stages=1,
+        )
+    return parts.sum(0).to(values.dtype)
