@@ -1,0 +1,149 @@
+"""Compiled CUDA kernels on torch's device, in torch's context, on torch's current stream."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+
+from offpath.kernels.errors import KernelError
+from offpath.kernels.gpu import nvrtc
+
+_MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_STATIC_SHARED_BYTES = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+_SHARED_BYTES_OPTIN = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+_SIZES = {"P": 8, "q": 8, "i": 4, "f": 4}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One function of a loaded module; `signature` has a letter of `struct` for each argument (P: an address)."""
+
+    function: ctypes.c_void_p
+    context: ctypes.c_void_p
+    signature: str
+    device: int
+    shared_bytes_limit: int
+    multiprocessors: int
+
+    def launch(self, grid: tuple[int, int], threads: int, shared_bytes: int, *arguments: int) -> None:
+        """Run on torch's current stream of the kernel's device; returns at once, and may be captured in a graph."""
+        # The layout of a C struct is also the alignment that each argument needs.
+        packed = ctypes.create_string_buffer(struct.pack(self.signature, *arguments))
+        address, offset, places = ctypes.addressof(packed), 0, []
+        for letter in self.signature:
+            offset = -(-offset // _SIZES[letter]) * _SIZES[letter]
+            places.append(address + offset)
+            offset += _SIZES[letter]
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        with _current(self.context):
+            _call(
+                "cuLaunchKernel",
+                self.function,
+                *(grid[0], grid[1], 1, threads, 1, 1, shared_bytes),
+                ctypes.c_void_p(stream),
+                (ctypes.c_void_p * len(places))(*places),
+                None,
+            )
+
+    @lru_cache(maxsize=64)  # noqa: B019 - kernels live as long as the process
+    def resident_blocks(self, threads: int, shared_bytes: int) -> int:
+        """How many blocks the whole GPU holds at a time."""
+        blocks = ctypes.c_int()
+        with _current(self.context):
+            _call(
+                "cuOccupancyMaxActiveBlocksPerMultiprocessor",
+                ctypes.byref(blocks),
+                self.function,
+                threads,
+                ctypes.c_size_t(shared_bytes),
+            )
+        return max(blocks.value, 1) * self.multiprocessors
+
+
+def load(source: str, name: str, signature: str, device: torch.device, **defines: int) -> Kernel:
+    """The function `name` of a file in cuda/, compiled for `device` and loaded there; kept for the next call.
+
+    Raises `KernelError` without an NVIDIA GPU, its driver or NVRTC, when the driver is older than NVRTC's code, when
+    the source does not compile, and when it would have to be loaded in the middle of a graph's capture.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        raise KernelError(f"expected tensors on an NVIDIA GPU, got {device}. Move the module and its input there")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _load(source, name, signature, index, tuple(sorted(defines.items())))
+
+
+@cache
+def _load(source: str, name: str, signature: str, index: int, defines: tuple[tuple[str, int], ...]) -> Kernel:
+    if torch.cuda.is_current_stream_capturing():
+        raise KernelError(
+            f"{source} is not loaded yet, and a graph is being captured. Run the product once before that"
+        )
+    driver()
+    properties = torch.cuda.get_device_properties(index)
+    code = nvrtc.cubin(source, (properties.major, properties.minor), dict(defines))
+    torch.cuda.synchronize(index)  # makes sure that torch's context exists
+    context, module, function = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+    handle = ctypes.c_int()
+    _call("cuDeviceGet", ctypes.byref(handle), index)
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+    with _current(context):
+        _call("cuModuleLoadData", ctypes.byref(module), code)
+        _call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+        most, static = ctypes.c_int(), ctypes.c_int()
+        _call("cuDeviceGetAttribute", ctypes.byref(most), _SHARED_BYTES_OPTIN, handle)
+        _call("cuFuncGetAttribute", ctypes.byref(static), _STATIC_SHARED_BYTES, function)
+        limit = most.value - static.value
+        _call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_BYTES, limit)
+    return Kernel(function, context, signature, index, limit, properties.multi_processor_count)
+
+
+@lru_cache(maxsize=1)
+def driver() -> ctypes.CDLL:
+    """libcuda; raises `KernelError` where it is missing or older than the code that NVRTC writes."""
+    try:
+        functions = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise KernelError(f"no NVIDIA driver: {error}. Install the driver of the GPU") from error
+    version = ctypes.c_int()
+    if functions.cuInit(0) or functions.cuDriverGetVersion(ctypes.byref(version)):
+        raise KernelError("the NVIDIA driver is there but finds no GPU that it can use; nvidia-smi says why")
+    # Code of one major version runs on every driver of the same one.
+    made_for = nvrtc.library().version
+    if version.value // 1000 < made_for[0]:
+        raise KernelError(
+            f"the NVIDIA driver knows CUDA up to {version.value // 1000}.{version.value % 1000 // 10}, and NVRTC "
+            f"{made_for[0]}.{made_for[1]} writes code for {made_for[0]}.0 and later. Update the driver, or install an "
+            f"NVRTC of its version"
+        )
+    return functions
+
+
+class _current:
+    """A context that is this thread's inside the block."""
+
+    def __init__(self, context: ctypes.c_void_p) -> None:
+        self.context = context
+
+    def __enter__(self) -> None:
+        now = ctypes.c_void_p()
+        _call("cuCtxGetCurrent", ctypes.byref(now))
+        self.pushed = now.value != self.context.value
+        if self.pushed:
+            _call("cuCtxPushCurrent_v2", self.context)
+
+    def __exit__(self, *_: object) -> None:
+        if self.pushed:
+            _call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+
+def _call(name: str, *arguments: object) -> None:
+    functions = driver()
+    status = getattr(functions, name)(*arguments)
+    if status:
+        text = ctypes.c_char_p()
+        functions.cuGetErrorString(status, ctypes.byref(text))
+        raise KernelError(f"{name} failed: {(text.value or b'unknown error').decode()} ({status})")
