@@ -16,6 +16,7 @@ from importlib.util import find_spec
 import torch
 
 from offpath.kernels.errors import KernelError
+from offpath.kernels.gpu import nvrtc
 
 # The oldest release that the kernels have been run with.
 TRITON_FROM = (3, 6)
@@ -52,7 +53,9 @@ def driver_part() -> Part:
         found = ctypes.c_int(0)
         status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
     except OSError:
-        return Part(name, False, "there is no libcuda.so.1; install NVIDIA's driver, or look at the container's options")
+        return Part(
+            name, False, "there is no libcuda.so.1; install NVIDIA's driver, or look at the container's options"
+        )
     if status or not found.value:
         return Part(name, False, f"cuDriverGetVersion failed with error {status}; look at nvidia-smi")
     major, minor = found.value // 1000, found.value % 1000 // 10
@@ -97,18 +100,29 @@ def triton_part() -> Part:
     return Part(name, True, f"{found}, interpreted (TRITON_INTERPRET=1)" if interpreted() else found)
 
 
-# In the order in which one makes sense without the next.
-NEEDED: tuple[Callable[[], Part], ...] = (torch_part, driver_part, device_part, triton_part)
+def nvrtc_part() -> Part:
+    """Whether NVRTC is there, which compiles the kernels of a few tokens when one is first asked for."""
+    try:
+        library = nvrtc.library()
+    except KernelError as error:
+        return Part("NVRTC", False, str(error))
+    return Part("NVRTC", True, "{}.{}".format(*library.version))
+
+
+# Each in the order in which one makes sense without the next.
+_DEVICE: tuple[Callable[[], Part], ...] = (torch_part, driver_part, device_part)
+NEEDED = {"gathers and dense products (Triton)": triton_part, "packed weights, few tokens (NVRTC)": nvrtc_part}
 
 
 def parts() -> tuple[Part, ...]:
-    """Everything that some kernel needs, usable or why not."""
-    return tuple(part() for part in NEEDED)
+    """Every kind of kernel and what it needs, usable or why not."""
+    return *(_kind(*entry) for entry in NEEDED.items()), *(find() for find in (*_DEVICE, triton_part, nvrtc_part))
 
 
-def problem() -> str | None:
-    """Why no product can be computed on a GPU here, or None; of several reasons the first one that is to be mended."""
-    for find in (triton_part,) if interpreted() else NEEDED:
+def problem(needed: Callable[[], Part] = triton_part) -> str | None:
+    """Why kernels that need `needed` cannot run on a GPU here, or None; of several reasons the one to mend first."""
+    alone = interpreted() and needed is triton_part
+    for find in (needed,) if alone else (*_DEVICE, needed):
         part = find()
         if not part.usable:
             return f"{part.name}: {part.detail}"
@@ -120,6 +134,11 @@ def require() -> None:
     missing = problem()
     if missing:
         raise KernelError(f"expected a GPU that kernels can run on; {missing}")
+
+
+def _kind(name: str, needed: Callable[[], Part]) -> Part:
+    missing = problem(needed)
+    return Part(name, missing is None, missing or ("interpreted" if interpreted() else "usable"))
 
 
 def _version(package: str) -> str | None:
