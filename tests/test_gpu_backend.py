@@ -1,4 +1,4 @@
-"""The backend of CUDA tensors as far as a machine without a GPU can tell: what is missing, what is chosen, who computes.
+"""The backend of CUDA tensors as far as a machine without a GPU can tell: what is missing, chosen, and computed.
 
 Its kernels have tests of their own; here, a whole training stack runs through Triton's interpreter in another process.
 """

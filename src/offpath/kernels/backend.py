@@ -137,8 +137,9 @@ class Backend:
     """One implementation of every product.
 
     `name` is what reports call it. `computes` says whether it has kernels for a device type and dtype, `methods` which
-    of the ways to compute a product it has: the functions of the others refuse. The products expect a canonical pattern: whoever calls them has checked it. `digest` fingerprints the
-    contents of (crow_indices, col_indices) at a small part of a product's cost; None where there is no such thing.
+    of the ways to compute a product of a layer it has: the functions of the others refuse. The products expect a
+    canonical pattern: whoever calls them has checked it. `digest` fingerprints the contents of (crow_indices,
+    col_indices) at a small part of a product's cost; None where there is no such thing.
     `tiles` orders a pattern for its weight gradient, `bitmap` makes it one bit per position.
     The gradients go over the bitmap of the weight itself: `bitmap_dx` of values and dy, `bitmap_dvalues` of dy and x.
     `filled_spmm`, `filled_dx` and `filled_dvalues` compute the same with the absent connections as zeros: an infinite
@@ -146,8 +147,8 @@ class Backend:
     `int8_dots` computes the product of `Int8Spmm` over a bitmap with the tokens rounded to int8, each to a scale of its
     own (a 127th of its largest magnitude).
     `expand` writes the values of a bitmap's connections into a dense [rows, columns], zero elsewhere; `compress` picks
-    them out of one. `rows` are the products on sparse activations, `convolutions` those on images. What the methods of a
-    `native` backend cost is measured on the machine, `costs` says it of another one; without either, products are
+    them out of one. `rows` are the products on sparse activations, `convolutions` those on images. What the methods of
+    a `native` backend cost is measured on the machine, `costs` says it of another one; without either, products are
     computed row by row.
     """
 

@@ -54,8 +54,8 @@ def measured_once(
 ) -> Any:
     """What `measure()` gives (something that JSON holds): from the cache where it is complete, or measured now.
 
-    `facts` are all that it depends on besides the machine, the `backend` of that name and `dtype`. A cache that cannot be read or
-    written costs the measurement in every process, and a warning.
+    `facts` are all that it depends on besides the machine, the `backend` of that name and `dtype`. A cache that cannot
+    be read or written costs the measurement in every process, and a warning.
     """
     path = cache_folder() / f"{name}-{_fingerprint(backend, dtype, facts)}.json"
     try:
