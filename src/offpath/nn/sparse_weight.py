@@ -127,9 +127,7 @@ class SparseWeightModule(nn.Module):
         return "values" in self._parameters or "values" in self._buffers
 
     @classmethod
-    def _holding(
-        cls: type[_Layer], pattern: Pattern, values: Tensor, requires_grad: bool, like: nn.Linear | SparseWeightModule
-    ) -> _Layer:
+    def _holding(cls: type[_Layer], pattern: Pattern, values: Tensor, requires_grad: bool, like: Any) -> _Layer:
         """A layer of the sizes, bias and mode of `like` with these connections and this memory as its values."""
         # Built on meta so that no initial values are drawn: converting a layer must not move the global RNG.
         sizes = like.in_features, like.out_features, like.bias is not None
