@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from offpath.kernels.errors import KernelError
+from offpath.kernels.gpu.gather import load_part
 from offpath.kernels.gpu.launch import (
     accumulator,
     block_of,
@@ -37,7 +38,7 @@ class Named:
     """
 
     starts: Tensor  # int32 [columns + 1]
-    entries: Tensor  # int32 [nnz]
+    entries: Tensor  # int64 [nnz]
     rows: Tensor  # int32 [nnz]
 
 
@@ -47,7 +48,7 @@ def named(crow_indices: Tensor, indices: Tensor, columns: int) -> Named:
     bounds = torch.arange(columns + 1, dtype=torch.int32, device=indices.device)
     starts = torch.searchsorted(places, bounds, out_int32=True)
     rows = row_numbers(crow_indices, indices.shape[0]).int()[entries]
-    return Named(starts, entries.int(), rows)
+    return Named(starts, entries, rows)
 
 
 def counts(indices: Tensor, columns: int) -> Tensor:
@@ -77,37 +78,37 @@ def gather_by_name_kernel(
     ADD: tl.constexpr,
     DOTS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """gradient[name] = sum over the entries at it of value * dy[row]; with DOTS, <dy[row], weight[name]> for each too.
 
-    Grid (names, blocks of the width). With ADD, it is added to the gradient, and rows without an entry are not touched.
+    `values` stand in the order of the names, dots in that of the batch. With ADD, the sum is added to the gradient, and
+    rows without an entry are not touched. Grid (names, blocks of the width).
     """
     name = tl.program_id(0)
     block = tl.program_id(1)
     place = block * BLOCK + tl.arange(0, BLOCK)
-    inside = place < width
     begin = tl.load(starts + name)
     end = tl.load(starts + name + 1)
-    target = gradient + name.to(tl.int64) * gradient_stride + place
     if begin < end or not ADD:
-        total = tl.zeros([BLOCK], ACCUMULATOR)
+        sums = tl.zeros([BLOCK], ACCUMULATOR)
         if DOTS:
+            # Read once for all its entries, and not at all where there is none.
             source = weight + name.to(tl.int64) * weight_stride + place
-            # Read once, and nothing at all where no entry asks.
-            wide_weight = tl.load(source, mask=inside & (begin < end), other=0.0).to(ACCUMULATOR)
+            wide_weight = tl.load(source, mask=(place < width) & (begin < end), other=0.0).to(ACCUMULATOR)
         for position in range(begin, end):
-            row = tl.load(rows + position)
-            entry = tl.load(entries + position)
-            value = tl.load(values + entry).to(ACCUMULATOR)
-            wide_dy = tl.load(dy + row.to(tl.int64) * dy_stride + place, mask=inside, other=0.0).to(ACCUMULATOR)
-            total += value * wide_dy
+            value = tl.load(values + position).to(ACCUMULATOR)
+            row = tl.load(rows + position).to(tl.int64)
+            wide_dy = load_part(dy + row * dy_stride, place, width, WHOLE).to(ACCUMULATOR)
+            sums += value * wide_dy
             if DOTS:
                 dot = tl.sum(wide_dy * wide_weight, 0)
-                tl.store(dots + block.to(tl.int64) * nnz + entry, dot.to(dots.dtype.element_ty))
+                tl.store(dots + block.to(tl.int64) * nnz + tl.load(entries + position), dot)
+        target = gradient + name.to(tl.int64) * gradient_stride
         if ADD:
-            total += tl.load(target, mask=inside, other=0.0).to(ACCUMULATOR)
-        tl.store(target, total.to(gradient.dtype.element_ty), mask=inside)
+            sums += load_part(target, place, width, WHOLE).to(ACCUMULATOR)
+        tl.store(target + place, sums.to(gradient.dtype.element_ty), mask=None if WHOLE else place < width)
 
 
 def weight_gradient(crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor, columns: int) -> Tensor:
@@ -176,7 +177,7 @@ def _launch(
             by_name.starts,
             by_name.entries,
             by_name.rows,
-            values.contiguous(),
+            values[by_name.entries],
             dy,
             gradient if weight is None else weight,
             gradient,
@@ -189,6 +190,7 @@ def _launch(
             ADD=add,
             DOTS=weight is not None,
             ACCUMULATOR=accumulator(values.dtype),
+            WHOLE=width % block == 0,
             BLOCK=block,
             num_warps=warps_of(block, values.dtype, 1),
             num_stages=1,

@@ -7,13 +7,21 @@ where their values lie without a look at any others, and each of them is written
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from offpath.kernels.gpu.launch import device_of, expect_indices, expect_operands, expect_rows, expect_shapes
+from offpath.kernels.gpu.launch import (
+    block_of,
+    device_of,
+    expect_indices,
+    expect_operands,
+    expect_rows,
+    expect_shapes,
+)
 from offpath.kernels.operands import row_numbers
 
 _WORD = 32
@@ -56,68 +64,61 @@ def bitmap(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Bitmap:
 
 
 @triton.jit
-def _places(words, offsets, word, octet, inside):
-    """For 8 columns of a word: which have a connection, and which values those have; [bytes, 8] from [bytes]."""
-    bits = tl.load(words + word, mask=inside, other=0)
-    before = tl.load(offsets + word, mask=inside, other=0)
-    lower = (bits & ((1 << (8 * octet)) - 1)).to(tl.uint32)
+def _octets(words, offsets, words_of_row, BLOCK: tl.constexpr):
+    """(first column of each octet [BLOCK, 1], which of its columns are connected, where their values lie [BLOCK, 8]).
+
+    An octet is 8 columns, a byte of a word; one that is past the row's words has no connection.
+    """
+    octet = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    word = octet // 4
+    shift = octet % 4 * 8
+    inside = word < words_of_row
+    first_word = tl.program_id(0).to(tl.int64) * words_of_row
+    bits = tl.load(words + first_word + word, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    before = tl.load(offsets + first_word + word, mask=inside, other=0)
+    lower = bits & ((1 << shift) - 1).to(tl.uint32)  # bits are counted in parallel: in pairs, in nibbles, in bytes
     lower = lower - ((lower >> 1) & 0x55555555)
     lower = (lower & 0x33333333) + ((lower >> 2) & 0x33333333)
     lower = (lower + (lower >> 4)) & 0x0F0F0F0F
     before += ((lower * 0x01010101) >> 24).to(tl.int32)
-    eight = (bits >> (8 * octet)) & 0xFF
-    # One bit a nibble; then the product with 0x11111111 has in each nibble the sum of those up to it.
-    spread = (eight | (eight << 12)) & 0x000F000F
+    eight = (bits >> shift) & 0xFF
+    spread = (eight | (eight << 12)) & 0x000F000F  # one bit to a nibble
     spread = (spread | (spread << 6)) & 0x03030303
     spread = (spread | (spread << 3)) & 0x11111111
-    earlier = spread * 0x11111111 - spread
-    nibble = 4 * tl.arange(0, 8)[None, :]
-    live = ((eight[:, None] >> tl.arange(0, 8)[None, :]) & 1) != 0
-    return live, before[:, None] + ((earlier[:, None] >> nibble) & 0xF)
+    earlier = spread * 0x11111111 - spread  # a nibble's sum of those below it
+    bit = tl.arange(0, 8)[None, :]
+    live = ((eight[:, None] >> bit) & 1) != 0
+    place = before[:, None] + ((earlier[:, None] >> (4 * bit)) & 0xF).to(tl.int32)
+    return octet[:, None] * 8, live, place
 
 
 @triton.jit
-def expand_kernel(
-    words, offsets, values, dense, octets, octets_of_row, columns, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """dense[position] = its value, or zero; a program writes BLOCK times 8 columns. Grid (blocks)."""
-    octet = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = octet < octets
-    live, place = _places(words, offsets, octet // 4, (octet % 4).to(tl.int32), inside)
-    value = tl.load(values + place, mask=live, other=0.0)
-    column = (octet % octets_of_row).to(tl.int32)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    target = (octet // octets_of_row)[:, None] * columns + column
-    if ALIGNED:  # columns come in whole octets: none of a row's bytes is cut
-        written = (inside & ((octet % octets_of_row) * 8 < columns))[:, None]
+def _inside(first, columns, ALIGNED: tl.constexpr):
+    """Which columns of an octet exist; ALIGNED: all or none, so that they are loaded and stored together."""
+    if ALIGNED:
+        return tl.broadcast_to(first < columns, [first.shape[0], 8])
     else:
-        written = inside[:, None] & (column < columns)
-    tl.store(dense + target, value, mask=written)
+        return first + tl.arange(0, 8)[None, :] < columns
+
+
+@triton.jit
+def expand_kernel(words, offsets, values, dense, words_of_row, columns, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """dense[row, column] = its value, or zero. Grid (rows, blocks of octets)."""
+    first, live, place = _octets(words, offsets, words_of_row, BLOCK)
+    value = tl.load(values + place, mask=live, other=0.0)
+    target = dense + tl.program_id(0).to(tl.int64) * columns + first + tl.arange(0, 8)[None, :]
+    tl.store(target, value, mask=_inside(first, columns, ALIGNED))
 
 
 @triton.jit
 def compress_kernel(
-    words,
-    offsets,
-    values,
-    dense,
-    octets,
-    octets_of_row,
-    columns,
-    row_stride,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    words, offsets, values, dense, words_of_row, columns, row_stride, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """values[place] = dense[position] where a connection is. Grid (blocks)."""
-    octet = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = octet < octets
-    live, place = _places(words, offsets, octet // 4, (octet % 4).to(tl.int32), inside)
-    column = (octet % octets_of_row).to(tl.int32)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    source = (octet // octets_of_row)[:, None] * row_stride + column
-    if ALIGNED:
-        read = (inside & ((octet % octets_of_row) * 8 < columns))[:, None]
-    else:
-        read = inside[:, None] & (column < columns)
-    tl.store(values + place, tl.load(dense + source, mask=read, other=0.0), mask=live)
+    """values[place] = dense[row, column] where a connection is. Grid (rows, blocks of octets)."""
+    first, live, place = _octets(words, offsets, words_of_row, BLOCK)
+    source = dense + tl.program_id(0).to(tl.int64) * row_stride + first + tl.arange(0, 8)[None, :]
+    value = tl.load(source, mask=_inside(first, columns, ALIGNED), other=0.0)
+    tl.store(values + place, value, mask=live)
 
 
 def expand(prepared: Bitmap, values: Tensor) -> Tensor:
@@ -141,23 +142,22 @@ def compress(prepared: Bitmap, dense: Tensor) -> Tensor:
     return values
 
 
-def _launch(kernel, prepared: Bitmap, values: Tensor, dense: Tensor, strides: tuple[int, ...]) -> None:
-    octets = 4 * prepared.words.numel()
-    if octets == 0:
+def _launch(kernel: Any, prepared: Bitmap, values: Tensor, dense: Tensor, strides: tuple[int, ...]) -> None:
+    rows, words_of_row = prepared.words.shape
+    if rows == 0 or words_of_row == 0:
         return
-    block = 512
+    block = block_of(4 * words_of_row, 512)
     with device_of(values):
-        kernel[(triton.cdiv(octets, block),)](
+        kernel[(rows, triton.cdiv(4 * words_of_row, block))](
             prepared.words,
             prepared.offsets,
             values,
             dense,
-            octets,
-            4 * prepared.words.shape[1],
+            words_of_row,
             prepared.columns,
             *strides,
             ALIGNED=prepared.columns % 8 == 0,
             BLOCK=block,
-            num_warps=4,
+            num_warps=max(block // 128, 1),
             num_stages=1,
         )

@@ -25,6 +25,33 @@ from offpath.kernels.gpu.launch import (
 
 
 @triton.jit
+def load_part(row, place, width, WHOLE: tl.constexpr):
+    """The places of a row that are inside its width; WHOLE: all are."""
+    if WHOLE:
+        return tl.load(row + place)
+    return tl.load(row + place, mask=place < width, other=0.0)
+
+
+@triton.jit
+def named_row(weight, index, columns, stride, TRUSTED: tl.constexpr):
+    """(whether there is such a row, where it begins); without TRUSTED, an index out of range reads row 0."""
+    known = True
+    if not TRUSTED:
+        known = (index >= 0) & (index < columns)
+        index = tl.where(known, index, 0)
+    return known, weight + index.to(tl.int64) * stride
+
+
+@triton.jit
+def _term(entry, indices, values, weight, columns, weight_stride, place, width, ACCUMULATOR, WHOLE, TRUSTED):
+    known, row = named_row(weight, tl.load(indices + entry), columns, weight_stride, TRUSTED)
+    value = tl.load(values + entry).to(ACCUMULATOR)
+    if not TRUSTED:
+        value = tl.where(known, value, float("nan"))
+    return value * load_part(row, place, width, WHOLE).to(ACCUMULATOR)
+
+
+@triton.jit
 def gather_sum_kernel(
     crow_indices,
     indices,
@@ -38,35 +65,37 @@ def gather_sum_kernel(
     y_stride,
     HAS_BIAS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
+    TRUSTED: tl.constexpr,
+    WHOLE: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """y[row] = bias[row] + sum over the row's entries of value * weight[index]; grid (rows, blocks of the width)."""
     row = tl.program_id(0)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < width
     begin = tl.load(crow_indices + row)
     end = tl.load(crow_indices + row + 1)
-    total = tl.zeros([BLOCK], ACCUMULATOR)
+    sums = tl.zeros([BLOCK], ACCUMULATOR)
     if HAS_BIAS:
-        total += tl.load(bias + row).to(ACCUMULATOR)
-    whole = begin + (end - begin) // UNROLL * UNROLL
-    for first in range(begin, whole, UNROLL):
+        sums += tl.load(bias + row).to(ACCUMULATOR)
+    unrolled = begin + (end - begin) // UNROLL * UNROLL
+    for first in range(begin, unrolled, UNROLL):
         for step in tl.static_range(UNROLL):
-            index = tl.load(indices + first + step)
-            value = tl.load(values + first + step).to(ACCUMULATOR)
-            known = (index >= 0) & (index < columns)
-            value = tl.where(known, value, float("nan"))
-            source = weight + tl.where(known, index, 0).to(tl.int64) * weight_stride
-            total += value * tl.load(source + place, mask=inside, other=0.0).to(ACCUMULATOR)
-    for entry in range(whole, end):
-        index = tl.load(indices + entry)
-        value = tl.load(values + entry).to(ACCUMULATOR)
-        known = (index >= 0) & (index < columns)
-        value = tl.where(known, value, float("nan"))
-        source = weight + tl.where(known, index, 0).to(tl.int64) * weight_stride
-        total += value * tl.load(source + place, mask=inside, other=0.0).to(ACCUMULATOR)
-    tl.store(y + row.to(tl.int64) * y_stride + place, total.to(y.dtype.element_ty), mask=inside)
+            entry = first + step
+            sums += _term(
+                entry, indices, values, weight, columns, weight_stride, place, width, ACCUMULATOR, WHOLE, TRUSTED
+            )
+    for entry in range(unrolled, end):
+        sums += _term(entry, indices, values, weight, columns, weight_stride, place, width, ACCUMULATOR, WHOLE, TRUSTED)
+    target = y + row.to(tl.int64) * y_stride + place
+    tl.store(target, sums.to(y.dtype.element_ty), mask=None if WHOLE else place < width)
+
+
+@triton.jit
+def _dot(entry, indices, wide_dy, weight, columns, weight_stride, place, width, WHOLE, TRUSTED):
+    known, row = named_row(weight, tl.load(indices + entry), columns, weight_stride, TRUSTED)
+    dot = tl.sum(load_part(row, place, width, WHOLE).to(wide_dy.dtype) * wide_dy, 0)
+    return dot if TRUSTED else tl.where(known, dot, float("nan"))
 
 
 @triton.jit
@@ -82,6 +111,8 @@ def gather_dot_kernel(
     dy_stride,
     weight_stride,
     ACCUMULATOR: tl.constexpr,
+    TRUSTED: tl.constexpr,
+    WHOLE: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -89,26 +120,18 @@ def gather_dot_kernel(
     row = tl.program_id(0)
     block = tl.program_id(1)
     place = block * BLOCK + tl.arange(0, BLOCK)
-    inside = place < width
     begin = tl.load(crow_indices + row)
     end = tl.load(crow_indices + row + 1)
-    whole = begin + (end - begin) // UNROLL * UNROLL
-    wide_dy = tl.load(dy + row.to(tl.int64) * dy_stride + place, mask=inside, other=0.0).to(ACCUMULATOR)
+    wide_dy = load_part(dy + row.to(tl.int64) * dy_stride, place, width, WHOLE).to(ACCUMULATOR)
     result = dots + block.to(tl.int64) * nnz
-    for first in range(begin, whole, UNROLL):
+    unrolled = begin + (end - begin) // UNROLL * UNROLL
+    for first in range(begin, unrolled, UNROLL):
         for step in tl.static_range(UNROLL):
-            index = tl.load(indices + first + step)
-            known = (index >= 0) & (index < columns)
-            source = weight + tl.where(known, index, 0).to(tl.int64) * weight_stride
-            products = tl.load(source + place, mask=inside, other=0.0).to(ACCUMULATOR) * wide_dy
-            dot = tl.where(known, tl.sum(products, 0), float("nan"))
-            tl.store(result + first + step, dot.to(dots.dtype.element_ty))
-    for entry in range(whole, end):
-        index = tl.load(indices + entry)
-        known = (index >= 0) & (index < columns)
-        source = weight + tl.where(known, index, 0).to(tl.int64) * weight_stride
-        products = tl.load(source + place, mask=inside, other=0.0).to(ACCUMULATOR) * wide_dy
-        dot = tl.where(known, tl.sum(products, 0), float("nan"))
+            entry = first + step
+            dot = _dot(entry, indices, wide_dy, weight, columns, weight_stride, place, width, WHOLE, TRUSTED)
+            tl.store(result + entry, dot.to(dots.dtype.element_ty))
+    for entry in range(unrolled, end):
+        dot = _dot(entry, indices, wide_dy, weight, columns, weight_stride, place, width, WHOLE, TRUSTED)
         tl.store(result + entry, dot.to(dots.dtype.element_ty))
 
 
@@ -134,9 +157,18 @@ def dots(crow_indices: Tensor, indices: Tensor, dy: Tensor, weight: Tensor) -> T
 
 
 def gather_sum(
-    crow_indices: Tensor, indices: Tensor, values: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None = None
+    crow_indices: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    bias: Tensor | None = None,
+    trusted: bool = False,
 ) -> None:
-    """Writes y [rows, width], whose rows are contiguous like those of `weight`; the operands have been checked."""
+    """Writes y [rows, width], whose rows are contiguous like those of `weight`; the operands have been checked.
+
+    `trusted`: so have the contents of the indices.
+    """
     rows, width = y.shape
     if rows == 0 or width == 0:
         return
@@ -155,6 +187,8 @@ def gather_sum(
             y.stride(0),
             HAS_BIAS=bias is not None,
             ACCUMULATOR=accumulator(y.dtype),
+            TRUSTED=trusted,
+            WHOLE=width % block == 0,
             UNROLL=8,
             BLOCK=block,
             num_warps=warps_of(block, y.dtype, 4),
@@ -162,8 +196,8 @@ def gather_sum(
         )
 
 
-def gather_dot(crow_indices: Tensor, indices: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-    """The dots [nnz] of rows that are contiguous; the operands have been checked."""
+def gather_dot(crow_indices: Tensor, indices: Tensor, dy: Tensor, weight: Tensor, trusted: bool = False) -> Tensor:
+    """The dots [nnz] of rows that are contiguous; the operands have been checked, if `trusted` the indices, too."""
     (rows, width), nnz = dy.shape, indices.shape[0]
     if rows == 0 or width == 0 or nnz == 0:
         return dy.new_zeros(nnz)
@@ -184,6 +218,8 @@ def gather_dot(crow_indices: Tensor, indices: Tensor, dy: Tensor, weight: Tensor
             dy.stride(0),
             weight.stride(0),
             ACCUMULATOR=accumulator(dy.dtype),
+            TRUSTED=trusted,
+            WHOLE=width % block == 0,
             UNROLL=4,
             BLOCK=block,
             num_warps=1,
