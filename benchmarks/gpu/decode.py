@@ -42,6 +42,10 @@ def jobs(quick: bool, effort: Effort, device: torch.device) -> Iterator[Job]:
                 measure = partial(_decode, shape, sparsity, count, effort, device)
                 # Either format may be the faster one; what is timed is the one that `pack` chooses.
                 yield Job((Wanted(figure, "offpath", DENSE_FORMS),), ("decode_n4", "decode_c16"), measure)
+    for sparsity in sparsities:  # as in a network, where another kernel stands between any two products
+        figure = Figure(section(1), f"{words(shapes[0])}, a ReLU after each", f"{sparsity:.0%}")
+        measure = partial(_decode, shapes[0], sparsity, 1, effort, device, relu=True)
+        yield Job((Wanted(figure, "offpath", DENSE_FORMS),), ("decode_n4", "decode_c16"), measure)
     for shape in shapes[:1]:
         for count in tokens:
             figure = Figure("torch 2:4 over dense bf16", words(shape), f"{count} tokens")
@@ -57,7 +61,9 @@ def words(shape: Shape) -> str:
     return f"{shape[0]} x {shape[1]}"
 
 
-def _decode(shape: Shape, sparsity: float, tokens: int, effort: Effort, device: torch.device) -> Raced:
+def _decode(
+    shape: Shape, sparsity: float, tokens: int, effort: Effort, device: torch.device, relu: bool = False
+) -> Raced:
     crow_indices, col_indices = pattern(*shape, 1 - sparsity, device)
     values = numbers(col_indices.numel(), dtype=torch.bfloat16, device=device)
     weight = dense(crow_indices, col_indices, values, shape[1])
@@ -73,14 +79,20 @@ def _decode(shape: Shape, sparsity: float, tokens: int, effort: Effort, device: 
         sides.calls[name] = [partial(decode, each, x) for each in copies(one, one.n_bytes)]
     form = best_dense(shape, tokens, effort, device)
     sides.calls[form] = dense_calls(form, copies(weight, weight.nbytes), x)
+    if relu:
+        sides.calls = {name: [_then_relu(call) for call in calls] for name, calls in sides.calls.items()}
     raced = sides.race(effort)
-    if tokens == 1 and shape == BARRED_SHAPE:
+    if tokens == 1 and shape == BARRED_SHAPE and not relu:
         matrix = Sides({form: sides.calls[form]}, raced.refused)
         matrix.offer(CSR, lambda: [partial(torch.mv, csr(crow_indices, col_indices, values, shape[1]), x[0])])
         raced.times.update(
             {name: time for name, time in matrix.race(effort, graphs=False).times.items() if name == CSR}
         )
     return raced
+
+
+def _then_relu(call: Call) -> Call:
+    return lambda: torch.relu_(call())
 
 
 def _two_of_four(shape: Shape, tokens: int, effort: Effort, device: torch.device) -> Raced:

@@ -76,9 +76,13 @@ def race(sides: Mapping[str, Sequence[Call]], effort: Effort, graphs: bool = Tru
 
 def copies(operands: Operands, read_bytes: int) -> list[Operands]:
     """The operands and as many clones as it takes for a tour of all of them to read twice the L2 cache or more."""
+    return [operands, *(clone(operands) for _ in range(copies_needed(read_bytes) - 1))]
+
+
+def copies_needed(read_bytes: int) -> int:
+    """How many operands of so many bytes no cache holds: twice the L2 between two visits of the same one."""
     cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    count = max(2, math.ceil(2 * cache_bytes / max(read_bytes, 1)) + 1)
-    return [operands, *(clone(operands) for _ in range(count - 1))]
+    return max(2, math.ceil(2 * cache_bytes / max(read_bytes, 1)) + 1)
 
 
 def clone(operands: Operands) -> Operands:
