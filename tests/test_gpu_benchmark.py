@@ -21,7 +21,7 @@ from gpu import timing
 from gpu.check import Case, exactly, judge, sums
 from gpu.jobs import Job, Raced, Sides, Wanted, filled, work_through
 from gpu.page import show
-from gpu.pays import block, rows, slug
+from gpu.pays import block, committed, rows, slug
 from gpu.sanitizer import joined, summary
 from gpu.sheet import WAITED_OUT, Check, Sheet, judged, report_text
 from gpu.timing import Deadline, Effort, clone
@@ -276,6 +276,12 @@ def test_where_it_pays_says_what_is_measured_and_what_is_calculated() -> None:
     assert "| 8192 x 8192, 50% sparse, 1 token | 1.45x | 1.60x |" in found
     assert "| 8192 x 8192, 95% sparse, 1 token | 10.00x | not measured |" in found
     assert "bars/gpu-nvidia-h200.txt" in found
+
+
+def test_the_table_of_the_page_is_that_of_the_committed_reports() -> None:
+    docs = BENCHMARKS.parent / "docs"
+    table = block({path.stem: json.loads(path.read_text()) for path in committed(docs / "bars")})
+    assert f"<!-- gpu -->\n{table}\n<!-- /gpu -->" in (docs / "gpu.md").read_text()
 
 
 def test_a_sanitizer_is_believed_only_when_it_ran_and_finds_a_mistake() -> None:

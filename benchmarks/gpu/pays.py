@@ -52,7 +52,7 @@ def rows() -> Iterator[Row]:
     for latents, k, width, tokens in topk.SIZES:
         name = f"{latents} latents, k={k}, width {width}, {tokens} tokens"
         setting = f"{latents:,} latents, {k} of them live, {tokens} tokens of width {width}"
-        for direction, best in (("forward", _topk_forward(latents, k)), ("backward", _topk_backward(tokens))):
+        for direction, best in (("forward", _topk_forward(latents, k, tokens)), ("backward", _topk_backward(tokens))):
             place = topk.SECTION, f"{direction}, {name}", topk.OVER_DENSE
             yield Row(f"Top-k decoder, {direction}, over dense bf16", setting, place, best)
     shape = decode.words(decode.BARRED_SHAPE)
@@ -114,9 +114,10 @@ def committed(folder: Path) -> list[Path]:
     return sorted(folder.glob("gpu-*.json"))
 
 
-def _topk_forward(latents: int, k: int) -> Callable[[Rates], float]:
-    # Two operations for each latent, two bytes for each live one.
-    return lambda rates: (2 * latents / rates.bf16_flops) / (2 * k / rates.moved_bytes)
+def _topk_forward(latents: int, k: int, tokens: int) -> Callable[[Rates], float]:
+    # Two operations for each latent and token; two bytes of each weight that is read, once: a cache may hold it then.
+    named = 1 - (1 - k / latents) ** tokens
+    return lambda rates: (2 * tokens / rates.bf16_flops) / (2 * named / rates.moved_bytes)
 
 
 def _topk_backward(tokens: int) -> Callable[[Rates], float]:
