@@ -22,7 +22,7 @@ from gpu.check import Case, exactly, judge, sums
 from gpu.jobs import Job, Raced, Sides, Wanted, filled, work_through
 from gpu.page import show
 from gpu.pays import block, committed, rows, slug
-from gpu.sanitizer import joined, summary
+from gpu.sanitizer import joined, sanitize, summary
 from gpu.sheet import WAITED_OUT, Check, Sheet, judged, report_text
 from gpu.timing import Deadline, Effort, clone
 from measure import Timing, WrongResult
@@ -295,6 +295,34 @@ def test_a_sanitizer_is_believed_only_when_it_ran_and_finds_a_mistake() -> None:
     )
     assert "not run: x" in summary(planted | joined([clean, {"ran": False, "reason": "x"}]))
     assert "BUT NOT" in summary(planted | {"found_planted": False} | joined([clean, clean]))
+
+
+FAKE_SANITIZER = """#!/bin/sh
+if [ "$1" = --help ]; then echo "--kernel-name-exclude filter"; exit 0; fi
+case "$*" in
+*gpu.planted*) exit 99 ;;
+*--kernel-name-exclude*) echo "unknown option"; exit 1 ;;
+*racecheck*) echo "========= hazard"; status=99 ;;
+*) echo "========= ERROR SUMMARY: 0 errors"; status=0 ;;
+esac
+while [ "$1" != checks ]; do shift; done
+echo '{"checks": [{}, {}], "finished": true}' > "$2"
+exit $status
+"""
+
+
+def test_both_tools_run_over_all_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(FAKE_SANITIZER)
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = sanitize(0, 20, dict(os.environ))
+    assert summary(found["memcheck"]) == "nothing found in 4 cases; it found the planted mistake"
+    assert summary(found["racecheck"]) == "exit status 99, after 2 cases"
+    assert found["racecheck"]["lines"][0] == "========= hazard"
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "empty"))
+    assert summary(sanitize(0, 20, {})["memcheck"]) == "not run: compute-sanitizer is not installed"
 
 
 def _fake_python(tmp_path: Path, then: str) -> str:
