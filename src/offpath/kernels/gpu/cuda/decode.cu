@@ -71,9 +71,11 @@ __device__ __forceinline__ void prefetch(const uint4 *values, const u16 *columns
                                          int n_rows, int row) {
     const long long begin = (long long)n_groups * row / n_rows / 8 * 8;
     const int count = min(min((n_groups + n_rows - 1) / n_rows, PREFETCH), n_groups - (int)begin) / 8 * 8;
+    const int lane = threadIdx.x % 32;
+    if (row < n_rows && lane == 3)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(group_offsets + row) : "memory");
     if (row >= n_rows || count <= 0)
         return;
-    const int lane = threadIdx.x % 32;
     if (lane == 0)
         prefetch_bytes(values, begin * VALUE_WORDS * 4, count * VALUE_WORDS * 4);
 #if N4
@@ -204,24 +206,30 @@ __device__ __forceinline__ void multiply(const uint4 *values, const u16 *columns
         int next_begin = 0, next_end = 0;
         if (next_row < n_rows)
             next_begin = group_offsets[next_row], next_end = group_offsets[next_row + 1];
+        const float row_bias = bias ? widen(bias[row]) : 0.0f;
         float sums[BATCH];
 #pragma unroll
         for (int token = 0; token < BATCH; ++token)
             sums[token] = 0.0f;
         int first = begin;
-        do {
-            const bool last = first + 32 * DEPTH >= end;
+        for (; first + 32 * DEPTH < end; first += 32 * DEPTH) {
 #pragma unroll
             for (int i = 0; i < DEPTH; ++i) {
-                if (first + 32 * i + lane < end)
-                    accumulate<GUARDED>(sums, waiting[i], staged, x, n_columns, tokens);
-                // What comes next on this lane, of this row or the next.
-                const int group = (last ? next_begin : first + 32 * DEPTH) + 32 * i + lane;
-                if (group < (last ? next_end : end))
+                accumulate<GUARDED>(sums, waiting[i], staged, x, n_columns, tokens);
+                const int group = first + 32 * (DEPTH + i) + lane;
+                if (group < end)
                     waiting[i] = load(values, columns, gaps, group);
             }
-            first += 32 * DEPTH;
-        } while (first < end);
+        }
+        // The end of this row, while the beginning of the next one is on its way.
+#pragma unroll
+        for (int i = 0; i < DEPTH; ++i) {
+            if (first + 32 * i + lane < end)
+                accumulate<GUARDED>(sums, waiting[i], staged, x, n_columns, tokens);
+            const int group = next_begin + 32 * i + lane;
+            if (group < next_end)
+                waiting[i] = load(values, columns, gaps, group);
+        }
         begin = next_begin, end = next_end;
 #pragma unroll
         for (int token = 0; token < BATCH; ++token) {
@@ -230,10 +238,50 @@ __device__ __forceinline__ void multiply(const uint4 *values, const u16 *columns
                 sums[token] += __shfl_xor_sync(0xffffffffu, sums[token], distance);
             }
             if (lane == token && token < tokens) {
-                y[(long long)token * n_rows + row] = narrow(sums[token] + (bias ? widen(bias[row]) : 0.0f));
+                y[(long long)token * n_rows + row] = narrow(sums[token] + row_bias);
             }
         }
     }
+}
+
+// Puts x into shared memory, [columns][BATCH], and tells whether anything in it is not finite.
+__device__ __forceinline__ bool stage(unsigned char *staged, const Element *x, int n_columns, int tokens) {
+    constexpr int AT_ONCE = BATCH < 8 ? 8 / BATCH : 1; // columns of a thread that are on their way together
+    bool strange = false;
+    for (int first = threadIdx.x; first < n_columns; first += AT_ONCE * THREADS) {
+        Element elements[AT_ONCE][BATCH];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+#pragma unroll
+            for (int token = 0; token < BATCH; ++token) {
+                const int column = first + i * THREADS;
+                const bool there = column < n_columns && token < tokens;
+                elements[i][token] = there ? x[(long long)token * n_columns + column] : Element(0);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int column = first + i * THREADS;
+            u32 *words = (u32 *)(staged + ((size_t)column << X_SHIFT));
+#pragma unroll
+            for (int word = 0; word < X_WORDS; ++word) {
+                u32 bits = 0;
+#pragma unroll
+                for (int token = word * BATCH / X_WORDS; token < (word + 1) * BATCH / X_WORDS; ++token) {
+                    strange |= !is_finite(elements[i][token]);
+                    const u32 wide = __float_as_uint(widen(elements[i][token]));
+                    bits |= BF16 && BATCH > 1 && token % 2 == 0 ? wide >> 16 : wide;
+                }
+                if (column < n_columns)
+                    words[word] = bits;
+            }
+        }
+    }
+    // The last slots of a row may point a little past the last column.
+    u32 *behind = (u32 *)(staged + ((size_t)n_columns << X_SHIFT));
+    for (int word = threadIdx.x; word < GROUP * STRIDE * X_WORDS; word += THREADS)
+        behind[word] = 0;
+    return strange;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -241,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
            const Element *bias, Element *y, int n_rows, int n_columns, int tokens, int n_groups) {
     const int row = first_row();
 #if __CUDA_ARCH__ >= 900
-    prefetch(values, columns, gaps, n_groups, n_rows, row);
+    prefetch(values, columns, gaps, group_offsets, n_groups, n_rows, row);
 #endif
     wait_for_previous_kernel();
     start_next_kernel();
@@ -259,25 +307,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #if STAGED
     extern __shared__ uint4 shared[];
     unsigned char *staged = (unsigned char *)shared;
-    int strange = 0;
-#pragma unroll 8
-    for (int column = threadIdx.x; column < n_columns + GROUP * STRIDE; column += THREADS) {
-        u32 *words = (u32 *)(staged + ((size_t)column << X_SHIFT));
-#pragma unroll
-        for (int word = 0; word < X_WORDS; ++word) {
-            u32 bits = 0;
-#pragma unroll
-            for (int token = word * BATCH / X_WORDS; token < (word + 1) * BATCH / X_WORDS; ++token) {
-                // The last slots of a row may point a little past the last column.
-                const bool there = token < tokens && column < n_columns;
-                const Element element = there ? x[(long long)token * n_columns + column] : Element(0);
-                strange |= !is_finite(element);
-                const u32 wide = __float_as_uint(widen(element));
-                bits |= BF16 && BATCH > 1 && token % 2 == 0 ? wide >> 16 : wide;
-            }
-            words[word] = bits;
-        }
-    }
+    const bool strange = stage(staged, x, n_columns, tokens);
     if (!__syncthreads_or(strange)) {
         multiply<false>(values, columns, gaps, group_offsets, x, bias, y, n_rows, n_columns, tokens, staged, waiting,
                         begin, end);
