@@ -15,7 +15,7 @@ CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h tests/sanitize/*.cpp tests/sanitiz
 
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help demo crossover study minilm readme test lint sanitize bars bench format dev clean
+.PHONY: help demo crossover study minilm readme test lint sanitize bars gpu bench format dev clean
 
 help:
 	@echo "make demo       train a dense network and its sparse twin side by side, on real images (4 minutes the first time, most of them compiling)"
@@ -28,6 +28,7 @@ help:
 	@echo "make lint       formatting, lint and types alone"
 	@echo "make sanitize   the C++ core under AddressSanitizer, UBSan and ThreadSanitizer (10 minutes)"
 	@echo "make bars       every bar of speed beside what this machine reaches (under 12 minutes)"
+	@echo "make gpu        on a machine with an NVIDIA GPU: check every GPU kernel and time it (under 9 minutes)"
 	@echo "make bench      every product and layer beside dense, torch.sparse and, where installed, SparseLab"
 	@echo "make format     rewrite the sources as the formatters want them"
 	@echo "make dev        an editable install in $(VENV): Python edits take effect at once, C++ edits at the next make dev"
@@ -71,6 +72,10 @@ sanitize:
 
 bars: $(VENV)/.installed
 	$(BIN)/python benchmarks/bars.py
+
+# GPU=--quick for a smoke test, GPU='--parts checks decode' for some of it. Needs a CUDA build of torch.
+gpu: $(VENV)/.installed
+	PYTHONPATH=benchmarks $(BIN)/python -m gpu $(GPU)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks

@@ -176,7 +176,7 @@ def test_any_strides_give_the_same_result(name: str) -> None:
 def test_no_kernel_for_a_dtype_raises_instead_of_falling_back() -> None:
     with pytest.raises(KernelError, match="OFFPATH_BACKEND=reference"):
         kernels.select("cpu", torch.float16)
-    with pytest.raises(KernelError, match="no kernels for"):
+    with kernels.forced("cpu:baseline"), pytest.raises(KernelError, match="no kernels for"):
         kernels.select("cuda", torch.float32)
 
 
@@ -186,7 +186,7 @@ def test_forced_backend_holds_in_every_thread() -> None:
 
 
 def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(KernelError, match="expected one of reference"), kernels.forced("gpu"):
+    with pytest.raises(KernelError, match="expected one of reference"), kernels.forced("tpu"):
         pass
 
 
@@ -208,7 +208,8 @@ def test_forced_choice_is_the_one_that_runs_and_one_that_cannot_be_met_raises() 
     forced.append(({"OFFPATH_BACKEND": "reference"}, "reference", ""))
     impossible = [
         ({"OFFPATH_ISA": "sve2"}, "got 'sve2': it was not built"),
-        ({"OFFPATH_BACKEND": "gpu"}, "expected OFFPATH_BACKEND to be 'cpu' or 'reference', got 'gpu'"),
+        ({"OFFPATH_BACKEND": "tpu"}, "expected OFFPATH_BACKEND to be one of cpu, gpu, reference, got 'tpu'"),
+        ({"OFFPATH_BACKEND": "gpu", "OFFPATH_ISA": "avx2"}, "has no ISA"),
         ({"OFFPATH_BACKEND": "reference", "OFFPATH_ISA": "avx2"}, "has no ISA"),
     ]
     outcomes = outcomes_under([environment for environment, *_ in (*forced, *impossible)], RUN)

@@ -45,7 +45,7 @@ Epochs = Annotated[int, typer.Option(help="Passes over the training data.")]
 BatchSize = Annotated[int, typer.Option(help="Samples a step, of all processes together.")]
 LearningRate = Annotated[float, typer.Option(help="Adam's learning rate.")]
 Seed = Annotated[int, typer.Option(help="Seed of the initial weights, the connections and the data order.")]
-Device = Annotated[str, typer.Option(help="cpu, or cuda where OFFPATH_BACKEND=reference is set.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda; offpath info says what is missing for the latter.")]
 DataDir = Annotated[
     Path | None, typer.Option(help="Folder with the data files (default: OFFPATH_DATA and known places).")
 ]
@@ -68,7 +68,9 @@ Dtypes = Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; rep
 Sparsities = Annotated[list[float] | None, typer.Option(help="Share of the weights that do not exist; repeatable.")]
 CrossoverSeed = Annotated[int, typer.Option(help="Seed of the connections, the weights and the inputs.")]
 CrossoverQuick = Annotated[bool, typer.Option("--quick", help="A small grid in under a minute: a first look.")]
-CrossoverOut = Annotated[Path | None, typer.Option(help="Where to write (default: runs/crossover[-quick]-seedSEED).")]
+CrossoverOut = Annotated[
+    Path | None, typer.Option(help="Where to write (default: runs/crossover[-cuda][-quick]-seedSEED).")
+]
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -126,10 +128,10 @@ def offpath(
 @reports_errors
 def info() -> None:
     """Print what is installed, what was chosen to compute with, and why."""
-    from offpath.cost import this_machine
+    from offpath.cost import gpu_parts, this_machine
     from offpath_cli.display import print_machine
 
-    print_machine(this_machine())
+    print_machine(this_machine(), gpu_parts())
 
 
 @app.command()
@@ -242,18 +244,20 @@ def crossover(
     sparsity: Sparsities = None,
     out: CrossoverOut = None,
     seed: CrossoverSeed = 0,
+    device: Device = "cpu",
     quick: CrossoverQuick = False,
 ) -> None:
     """Measure from which sparsity on a sparse layer is faster than the dense one on this machine."""
     from offpath.studies.crossover import CrossoverConfig, crossover as run_crossover
-    from offpath.studies.crossover.config import QUICK, shapes_from
+    from offpath.studies.crossover.config import grid_for, shapes_from
     from offpath.studies.crossover.report import write_report
     from offpath_cli.crossover_display import CrossoverDisplay, print_crossover
 
     asked = {"shapes": shapes_from(shape or []), "batches": batch, "dtypes": dtype, "sparsities": sparsity}
     given = {name: tuple(values) for name, values in asked.items() if values}
-    config = CrossoverConfig(**(QUICK if quick else {}) | given | {"seed": seed})
-    out = out or Path("runs") / f"crossover{'-quick' if quick else ''}-seed{seed}"
+    config = CrossoverConfig(**grid_for(device, quick) | given | {"seed": seed, "device": device})
+    on = "" if device == "cpu" else f"-{device}"
+    out = out or Path("runs") / f"crossover{on}{'-quick' if quick else ''}-seed{seed}"
     with CrossoverDisplay() as display:
         result = run_crossover(config, out, display, shlex.join(["offpath", *sys.argv[1:]]))
     if result.points:

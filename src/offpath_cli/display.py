@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from offpath.cost import Machine
+from offpath.cost import Machine, Part
 from offpath.studies import RaceResult
 from offpath.studies.run import Run
 from offpath.studies.tables import race_rows
@@ -131,7 +132,7 @@ def print_race(result: RaceResult, display: RaceDisplay) -> None:
     display.say(f"{machine['processor']}, {machine['threads']} threads, {machine['backend']}, torch {machine['torch']}")
 
 
-def print_machine(machine: Machine) -> None:
+def print_machine(machine: Machine, gpu_parts: Sequence[Part]) -> None:
     """The table of `offpath info`."""
     table = Table(show_header=False, box=None)
     runs = ", ".join(name if runs_here else f"{name} (not on this machine)" for name, runs_here in machine.isas.items())
@@ -145,9 +146,10 @@ def print_machine(machine: Machine) -> None:
         ("all backends", ", ".join(machine.backends)),
         ("ISAs built in", runs),
         ("threads", f"{machine.threads} of torch's pool ({machine.thread_pool})"),
-        ("kernels", "float32, float64 and bfloat16 on the CPU; any dtype and device with OFFPATH_BACKEND=reference"),
+        ("kernels", "float32, float64 and bfloat16; any dtype and device with OFFPATH_BACKEND=reference"),
+        *((f"GPU: {part.name}", part.detail if part.usable else f"no: {part.detail}") for part in gpu_parts),
     ):
-        table.add_row(f"[bold]{key}[/bold]", value)
+        table.add_row(Text(key, style="bold"), Text(value))
     Console(soft_wrap=True).print(table, highlight=False)
 
 

@@ -7,5 +7,10 @@ from offpath.cost.bytes import (
     training_bytes as training_bytes,
 )
 from offpath.cost.crossover import BreakEven as BreakEven, break_even as break_even
-from offpath.cost.machine import Machine as Machine, this_machine as this_machine
+from offpath.cost.machine import (
+    Machine as Machine,
+    Part as Part,
+    gpu_parts as gpu_parts,
+    this_machine as this_machine,
+)
 from offpath.cost.timing import Timing as Timing, interleaved as interleaved

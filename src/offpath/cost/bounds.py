@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,13 +15,20 @@ HALF_PRECISION = (torch.bfloat16, torch.float16)
 class Expected:
     """A result in float64, and how far from it a right one may be, element by element.
 
-    Where only a part is known, it is `result[index]` of a result of `shape`.
+    Where only a part is known, it is `result[index]` of a result of `shape`. `size` is the sum of the products'
+    absolute values.
     """
 
     exact: Tensor
     bound: Tensor
     index: tuple[slice | Tensor, ...] = ()
     shape: tuple[int, ...] | None = None
+    size: Tensor | None = None
+
+    def with_operands_rounded(self, unit: float) -> Expected:
+        """The same where both operands of every product have first been rounded by up to `unit` of themselves."""
+        assert self.size is not None
+        return replace(self, bound=self.bound + (2 * unit + unit * unit) * (self.size + self.bound))
 
 
 def gamma(terms: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,7 +57,7 @@ def expected(exact: Tensor, size: Tensor, terms: Tensor, dtype: torch.dtype) -> 
     bound = (gamma(terms, summed_in) + gamma(terms, torch.float64)) * size
     if dtype is not summed_in:
         bound += (torch.finfo(dtype).eps / 2) * (exact.abs() + bound)
-    return Expected(exact, bound)
+    return Expected(exact, bound, size=size)
 
 
 def excess(result: Tensor, right: Expected) -> float | None:

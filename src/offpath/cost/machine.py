@@ -12,6 +12,7 @@ import torch
 
 from offpath import kernels
 from offpath.kernels import cpu
+from offpath.kernels.gpu.availability import Part as Part, parts as gpu_parts
 from offpath.kernels.measured import processor
 
 
@@ -31,15 +32,17 @@ class Machine:
     isas: dict[str, bool]
     backends: list[str]
     thread_pool: str
+    gpu: str = ""  # what computes, where that is no CPU
 
 
-def this_machine() -> Machine:
-    """Describe this process and the machine under it.
+def this_machine(device: str = "cpu") -> Machine:
+    """Describe this process and the machine under it, as it computes on `device`.
 
     >>> this_machine().threads == torch.get_num_threads()
     True
     """
-    backend, reason = kernels.default_backend()
+    on_gpu = torch.device(device).type == "cuda"
+    backend, reason = kernels.default_backend("cuda" if on_gpu else "cpu")
     return Machine(
         offpath=version("offpath"),
         torch=torch.__version__,
@@ -51,6 +54,7 @@ def this_machine() -> Machine:
         backend=backend.name,
         backend_reason=reason,
         isas=cpu.isas(),
-        backends=list(kernels.backends()),
+        backends=list(kernels.backends() | (kernels.backends("cuda") if on_gpu else {})),
         thread_pool=Path(cpu.pool_library()).name,
+        gpu="; ".join(f"{part.name} {part.detail}" for part in gpu_parts()) if on_gpu else "",
     )

@@ -42,6 +42,13 @@ class Timing:
         lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive") if several else seconds * 3
         return cls(median, (lower, upper), len(seconds), calls_a_round)
 
+    def of_one_in(self, calls: int) -> Timing:
+        """The timing of one call, where each that was timed is so many of them."""
+        lower, upper = self.quartiles_seconds
+        return Timing(
+            self.median_seconds / calls, (lower / calls, upper / calls), self.rounds, self.calls_a_round * calls
+        )
+
 
 def interleaved(
     calls: Mapping[Name, Callable[[], object]],

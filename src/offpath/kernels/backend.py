@@ -113,13 +113,34 @@ class Sddmm(Protocol):
     def __call__(self, crow_indices: Tensor, col_indices: Tensor, dy: Tensor, x: Tensor) -> Tensor: ...
 
 
+class Costs(Protocol):
+    """Seconds that a backend expects of its products."""
+
+    def layer(
+        self, product: str, method: str, rows: int, columns: int, nnz: int, batch: int, dtype: torch.dtype
+    ) -> float:
+        """Of a product of a layer with a weight [rows, columns], by one of the backend's methods."""
+        ...
+
+    def rows(
+        self, product: str, nnz: int, rows: int, columns: int, width: int, dtype: torch.dtype
+    ) -> tuple[float, float]:
+        """Of a product of sparse rows with a matrix [columns, width]: as they are, and with their zeros written out."""
+        ...
+
+
+# Every way to compute a product of a layer; methods.py says what they are.
+EVERY_METHOD = frozenset(("bucketed", "tiled", "row-wise", "bitmap", "filled", "dense"))
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of every product.
 
-    `name` is what `OFFPATH_BACKEND` and reports call it. `computes` says whether it has kernels for a device type
-    and dtype. The products expect a canonical pattern: whoever calls them has checked it. `digest` fingerprints the
-    contents of (crow_indices, col_indices) at a small part of a product's cost; None where there is no such thing.
+    `name` is what reports call it. `computes` says whether it has kernels for a device type and dtype, `methods` which
+    of the ways to compute a product of a layer it has: the functions of the others refuse. The products expect a
+    canonical pattern: whoever calls them has checked it. `digest` fingerprints the contents of (crow_indices,
+    col_indices) at a small part of a product's cost; None where there is no such thing.
     `tiles` orders a pattern for its weight gradient, `bitmap` makes it one bit per position.
     The gradients go over the bitmap of the weight itself: `bitmap_dx` of values and dy, `bitmap_dvalues` of dy and x.
     `filled_spmm`, `filled_dx` and `filled_dvalues` compute the same with the absent connections as zeros: an infinite
@@ -127,8 +148,9 @@ class Backend:
     `int8_dots` computes the product of `Int8Spmm` over a bitmap with the tokens rounded to int8, each to a scale of its
     own (a 127th of its largest magnitude).
     `expand` writes the values of a bitmap's connections into a dense [rows, columns], zero elsewhere; `compress` picks
-    them out of one. `rows` are the products on sparse activations, `convolutions` those on images. What a `native`
-    backend's methods cost is measured on the machine; others compute row by row.
+    them out of one. `rows` are the products on sparse activations, `convolutions` those on images. What the methods of
+    a `native` backend cost is measured on the machine, `costs` says it of another one; without either, products are
+    computed row by row.
     """
 
     name: str
@@ -156,3 +178,5 @@ class Backend:
     convolutions: ConvolutionProducts
     digest: Callable[[Tensor, Tensor], int] | None = None
     native: bool = False
+    methods: frozenset[str] = EVERY_METHOD
+    costs: Costs | None = None

@@ -41,7 +41,7 @@ def cost_table(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> CostTable:
     dtype = torch.float32 if dtype is torch.float64 else dtype
     facts: list[object] = [METHODS, sizes, DENSITIES, BATCHES]
     seconds = measured_once(
-        "costs", backend, dtype, facts, _is_complete, lambda: measure(backend, dtype, sizes).seconds
+        "costs", backend.name, dtype, facts, _is_complete, lambda: measure(backend, dtype, sizes).seconds
     )
     return CostTable(sizes, seconds)
 

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from offpath.kernels import cpu
-from offpath.kernels.backend import Backend
 
 _log = logging.getLogger("offpath")
 
@@ -47,7 +46,7 @@ def processor() -> str:
 
 def measured_once(
     name: str,
-    backend: Backend,
+    backend: str,
     dtype: torch.dtype,
     facts: list[object],
     is_complete: Callable[[Any], bool],
@@ -55,8 +54,8 @@ def measured_once(
 ) -> Any:
     """What `measure()` gives (something that JSON holds): from the cache where it is complete, or measured now.
 
-    `facts` are all that it depends on besides the machine, `backend` and `dtype`. A cache that cannot be read or
-    written costs the measurement in every process, and a warning.
+    `facts` are all that it depends on besides the machine, the `backend` of that name and `dtype`. A cache that cannot
+    be read or written costs the measurement in every process, and a warning.
     """
     path = cache_folder() / f"{name}-{_fingerprint(backend, dtype, facts)}.json"
     try:
@@ -72,9 +71,9 @@ def measured_once(
         return measure()
 
 
-def _fingerprint(backend: Backend, dtype: torch.dtype, facts: list[object]) -> str:
+def _fingerprint(backend: str, dtype: torch.dtype, facts: list[object]) -> str:
     built = Path(cpu.native_file()).stat()
-    machine = [processor(), os.cpu_count(), backend.name, str(dtype), torch.__version__, version("offpath")]
+    machine = [processor(), os.cpu_count(), backend, str(dtype), torch.__version__, version("offpath")]
     return hashlib.sha256(json.dumps([*machine, built.st_size, built.st_mtime_ns, *facts]).encode()).hexdigest()[:16]
 
 

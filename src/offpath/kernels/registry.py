@@ -1,7 +1,8 @@
 """Which backend computes: chosen by device and dtype, or forced, but never swapped for another one in silence.
 
-`OFFPATH_BACKEND` (`reference`, `cpu`) and `OFFPATH_ISA` (`baseline`, `avx2`, `avx512`, `avx512bf16`) force a choice for
-the whole process. A forced choice that cannot be met raises.
+`OFFPATH_BACKEND` (`reference`, `cpu`, `gpu`) and `OFFPATH_ISA` (`baseline`, `avx2`, `avx512`, `avx512bf16`) force a
+choice for the whole process. A forced choice that cannot be met raises. Without one, CPU tensors are computed by the
+fastest variant that the CPU runs and CUDA tensors by the GPU's kernels, which nothing else loads.
 """
 
 from __future__ import annotations
@@ -10,43 +11,55 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 
 import torch
 
 from offpath.kernels import cpu, reference
 from offpath.kernels.backend import Backend, KernelError
+from offpath.kernels.gpu import availability
 
+CHOICES = ("cpu", "gpu", "reference")
 _forced: list[Backend] = []
 
 
 @cache
-def backends() -> dict[str, Backend]:
-    """Every backend that runs on this machine, by name; the reference first, then the ISAs from slow to fast.
+def backends(device_type: str = "cpu") -> dict[str, Backend]:
+    """Every backend for tensors of a device that runs on this machine, by name; the reference first, then the CPU's
+    ISAs from slow to fast, then the GPU's (for CPU tensors, where Triton interprets it).
 
     >>> list(backends())[0]
     'reference'
     """
     found = [reference.BACKEND]
-    found += [cpu.make_backend(isa) for isa, runs_here in cpu.isas().items() if runs_here]
+    if device_type == "cpu":
+        found += [cpu.make_backend(isa) for isa, runs_here in cpu.isas().items() if runs_here]
+    if device_type == ("cpu" if availability.interpreted() else "cuda") and availability.problem() is None:
+        found.append(_gpu())
     return {backend.name: backend for backend in found}
 
 
 @cache
-def default_backend() -> tuple[Backend, str]:
-    """The backend of this process, and why it is the one.
+def default_backend(device_type: str = "cpu") -> tuple[Backend, str]:
+    """The backend of this process for tensors of a device, and why it is the one.
 
-    Raises `KernelError` when `OFFPATH_BACKEND` or `OFFPATH_ISA` asks for what this machine cannot do.
+    Raises `KernelError` when `OFFPATH_BACKEND` or `OFFPATH_ISA` asks for what this machine cannot do, and for CUDA
+    tensors where something that the GPU's kernels need is missing.
     """
     wanted, isa = os.environ.get("OFFPATH_BACKEND"), os.environ.get("OFFPATH_ISA")
-    if wanted not in (None, "", "cpu", "reference"):
-        raise KernelError(f"expected OFFPATH_BACKEND to be 'cpu' or 'reference', got {wanted!r}")
+    if wanted not in (None, "", *CHOICES):
+        raise KernelError(f"expected OFFPATH_BACKEND to be one of {', '.join(CHOICES)}, got {wanted!r}")
+    if isa and wanted in ("reference", "gpu"):
+        raise KernelError(f"OFFPATH_BACKEND={wanted} has no ISA, but OFFPATH_ISA={isa} asks for one; unset one")
     if wanted == "reference":
-        if isa:
-            raise KernelError(f"OFFPATH_BACKEND=reference has no ISA, but OFFPATH_ISA={isa} asks for one; unset one")
         return reference.BACKEND, "forced by OFFPATH_BACKEND"
+    if wanted == "gpu":
+        return _gpu(), "forced by OFFPATH_BACKEND"
+    if device_type == "cuda" and wanted != "cpu":
+        return _gpu(), "the kernels for CUDA tensors"
     if isa:
         return cpu.make_backend(isa), "forced by OFFPATH_ISA"
-    return backends()[f"cpu:{cpu.best_isa()}"], "the fastest that this CPU runs"
+    return cpu.make_backend(cpu.best_isa()), "the fastest that this CPU runs"
 
 
 def select(device_type: str, dtype: torch.dtype) -> Backend:
@@ -54,13 +67,21 @@ def select(device_type: str, dtype: torch.dtype) -> Backend:
 
     Raises `KernelError` when it has no kernels for them: there is no silent fallback to a slower one.
     """
-    backend = _forced[-1] if _forced else default_backend()[0]
+    backend = _forced[-1] if _forced else default_backend(device_type)[0]
     if not backend.computes(device_type, dtype):
         raise KernelError(
-            f"backend {backend.name!r} has no kernels for {dtype} on {device_type!r} "
-            "(the CPU kernels compute float32, float64 and bfloat16); cast the module with .float(), move it with "
-            ".cpu(), or set OFFPATH_BACKEND=reference for the slow definition in plain torch"
+            f"backend {backend.name!r} has no kernels for {dtype} on {device_type!r} (those of the CPU and of CUDA "
+            "devices compute float32, float64 and bfloat16); cast the module with .float(), move it with .cpu() or "
+            ".cuda(), or set OFFPATH_BACKEND=reference for the slow definition in plain torch"
         )
+    return backend
+
+
+@cache
+def _gpu() -> Backend:
+    """Made late: it imports Triton. Raises `KernelError`, which names what is missing."""
+    availability.require()
+    backend: Backend = import_module("offpath.kernels.gpu.backend").make_backend()
     return backend
 
 
@@ -73,9 +94,12 @@ def forced(backend: str | Backend) -> Iterator[Backend]:
     'reference'
     """
     if isinstance(backend, str):
-        if backend not in backends():
-            raise KernelError(f"expected one of {', '.join(backends())}, got {backend!r}")
-        backend = backends()[backend]
+        if backend == "gpu":
+            availability.require()
+        known = backends() | backends("cuda")
+        if backend not in known:
+            raise KernelError(f"expected one of {', '.join(known)}, got {backend!r}")
+        backend = known[backend]
     _forced.append(backend)
     try:
         yield backend

@@ -33,7 +33,7 @@ def break_evens(backend: Backend, dtype: torch.dtype) -> dict[str, float]:
     """
     dtype = torch.float32 if dtype is torch.float64 else dtype
     facts: list[object] = [ROWS, COLUMNS, WIDTH, K]
-    return measured_once("rows", backend, dtype, facts, _is_complete, lambda: measure(backend, dtype))
+    return measured_once("rows", backend.name, dtype, facts, _is_complete, lambda: measure(backend, dtype))
 
 
 def _is_complete(found: Any) -> bool:

@@ -29,7 +29,7 @@ def seconds_per_visit(backend: Backend, dtype: torch.dtype) -> dict[str, float]:
     """
     dtype = torch.float32 if dtype is torch.float64 else dtype
     facts: list[object] = [ROWS, WIDTH, DENSITY]
-    return measured_once("visits", backend, dtype, facts, _is_complete, lambda: measure(backend, dtype))
+    return measured_once("visits", backend.name, dtype, facts, _is_complete, lambda: measure(backend, dtype))
 
 
 def _is_complete(found: Any) -> bool:

@@ -12,6 +12,7 @@ from offpath.nn.kwinners import (
     update_boost_strength as update_boost_strength,
 )
 from offpath.nn.linear import SparseLinear as SparseLinear
+from offpath.nn.packed_linear import PackedSparseLinear as PackedSparseLinear
 from offpath.nn.product_key_memory import ProductKeyMemory as ProductKeyMemory
 from offpath.nn.rewire import check_rewire as check_rewire, rewire as rewire
 from offpath.nn.sparse_input_linear import SparseInputLinear as SparseInputLinear

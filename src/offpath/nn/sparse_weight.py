@@ -32,6 +32,7 @@ class SparseWeightModule(nn.Module):
     values: nn.Parameter
     bias: nn.Parameter | None
     topology_digest: Tensor
+    _digest_seen: tuple[int, int] | None = None  # which buffer, after how many writes
 
     def __init__(
         self,
@@ -132,9 +133,7 @@ class SparseWeightModule(nn.Module):
         return "values" in self._parameters or "values" in self._buffers
 
     @classmethod
-    def _holding(
-        cls: type[_Layer], pattern: Pattern, values: Tensor, requires_grad: bool, like: nn.Linear | SparseWeightModule
-    ) -> _Layer:
+    def _holding(cls: type[_Layer], pattern: Pattern, values: Tensor, requires_grad: bool, like: Any) -> _Layer:
         """A layer of the sizes, bias and mode of `like` with these connections and this memory as its values."""
         # Built on meta so that no initial values are drawn: converting a layer must not move the global RNG.
         sizes = like.in_features, like.out_features, like.bias is not None
@@ -161,23 +160,30 @@ class SparseWeightModule(nn.Module):
         # number goes along: where the topologies differ it no longer fits, instead of values landing on other
         # connections in silence.
         self._digest = self._connections.digest()
+        self._digest_seen = None
         digest = torch.tensor(self._digest, device=connections.device)
         self.register_buffer("topology_digest", digest, persistent=False)
 
     def _check_digest(self) -> None:
         # As an attribute, nn.Module would look for it in three places, in Python.
-        digest: Tensor = self._buffers["topology_digest"]  # type: ignore[assignment]  # it is never None
-        if digest.is_meta:
+        buffer: Tensor = self._buffers["topology_digest"]  # type: ignore[assignment]  # it is never None
+        if buffer.is_meta:
             return
-        found = digest.item()
-        if found == self._digest or abs(found - self._digest) <= AVERAGING_ERROR * abs(self._digest):
-            return
-        raise RuntimeError(
-            "expected values that belong to this layer's topology, but those of another one have been averaged or "
-            "broadcast into it: the topologies differ. A model that averages one whose connections move has to be "
-            "named in also=[...] where the topology is made. In many processes, build the model from one seed in "
-            "every process, or load one checkpoint in all of them, before wrapping it"
-        )
+        seen = None
+        if not buffer.is_cpu:
+            # To look is to wait for the device, and no graph can be captured meanwhile: only once after each write.
+            seen = id(buffer), -1 if buffer.is_inference() else buffer._version
+            if seen == self._digest_seen or (buffer.is_cuda and torch.cuda.is_current_stream_capturing()):
+                return
+        found = buffer.item()
+        if found != self._digest and abs(found - self._digest) > AVERAGING_ERROR * abs(self._digest):
+            raise RuntimeError(
+                "expected values that belong to this layer's topology, but those of another one have been averaged or "
+                "broadcast into it: the topologies differ. A model that averages one whose connections move has to be "
+                "named in also=[...] where the topology is made. In many processes, build the model from one seed in "
+                "every process, or load one checkpoint in all of them, before wrapping it"
+            )
+        self._digest_seen = seen
 
     def _resize_values(self, nnz: int) -> None:
         replace_values(self.values, self.values.new_empty(nnz).detach())

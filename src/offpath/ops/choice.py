@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -84,18 +85,29 @@ def choose(
     """The method for one product; `prefer` "memory" leaves out those that write the weight out dense."""
     forced = forced_method(product)
     if forced is not None:
+        if forced not in backend.methods:
+            has = ", ".join(m for m in METHODS[product] if m in backend.methods)
+            raise KernelError(f"expected a method that backend {backend.name!r} has ({has}), got {product}={forced!r}")
         return forced
-    if not backend.native:
+    seconds = seconds_of(backend, dtype, rows, columns)
+    allowed = _allowed(backend, product, prefer)
+    if seconds is None:
         return "row-wise"
-    table = cost_table(backend, dtype, sizes_for(rows, columns))
-    costs = {m: table.predict(product, m, rows, columns, nnz, batch) for m in _allowed(product, prefer)}
+    costs = {m: seconds(product, m, rows, columns, nnz, batch) for m in allowed}
     best = min(costs, key=costs.__getitem__)
-    filled, dense = costs["filled"], costs.get("dense", math.inf)
+    filled, dense = costs.get("filled", math.inf), costs.get("dense", math.inf)
     if min(filled, dense) <= STEADY_MARGIN * costs[best]:
         return "filled" if filled <= FILLED_MARGIN * dense else "dense"
     if best == "row-wise":
         return next((m for m in _OVER_A_PLAN if costs.get(m, math.inf) <= PLAN_MARGIN * costs[best]), best)
     return best
+
+
+def seconds_of(backend: Backend, dtype: torch.dtype, rows: int, columns: int) -> Callable[..., float] | None:
+    """What tells the seconds of (product, method, rows, columns, nnz, batch); None where nothing is known."""
+    if backend.native:
+        return cost_table(backend, dtype, sizes_for(rows, columns)).predict
+    return None if backend.costs is None else partial(backend.costs.layer, dtype=dtype)
 
 
 def forced_method(product: str) -> str | None:
@@ -112,17 +124,17 @@ def explain(values: Tensor, shape: tuple[int, int], batch: int, prefer: str = "s
     """How the products of a weight of `shape` (out, in) with these `values` are computed, and what they would cost."""
     backend, dtype = kernels.select(values.device.type, values.dtype), values.dtype
     size = (*shape, values.numel(), batch)
-    table = cost_table(backend, dtype, sizes_for(*shape)) if backend.native else None
+    seconds = seconds_of(backend, dtype, *shape)
     options = tuple(
-        Option(p, m, table.predict(p, m, *size) if table else None) for p in PRODUCTS for m in _allowed(p, prefer)
+        Option(p, m, seconds(p, m, *size) if seconds else None) for p in PRODUCTS for m in _allowed(backend, p, prefer)
     )
-    reason = f'the cheapest for prefer="{prefer}"' if backend.native else "the definition has no choice"
+    reason = f'the cheapest for prefer="{prefer}"' if seconds else "nothing is known of its methods' costs"
     if _forced:
         reason = f"{reason}, except where forced: {', '.join(f'{p}={m}' for f in _forced for p, m in f.items())}"
     return Explanation(backend.name, reason, {p: choose(backend, p, *size, dtype, prefer) for p in PRODUCTS}, options)
 
 
-def _allowed(product: str, prefer: str) -> list[str]:
+def _allowed(backend: Backend, product: str, prefer: str) -> list[str]:
     if prefer not in PREFERENCES:
         raise KernelError(f"expected prefer to be 'speed' or 'memory', got {prefer!r}")
-    return [m for m in METHODS[product] if prefer == "speed" or m not in DENSE_METHODS]
+    return [m for m in METHODS[product] if m in backend.methods and (prefer == "speed" or m not in DENSE_METHODS)]

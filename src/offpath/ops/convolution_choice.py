@@ -64,7 +64,7 @@ def _seconds(
     facts: list[object] = [repr(convolution), nnz, images, channels_last]
     return measured_once(
         "convolution",
-        backend,
+        backend.name,
         dtype,
         facts,
         _is_complete,

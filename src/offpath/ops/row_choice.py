@@ -51,6 +51,9 @@ def pays_densely(
     """Whether `product` is faster with the zeros of the rows written out."""
     if _forced:
         return _forced[-1]
+    if backend.costs is not None:
+        sparse, dense = backend.costs.rows(product, nnz, rows, columns, width, dtype)
+        return dense * OVER_ALL_MARGIN < sparse
     if not backend.native or nnz < SURELY_SPARSE * rows * columns or nnz * width < LITTLE_WORK:
         return False
     return nnz > break_evens(backend, dtype)[product] * rows * columns

@@ -120,4 +120,7 @@ def _check_device(name: str) -> None:
     if device.type not in ("cpu", "cuda"):
         raise RunError(f"expected device cpu or cuda, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise RunError(f"expected a CUDA device for {name!r}, but torch sees none here; use --device cpu")
+        raise RunError(
+            f"expected a CUDA device for {name!r}, but torch sees none here; offpath info says what "
+            "is missing, or use --device cpu"
+        )

@@ -15,14 +15,15 @@ from offpath.studies.config import RunError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A larger layer's weights alone would take gigabytes, in several copies.
 MAX_FEATURES = 2**17
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
 class CrossoverConfig:
     """The grid: every shape (in_features, out_features) in every dtype at every sparsity and batch.
 
-    One measurement takes about `budget_seconds`, longer where a few rounds of it do. Raises `RunError` for a value
-    that cannot be measured.
+    One measurement on `device` takes about `budget_seconds`, longer where a few rounds of it do. Raises `RunError` for
+    a value that cannot be measured.
 
     >>> CrossoverConfig(shapes=((64, 32),), batches=(1,)).points
     64
@@ -34,6 +35,7 @@ class CrossoverConfig:
     sparsities: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
     budget_seconds: float = 0.2
     seed: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name in ("shapes", "batches", "dtypes", "sparsities"):
@@ -59,6 +61,8 @@ class CrossoverConfig:
             raise RunError(f"expected a positive, finite budget_seconds, got {self.budget_seconds}")
         if not 0 <= self.seed < 2**32:
             raise RunError(f"expected a seed in [0, 2^32), got {self.seed}")
+        if self.device not in DEVICES:
+            raise RunError(f"expected a device among {', '.join(DEVICES)}, got {self.device!r}")
 
     @property
     def points(self) -> int:
@@ -84,6 +88,25 @@ QUICK: dict[str, Any] = {
     "sparsities": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95),
     "budget_seconds": 0.1,
 }
+# On a GPU, layers as they are in language models, and the tokens of a prompt.
+ON_GPU: dict[str, Any] = {
+    "shapes": ((4096, 4096), (8192, 8192), (4096, 14336)),
+    "batches": (1, 16, 256, 4096),
+    "sparsities": (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99),
+}
+QUICK_ON_GPU: dict[str, Any] = {
+    "shapes": ((4096, 4096),),
+    "batches": (1, 4096),
+    "sparsities": (0.5, 0.8, 0.9, 0.95, 0.98),
+    "budget_seconds": 0.05,
+}
+
+
+def grid_for(device: str, quick: bool) -> dict[str, Any]:
+    """What is measured on a device where nothing else is asked for."""
+    if device == "cuda":
+        return QUICK_ON_GPU if quick else ON_GPU
+    return QUICK if quick else {}
 
 
 def shapes_from(texts: Sequence[str]) -> tuple[tuple[int, int], ...]:

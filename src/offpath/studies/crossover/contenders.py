@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,16 @@ from offpath.cost.crossover import DENSE, OFFPATH, TORCH_SPARSE, Contender
 from offpath.kernels import KernelError
 from offpath.nn import SparseLinear
 from offpath.pattern import Pattern
+from offpath.studies.crossover.on_gpu import (
+    captured,
+    copies_for,
+    in_tf32,
+    in_turns,
+    offers_two_of_four,
+    two_of_four,
+)
 
+CPU = torch.device("cpu")
 # What torch raises for a layout or dtype that it has no kernel for.
 TORCH_REFUSES = (RuntimeError,)
 # A float64 product takes longer than all that is timed: of a larger layer, so many features are checked.
@@ -29,11 +39,22 @@ CHECKED_AT_EACH_END = 32
 class Layers:
     """One matrix in one dtype as a `SparseLinear`, the equal `nn.Linear`, and torch's own CSR tensor."""
 
-    def __init__(self, pattern: Pattern, dtype: torch.dtype, generator: torch.Generator) -> None:
+    def __init__(
+        self, pattern: Pattern, dtype: torch.dtype, generator: torch.Generator, device: torch.device = CPU
+    ) -> None:
         out_features, in_features = pattern.shape
-        self.pattern = pattern
-        self.sparse = SparseLinear(in_features, out_features, dtype=dtype, pattern=pattern, generator=generator)
-        self.dense = self.sparse.to_dense()
+        self.device, self.on_gpu, self.pattern = device, device.type == "cuda", pattern.to(device)
+        self.sparse = SparseLinear(
+            in_features, out_features, True, device, dtype, pattern=self.pattern, generator=generator
+        )
+        self._write_out()
+        self.rows = _checked(out_features, generator).to(device)
+        self.columns = _checked(in_features, generator).to(device)
+        self.row_terms = self.pattern.row_counts
+        self.column_terms = torch.bincount(self.pattern.col_indices, minlength=in_features)
+
+    def _write_out(self) -> None:
+        pattern, self.dense = self.pattern, self.sparse.to_dense()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
             values = self.sparse.values.detach().clone()
@@ -44,15 +65,24 @@ class Layers:
         self.weight = self.dense.weight.detach()
         assert self.dense.bias is not None
         self.bias = self.dense.bias.detach()
-        self.rows = _checked(out_features, generator)
-        self.columns = _checked(in_features, generator)
-        self.row_terms = pattern.row_counts
-        self.column_terms = torch.bincount(pattern.col_indices, minlength=in_features)
+
+    def copy(self) -> Layers:
+        """The same numbers in memory of their own."""
+        other = copy.copy(self)
+        other.sparse = copy.deepcopy(self.sparse)
+        other._write_out()
+        return other
+
+    @cached_property
+    def replicas(self) -> list[Layers]:
+        """So many copies that the first one is in no cache of the GPU any more when the last one has been read."""
+        return [self.copy() for _ in range(copies_for(self.weight.nbytes))]
 
     @cached_property
     def slots(self) -> tuple[Tensor, Tensor]:
         """The connections of the checked rows, and their positions in the matrix of these rows."""
-        place = torch.full((self.pattern.shape[0],), -1).index_put((self.rows,), torch.arange(len(self.rows)))
+        numbers = torch.arange(len(self.rows), device=self.device)
+        place = numbers.new_full((self.pattern.shape[0],), -1).index_put((self.rows,), numbers)
         place_of_slot = place[self.pattern.row_indices().long()]
         slots = (place_of_slot >= 0).nonzero().squeeze(1)
         return slots, place_of_slot[slots] * self.pattern.shape[1] + self.pattern.col_indices[slots]
@@ -65,13 +95,30 @@ class Workload:
         self.layers = layers
         out_features, in_features = layers.pattern.shape
         dtype = layers.weight.dtype
-        self.batch_terms = torch.tensor(batch)
-        self.x = torch.randn(batch, in_features, generator=generator).to(dtype)
-        self.dy = torch.randn(batch, out_features, generator=generator).to(dtype)
+        self.batch_terms = torch.tensor(batch, device=layers.device)
+        self.x = torch.randn(batch, in_features, generator=generator).to(layers.device, dtype)
+        self.dy = torch.randn(batch, out_features, generator=generator).to(layers.device, dtype)
 
     def contenders(self, product: str) -> list[Contender]:
         """Every way to compute `product`; the dense one first."""
-        return {"forward": self._forward, "dx": self._dx, "dweight": self._dweight, "step": self._step}[product]()
+        ways = self._ways(product)
+        if not self.layers.on_gpu:
+            return ways
+        copies = [self._with(layers)._ways(product) for layers in self.layers.replicas]
+        return [
+            replace(way, repeated=partial(in_turns if way.only_for_reference else captured, [c[i].run for c in copies]))
+            for i, way in enumerate(ways)
+        ]
+
+    def _with(self, layers: Layers) -> Workload:
+        other = copy.copy(self)  # with the right results, where they have been computed
+        other.layers = layers
+        return other
+
+    def _ways(self, product: str) -> list[Contender]:
+        of = {"forward": self._forward, "dx": self._dx, "dweight": self._dweight, "step": self._step}
+        ways = of[product]()
+        return [*ways, in_tf32(ways[0])] if self.layers.on_gpu and self.x.dtype is torch.float32 else ways
 
     def _forward(self) -> list[Contender]:
         layers, x, right = self.layers, self.x, (self._y,)
@@ -82,12 +129,15 @@ class Workload:
         def csr_times_x(x: Tensor) -> Tensor:
             return torch.addmm(layers.bias[:, None], layers.csr, x.t()).t().contiguous()
 
-        return [
+        ways = [
             Contender(DENSE, "nn.Linear", inference(layers.dense), right),
             Contender(OFFPATH, "SparseLinear", inference(layers.sparse), right, (KernelError,)),
             _reference("csr @ x.T", inference(csr_times_x), right),
             _reference("linear(x, csr)", inference(lambda x: linear(x, layers.csr, layers.bias)), right),
         ]
+        if offers_two_of_four(layers.weight, layers.pattern.sparsity):
+            ways.append(two_of_four(layers.weight, layers.bias, x))
+        return ways
 
     def _dx(self) -> list[Contender]:
         layers, dy, right = self.layers, self.dy, (self._dx_right,)
@@ -181,8 +231,9 @@ class Workload:
     @cached_property
     def _dvalues_right(self) -> Expected:
         right, (slots, positions) = self._dweight_right, self.layers.slots
-        exact, bound = right.exact.view(-1)[positions], right.bound.view(-1)[positions]
-        return Expected(exact, bound, index=(slots,), shape=(self.layers.pattern.nnz,))
+        assert right.size is not None
+        exact, bound, size = (known.view(-1)[positions] for known in (right.exact, right.bound, right.size))
+        return Expected(exact, bound, index=(slots,), shape=(self.layers.pattern.nnz,), size=size)
 
     @cached_property
     def _dbias_right(self) -> Expected:

@@ -13,13 +13,14 @@ from typing import NoReturn, Protocol
 
 import torch
 
-from offpath import pattern as patterns
+from offpath import kernels, pattern as patterns
 from offpath.cost import this_machine
 from offpath.cost.crossover import PRODUCTS, Case, Contender, Point, measure
 from offpath.cost.timing import TimingStopped
 from offpath.studies.config import RunError
 from offpath.studies.crossover.config import DTYPES, CrossoverConfig
 from offpath.studies.crossover.contenders import Layers, Workload
+from offpath.studies.crossover.on_gpu import synchronized_clock
 from offpath.studies.crossover.result import CrossoverResult
 from offpath.studies.files import write_text
 from offpath.studies.folder import RunFolder
@@ -48,15 +49,17 @@ class CrossoverObserver(Protocol):
 def crossover(config: CrossoverConfig, out: Path, observer: CrossoverObserver, command: str) -> CrossoverResult:
     """Measure `config` on this machine and write `out`/crossover.json; `command` is what the file says was typed.
 
-    Ctrl-C ends it with what was measured so far. Raises `RunError` when `out` already holds something.
+    Ctrl-C ends it with what was measured so far. Raises `RunError` when `out` already holds something, and
+    `KernelError`, which names what is missing, when there are no kernels for the device here.
     """
+    kernels.default_backend(config.device)
     folder = RunFolder(out)
     with folder.locked():
         folder.refuse_existing()
         if (out / RESULT_FILE).exists():
             raise RunError(f"{out} already holds a {RESULT_FILE}; choose another --out")
         date, start = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
-        machine = asdict(this_machine())
+        machine = asdict(this_machine(config.device))
         points: list[Point] = []
 
         observer.on_start(config)
@@ -75,12 +78,13 @@ def crossover(config: CrossoverConfig, out: Path, observer: CrossoverObserver, c
 
 
 def _points(config: CrossoverConfig, observer: CrossoverObserver, stop: StopRequest) -> Iterator[Point]:
-    generator = torch.Generator().manual_seed(config.seed)
+    generator, device = torch.Generator().manual_seed(config.seed), torch.device(config.device)
+    clock = time.perf_counter if device.type == "cpu" else synchronized_clock
     for in_features, out_features in config.shapes:
         # One draw for all sparsities: what exists in a sparser layer exists in a denser one.
         draw = torch.rand(out_features, in_features, generator=generator)
         for dtype, sparsity in itertools.product(config.dtypes, config.sparsities):
-            layers = Layers(patterns.from_mask(draw >= sparsity), DTYPES[dtype], generator)
+            layers = Layers(patterns.from_mask(draw >= sparsity), DTYPES[dtype], generator, device)
             known = _ReferenceTimes()
             for batch in config.batches:
                 workload = Workload(layers, batch, generator)
@@ -88,7 +92,7 @@ def _points(config: CrossoverConfig, observer: CrossoverObserver, stop: StopRequ
                     case = Case(in_features, out_features, dtype, product, batch)
                     observer.on_case(case, sparsity)
                     contenders = [known.spare(contender, case) for contender in workload.contenders(product)]
-                    point = Point(case, sparsity, measure(contenders, config.budget_seconds, lambda: stop.made))
+                    point = Point(case, sparsity, measure(contenders, config.budget_seconds, lambda: stop.made, clock))
                     known.learn(point)
                     yield point
                 del workload
@@ -121,7 +125,7 @@ class _ReferenceTimes:
         def refuse() -> NoReturn:
             raise _TooSlow(f"left out where a call would take over {REFERENCE_PATIENCE_SECONDS:g} s")
 
-        return replace(contender, run=refuse, refusals=(_TooSlow,))
+        return replace(contender, run=refuse, refusals=(_TooSlow,), repeated=None)
 
 
 def _guess_seconds(times: dict[int, float], batch: int) -> float:

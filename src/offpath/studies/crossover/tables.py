@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from offpath.cost.crossover import DENSE, OFFPATH, PRODUCTS, TORCH_SPARSE, Case, Point
+from offpath.cost.crossover import DENSE, OFFPATH, PRODUCTS, SEMI_STRUCTURED, TF32, TORCH_SPARSE, Case, Point
 from offpath.studies.crossover.result import CrossoverResult
 
 NAMES = {"forward": "forward", "dx": "input gradient", "dweight": "weight gradient", "step": "training step"}
 NOT_COMPUTED, WRONG = "—", "WRONG"
+BESIDE = {
+    TF32: "nn.Linear where float32 may be rounded to TF32",
+    SEMI_STRUCTURED: "torch's 2:4 weights, two of every four left",
+}
 LEGEND = (
     "A ratio is the median time of nn.Linear in the same dtype (of the matrix product alone for the two gradients) "
     "over the sparse layer's: above 1, the sparse layer is faster. Both ran in turns, and every result was compared "
@@ -68,7 +73,8 @@ def warnings(result: CrossoverResult) -> list[str]:
 def measured_on(result: CrossoverResult) -> str:
     """The machine in one line."""
     machine = result.machine
-    return f"{machine['processor']}, {machine['threads']} threads, {machine['backend']}, torch {machine['torch']}"
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    return f"{where}, {machine['backend']}, torch {machine['torch']}"
 
 
 def crossover_block(result: CrossoverResult) -> str:
@@ -144,4 +150,16 @@ def _notes(result: CrossoverResult, cases: list[Case]) -> list[str]:
                     notes[f"torch.sparse: not computed here: {reason}"] = None
             for reason in point.reasons(TORCH_SPARSE, "wrong"):
                 notes[f"torch.sparse: wrong at {percent(point.sparsity)}, batch {case.batch}: {reason}"] = None
-    return list(notes)
+    return [*notes, *_beside(result, cases)]
+
+
+def _beside(result: CrossoverResult, cases: list[Case]) -> Iterator[str]:
+    """How fast other ways to compute without offpath are: whoever may use one has to compare with it."""
+    for method, what in BESIDE.items():
+        found = []
+        for case in _in_order(cases):
+            speedups = [s for point in result.row(case) if (s := point.speedup(method)) is not None]
+            if speedups:
+                found.append(f"{NAMES[case.product]} at batch {case.batch} {statistics.median(speedups):.2f}x")
+        if found:
+            yield f"{what}, over the dense layer: {', '.join(found)}"

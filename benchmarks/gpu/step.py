@@ -1,0 +1,186 @@
+"""Times of a training step of one wide layer: y, dx and the gradient of the values, beside dense layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gpu.check import sums
+from gpu.draws import dense, numbers, pattern, transposed
+from gpu.jobs import Job, Raced, Sides, Wanted, require
+from gpu.rivals import csr
+from gpu.timing import Call, Effort, copies
+from offpath.cost.bounds import Expected
+from offpath.kernels.gpu.expand import Bitmap, bitmap, compress, expand
+from offpath.kernels.gpu.sparse_weight import sddmm, spmm
+from verdicts import Figure
+
+SECTION = "Training step of a layer"
+FP32, TF32, BF16 = "dense fp32", "dense fp32 with TF32", "dense bf16"
+OURS_FP32, OURS_BF16, OURS_EXPANDED = "offpath fp32", "offpath bf16", "offpath bf16, written out"
+TURNED_FP32, TURNED_BF16 = "offpath fp32, tokens in rows", "offpath bf16, tokens in rows"
+CSR = "torch.sparse CSR fp32"
+Bars = dict[tuple[str, str], dict[float, float]]
+BARS: Bars = {(OURS_FP32, FP32): {0.9: 1.3, 0.95: 2.5}, (OURS_BF16, BF16): {0.98: 1.2}}  # of issue 7, for an H200
+SPARSITIES = (0.9, 0.95, 0.98, 0.99)
+Size = tuple[int, int]  # width, tokens
+SIZE, QUICK_SIZE = (4096, 4096), (512, 256)
+CHECKED = 48  # features that are compared with float64
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A sparse weight and what a step has: activations stored by feature, as sparse products want them."""
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    transpose: tuple[Tensor, Tensor, Tensor]
+    values: Tensor
+    x: Tensor  # [inputs, tokens]
+    dy: Tensor  # [outputs, tokens]
+
+    def step(self, by_token: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """y [outputs, tokens], dx [inputs, tokens], dvalues; `by_token` stores both as a dense layer wants them."""
+        crow_indices, col_indices, permutation = self.transpose
+        x, dy = self.x.t(), self.dy.t()
+        return (
+            spmm(self.crow_indices, self.col_indices, self.values, x, None, not by_token).t(),
+            spmm(crow_indices, col_indices, self.values[permutation], dy, None, not by_token).t(),
+            sddmm(self.crow_indices, self.col_indices, dy, x),
+        )
+
+    @property
+    def read_bytes(self) -> int:
+        return self.x.nbytes + self.dy.nbytes
+
+    def stored_by_token(self) -> Layer:
+        """The same with x and dy as a dense layer has them: [tokens, features]."""
+        return replace(self, x=self.x.t().contiguous().t(), dy=self.dy.t().contiguous().t())
+
+    def cast(self, dtype: torch.dtype) -> Layer:
+        return replace(self, **{name: getattr(self, name).to(dtype) for name in ("values", "x", "dy")})
+
+
+def jobs(quick: bool, effort: Effort, device: torch.device) -> Iterator[Job]:
+    size = QUICK_SIZE if quick else SIZE
+    for sparsity in SPARSITIES[1:2] if quick else SPARSITIES:
+        wanted = tuple(
+            Wanted(
+                Figure(SECTION, f"{ours} over {over}", f"{sparsity:.0%}", BARS.get((ours, over), {}).get(sparsity)),
+                ours,
+                (over,),
+            )
+            for ours, over in (
+                (OURS_FP32, FP32),
+                (OURS_FP32, TF32),
+                (TURNED_FP32, FP32),
+                (OURS_BF16, BF16),
+                (TURNED_BF16, BF16),
+                (OURS_EXPANDED, BF16),
+                (CSR, FP32),
+            )
+        )
+        kernels = "spmm", "sddmm", "bitmap", "expand", "compress"
+        yield Job(wanted, kernels, partial(_step, size, sparsity, effort, device))
+
+
+def _step(size: Size, sparsity: float, effort: Effort, device: torch.device) -> Raced:
+    width, tokens = size
+    crow_indices, col_indices = pattern(width, width, 1 - sparsity, device)
+    draw = partial(numbers, dtype=torch.float32, device=device)
+    layer = Layer(
+        crow_indices,
+        col_indices,
+        transposed(crow_indices, col_indices, width),
+        draw(col_indices.numel()),
+        draw(width, tokens),
+        draw(width, tokens),
+    )
+    half = layer.cast(torch.bfloat16)
+    for one, name in ((layer, "float32"), (half, "bfloat16")):
+        for part, result, right in zip(("y", "dx", "dvalues"), one.step(), _right(one), strict=True):
+            require(f"{part} in {name}", result, right)
+    operands = (
+        dense(crow_indices, col_indices, layer.values, width),
+        layer.x.t().contiguous(),
+        layer.dy.t().contiguous(),
+    )
+    wide = copies(operands, sum(one.nbytes for one in operands))
+    halves = [tuple(one.bfloat16() for one in each) for each in wide]
+    prepared = bitmap(crow_indices, col_indices, width)
+    sides = Sides(
+        {
+            FP32: [_with_tf32(False, partial(dense_step, *each)) for each in wide],
+            TF32: [_with_tf32(True, partial(dense_step, *each)) for each in wide],
+            BF16: [partial(dense_step, *each) for each in halves],
+            OURS_FP32: [one.step for one in copies(layer, layer.read_bytes)],
+            OURS_BF16: [one.step for one in copies(half, half.read_bytes)],
+            TURNED_FP32: _turned(layer),
+            TURNED_BF16: _turned(half),
+            OURS_EXPANDED: [partial(_written_out, prepared, half.values, *each[1:]) for each in halves],
+        }
+    )
+    raced = sides.race(effort)
+    rival = Sides({FP32: sides.calls[FP32]}, raced.refused)
+    rival.offer(CSR, lambda: [_csr_step(layer, width)])
+    if CSR in rival.calls:
+        raced.times[CSR] = rival.race(Effort(min(effort.rounds, 5), effort.burst_seconds), graphs=False).times[CSR]
+    return raced
+
+
+def dense_step(weight: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y, dx and the weight's gradient, of `x` [tokens, inputs] and `dy` [tokens, outputs]."""
+    return x @ weight.t(), dy @ weight, dy.t() @ x
+
+
+def _turned(layer: Layer) -> list[Call]:
+    return [partial(one.step, True) for one in copies(layer.stored_by_token(), layer.read_bytes)]
+
+
+def _written_out(prepared: Bitmap, values: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    weight = expand(prepared, values)
+    y, dx, gradient = dense_step(weight, x, dy)
+    return y, dx, compress(prepared, gradient)
+
+
+def _csr_step(layer: Layer, width: int) -> Call:
+    matrix = csr(layer.crow_indices, layer.col_indices, layer.values, width)
+    crow_indices, col_indices, permutation = layer.transpose
+    transpose = csr(crow_indices, col_indices, layer.values[permutation], width)
+    nothing = csr(layer.crow_indices, layer.col_indices, torch.zeros_like(layer.values), width)
+    by_token = layer.x.t()
+    return lambda: (matrix @ layer.x, transpose @ layer.dy, torch.sparse.sampled_addmm(nothing, layer.dy, by_token))
+
+
+def _with_tf32(allowed: bool, call: Callable[[], object]) -> Call:
+    def run() -> object:
+        was = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        try:
+            return call()
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = was
+
+    return run
+
+
+def _right(layer: Layer) -> tuple[Expected, Expected, Expected]:
+    """A few features of y and dx, and the connections of a few outputs."""
+    width, tokens = layer.x.shape
+    device, dtype = layer.x.device, layer.values.dtype
+    chosen = torch.randperm(width, device=device)[:CHECKED]
+    matrix = dense(layer.crow_indices, layer.col_indices, layer.values, width).double()
+    x, dy = layer.x.double(), layer.dy.double()
+    found = []
+    for rows, operand in ((matrix[chosen], x), (matrix.t()[chosen], dy)):
+        right = sums(rows @ operand, rows.abs() @ operand.abs(), (rows != 0).sum(1, keepdim=True), dtype)
+        found.append(Expected(right.exact, right.bound, (chosen,), (width, tokens)))
+    output = torch.arange(width, device=device).repeat_interleave(layer.crow_indices.diff())
+    slots = torch.isin(output, chosen).nonzero().flatten()
+    one, other = dy[output[slots]], x[layer.col_indices[slots].long()]
+    right = sums((one * other).sum(1), (one * other).abs().sum(1), torch.tensor(tokens, device=device), dtype)
+    return found[0], found[1], Expected(right.exact, right.bound, (slots,), tuple(layer.values.shape))

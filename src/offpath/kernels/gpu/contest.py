@@ -1,0 +1,59 @@
+"""Up to how many tokens the packed weight is faster than the dense one: measured on the device, weight by weight."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from offpath.kernels.errors import KernelError
+from offpath.kernels.gpu.decode import MAX_TOKENS, decode
+from offpath.kernels.gpu.formats import Packed
+
+ROUNDS = 9
+# What the packed product must be faster by, so that a disturbed measurement loses nothing to speak of.
+MARGIN = 1.03
+# What is written before each call so that no weight is still in the second-level cache, in sizes of that cache. It
+# also keeps the device busy until both events and the kernel between them have been launched.
+CACHES = 4
+
+
+@torch.inference_mode()
+def tokens_that_pay(packed: Packed, weight: Tensor, bias: Tensor | None) -> int:
+    """The largest count up to which decoding `packed` beats `weight` [rows, columns], its dense equal; 0 for none.
+
+    Takes milliseconds. Raises `KernelError` unless both are on an NVIDIA GPU whose kernels can run.
+    """
+    if not weight.is_cuda:
+        raise KernelError(
+            f"expected a weight on an NVIDIA GPU, where its packed form is read, got one on {weight.device}; move the "
+            "layer there first"
+        )
+    paying = 0
+    for tokens in (1, 2, 4, MAX_TOKENS):
+        x = torch.ones(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        dense, mine = cold_seconds([lambda x=x: linear(x, weight, bias), lambda x=x: decode(packed, x, bias)])
+        if mine * MARGIN > dense:
+            break
+        paying = tokens
+    return paying
+
+
+def cold_seconds(calls: list[Callable[[], object]]) -> list[float]:
+    """The median seconds of each call on the device, in turns, of which none finds its operands in the cache."""
+    cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    other = torch.empty(CACHES * cache_bytes, dtype=torch.uint8, device="cuda")
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(1 + ROUNDS):
+        for call, found in zip(calls, seconds, strict=True):
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            other.zero_()
+            before.record()
+            call()
+            after.record()
+            after.synchronize()
+            found.append(before.elapsed_time(after) / 1e3)
+    return [statistics.median(found[1:]) for found in seconds]  # the first one compiles

@@ -1,0 +1,183 @@
+"""How fast a device moves, gathers and multiplies: from its properties, and better by a short measurement."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from offpath.kernels.gpu import availability, expand, sparse_weight
+from offpath.kernels.measured import measured_once
+
+_log = logging.getLogger("offpath")
+# A weight that leaves the cache, with as few connections as gathering is for, and tokens enough for the device.
+SIZE, DENSITY, TOKENS, FEW = 4096, 0.05, 2048, 8
+ROUNDS, CALLS = 5, 5
+# Multiply-adds of a clock and multiprocessor on tensor cores in bfloat16, by compute capability (NVIDIA's whitepapers
+# of each architecture); of CUDA cores in float32.
+TENSOR_CORES = {(8, 0): 1024, (8, 6): 512, (8, 9): 512, (9, 0): 2048, (10, 0): 4096, (12, 0): 512}
+CUDA_CORES = {(8, 0): 64}
+# What real kernels reach of what a device could do.
+REACHED = 0.7
+# CU_DEVICE_ATTRIBUTE_CLOCK_RATE, _MEMORY_CLOCK_RATE (both in kHz) and _GLOBAL_MEMORY_BUS_WIDTH (bits).
+_CLOCK, _MEMORY_CLOCK, _BUS_WIDTH = 13, 36, 37
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of a kernel that does nothing, and what goes through a device in a second, in one dtype.
+
+    `few_share` is what one more token costs beside the first, where there are few.
+    """
+
+    element_bytes: int
+    cache_bytes: int
+    call_seconds: float
+    moved_bytes: float  # read and written
+    dense_flops: float
+    gathered_elements: float
+    dotted_elements: float
+    few_connections: float
+    few_share: float
+    expanded_positions: float
+
+
+def rates_here(dtype: torch.dtype) -> Rates:
+    """The rates of the current device: measured once, or calculated while a CUDA graph is being captured.
+
+    Float32 has rates for each precision that torch is allowed to multiply it in.
+    """
+    device = torch.cuda.current_device()
+    precision = torch.get_float32_matmul_precision() if dtype is torch.float32 else ""
+    if torch.cuda.is_current_stream_capturing() and (device, dtype, precision) not in _known:
+        return calculated(device, dtype, precision)
+    return _rates(device, dtype, precision)
+
+
+_known: set[tuple[int, torch.dtype, str]] = set()
+
+
+@cache
+def _rates(device: int, dtype: torch.dtype, precision: str) -> Rates:
+    try:
+        driver = availability.driver_part().detail
+        properties = torch.cuda.get_device_properties(device)
+        facts: list[object] = [properties.name, properties.major, properties.minor, properties.multi_processor_count]
+        facts += [driver, torch.version.cuda, availability.triton_part().detail, precision, SIZE, DENSITY, TOKENS]
+        found = measured_once("gpu", "gpu", dtype, facts, is_complete, lambda: asdict(measure(device, dtype)))
+        rates = Rates(**found)
+    except torch.OutOfMemoryError:
+        _log.warning("offpath calculates what its products cost on the GPU: there is no memory left to measure it")
+        rates = calculated(device, dtype, precision)
+    _known.add((device, dtype, precision))
+    return rates
+
+
+def is_complete(found: Any) -> bool:
+    """Whether a file holds rates."""
+    names = set(Rates.__dataclass_fields__)
+    return isinstance(found, dict) and set(found) == names and all(n > 0 for n in found.values())
+
+
+def calculated(device: int, dtype: torch.dtype, precision: str = "highest") -> Rates:
+    """What the properties of a device let one expect."""
+    properties = torch.cuda.get_device_properties(device)
+    clock = 1e3 * _attribute(device, _CLOCK, 1_500_000)
+    bandwidth = 2e3 * _attribute(device, _MEMORY_CLOCK, 1_000_000) * _attribute(device, _BUS_WIDTH, 2048) / 8
+    capability = properties.major, properties.minor
+    cycles = clock * properties.multi_processor_count
+    tensor_cores = TENSOR_CORES.get(capability, 512)
+    lanes = CUDA_CORES.get(capability, 128)
+    multiply_adds = {torch.bfloat16: tensor_cores, torch.float64: 2 if capability[1] else 32}.get(dtype, lanes)
+    if dtype is torch.float32 and precision != "highest":
+        multiply_adds = tensor_cores // 2
+    gathered = REACHED / 2 * cycles * 128 / dtype.itemsize  # half of what a first-level cache could give
+    return Rates(
+        element_bytes=dtype.itemsize,
+        cache_bytes=properties.L2_cache_size,
+        call_seconds=2.5e-6,
+        moved_bytes=REACHED * bandwidth,
+        dense_flops=2 * REACHED * cycles * multiply_adds,
+        gathered_elements=gathered,
+        dotted_elements=gathered,
+        few_connections=REACHED * min(bandwidth / (4 + dtype.itemsize), cycles * lanes / 24),
+        few_share=0.5,
+        expanded_positions=REACHED * bandwidth / (dtype.itemsize + 0.25),
+    )
+
+
+@torch.inference_mode()
+def measure(device: int, dtype: torch.dtype) -> Rates:
+    """Time each kind of work in turns, and keep the best times; takes a few seconds, most of them compiling."""
+    _log.info("offpath measures once what its %s products cost on the GPU; this takes seconds", dtype)
+    generator = torch.Generator(torch.device("cuda", device)).manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=generator.device).to(dtype)
+
+    mask = torch.rand(SIZE, SIZE, generator=generator, device=generator.device) < DENSITY
+    crow_indices = torch.zeros(SIZE + 1, dtype=torch.int32, device=mask.device)
+    crow_indices[1:] = mask.sum(1).cumsum(0)
+    col_indices = mask.nonzero()[:, 1].int()
+    del mask
+    nnz = col_indices.numel()
+    values, x, weight, nothing = drawn(nnz), drawn(TOKENS, SIZE), drawn(SIZE, SIZE), drawn(1)
+    bitmap = expand.bitmap(crow_indices, col_indices, SIZE)
+    csr = crow_indices, col_indices, values
+    best = _best_seconds(
+        {
+            "nothing": lambda: nothing.add_(0),
+            "move": weight.clone,
+            "dense": lambda: linear(x, weight),
+            "gather": lambda: sparse_weight.spmm(*csr, x),
+            "dot": lambda: sparse_weight.sddmm(crow_indices, col_indices, x, x),
+            "one": lambda: sparse_weight.spmm(*csr, x[:1]),
+            "few": lambda: sparse_weight.spmm(*csr, x[:FEW]),
+            "expand": lambda: expand.expand(bitmap, values),
+        }
+    )
+    call = best["nothing"]
+
+    def rate(work: float, name: str) -> float:
+        return work / max(best[name] - call, best[name] / 4)
+
+    one = max(best["one"] - call, best["one"] / 4)
+    return Rates(
+        element_bytes=dtype.itemsize,
+        cache_bytes=torch.cuda.get_device_properties(device).L2_cache_size,
+        call_seconds=call,
+        moved_bytes=rate(2 * weight.nbytes, "move"),
+        dense_flops=rate(2 * SIZE * SIZE * TOKENS, "dense"),
+        gathered_elements=rate(nnz * TOKENS, "gather"),
+        dotted_elements=rate(nnz * TOKENS, "dot"),
+        few_connections=nnz / one,
+        few_share=max((best["few"] - best["one"]) / one / (FEW - 1), 1e-3),
+        expanded_positions=rate(SIZE * SIZE, "expand"),
+    )
+
+
+def _best_seconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(1 + ROUNDS):
+        for name, call in calls.items():
+            call()  # the first one compiles
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            for _ in range(CALLS):
+                call()
+            after.record()
+            after.synchronize()
+            best[name] = min(best[name], before.elapsed_time(after) / CALLS / 1e3)
+    return best
+
+
+def _attribute(device: int, which: int, otherwise: int) -> int:
+    found = ctypes.c_int(0)
+    status = ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(found), which, device)
+    return found.value if status == 0 and found.value > 0 else otherwise

@@ -1,0 +1,90 @@
+"""`offpath::packed_linear`: a sparse weight in the format that decoding reads. For inference: it has no gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from offpath.kernels import KernelError
+from offpath.kernels.gpu.contest import tokens_that_pay as tokens_that_pay
+from offpath.kernels.gpu.decode import MAX_TOKENS as MAX_TOKENS, decode
+from offpath.kernels.gpu.formats import Packed as Packed, pack as pack, unpack as unpack
+from offpath.kernels.operands import row_numbers
+from offpath.ops.library import as_rows, define, library
+
+
+def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None, tokens: int, weight: Tensor | None = None) -> Tensor:
+    """y = x @ W.T + bias for `x` [..., in]: from the packed weight for up to `tokens` tokens, densely for more.
+
+    `weight` is the dense [out, in], where it is kept; otherwise it is written out in every call of more tokens. All in
+    the dtype of the packed values. Raises `RuntimeError` where a gradient is asked for, and `KernelError` for operands
+    that do not fit or kernels that cannot run here.
+
+    >>> packed = pack(torch.tensor([0, 2]).int(), torch.tensor([0, 2]).int(), torch.tensor([1.0, 2.0]), 3)
+    >>> packed_linear(torch.tensor([[1.0, 10.0, 100.0]]), packed, None, tokens=0)
+    tensor([[201.]])
+    """
+    parts = packed.values, packed.columns, packed.gaps, packed.group_offsets, packed.slots
+    return torch.ops.offpath.packed_linear.default(x, *parts, bias, weight, packed.shape[1], tokens)
+
+
+def written_out(packed: Packed) -> Tensor:
+    """The weight dense, [rows, columns]."""
+    crow_indices, col_indices, values = unpack(packed)
+    dense = values.new_zeros(packed.shape[0] * packed.shape[1])
+    places = row_numbers(crow_indices, values.numel()) * packed.shape[1] + col_indices
+    return dense.index_put_((places,), values).view(packed.shape)
+
+
+def _forward(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    gaps: Tensor | None,
+    group_offsets: Tensor,
+    slots: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    in_features: int,
+    tokens: int,
+) -> Tensor:
+    shape = group_offsets.shape[0] - 1, in_features
+    if x.shape[-1] != in_features or x.dtype is not values.dtype:
+        raise KernelError(
+            f"expected x of {in_features} features in {values.dtype}, got {tuple(x.shape)} in {x.dtype}; cast the "
+            "module or its input"
+        )
+    packed = Packed("c16" if gaps is None else "n4", shape, group_offsets, values, columns, gaps, slots)
+    rows = as_rows(x)
+    if rows.shape[0] <= tokens:
+        y = decode(packed, rows.contiguous(), bias)
+    else:
+        y = linear(rows, written_out(packed) if weight is None else weight, bias)
+    return y.view(*x.shape[:-1], shape[0])
+
+
+def _fake(x, values, columns, gaps, group_offsets, slots, bias, weight, in_features, tokens):
+    return x.new_empty(*x.shape[:-1], group_offsets.shape[0] - 1)
+
+
+def _autograd(x, values, columns, gaps, group_offsets, slots, bias, weight, in_features, tokens):
+    operands = x, values, bias, weight
+    if torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands):
+        raise RuntimeError(
+            "offpath::packed_linear is for inference only, got an operand that requires a gradient: train the "
+            "SparseLinear and pack it afterwards, and run the packed model under torch.inference_mode()"
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.offpath.packed_linear.default(
+            x, values, columns, gaps, group_offsets, slots, bias, weight, in_features, tokens
+        )
+
+
+define(
+    "packed_linear(Tensor x, Tensor values, Tensor columns, Tensor? gaps, Tensor group_offsets, Tensor slots, "
+    "Tensor? bias, Tensor? weight, SymInt in_features, int tokens) -> Tensor",
+    _forward,
+    _fake,
+)
+library.impl("packed_linear", _autograd, "Autograd")

@@ -1,0 +1,139 @@
+"""The backend of CUDA tensors as far as a machine without a GPU can tell: what is missing, chosen, and computed.
+
+Its kernels have tests of their own; here, a whole training stack runs through Triton's interpreter in another process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from offpath import SparseLinear, kernels
+from offpath.kernels import KernelError
+from offpath.kernels.gpu import availability
+from offpath.kernels.gpu.availability import Part
+from offpath.kernels.gpu.selection import batch_topk, encode_topk, topk
+from offpath.kernels.reference_rows import ROWS as DEFINITION
+from offpath.ops import forced_methods
+
+ROOT = Path(__file__).parent
+HAS_GPU = torch.cuda.is_available()
+without_gpu = pytest.mark.skipif(HAS_GPU, reason="there is a GPU: make gpu checks it")
+
+
+def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OFFPATH_BACKEND", "OFFPATH_ISA", "TRITON_"))}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, check=False, cwd=ROOT
+    )
+
+
+def test_products_of_the_cpu_load_neither_triton_nor_cuda() -> None:
+    code = (
+        "import sys, torch, offpath\n"
+        "offpath.SparseLinear(8, 8)(torch.ones(2, 8))\n"
+        "print('triton' in sys.modules, torch.cuda.is_initialized(), [m for m in sys.modules if 'gpu.back' in m])"
+    )
+    assert _run(code).stdout.strip() == "False False []"
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    ("environment", "device"), [({}, "cuda"), ({"OFFPATH_BACKEND": "gpu"}, "cpu"), ({"OFFPATH_BACKEND": "gpu"}, "cuda")]
+)
+def test_a_gpu_that_is_not_there_is_refused_by_name(environment: dict[str, str], device: str) -> None:
+    finished = _run(f"import torch, offpath; offpath.kernels.select({device!r}, torch.float32)", **environment)
+    assert "KernelError: expected a GPU that kernels can run on; " in finished.stderr, finished.stderr
+    with pytest.raises(KernelError, match="expected a GPU that kernels can run on"), kernels.forced("gpu"):
+        pass
+
+
+@pytest.mark.parametrize("missing", ["torch_part", "driver_part", "device_part", "triton_part"])
+def test_what_is_missing_is_what_the_error_names(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("torch_part", "driver_part", "device_part", "triton_part")
+    found = {name: lambda name=name: Part(name, name != missing, f"detail of {name}") for name in names}
+    monkeypatch.setattr(availability, "_DEVICE", tuple(found[name] for name in names[:3]))
+    assert availability.problem(found["triton_part"]) == f"{missing}: detail of {missing}"
+    found[missing] = lambda: Part(missing, True, "")
+    monkeypatch.setattr(availability, "_DEVICE", tuple(found[name] for name in names[:3]))
+    assert availability.problem(found["triton_part"]) is None
+
+
+def test_an_old_driver_and_an_old_triton_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver:
+        @staticmethod
+        def cuDriverGetVersion(found: object) -> int:
+            found._obj.value = 12040
+            return 0
+
+    monkeypatch.setattr(availability.ctypes, "CDLL", lambda name: Driver)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    part = availability.driver_part()
+    assert not part.usable and "CUDA 12.4" in part.detail and "needs CUDA 13.0" in part.detail
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    assert availability.driver_part() == Part("NVIDIA driver", True, "for CUDA 12.4")
+    monkeypatch.setattr(availability, "_version", lambda package: "3.2.0")
+    assert not availability.triton_part().usable and "3.6 or newer, got 3.2.0" in availability.triton_part().detail
+
+
+def test_info_lists_every_part() -> None:
+    finished = _run("from offpath_cli import main; import sys; sys.argv[1:] = ['info']; main()", COLUMNS="400")
+    for name in ("(Triton)", "(NVRTC)", "CUDA build of torch", "NVIDIA driver", "device"):
+        assert name in finished.stdout
+
+
+SCORES = {
+    "ties": torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0, 2.0]]),
+    "zeros of both signs": torch.tensor([[0.0, -0.0, 0.0, -0.0, -1.0], [-0.0, 0.0, 5.0, -0.0, 0.0]]),
+    "NaN": torch.tensor([[torch.nan, 1.0, torch.nan, torch.nan, 2.0], [1.0, torch.nan, torch.inf, 0.0, 1.0]]),
+    "infinities": torch.tensor([[-torch.inf, torch.inf, torch.inf, -torch.inf, 0.0]]),
+    "no rows": torch.empty(0, 5),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("k", range(6))
+def test_selection_chooses_what_the_definition_does(name: str, k: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = SCORES[name].to(dtype)
+        for got, right in zip(topk(x, k), DEFINITION.topk(x, k), strict=True):
+            torch.testing.assert_close(got, right, rtol=0, atol=0, equal_nan=True)
+        count = min(2 * k, x.numel())
+        for got, right in zip(batch_topk(x, count), DEFINITION.batch_topk(x, count), strict=True):
+            torch.testing.assert_close(got, right, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_encoder_takes_its_rows_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offpath.kernels.gpu.selection.BLOCK_ENTRIES", 50)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randint(-3, 4, s, generator=generator).float() for s in ((11, 6), (20, 6), (20,)))
+    for some in (None, bias):
+        for got, right in zip(encode_topk(x, weight, some, 3), DEFINITION.encode_topk(x, weight, some, 3), strict=True):
+            assert torch.equal(got, right)
+
+
+def test_a_forced_method_that_a_backend_lacks_is_refused() -> None:
+    lacking = replace(kernels.backends()["reference"], name="some", methods=frozenset({"row-wise", "dense"}))
+    layer = SparseLinear(8, 8)
+    with kernels.forced(lacking), forced_methods(forward="bucketed"):
+        with pytest.raises(KernelError, match=r"a method that backend 'some' has \(row-wise, dense\), got forward='bu"):
+            layer(torch.ones(2, 8))
+        assert {option.method for option in _options(lacking)} == {"row-wise", "dense"}
+
+
+def _options(backend: kernels.Backend):
+    with kernels.forced(backend), forced_methods(forward="dense"):
+        return SparseLinear(8, 8).explain(3).options
+
+
+def test_the_whole_stack_runs_through_the_interpreter() -> None:
+    """Layers, both gradients, topology updates, an autoencoder, checkpoints: on the kernels that a GPU runs."""
+    finished = _run("import gpu_stack; gpu_stack.main()", TRITON_INTERPRET="1", OFFPATH_BACKEND="gpu")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines()[-1] == "all on gpu:interpreted"

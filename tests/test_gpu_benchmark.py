@@ -1,0 +1,367 @@
+"""The run on a GPU, as far as it goes without one: what it checks, refuses, reports and keeps."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import gpu.__main__ as command
+from gpu import timing
+from gpu.check import Case, exactly, judge, sums
+from gpu.jobs import Job, Raced, Sides, Wanted, filled, work_through
+from gpu.page import show
+from gpu.pays import block, committed, rows, slug
+from gpu.sanitizer import joined, sanitize, summary
+from gpu.sheet import WAITED_OUT, Check, Sheet, judged, report_text
+from gpu.timing import Deadline, Effort, clone
+from measure import Timing, WrongResult
+from offpath.kernels import KernelError
+from offpath.kernels.gpu import formats
+from verdicts import Figure
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+FIGURE = Figure("Decoding", "8192 x 8192", "50%", bar=1.5)
+WANTED = Wanted(FIGURE, "ours", ("dense", "other dense"))
+CARD = {"name": "NVIDIA H200", "capability": "9.0", "multiprocessors": 132, "memory_bytes": 2**37, "l2_bytes": 2**26,
+        "torch": "2.11.0", "triton": "3.6.0", "nvrtc": "13.0"}  # fmt: skip
+
+
+def test_the_interpreter_runs_every_triton_kernel_through_the_checks(tmp_path: Path) -> None:
+    paths = os.pathsep.join([str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    made = tmp_path / "checks.json"
+    part = [sys.executable, "-m", "gpu.part", "checks", str(made), "--scale", "tiny", "--seconds", "200", "--seed", "0"]
+    run = subprocess.run(part, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    sheet = json.loads(made.read_text())
+    assert sheet["finished"]
+    assert [check for check in sheet["checks"] if check["problems"]] == []
+    gathers = {"gather_sum", "gather_dot", "weight_gradient", "add_weight_gradient", "row_gradients", "counts"}
+    assert {check["kernel"] for check in sheet["checks"]} == gathers | {"spmm", "sddmm", "bitmap", "expand", "compress"}
+
+
+def _case(call: Callable[[], Tensor], whole: bool = False) -> Case:
+    exact = torch.arange(6).view(2, 3).double()
+    right = exactly(exact) if whole else sums(exact, exact, torch.tensor(4), torch.float32)
+    return Case("kernel", "case", call, lambda: (right,))
+
+
+def _changing() -> Callable[[], Tensor]:
+    calls = iter(range(100))
+    return lambda: torch.arange(6).view(2, 3).float() * (1 + next(calls) * 2**-23)
+
+
+def _unwritten() -> Tensor:
+    y = torch.empty(2, 3)
+    y[0], y[1, :2] = torch.arange(3), torch.arange(3, 5)
+    return y
+
+
+def _fails() -> Tensor:
+    raise KernelError("no such product")
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (lambda: torch.arange(6).view(2, 3).float(), None),
+        (_unwritten, "off by inf"),
+        (lambda: torch.arange(6).view(2, 3).float() * 1.00001, "off by"),
+        (lambda: torch.arange(6).float(), "off by inf"),
+        (_changing(), "other bits"),
+        (_fails, "no such product"),
+    ],
+    ids=["right", "unwritten", "inexact", "shape", "changing", "refused"],
+)
+def test_a_wrong_kernel_is_caught(call: Callable[[], Tensor], problem: str | None) -> None:
+    check = judge(_case(call))
+    assert bool(check.problems) == (problem is not None)
+    assert problem is None or any(problem in found for found in check.problems)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_whole_numbers_have_no_excuse() -> None:
+    almost = torch.arange(6).view(2, 3).float() * (1 + 2**-22)
+    assert judge(_case(lambda: almost)).problems == ()
+    assert judge(_case(lambda: almost, whole=True)).problems
+
+
+def test_a_clone_shares_no_memory() -> None:
+    crow_indices, col_indices = torch.tensor([0, 1, 2]).int(), torch.tensor([0, 2]).int()
+    packed = formats.pack(crow_indices, col_indices, torch.ones(2), 3, "n4")
+    other, tensors = clone(packed), clone((packed.values, None))
+    assert other.values.data_ptr() != packed.values.data_ptr() != tensors[0].data_ptr()
+    assert (other.shape, other.kind) == (packed.shape, packed.kind)
+
+
+class _Clock:
+    """CUDA's events by a clock that only calls move."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.launched = 0.0, ""
+        clock = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = 0.0
+
+            def record(self) -> None:
+                self.at = clock.now
+
+            def elapsed_time(self, end: Event) -> float:
+                return 1e3 * (end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def call(self, name: str, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            self.now += seconds
+            self.launched += name
+
+        return run
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_race_takes_turns_and_divides_by_the_calls(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, captured = _Clock(monkeypatch), []
+    monkeypatch.setattr(timing, "captured", lambda call: captured.append(call) or call)
+    sides = {"a": [clock.call("a", 0.001), clock.call("A", 0.003)], "b": [clock.call("b", 0.05)]}
+    times = timing.race(sides, Effort(rounds=3, burst_seconds=0.008), graphs)
+    assert {name: time.seconds for name, time in times.items()} == {
+        "a": pytest.approx([0.002] * 3),
+        "b": pytest.approx([0.05] * 3),
+    }
+    assert clock.launched.endswith("aAaAb" + "aAaAb" + "baAaA" + "aAaAb")  # warm, then three rounds
+    assert len(captured) == (2 if graphs else 0)
+
+
+def test_where_one_side_cannot_be_captured_none_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = _Clock(monkeypatch)
+
+    def capture(call: Callable[[], object]) -> Callable[[], object]:
+        before = clock.now
+        call()
+        if clock.now - before >= 1:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        raise AssertionError("a replay of one side and a call of the other were going to be compared")
+
+    monkeypatch.setattr(timing, "captured", capture)
+    sides = {"slow": [clock.call("s", 1)], "fast": [clock.call("f", 0.5)]}
+    assert timing.race(sides, Effort(rounds=2, burst_seconds=0.1))["fast"].seconds == (0.5, 0.5)
+
+
+def test_a_figure_is_over_the_fastest_of_the_others() -> None:
+    times = {"ours": Timing((2.0, 2.0)), "dense": Timing((8.0, 8.0)), "other dense": Timing((4.0, 4.0))}
+    assert filled(WANTED, Raced(times, {})).value == 2.0
+    assert filled(WANTED, Raced({"ours": Timing((2.0,))}, {"dense": "dense: no"})).refused == "dense: no"
+    assert filled(WANTED, Raced({"dense": Timing((2.0,))}, {})).refused == "there is no time of ours"
+
+
+def _raises(error: Exception) -> Callable[[], Raced]:
+    def measure() -> Raced:
+        raise error
+
+    return measure
+
+
+@pytest.mark.parametrize(
+    ("error", "refused", "wrong"),
+    [
+        (WrongResult("dx"), "wrong result: dx", True),
+        (KernelError("no kernel"), "no kernel", False),
+        (TypeError("no such argument"), "failed: TypeError: no such argument", True),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to"), "memory is too small: CUDA out of memory", False),
+    ],
+)
+def test_what_cannot_be_timed_is_refused_and_the_rest_goes_on(
+    error: Exception, refused: str, wrong: bool, tmp_path: Path
+) -> None:
+    sheet = Sheet(tmp_path / "part.json")
+    times = {"ours": Timing((1.0,)), "dense": Timing((2.0,))}
+    jobs = [Job((WANTED,), ("a",), _raises(error)), Job((WANTED,), ("b",), lambda: Raced(times, {}))]
+    work_through(jobs, sheet, Deadline.after(60))
+    first, second = (figure for figure, _ in sheet.figures)
+    assert (refused in str(first.refused), first.wrong, first.value) == (True, wrong, None)
+    assert second.verdict == "met"
+    assert len(json.loads(sheet.path.read_text())["figures"]) == 2
+    work_through(jobs, sheet, Deadline.after(0))
+    assert [figure.refused for figure, _ in sheet.figures[2:]] == [WAITED_OUT] * 2
+
+
+def test_a_side_that_fails_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    sides = Sides()
+    sides.offer("works", lambda: [lambda: None])
+    sides.offer("fails", lambda: [lambda: torch.zeros(2) @ torch.zeros(3)])
+    assert list(sides.calls) == ["works"]
+    assert sides.refused["fails"].startswith("fails: ")
+
+
+def test_no_time_is_reported_of_a_kernel_whose_check_failed() -> None:
+    figures = [
+        asdict(replace(FIGURE, value=2.0, seconds=(2.0, 1.0))) | {"kernels": [k]} for k in ("good", "bad", "new")
+    ]
+    checks = [Check("good", "a", 0.0), Check("bad", "a", 0.0), Check("bad", "b", 0.1, ("off",))]
+    good, bad, new = judged(figures, map(asdict, checks), expected=True)
+    assert (good.value, good.seconds, good.verdict) == (2.0, (2.0, 1.0), "met")
+    assert (bad.value, bad.seconds, bad.wrong) == (None, None, True)
+    assert "bad, b: off" in str(bad.refused)
+    assert (new.value, new.wrong) == (None, False)
+    assert "was not checked" in str(new.refused)
+    assert judged(figures[2:], [], expected=False)[0].value == 2.0
+
+
+def test_every_bar_of_the_gpu_is_set_once() -> None:
+    figures = [
+        wanted.figure
+        for part in command.TIMED
+        for job in importlib.import_module(f"gpu.{part}").jobs(False, Effort(), torch.device("cpu"))
+        for wanted in job.wanted
+    ]
+    places = [(figure.section, figure.row, figure.column) for figure in figures]
+    assert len(places) == len(set(places))
+    topk, expand, decode, live, step, layers = 3, 2, 5, 1, 3, 2 * 3 * 4 * 2 + 4 * 4
+    assert sum(figure.bar is not None for figure in figures) == topk + expand + decode + live + step + layers
+    # What the table of the docs shows are figures of the run.
+    assert {row.place for row in rows()} <= set(places)
+
+
+def _content() -> dict:
+    figure = replace(FIGURE, section="Decoding, 1 token, over the best dense bf16", value=1.6, spread=0.01)
+    missed = replace(figure, column="60%", value=1.2)
+    times = [{"section": "s", "row": "r", "column": "c", "side": "copy", "median_seconds": 5e-4}]
+    ran = {"ran": True, "clean": True, "cases": 3, "finished": True, "found_planted": True, "planted": "", "lines": []}
+    return {
+        "card": CARD,
+        "seed": 1,
+        "quick": False,
+        "parts": {"checks": {"status": "finished"}, "step": {"status": "its time ran out", "said": ["last words"]}},
+        "sanitizer": {"memcheck": ran, "racecheck": {"ran": False, "reason": "not installed"}},
+        "checks": [asdict(Check("decode_n4", "one", 1e-7)), asdict(Check("live", "two", 0.5, ("it is off",)))],
+        "figures": [asdict(figure), asdict(missed)],
+        "times": times,
+    }
+
+
+def test_the_page_has_everything() -> None:
+    content = _content()
+    page = show(content, [Figure(**figure) for figure in content["figures"]])
+    for words in (
+        "NVIDIA H200", "seed 1", "4.29 TB/s", "decode_n4: 1 of 1 cases right", "live: 0 of 1", "live, two: it is off",
+        "memcheck: nothing found in 3 cases; it found the planted mistake", "racecheck: not run: not installed",
+        "step: its time ran out", "last words", "1.60x ±1%", "bar 1.5 met", "bar 1.5 missed", "2 bars: 1 met, 1 missed",
+    ):  # fmt: skip
+        assert words in page, words
+    assert json.loads(report_text(content)) == json.loads(json.dumps(content))
+
+
+def test_where_it_pays_says_what_is_measured_and_what_is_calculated() -> None:
+    nothing = block({})
+    assert "Nothing has been measured" in nothing
+    assert "calculated: at best on an H200 |\n" in nothing
+    found = block({slug(CARD): _content()})
+    assert "| measured on NVIDIA H200 |" in found
+    assert "| 8192 x 8192, 50% sparse, 1 token | 1.45x | 1.60x |" in found
+    assert "| 8192 x 8192, 95% sparse, 1 token | 10.00x | not measured |" in found
+    assert "bars/gpu-nvidia-h200.txt" in found
+
+
+def test_the_table_of_the_page_is_that_of_the_committed_reports() -> None:
+    docs = BENCHMARKS.parent / "docs"
+    table = block({path.stem: json.loads(path.read_text()) for path in committed(docs / "bars")})
+    assert f"<!-- gpu -->\n{table}\n<!-- /gpu -->" in (docs / "gpu.md").read_text()
+
+
+def test_a_sanitizer_is_believed_only_when_it_ran_and_finds_a_mistake() -> None:
+    clean = {"ran": True, "clean": True, "status": 0, "cases": 2, "finished": True, "lines": []}
+    planted = {"found_planted": True, "planted": ""}
+    assert joined([clean, clean])["cases"] == 4
+    assert "nothing found in 4 cases; it found" in summary(planted | joined([clean, clean]))
+    assert "then its time ran out" in summary(planted | joined([clean, clean | {"finished": False}]))
+    assert "exit status 99" in summary(
+        planted | joined([{"ran": False, "reason": "x"}, clean | {"clean": False, "status": 99}])
+    )
+    assert "not run: x" in summary(planted | joined([clean, {"ran": False, "reason": "x"}]))
+    assert "BUT NOT" in summary(planted | {"found_planted": False} | joined([clean, clean]))
+
+
+FAKE_SANITIZER = """#!/bin/sh
+if [ "$1" = --help ]; then echo "--kernel-name-exclude filter"; exit 0; fi
+case "$*" in
+*gpu.planted*) exit 99 ;;
+*--kernel-name-exclude*) echo "unknown option"; exit 1 ;;
+*racecheck*) echo "========= hazard"; status=99 ;;
+*) echo "========= ERROR SUMMARY: 0 errors"; status=0 ;;
+esac
+while [ "$1" != checks ]; do shift; done
+echo '{"checks": [{}, {}], "finished": true}' > "$2"
+exit $status
+"""
+
+
+def test_both_tools_run_over_all_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(FAKE_SANITIZER)
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = sanitize(0, 20, dict(os.environ))
+    assert summary(found["memcheck"]) == "nothing found in 4 cases; it found the planted mistake"
+    assert summary(found["racecheck"]) == "exit status 99, after 2 cases"
+    assert found["racecheck"]["lines"][0] == "========= hazard"
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "empty"))
+    assert summary(sanitize(0, 20, {})["memcheck"]) == "not run: compute-sanitizer is not installed"
+
+
+def _fake_python(tmp_path: Path, then: str) -> str:
+    """A program in the place of Python that writes what a part has written so far, and then fails in its own way."""
+    written = {"finished": False, "facts": {}, "checks": [], "times": [],
+               "figures": [asdict(replace(FIGURE, value=2.0)) | {"kernels": []}]}  # fmt: skip
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\ncat > \"$4\" <<'END'\n{json.dumps(written)}\nEND\n{then}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return str(program)
+
+
+@pytest.mark.parametrize(
+    ("then", "status"),
+    [
+        ("echo 'CUDA error' >&2; exit 7", "ended with status 7"),
+        ("exec sleep 60", "its time ran out"),
+        ("exit 0", "its time ran out"),
+    ],
+)
+def test_what_a_part_wrote_before_it_failed_stays(
+    then: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", _fake_python(tmp_path, then))
+    monkeypatch.setattr(command, "missing", lambda: None)
+    monkeypatch.setattr(command, "describe", lambda: CARD)
+    monkeypatch.setattr(command, "START_SECONDS", 0.5 if "sleep" in then else 20)
+    monkeypatch.setitem(command.BUDGETS, "decode", 0.1)
+    report = tmp_path / "out" / "gpu.json"
+    assert command.main(["--parts", "decode", "--json", str(report)]) == 1
+    content = json.loads(report.read_text())
+    assert content["parts"]["decode"]["status"] == status
+    assert [figure["value"] for figure in content["figures"]] == [2.0]
+    assert "2.00x" in report.with_suffix(".txt").read_text()
+
+
+def test_without_a_gpu_the_command_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(command, "missing", lambda: "device: torch sees none")
+    assert command.main(["--quick"]) == 2
+    assert "needs an NVIDIA GPU: device: torch sees none" in capsys.readouterr().err

@@ -1,0 +1,131 @@
+"""The packed layer on a machine without a GPU: its way there and back, and who computes what."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+
+from offpath import SparseLinear
+from offpath.kernels import KernelError
+from offpath.kernels.gpu import contest, formats
+from offpath.nn import PackedSparseLinear
+from offpath.ops import packed_linear as ops
+
+
+def _layer(sparsity: float = 0.8, dtype: torch.dtype = torch.float32, in_features: int = 70) -> SparseLinear:
+    generator = torch.Generator().manual_seed(0)
+    return SparseLinear(in_features, 33, dtype=dtype, sparsity=sparsity, generator=generator)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The definition of the kernel in its place; the list says of how many tokens it was asked."""
+    asked: list[int] = []
+
+    def decode(packed: formats.Packed, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        asked.append(x.shape[0])
+        assert x.is_contiguous()
+        return torch.nn.functional.linear(x, ops.written_out(packed), bias)
+
+    monkeypatch.setattr(ops, "decode", decode)
+    monkeypatch.setattr(contest, "decode", decode)
+    return asked
+
+
+@pytest.mark.parametrize("prefer", ["speed", "memory"])
+@pytest.mark.parametrize(("sparsity", "n", "kind"), [(0.5, 70, "n4"), (0.97, 700, "c16")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_tokens_are_decoded_and_many_are_dense(
+    prefer: str, sparsity: float, n: int, kind: str, dtype: torch.dtype, decoded: list[int]
+) -> None:
+    sparse = _layer(sparsity, dtype, n)
+    layer = PackedSparseLinear.from_sparse(sparse, tokens=4, prefer=prefer)
+    assert layer.packed.kind == kind and (layer.weight is None) == (prefer == "memory")
+    dense = sparse.to_dense()
+    with torch.inference_mode():
+        for shape in ((n,), (4, n), (2, 2, n), (5, n), (0, n)):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+            assert torch.equal(layer(x), dense(x))
+        layer(torch.randn(n, 3).to(dtype).t())
+    assert decoded == [1, 4, 4, 0, 3]
+
+
+def test_a_way_back_has_the_same_bits() -> None:
+    sparse = _layer()
+    with torch.no_grad():
+        sparse.values[::5] = 0.0
+        sparse.values[1::5] = -0.0
+    back = PackedSparseLinear.from_sparse(sparse, tokens=0).to_sparse()
+    assert back.pattern.equals(sparse.pattern)
+    assert torch.equal(back.values, sparse.values) and torch.equal(back.bias, sparse.bias)
+    assert back.values.data_ptr() != sparse.values.data_ptr() and back.values.requires_grad
+
+
+def test_gradients_are_refused() -> None:
+    layer = PackedSparseLinear.from_sparse(_layer(), tokens=0)
+    with pytest.raises(RuntimeError, match="for inference only"):
+        layer(torch.ones(2, 70, requires_grad=True))
+    with torch.no_grad():
+        layer(torch.ones(2, 70, requires_grad=True))
+    assert list(layer.parameters()) == []
+
+
+def test_what_cannot_run_here_says_so() -> None:
+    with pytest.raises(KernelError, match=r"expected a weight on an NVIDIA GPU, .* got one on cpu; move the layer"):
+        PackedSparseLinear.from_sparse(_layer())
+    layer = PackedSparseLinear.from_sparse(_layer(), tokens=2)
+    with pytest.raises(KernelError, match="expected tensors on an NVIDIA GPU, got cpu"), torch.no_grad():
+        layer(torch.ones(1, 70))
+    with pytest.raises(ValueError, match="tokens from 0 to 8, got 9"):
+        PackedSparseLinear.from_sparse(_layer(), tokens=9)
+    with pytest.raises(ValueError, match="'speed' or 'memory', got 'fast'"):
+        PackedSparseLinear.from_sparse(_layer(), tokens=0, prefer="fast")
+    with pytest.raises(KernelError, match=r"float32 or bfloat16, got torch.float64"):
+        PackedSparseLinear.from_sparse(_layer().double(), tokens=0)
+    with pytest.raises(KernelError, match=r"expected x of 70 features in torch.float32"):
+        layer(torch.ones(9, 70, dtype=torch.bfloat16))
+    with pytest.raises(KernelError, match="expected x of 70 features"):
+        layer(torch.ones(9, 71))
+
+
+def test_tokens_are_those_up_to_which_decoding_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1, 2, 4 and 8; a win behind a loss does not count, nor one within the margin."""
+    packed = PackedSparseLinear.from_sparse(_layer(), tokens=0).packed
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    weight = ops.written_out(packed).as_subclass(OnGpu)
+    for dense, mine, expected in (
+        ((4, 4, 4, 4), (1, 1, 1, 1), 8),
+        ((4, 4, 4, 4), (1, 3.9, 1, 1), 1),
+        ((4, 4, 4, 4), (1, 1, 5, 1), 2),
+        ((4,), (3.95,), 0),
+    ):
+        times = iter(zip(dense, mine, strict=True))
+        monkeypatch.setattr(contest, "cold_seconds", lambda calls, times=times: list(next(times)))
+        assert contest.tokens_that_pay(packed, weight, None) == expected
+
+
+def test_checkpoints_and_copies(decoded: list[int]) -> None:
+    layer, file = PackedSparseLinear.from_sparse(_layer(), tokens=1, prefer="memory"), io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other = PackedSparseLinear.from_sparse(_layer(), tokens=1, prefer="memory")
+    other.values.zero_()
+    other.load_state_dict(torch.load(file))
+    x = torch.ones(3, 70)
+    assert torch.equal(other(x), layer(x)) and torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_opcheck_and_compile(one_thread: None) -> None:
+    layer, x = PackedSparseLinear.from_sparse(_layer(), tokens=0), torch.ones(3, 70)
+    packed = layer.packed
+    parts = packed.values, packed.columns, packed.gaps, packed.group_offsets, packed.slots
+    torch.library.opcheck(torch.ops.offpath.packed_linear.default, (x, *parts, layer.bias, None, 70, 0))
+    with torch.inference_mode():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), layer(x))
