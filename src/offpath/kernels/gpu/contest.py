@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def tokens_that_pay(packed: Packed, weight: Tensor, bias: Tensor | None) -> int:
     paying = 0
     for tokens in (1, 2, 4, MAX_TOKENS):
         x = torch.ones(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        dense, mine = cold_seconds([lambda x=x: linear(x, weight, bias), lambda x=x: decode(packed, x, bias)])
+        dense, mine = cold_seconds([partial(linear, x, weight, bias), partial(decode, packed, x, bias)])
         if mine * MARGIN > dense:
             break
         paying = tokens
