@@ -7,11 +7,13 @@ from torch import Tensor
 
 from offpath.kernels.errors import KernelError
 from offpath.kernels.gpu.driver import Kernel, load
-from offpath.kernels.gpu.formats import GROUP, Packed
+from offpath.kernels.gpu.formats import GROUP, STRIDE, Packed
 
 MAX_TOKENS = 8
-_SIGNATURE = "PPPPPPPiii"
-WARPS, BLOCKS, DEPTH = 16, 3, 2
+_SIGNATURE = "PPPPPPPiiii"
+# Tokens: warps of a block, blocks that should fit on a multiprocessor, groups that each lane has in flight.
+PREFETCH = 32
+TILES = {1: (32, 1, 2), 2: (32, 1, 2), 4: (32, 1, 2), 8: (32, 1, 1)}
 
 
 def decode(packed: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,12 +28,13 @@ def decode(packed: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
     rows, columns = packed.shape
     y = x.new_empty(x.shape[0], rows)
     kernel, batch, shared_bytes = _kernel(packed, x)
-    blocks = kernel.resident_blocks(WARPS * 32, shared_bytes)
+    warps = TILES[batch][0]
+    blocks = kernel.resident_blocks(warps * 32, shared_bytes)
     for first in range(0, x.shape[0] if rows else 0, batch):
         tokens = min(batch, x.shape[0] - first)
         kernel.launch(
-            (min(blocks, -(-rows // WARPS)), 1),
-            WARPS * 32,
+            (min(blocks, rows), 1),
+            warps * 32,
             shared_bytes,
             packed.values.data_ptr(),
             packed.columns.data_ptr(),
@@ -43,6 +46,7 @@ def decode(packed: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
             rows,
             columns,
             tokens,
+            packed.values.numel() // GROUP,
         )
     return y
 
@@ -50,24 +54,23 @@ def decode(packed: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
 def shared_bytes_of(columns: int, batch: int, dtype: torch.dtype) -> int:
     """How much shared memory `batch` tokens take while they wait for the weight."""
     # One token of bfloat16 waits as float32.
-    return (columns + GROUP) * max(4, batch * dtype.itemsize)
+    return (columns + GROUP * STRIDE) * max(4, batch * dtype.itemsize)
 
 
 def _kernel(packed: Packed, x: Tensor) -> tuple[Kernel, int, int]:
     """The kernel, how many tokens it takes at a time, and its shared memory in bytes."""
-    batch = 1 << (max(x.shape[0], 1) - 1).bit_length()
-    while True:
-        kernel = _load(packed, x.device, batch, staged=True)
-        shared_bytes = shared_bytes_of(packed.shape[1], batch, x.dtype)
-        if shared_bytes <= kernel.shared_bytes_limit:
-            return kernel, batch, shared_bytes
-        if batch == 1:
-            batch = 1 << (x.shape[0] - 1).bit_length()
-            return _load(packed, x.device, batch, staged=False), batch, 0
+    wanted = batch = 1 << (max(x.shape[0], 1) - 1).bit_length()
+    most = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    while shared_bytes_of(packed.shape[1], batch, x.dtype) > most and batch > 1:
         batch //= 2
+    shared_bytes = shared_bytes_of(packed.shape[1], batch, x.dtype)
+    if shared_bytes > most:
+        return _load(packed, x.device, wanted, staged=False), wanted, 0
+    return _load(packed, x.device, batch, staged=True), batch, shared_bytes
 
 
 def _load(packed: Packed, device: torch.device, batch: int, staged: bool) -> Kernel:
+    warps, blocks, depth = TILES[batch]
     return load(
         "decode.cu",
         "decode",
@@ -77,9 +80,11 @@ def _load(packed: Packed, device: torch.device, batch: int, staged: bool) -> Ker
         N4=int(packed.kind == "n4"),
         BF16=int(packed.values.dtype is torch.bfloat16),
         STAGED=int(staged),
-        DEPTH=DEPTH,
-        WARPS=WARPS,
-        BLOCKS=BLOCKS,
+        STRIDE=STRIDE,
+        WARPS=warps,
+        BLOCKS=blocks,
+        DEPTH=depth,
+        PREFETCH=PREFETCH,
     )
 
 

@@ -12,13 +12,33 @@ import torch
 from offpath.kernels.errors import KernelError
 from offpath.kernels.gpu import nvrtc
 
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _STATIC_SHARED_BYTES = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
-_SHARED_BYTES_OPTIN = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 _SIZES = {"P": 8, "q": 8, "i": 4, "f": 4}
 
 
-@dataclass(frozen=True)
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("id", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+
+    def __init__(self, number: int, value: int) -> None:
+        super().__init__(number, 0, value)
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("n_attributes", ctypes.c_uint),
+    )
+
+
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """One function of a loaded module; `signature` has a letter of `struct` for each argument (P: an address)."""
 
@@ -26,8 +46,8 @@ class Kernel:
     context: ctypes.c_void_p
     signature: str
     device: int
-    shared_bytes_limit: int
     multiprocessors: int
+    overlaps: bool
 
     def launch(self, grid: tuple[int, int], threads: int, shared_bytes: int, *arguments: int) -> None:
         """Run on torch's current stream of the kernel's device; returns at once, and may be captured in a graph."""
@@ -39,12 +59,18 @@ class Kernel:
             places.append(address + offset)
             offset += _SIZES[letter]
         stream = torch.cuda.current_stream(self.device).cuda_stream
+        overlap = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 1)
+        config = _Config(
+            *(grid[0], grid[1], 1, threads, 1, 1, shared_bytes),
+            stream,
+            ctypes.pointer(overlap),
+            int(self.overlaps),
+        )
         with _current(self.context):
             _call(
-                "cuLaunchKernel",
+                "cuLaunchKernelEx",
+                ctypes.byref(config),
                 self.function,
-                *(grid[0], grid[1], 1, threads, 1, 1, shared_bytes),
-                ctypes.c_void_p(stream),
                 (ctypes.c_void_p * len(places))(*places),
                 None,
             )
@@ -93,12 +119,11 @@ def _load(source: str, name: str, signature: str, index: int, defines: tuple[tup
     with _current(context):
         _call("cuModuleLoadData", ctypes.byref(module), code)
         _call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
-        most, static = ctypes.c_int(), ctypes.c_int()
-        _call("cuDeviceGetAttribute", ctypes.byref(most), _SHARED_BYTES_OPTIN, handle)
+        static = ctypes.c_int()
         _call("cuFuncGetAttribute", ctypes.byref(static), _STATIC_SHARED_BYTES, function)
-        limit = most.value - static.value
-        _call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_BYTES, limit)
-    return Kernel(function, context, signature, index, limit, properties.multi_processor_count)
+        most = properties.shared_memory_per_block_optin - static.value
+        _call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_BYTES, most)
+    return Kernel(function, context, signature, index, properties.multi_processor_count, properties.major >= 9)
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,8 @@ from offpath.kernels.gpu.driver import Kernel, load
 
 MAX_TOKENS = 4
 DTYPES = (torch.float32, torch.bfloat16)
-WARPS, BLOCKS, DEPTH = 8, 4, 4
+# Tokens: warps of a block, blocks that should fit on a multiprocessor, rows that each warp has in flight.
+TILES = {1: (8, 4, 4), 2: (8, 4, 4), 4: (8, 3, 4)}
 _LANES = 32
 _WORD_BYTES = 16
 _LEAST_INPUTS = 64  # of a block
@@ -30,20 +31,22 @@ def live_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     y = x.new_empty(tokens, n_outputs)
     if not y.numel():
         return y
-    sum_rows, reduce = (_load(name, signature, x) for name, signature in (("live", "PPPiiii"), ("reduce", "PPPiii")))
+    batch = 1 << (tokens - 1).bit_length()
+    threads = TILES[batch][0] * 32
+    sum_rows, reduce = (_load(name, signature, x, batch) for name, signature in (("live", "PPPiiii"), ("reduce", "PPPiii")))
     strips = -(-n_outputs // (_LANES * _WORD_BYTES // x.element_size()))
-    parts = max(1, min(sum_rows.resident_blocks(WARPS * 32, 0) // strips, n_inputs // _LEAST_INPUTS))
+    parts = max(1, min(sum_rows.resident_blocks(threads, 0) // strips, n_inputs // _LEAST_INPUTS))
     partial = torch.empty(parts, tokens, n_outputs, device=x.device)
     sum_rows.launch(
         (strips, parts),
-        WARPS * 32,
+        threads,
         0,
         *(weight.data_ptr(), x.data_ptr(), partial.data_ptr()),
         *(n_inputs, n_outputs, tokens, -(-n_inputs // parts)),
     )
     reduce.launch(
-        (-(-tokens * n_outputs // (WARPS * 32)), 1),
-        WARPS * 32,
+        (-(-tokens * n_outputs // (threads)), 1),
+        threads,
         0,
         *(partial.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()),
         *(n_outputs, tokens, parts),
@@ -51,8 +54,8 @@ def live_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return y
 
 
-def _load(name: str, signature: str, x: Tensor) -> Kernel:
-    batch = 1 << (x.shape[0] - 1).bit_length()
+def _load(name: str, signature: str, x: Tensor, batch: int) -> Kernel:
+    warps, blocks, depth = TILES[batch]
     return load(
         "live.cu",
         name,
@@ -60,9 +63,9 @@ def _load(name: str, signature: str, x: Tensor) -> Kernel:
         x.device,
         BATCH=batch,
         BF16=int(x.dtype is torch.bfloat16),
-        DEPTH=DEPTH,
-        WARPS=WARPS,
-        BLOCKS=BLOCKS,
+        DEPTH=depth,
+        WARPS=warps,
+        BLOCKS=blocks,
     )
 
 

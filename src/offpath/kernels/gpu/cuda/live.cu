@@ -6,6 +6,9 @@
 // BF16  1: bfloat16 operands; 0: float32. Sums are float32 in both.
 // DEPTH rows that each warp has in flight; WARPS per block; BLOCKS: that many should fit on a multiprocessor
 //
+// Nothing is __restrict__: what is read may have been written by a kernel that still ran when this one started, so it
+// must not come from the read-only cache.
+//
 // No header is included: nothing has to be found where this is compiled.
 
 typedef unsigned int u32;
@@ -33,6 +36,19 @@ __device__ __forceinline__ float narrow(float value) { return value; }
 
 constexpr int STRIP = 32 * WIDTH; // outputs of a block
 
+// From compute capability 9.0 on, a kernel may start while the one before it in the stream still runs. What that one
+// writes may be read, and what it reads may be written, only after the wait.
+__device__ __forceinline__ void start_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void add_row(float (*sums)[WIDTH], const uint4 &row, const float *x) {
     const u32 words[4] = {row.x, row.y, row.z, row.w};
 #pragma unroll
@@ -50,8 +66,8 @@ __device__ __forceinline__ void add_row(float (*sums)[WIDTH], const uint4 &row, 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    live(const uint4 *__restrict__ weight, const Element *__restrict__ x, float *__restrict__ partial, int n_inputs,
-         int n_outputs, int tokens, int inputs_per_block) {
+    live(const uint4 *weight, const Element *x, float *partial, int n_inputs, int n_outputs, int tokens,
+         int inputs_per_block) {
     __shared__ int inputs[LIST];
     __shared__ float live_x[LIST][BATCH];
     __shared__ int counts[WARPS];
@@ -63,6 +79,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const uint4 *column = weight + output / WIDTH;
     const int begin = blockIdx.y * inputs_per_block;
     const int end = min(begin + inputs_per_block, n_inputs);
+
+    wait_for_previous_kernel();
+    start_next_kernel();
 
     float sums[BATCH][WIDTH];
 #pragma unroll
@@ -143,8 +162,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    reduce(const float *__restrict__ partial, const Element *__restrict__ bias, Element *__restrict__ y, int n_outputs,
-           int tokens, int parts) {
+    reduce(const float *partial, const Element *bias, Element *y, int n_outputs, int tokens, int parts) {
+    wait_for_previous_kernel();
+    start_next_kernel();
     const long long place = (long long)blockIdx.x * THREADS + threadIdx.x;
     const long long count = (long long)tokens * n_outputs;
     if (place >= count)

@@ -1,0 +1,142 @@
+"""Runs the CUDA sources on the CPU: built by the host's compiler on top of gpu_shim/shim.h, under the sanitizers."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from offpath.kernels.gpu import nvrtc
+from offpath.kernels.gpu.decode import shared_bytes_of
+from offpath.kernels.gpu.formats import GROUP, STRIDE, Packed
+
+SHIM = Path(__file__).parent / "gpu_shim" / "shim.h"
+COMPILER = shutil.which("c++") or shutil.which("g++")
+OPTIONS = ["-std=c++17", "-O0", "-ffp-contract=off", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+WARPS = 2
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel of a source with its options, `edit` (a text, and what replaces it) made."""
+
+    source: str
+    kernel: str
+    defines: tuple[tuple[str, int], ...]
+    edit: tuple[str, str] | None = None
+
+    def code(self, namespace: str) -> str:
+        code = (nvrtc.SOURCES / self.source).read_text()
+        if self.edit is not None:
+            assert self.edit[0] in code, f"{self.source} does not contain {self.edit[0]!r}"
+            code = code.replace(*self.edit)
+        code = code.replace("extern __shared__ uint4 shared[];", "").replace('extern "C"', "")
+        names = [*self.defines, ("WARPS", WARPS), ("BLOCKS", 1), ("PREFETCH", 0)]
+        define = "".join(f"#define {name} {value}\n" for name, value in names)
+        undefine = "".join(f"#undef {name}\n" for name, _ in names)
+        return f"{define}namespace {namespace} {{\n{code}\n}}\n{undefine}"
+
+
+class Programs:
+    """Variants compiled into one program, since the compiler's start takes longer than a kernel."""
+
+    def __init__(self, path: Path, variants: list[Variant]) -> None:
+        self.path = path
+        self.numbers = {variant: number for number, variant in enumerate(dict.fromkeys(variants))}
+        parts = [f'#include "{SHIM}"\n', *(variant.code(f"variant_{i}") for variant, i in self.numbers.items())]
+        cases = [f"case {i}: return shim::launch(variant_{i}::{v.kernel});\n" for v, i in self.numbers.items()]
+        parts += ["int main() {\nswitch (shim::take<int>()) {\n", *cases, "}\nreturn 2;\n}\n"]
+        assert COMPILER is not None, "no C++ compiler"
+        command = [COMPILER, "-x", "c++", *OPTIONS, "-", "-o", str(path)]
+        built = subprocess.run(command, input="".join(parts), text=True, capture_output=True)
+        assert built.returncode == 0, built.stderr
+
+
+    def run(
+        self,
+        variant: Variant,
+        grid: tuple[int, int],
+        shared_bytes: int,
+        *arguments: Tensor | int | None,
+        backwards: bool = False,
+    ) -> None:
+        """One launch; tensors become what the kernel leaves. `backwards`: blocks and threads in reverse order."""
+        told = [struct.pack("6i", self.numbers[variant], *grid, WARPS * 32, shared_bytes, backwards)]
+        tensors = []
+        for argument in arguments:
+            if isinstance(argument, int):
+                told.append(struct.pack("i", argument))
+            else:
+                tensor = torch.empty(0) if argument is None else argument
+                assert tensor.is_contiguous()
+                tensors.append(tensor)
+                raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+                told += [struct.pack("Q", len(raw)), raw]
+        ran = subprocess.run([str(self.path)], input=b"".join(told), capture_output=True, timeout=60)
+        if ran.returncode:
+            raise RuntimeError(ran.stderr.decode())
+        came = ran.stdout
+        for tensor in tensors:
+            size = tensor.numel() * tensor.element_size()
+            if size:
+                tensor.copy_(torch.frombuffer(bytearray(came[:size]), dtype=tensor.dtype).view(tensor.shape))
+            came = came[size:]
+        assert not came
+
+
+def decode_variant(
+    kind: str, dtype: torch.dtype, batch: int, staged: bool = True, edit: tuple[str, str] | None = None
+) -> Variant:
+    defines = {"BATCH": batch, "N4": kind == "n4", "BF16": dtype is torch.bfloat16, "STAGED": staged, "STRIDE": STRIDE}
+    return Variant("decode.cu", "decode", (*((n, int(v)) for n, v in defines.items()), ("DEPTH", 2)), edit)
+
+
+def decode(
+    programs: Programs,
+    variant: Variant,
+    packed: Packed,
+    x: Tensor,
+    bias: Tensor | None = None,
+    blocks: int = 3,
+    backwards: bool = False,
+) -> Tensor:
+    """`offpath.kernels.gpu.decode.decode` on the CPU, its output poisoned before."""
+    defines = dict(variant.defines)
+    rows, columns = packed.shape
+    y = x.new_full((x.shape[0], rows), torch.nan)
+    shared_bytes = shared_bytes_of(columns, defines["BATCH"], x.dtype) if defines["STAGED"] else 0
+    operands = [packed.values, packed.columns, packed.gaps, packed.group_offsets, x, bias]
+    sizes = (rows, columns, x.shape[0], packed.values.numel() // GROUP)
+    programs.run(variant, (blocks, 1), shared_bytes, *operands, y, *sizes, backwards=backwards)
+    return y
+
+
+def live_variants(dtype: torch.dtype, batch: int, edit: tuple[str, str] | None = None) -> tuple[Variant, Variant]:
+    defines = (("BATCH", batch), ("BF16", int(dtype is torch.bfloat16)), ("DEPTH", 2))
+    return Variant("live.cu", "live", defines, edit), Variant("live.cu", "reduce", defines, None)
+
+
+def live(
+    programs: Programs,
+    variants: tuple[Variant, Variant],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    parts: int = 3,
+    backwards: bool = False,
+) -> Tensor:
+    """`offpath.kernels.gpu.live.live_matmul` on the CPU, its memory poisoned before."""
+    tokens, (n_inputs, n_outputs) = x.shape[0], weight.shape
+    partial = torch.full((parts, tokens, n_outputs), torch.nan)
+    strips = -(-n_outputs // (32 * 16 // x.element_size()))
+    sizes = (n_inputs, n_outputs, tokens, -(-n_inputs // parts))
+    programs.run(variants[0], (strips, parts), 0, weight, x, partial, *sizes, backwards=backwards)
+    y = x.new_full((tokens, n_outputs), torch.nan)
+    blocks = -(-y.numel() // (WARPS * 32))
+    programs.run(variants[1], (blocks, 1), 0, partial, bias, y, n_outputs, tokens, parts, backwards=backwards)
+    return y

@@ -1,0 +1,236 @@
+// What the CUDA sources of src/offpath/kernels/gpu/cuda use of CUDA, on one thread of a CPU: each CUDA thread is a
+// fiber, blocks run one after another, and shared memory beyond what a launch asked for is out of bounds. A barrier or
+// a shuffle that not all threads reach ends the program.
+//
+// gpu_on_cpu.py puts the sources behind this, each with its options in a namespace of its own, and a main() that reads a
+// launch from stdin and writes the buffers as they are afterwards to stdout.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+#define __sanitizer_start_switch_fiber(...)
+#define __sanitizer_finish_switch_fiber(...)
+#define __asan_poison_memory_region(...)
+#define __asan_unpoison_memory_region(...)
+#endif
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static // gpu_on_cpu.py takes the declaration of `shared` away
+
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct Index {
+    unsigned x, y;
+};
+
+constexpr int WARP = 32, STACK_BYTES = 1 << 16, SHARED_BYTES = 227 * 1024;
+alignas(16) uint4 shared[SHARED_BYTES / sizeof(uint4)];
+Index threadIdx, blockIdx, gridDim;
+
+[[noreturn]] inline void fail(const char *problem) {
+    fprintf(stderr, "shim: %s in block (%u, %u)\n", problem, blockIdx.x, blockIdx.y);
+    exit(3);
+}
+
+// A barrier for `size` threads that also exchanges a word of each. Two rounds of words are kept: a thread can be at most
+// one round ahead of another.
+struct Meeting {
+    int size, arrived = 0;
+    unsigned round = 0;
+    std::vector<unsigned> words[2];
+};
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(STACK_BYTES);
+    bool done;
+};
+
+ucontext_t scheduler;
+std::vector<Fiber> fibers;
+std::vector<Meeting> warps;
+Meeting block;
+bool progress;
+const void *scheduler_stack;
+size_t scheduler_stack_bytes;
+
+inline void yield() {
+    Fiber &fiber = fibers[threadIdx.x];
+    const unsigned self = threadIdx.x;
+    void *fake = nullptr;
+    __sanitizer_start_switch_fiber(&fake, scheduler_stack, scheduler_stack_bytes);
+    swapcontext(&fiber.context, &scheduler);
+    __sanitizer_finish_switch_fiber(fake, &scheduler_stack, &scheduler_stack_bytes);
+    threadIdx.x = self;
+}
+
+// The words of all threads of `meeting`, once all have come.
+inline const std::vector<unsigned> &meet(Meeting &meeting, int place, unsigned word) {
+    const unsigned round = meeting.round;
+    meeting.words[round % 2][place] = word;
+    if (++meeting.arrived == meeting.size) {
+        meeting.arrived = 0;
+        ++meeting.round;
+        progress = true;
+    }
+    while (meeting.round == round) yield();
+    return meeting.words[round % 2];
+}
+
+inline const std::vector<unsigned> &meet_warp(unsigned mask, unsigned word) {
+    if (mask != 0xffffffffu) fail("a warp's function without all lanes");
+    return meet(warps[threadIdx.x / WARP], threadIdx.x % WARP, word);
+}
+
+inline unsigned __float_as_uint(float value) {
+    unsigned bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+template <class T>
+T __ldcs(const T *place) {
+    return *place;
+}
+template <class T>
+T min(T a, T b) {
+    return a < b ? a : b;
+}
+inline int __popc(unsigned word) { return __builtin_popcount(word); }
+inline float __shfl_xor_sync(unsigned mask, float value, int distance) {
+    return __uint_as_float(meet_warp(mask, __float_as_uint(value))[(threadIdx.x % WARP) ^ distance]);
+}
+inline unsigned __ballot_sync(unsigned mask, bool vote) {
+    const std::vector<unsigned> &votes = meet_warp(mask, vote);
+    unsigned ballot = 0;
+    for (int lane = 0; lane < WARP; ++lane) ballot |= votes[lane] << lane;
+    return ballot;
+}
+inline int __syncthreads_or(int vote) {
+    unsigned any = 0;
+    for (unsigned word : meet(block, threadIdx.x, vote != 0)) any |= word;
+    return any != 0;
+}
+inline void __syncthreads() { __syncthreads_or(0); }
+
+namespace shim {
+
+template <class T>
+T take() {
+    T value;
+    if (fread(&value, sizeof value, 1, stdin) != 1) fail("a launch that ends too early");
+    return value;
+}
+
+struct Buffer {
+    size_t bytes = 0;
+    void *memory = nullptr;
+};
+std::vector<Buffer> buffers;
+std::vector<int> numbers;
+
+// Arguments come in their order: a pointer as its bytes (none: a null pointer), an int as itself.
+template <class T>
+T argument() {
+    if constexpr (std::is_pointer_v<T>) {
+        Buffer buffer;
+        buffer.bytes = take<uint64_t>();
+        if (buffer.bytes && posix_memalign(&buffer.memory, 16, buffer.bytes)) fail("no memory");
+        if (buffer.bytes && fread(buffer.memory, 1, buffer.bytes, stdin) != buffer.bytes) fail("a short buffer");
+        buffers.push_back(buffer);
+        return static_cast<T>(buffer.memory);
+    } else {
+        return take<int>();
+    }
+}
+
+void (*body)();
+
+void enter() {
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+    const unsigned self = threadIdx.x;
+    body();
+    fibers[self].done = progress = true;
+    __sanitizer_start_switch_fiber(nullptr, scheduler_stack, scheduler_stack_bytes);
+    setcontext(&scheduler);
+}
+
+void run_block(int threads, int shared_bytes, bool backwards) {
+    for (int i = 0; i < SHARED_BYTES / 4; ++i) reinterpret_cast<unsigned *>(shared)[i] = 0xffffffffu; // NaN
+    __asan_poison_memory_region(reinterpret_cast<char *>(shared) + shared_bytes, SHARED_BYTES - shared_bytes);
+    for (Meeting &warp : warps) warp = {WARP, 0, 0, {std::vector<unsigned>(WARP), std::vector<unsigned>(WARP)}};
+    block = {threads, 0, 0, {std::vector<unsigned>(threads), std::vector<unsigned>(threads)}};
+    for (Fiber &fiber : fibers) {
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = STACK_BYTES;
+        fiber.done = false;
+        makecontext(&fiber.context, enter, 0);
+    }
+    for (bool all_done = false; !all_done;) {
+        all_done = true;
+        progress = false;
+        for (int i = 0; i < threads; ++i) {
+            threadIdx.x = backwards ? threads - 1 - i : i;
+            Fiber &fiber = fibers[threadIdx.x];
+            if (fiber.done) continue;
+            all_done = false;
+            void *fake = nullptr;
+            __sanitizer_start_switch_fiber(&fake, fiber.stack.data(), STACK_BYTES);
+            swapcontext(&scheduler, &fiber.context);
+            __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+        }
+        if (!all_done && !progress) fail("a barrier that not all threads reach");
+    }
+    __asan_unpoison_memory_region(shared, SHARED_BYTES);
+}
+
+template <class... Arguments>
+int launch(void (*kernel)(Arguments...)) {
+    const int grid_x = take<int>(), grid_y = take<int>(), threads = take<int>(), shared_bytes = take<int>();
+    const bool backwards = take<int>();
+    static std::tuple<Arguments...> arguments;
+    static void (*function)(Arguments...);
+    arguments = std::tuple<Arguments...>{argument<Arguments>()...};
+    function = kernel;
+    body = [] { std::apply(function, arguments); };
+    fibers.resize(threads);
+    warps.resize(threads / WARP);
+    gridDim = {unsigned(grid_x), unsigned(grid_y)};
+    for (int i = 0; i < grid_x * grid_y; ++i) {
+        const int at = backwards ? grid_x * grid_y - 1 - i : i;
+        blockIdx = {unsigned(at % grid_x), unsigned(at / grid_x)};
+        run_block(threads, shared_bytes, backwards);
+    }
+    for (const Buffer &buffer : buffers) {
+        if (buffer.bytes) fwrite(buffer.memory, 1, buffer.bytes, stdout);
+        free(buffer.memory);
+    }
+    return 0;
+}
+
+} // namespace shim
