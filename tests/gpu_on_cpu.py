@@ -56,7 +56,6 @@ class Programs:
         built = subprocess.run(command, input="".join(parts), text=True, capture_output=True)
         assert built.returncode == 0, built.stderr
 
-
     def run(
         self,
         variant: Variant,

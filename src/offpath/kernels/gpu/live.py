@@ -33,7 +33,9 @@ def live_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return y
     batch = 1 << (tokens - 1).bit_length()
     threads = TILES[batch][0] * 32
-    sum_rows, reduce = (_load(name, signature, x, batch) for name, signature in (("live", "PPPiiii"), ("reduce", "PPPiii")))
+    sum_rows, reduce = (
+        _load(name, signature, x, batch) for name, signature in (("live", "PPPiiii"), ("reduce", "PPPiii"))
+    )
     strips = -(-n_outputs // (_LANES * _WORD_BYTES // x.element_size()))
     parts = max(1, min(sum_rows.resident_blocks(threads, 0) // strips, n_inputs // _LEAST_INPUTS))
     partial = torch.empty(parts, tokens, n_outputs, device=x.device)
