@@ -122,6 +122,13 @@ def test_checkpoints_and_copies(decoded: list[int]) -> None:
     assert torch.equal(other(x), layer(x)) and torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
+def test_autocast_leaves_the_layer_its_dtype() -> None:
+    layer, x = PackedSparseLinear.from_sparse(_layer(), tokens=0), torch.randn(3, 70)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        y = layer(x)
+    assert torch.equal(y, layer(x))
+
+
 def test_opcheck_and_compile(one_thread: None) -> None:
     layer, x = PackedSparseLinear.from_sparse(_layer(), tokens=0), torch.ones(3, 70)
     packed = layer.packed

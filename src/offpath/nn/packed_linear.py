@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from offpath.nn.autocast import input_under_autocast
 from offpath.nn.linear import SparseLinear
 from offpath.ops.packed_linear import (
     MAX_TOKENS,
@@ -87,7 +86,7 @@ class PackedSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x @ W.T + bias for `x` [..., in_features]."""
-        return packed_linear(input_under_autocast(x), self.packed, self.bias, self.tokens, self.weight)
+        return packed_linear(x, self.packed, self.bias, self.tokens, self.weight)
 
     @property
     def packed(self) -> Packed:

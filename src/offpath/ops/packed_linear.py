@@ -61,7 +61,8 @@ def _forward(
         _expect_gpu(rows)
         y = decode(packed, rows.contiguous(), bias)
     else:
-        y = linear(rows, written_out(packed) if weight is None else weight, bias)
+        with torch.autocast(x.device.type, enabled=False):  # the weight has the dtype that was asked for
+            y = linear(rows, written_out(packed) if weight is None else weight, bias)
     return y.view(*x.shape[:-1], shape[0])
 
 
