@@ -17,6 +17,7 @@ from offpath.kernels.gpu.gather import load_part
 from offpath.kernels.gpu.launch import (
     accumulator,
     block_of,
+    blocks_of,
     contiguous_rows,
     described,
     device_of,
@@ -24,7 +25,6 @@ from offpath.kernels.gpu.launch import (
     expect_operands,
     expect_rows,
     expect_shapes,
-    warps_of,
     wide_dtype,
 )
 from offpath.kernels.operands import row_numbers
@@ -168,8 +168,8 @@ def _launch(
     (names, width), nnz = gradient.shape, values.shape[0]
     if names == 0 or width == 0:
         return values.new_zeros(nnz)
-    block = block_of(width, 512)
-    blocks = triton.cdiv(width, block)
+    block = block_of(width, 1024 // values.element_size())
+    blocks = blocks_of(width, block)
     # An entry that names nothing keeps NaN, as in `dots`.
     parts = values.new_full((blocks, nnz if weight is not None else 0), float("nan"), dtype=wide_dtype(values.dtype))
     with device_of(values):
@@ -192,7 +192,7 @@ def _launch(
             ACCUMULATOR=accumulator(values.dtype),
             WHOLE=width % block == 0,
             BLOCK=block,
-            num_warps=warps_of(block, values.dtype, 1),
+            num_warps=1,
             num_stages=1,
         )
     return parts.sum(0).to(values.dtype)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from offpath.kernels.errors import KernelError
 from offpath.kernels.gpu.driver import Kernel, load
-from offpath.kernels.gpu.formats import GROUP, STRIDE, Packed
+from offpath.kernels.gpu.formats import GROUP, STRIDE, Kind, Packed
 
 MAX_TOKENS = 8
-_SIGNATURE = "PPPPPPPiiii"
-# Tokens: warps of a block, blocks that should fit on a multiprocessor, groups that each lane has in flight.
-PREFETCH = 32
+PREFETCH = 32  # groups
+# Tokens: warps of a block, blocks that should fit on a multiprocessor, groups that each lane has in flight. These were
+# the quickest on an H200.
 TILES = {1: (32, 1, 2), 2: (32, 1, 2), 4: (32, 1, 2), 8: (32, 1, 1)}
 
 
@@ -27,28 +30,38 @@ def decode(packed: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(packed, x, bias)
     rows, columns = packed.shape
     y = x.new_empty(x.shape[0], rows)
-    kernel, batch, shared_bytes = _kernel(packed, x)
-    warps = TILES[batch][0]
-    blocks = kernel.resident_blocks(warps * 32, shared_bytes)
-    for first in range(0, x.shape[0] if rows else 0, batch):
-        tokens = min(batch, x.shape[0] - first)
-        kernel.launch(
-            (min(blocks, rows), 1),
-            warps * 32,
-            shared_bytes,
+    if not y.numel():
+        return y
+    plan = _plan(packed.kind, x.dtype, columns, 1 << (x.shape[0] - 1).bit_length(), x.device)
+    for first in range(0, x.shape[0], plan.batch):
+        plan.kernel.launch(
+            (min(plan.resident_blocks, rows), 1),
+            plan.threads,
+            plan.shared_bytes,
             packed.values.data_ptr(),
             packed.columns.data_ptr(),
             0 if packed.gaps is None else packed.gaps.data_ptr(),
             packed.group_offsets.data_ptr(),
-            x[first:].data_ptr(),
+            x.data_ptr() + first * columns * x.element_size(),
             0 if bias is None else bias.data_ptr(),
-            y[first:].data_ptr(),
+            y.data_ptr() + first * rows * y.element_size(),
             rows,
             columns,
-            tokens,
+            min(plan.batch, x.shape[0] - first),
             packed.values.numel() // GROUP,
         )
     return y
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How calls of one kind are launched, `batch` tokens at a time."""
+
+    kernel: Kernel
+    batch: int
+    threads: int
+    shared_bytes: int
+    resident_blocks: int
 
 
 def shared_bytes_of(columns: int, batch: int, dtype: torch.dtype) -> int:
@@ -57,28 +70,23 @@ def shared_bytes_of(columns: int, batch: int, dtype: torch.dtype) -> int:
     return (columns + GROUP * STRIDE) * max(4, batch * dtype.itemsize)
 
 
-def _kernel(packed: Packed, x: Tensor) -> tuple[Kernel, int, int]:
-    """The kernel, how many tokens it takes at a time, and its shared memory in bytes."""
-    wanted = batch = 1 << (max(x.shape[0], 1) - 1).bit_length()
-    most = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-    while shared_bytes_of(packed.shape[1], batch, x.dtype) > most and batch > 1:
+@lru_cache(maxsize=1024)
+def _plan(kind: Kind, dtype: torch.dtype, columns: int, tokens: int, device: torch.device) -> _Plan:
+    batch, most = tokens, torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    while shared_bytes_of(columns, batch, dtype) > most and batch > 1:
         batch //= 2
-    shared_bytes = shared_bytes_of(packed.shape[1], batch, x.dtype)
-    if shared_bytes > most:
-        return _load(packed, x.device, wanted, staged=False), wanted, 0
-    return _load(packed, x.device, batch, staged=True), batch, shared_bytes
-
-
-def _load(packed: Packed, device: torch.device, batch: int, staged: bool) -> Kernel:
+    shared_bytes = shared_bytes_of(columns, batch, dtype)
+    staged = shared_bytes <= most
+    if not staged:
+        batch, shared_bytes = tokens, 0
     warps, blocks, depth = TILES[batch]
-    return load(
+    kernel = load(
         "decode.cu",
         "decode",
-        _SIGNATURE,
         device,
         BATCH=batch,
-        N4=int(packed.kind == "n4"),
-        BF16=int(packed.values.dtype is torch.bfloat16),
+        N4=int(kind == "n4"),
+        BF16=int(dtype is torch.bfloat16),
         STAGED=int(staged),
         STRIDE=STRIDE,
         WARPS=warps,
@@ -86,6 +94,7 @@ def _load(packed: Packed, device: torch.device, batch: int, staged: bool) -> Ker
         DEPTH=depth,
         PREFETCH=PREFETCH,
     )
+    return _Plan(kernel, batch, warps * 32, shared_bytes, kernel.resident_blocks(warps * 32, shared_bytes))
 
 
 def _check(packed: Packed, x: Tensor, bias: Tensor | None) -> None:

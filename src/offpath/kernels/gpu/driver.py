@@ -15,67 +15,45 @@ from offpath.kernels.gpu import nvrtc
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _STATIC_SHARED_BYTES = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
-_SIZES = {"P": 8, "q": 8, "i": 4, "f": 4}
 
 
 class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute."""
+    """CUlaunchAttribute, with room for the largest value that it may hold."""
 
     _fields_ = (("id", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
 
-    def __init__(self, number: int, value: int) -> None:
-        super().__init__(number, 0, value)
 
-
-class _Config(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = (
-        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("n_attributes", ctypes.c_uint),
-    )
+# The kernel may start while the one before it in the stream still runs: it waits for that one's end itself.
+_OVERLAP = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+# CUlaunchConfig: grid, block, shared memory, stream, attributes and their number.
+_CONFIG = struct.Struct("7I4xQQI4x")
 
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """One function of a loaded module; `signature` has a letter of `struct` for each argument (P: an address)."""
+    """One function of a loaded module."""
 
     function: ctypes.c_void_p
     context: ctypes.c_void_p
-    signature: str
     device: int
     multiprocessors: int
     overlaps: bool
 
     def launch(self, grid: tuple[int, int], threads: int, shared_bytes: int, *arguments: int) -> None:
-        """Run on torch's current stream of the kernel's device; returns at once, and may be captured in a graph."""
-        # The layout of a C struct is also the alignment that each argument needs.
-        packed = ctypes.create_string_buffer(struct.pack(self.signature, *arguments))
-        address, offset, places = ctypes.addressof(packed), 0, []
-        for letter in self.signature:
-            offset = -(-offset // _SIZES[letter]) * _SIZES[letter]
-            places.append(address + offset)
-            offset += _SIZES[letter]
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        overlap = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 1)
-        config = _Config(
-            *(grid[0], grid[1], 1, threads, 1, 1, shared_bytes),
-            stream,
-            ctypes.pointer(overlap),
-            int(self.overlaps),
-        )
-        with _current(self.context):
-            _call(
-                "cuLaunchKernelEx",
-                ctypes.byref(config),
-                self.function,
-                (ctypes.c_void_p * len(places))(*places),
-                None,
-            )
+        """Run on torch's current stream of the kernel's device; returns at once, and may be captured in a graph.
 
-    @lru_cache(maxsize=64)  # noqa: B019 - kernels live as long as the process
+        `arguments` are addresses, and ints that are not negative.
+        """
+        # Each argument lies in 8 bytes of its own: the lower 4 of them are the int, where the kernel takes one.
+        words = (ctypes.c_uint64 * len(arguments))(*arguments)
+        first = ctypes.addressof(words)
+        places = (ctypes.c_void_p * len(arguments))(*range(first, first + 8 * len(arguments), 8))
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        attributes = ctypes.addressof(_OVERLAP)
+        config = _CONFIG.pack(*grid, 1, threads, 1, 1, shared_bytes, stream, attributes, self.overlaps)
+        with _current(self.context):
+            _call("cuLaunchKernelEx", config, self.function, places, None)
+
     def resident_blocks(self, threads: int, shared_bytes: int) -> int:
         """How many blocks the whole GPU holds at a time."""
         blocks = ctypes.c_int()
@@ -90,7 +68,7 @@ class Kernel:
         return max(blocks.value, 1) * self.multiprocessors
 
 
-def load(source: str, name: str, signature: str, device: torch.device, **defines: int) -> Kernel:
+def load(source: str, name: str, device: torch.device, **defines: int) -> Kernel:
     """The function `name` of a file in cuda/, compiled for `device` and loaded there; kept for the next call.
 
     Raises `KernelError` without an NVIDIA GPU, its driver or NVRTC, when the driver is older than NVRTC's code, when
@@ -99,11 +77,11 @@ def load(source: str, name: str, signature: str, device: torch.device, **defines
     if device.type != "cuda" or torch.version.hip is not None:
         raise KernelError(f"expected tensors on an NVIDIA GPU, got {device}. Move the module and its input there")
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _load(source, name, signature, index, tuple(sorted(defines.items())))
+    return _load(source, name, index, tuple(sorted(defines.items())))
 
 
 @cache
-def _load(source: str, name: str, signature: str, index: int, defines: tuple[tuple[str, int], ...]) -> Kernel:
+def _load(source: str, name: str, index: int, defines: tuple[tuple[str, int], ...]) -> Kernel:
     if torch.cuda.is_current_stream_capturing():
         raise KernelError(
             f"{source} is not loaded yet, and a graph is being captured. Run the product once before that"
@@ -123,7 +101,7 @@ def _load(source: str, name: str, signature: str, index: int, defines: tuple[tup
         _call("cuFuncGetAttribute", ctypes.byref(static), _STATIC_SHARED_BYTES, function)
         most = properties.shared_memory_per_block_optin - static.value
         _call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_BYTES, most)
-    return Kernel(function, context, signature, index, properties.multi_processor_count, properties.major >= 9)
+    return Kernel(function, context, index, properties.multi_processor_count, properties.major >= 9)
 
 
 @lru_cache(maxsize=1)

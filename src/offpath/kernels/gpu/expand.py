@@ -16,6 +16,7 @@ from torch import Tensor
 
 from offpath.kernels.gpu.launch import (
     block_of,
+    blocks_of,
     device_of,
     expect_indices,
     expect_operands,
@@ -51,9 +52,7 @@ def bitmap(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Bitmap:
     expect_rows(crow_indices, col_indices, columns)
     rows, nnz = crow_indices.shape[0] - 1, col_indices.shape[0]
     words_of_row = triton.cdiv(columns, _WORD)
-    word_of_slot = row_numbers(crow_indices, nnz) * words_of_row + (
-        col_indices >> 5
-    )  # ascends: the pattern is canonical
+    word_of_slot = row_numbers(crow_indices, nnz) * words_of_row + (col_indices >> 5)  # ascends, as slots do
     bounds = torch.arange(rows * words_of_row + 1, device=col_indices.device)
     offsets = torch.searchsorted(word_of_slot, bounds, out_int32=True)[:-1]
     bits = torch.ones_like(word_of_slot) << (col_indices & 31)
@@ -64,16 +63,16 @@ def bitmap(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Bitmap:
 
 
 @triton.jit
-def _octets(words, offsets, words_of_row, BLOCK: tl.constexpr):
+def _octets(words, offsets, row, rows, words_of_row, BLOCK: tl.constexpr):
     """(first column of each octet [BLOCK, 1], which of its columns are connected, where their values lie [BLOCK, 8]).
 
-    An octet is 8 columns, a byte of a word; one that is past the row's words has no connection.
+    An octet is 8 columns, a byte of a word; one past the last word or row has no connection.
     """
     octet = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     word = octet // 4
     shift = octet % 4 * 8
-    inside = word < words_of_row
-    first_word = tl.program_id(0).to(tl.int64) * words_of_row
+    inside = (word < words_of_row) & (row < rows)
+    first_word = row * words_of_row
     bits = tl.load(words + first_word + word, mask=inside, other=0).to(tl.uint32, bitcast=True)
     before = tl.load(offsets + first_word + word, mask=inside, other=0)
     lower = bits & ((1 << shift) - 1).to(tl.uint32)  # bits are counted in parallel: in pairs, in nibbles, in bytes
@@ -93,32 +92,56 @@ def _octets(words, offsets, words_of_row, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _inside(first, columns, ALIGNED: tl.constexpr):
+def _inside(first, row, rows, columns, ALIGNED: tl.constexpr):
     """Which columns of an octet exist; ALIGNED: all or none, so that they are loaded and stored together."""
     if ALIGNED:
-        return tl.broadcast_to(first < columns, [first.shape[0], 8])
-    else:
-        return first + tl.arange(0, 8)[None, :] < columns
+        return tl.broadcast_to((first < columns) & (row < rows), [first.shape[0], 8])
+    return (first + tl.arange(0, 8)[None, :] < columns) & (row < rows)
 
 
 @triton.jit
-def expand_kernel(words, offsets, values, dense, words_of_row, columns, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """dense[row, column] = its value, or zero. Grid (rows, blocks of octets)."""
-    first, live, place = _octets(words, offsets, words_of_row, BLOCK)
-    value = tl.load(values + place, mask=live, other=0.0)
-    target = dense + tl.program_id(0).to(tl.int64) * columns + first + tl.arange(0, 8)[None, :]
-    tl.store(target, value, mask=_inside(first, columns, ALIGNED))
+def expand_kernel(
+    words,
+    offsets,
+    values,
+    dense,
+    rows,
+    words_of_row,
+    columns,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dense[row, column] = its value, or zero. Grid (blocks of ROWS rows, blocks of octets)."""
+    for step in tl.static_range(ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + step
+        first, live, place = _octets(words, offsets, row, rows, words_of_row, BLOCK)
+        value = tl.load(values + place, mask=live, other=0.0)
+        target = dense + row * columns + first + tl.arange(0, 8)[None, :]
+        tl.store(target, value, mask=_inside(first, row, rows, columns, ALIGNED))
 
 
 @triton.jit
 def compress_kernel(
-    words, offsets, values, dense, words_of_row, columns, row_stride, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+    words,
+    offsets,
+    values,
+    dense,
+    rows,
+    words_of_row,
+    columns,
+    row_stride,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """values[place] = dense[row, column] where a connection is. Grid (rows, blocks of octets)."""
-    first, live, place = _octets(words, offsets, words_of_row, BLOCK)
-    source = dense + tl.program_id(0).to(tl.int64) * row_stride + first + tl.arange(0, 8)[None, :]
-    value = tl.load(source, mask=_inside(first, columns, ALIGNED), other=0.0)
-    tl.store(values + place, value, mask=live)
+    """values[place] = dense[row, column] where a connection is. Grid (blocks of ROWS rows, blocks of octets)."""
+    for step in tl.static_range(ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + step
+        first, live, place = _octets(words, offsets, row, rows, words_of_row, BLOCK)
+        source = dense + row * row_stride + first + tl.arange(0, 8)[None, :]
+        value = tl.load(source, mask=_inside(first, row, rows, columns, ALIGNED), other=0.0)
+        tl.store(values + place, value, mask=live)
 
 
 def expand(prepared: Bitmap, values: Tensor) -> Tensor:
@@ -146,17 +169,20 @@ def _launch(kernel: Any, prepared: Bitmap, values: Tensor, dense: Tensor, stride
     rows, words_of_row = prepared.words.shape
     if rows == 0 or words_of_row == 0:
         return
-    block = block_of(4 * words_of_row, 512)
+    block = block_of(4 * words_of_row, 1024)
+    rows_at_once = min(1024 // block, 4)  # a program of narrow rows needs several to keep enough loads under way
     with device_of(values):
-        kernel[(rows, triton.cdiv(4 * words_of_row, block))](
+        kernel[(triton.cdiv(rows, rows_at_once), blocks_of(4 * words_of_row, block))](
             prepared.words,
             prepared.offsets,
             values,
             dense,
+            rows,
             words_of_row,
             prepared.columns,
             *strides,
             ALIGNED=prepared.columns % 8 == 0,
+            ROWS=rows_at_once,
             BLOCK=block,
             num_warps=max(block // 128, 1),
             num_stages=1,

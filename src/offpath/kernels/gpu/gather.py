@@ -13,13 +13,13 @@ from torch import Tensor
 from offpath.kernels.gpu.launch import (
     accumulator,
     block_of,
+    blocks_of,
     contiguous_rows,
     device_of,
     expect_indices,
     expect_operands,
     expect_rows,
     expect_shapes,
-    warps_of,
     wide_dtype,
 )
 
@@ -172,9 +172,11 @@ def gather_sum(
     rows, width = y.shape
     if rows == 0 or width == 0:
         return
-    block = block_of(width, 1024)
+    # One load of 16 bytes for each lane of one warp: as the second-level cache then holds more of a narrow strip of a
+    # large weight, this beat every wider block.
+    block = block_of(width, 512 // y.element_size())
     with device_of(y):
-        gather_sum_kernel[(rows, triton.cdiv(width, block))](
+        gather_sum_kernel[(rows, blocks_of(width, block))](
             crow_indices.contiguous(),
             indices.contiguous(),
             values.contiguous(),
@@ -191,7 +193,7 @@ def gather_sum(
             WHOLE=width % block == 0,
             UNROLL=8,
             BLOCK=block,
-            num_warps=warps_of(block, y.dtype, 4),
+            num_warps=1,
             num_stages=1,
         )
 
@@ -201,8 +203,8 @@ def gather_dot(crow_indices: Tensor, indices: Tensor, dy: Tensor, weight: Tensor
     (rows, width), nnz = dy.shape, indices.shape[0]
     if rows == 0 or width == 0 or nnz == 0:
         return dy.new_zeros(nnz)
-    block = block_of(width, 1024)
-    blocks = triton.cdiv(width, block)
+    block = block_of(width, 2048 // dy.element_size())  # more for a lane to sum before lanes are summed
+    blocks = blocks_of(width, block)
     # Parts of a dot product are summed in a fixed order, and rounded once.
     parts = dy.new_empty(blocks, nnz, dtype=dy.dtype if blocks == 1 else wide_dtype(dy.dtype))
     with device_of(dy):

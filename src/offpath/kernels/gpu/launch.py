@@ -87,10 +87,15 @@ def contiguous_rows(matrix: Tensor) -> Tensor:
 
 
 def block_of(width: int, most: int) -> int:
-    """How many of `width` neighbours one program takes: a power of two, at least one for each lane of a warp."""
+    """How many of `width` neighbours one program takes: a power of two up to `most`, at least one for each lane."""
     return max(min(triton.next_power_of_2(width), most), _LANES)
 
 
-def warps_of(block: int, dtype: torch.dtype, most: int) -> int:
-    """As many warps as load `block` neighbours 16 bytes a lane."""
-    return max(min(block * dtype.itemsize // (16 * _LANES), most), 1)
+def blocks_of(width: int, block: int) -> int:
+    """How many blocks cover `width`; raises `KernelError` where a grid cannot have so many in its second dimension."""
+    blocks = triton.cdiv(width, block)
+    if blocks > 65535:
+        raise KernelError(
+            f"expected at most {65535 * block} neighbours (tokens, or the width), got {width}; split them"
+        )
+    return int(blocks)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -10,8 +13,9 @@ from offpath.kernels.gpu.driver import Kernel, load
 
 MAX_TOKENS = 4
 DTYPES = (torch.float32, torch.bfloat16)
-# Tokens: warps of a block, blocks that should fit on a multiprocessor, rows that each warp has in flight.
-TILES = {1: (8, 4, 4), 2: (8, 4, 4), 4: (8, 3, 4)}
+# Tokens: warps of a block, blocks that should fit on a multiprocessor, rows that each warp has in flight. These
+# were the quickest on an H200.
+TILES = {1: (8, 4, 4), 2: (8, 4, 4), 4: (8, 2, 6)}
 _LANES = 32
 _WORD_BYTES = 16
 _LEAST_INPUTS = 64  # of a block
@@ -31,24 +35,20 @@ def live_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     y = x.new_empty(tokens, n_outputs)
     if not y.numel():
         return y
-    batch = 1 << (tokens - 1).bit_length()
-    threads = TILES[batch][0] * 32
-    sum_rows, reduce = (
-        _load(name, signature, x, batch) for name, signature in (("live", "PPPiiii"), ("reduce", "PPPiii"))
-    )
+    plan = _plan(x.dtype, 1 << (tokens - 1).bit_length(), x.device)
     strips = -(-n_outputs // (_LANES * _WORD_BYTES // x.element_size()))
-    parts = max(1, min(sum_rows.resident_blocks(threads, 0) // strips, n_inputs // _LEAST_INPUTS))
+    parts = max(1, min(plan.resident_blocks // strips, n_inputs // _LEAST_INPUTS))
     partial = torch.empty(parts, tokens, n_outputs, device=x.device)
-    sum_rows.launch(
+    plan.sum_rows.launch(
         (strips, parts),
-        threads,
+        plan.threads,
         0,
         *(weight.data_ptr(), x.data_ptr(), partial.data_ptr()),
         *(n_inputs, n_outputs, tokens, -(-n_inputs // parts)),
     )
-    reduce.launch(
-        (-(-tokens * n_outputs // (threads)), 1),
-        threads,
+    plan.reduce.launch(
+        (-(-tokens * n_outputs // plan.threads), 1),
+        plan.threads,
         0,
         *(partial.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()),
         *(n_outputs, tokens, parts),
@@ -56,19 +56,33 @@ def live_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return y
 
 
-def _load(name: str, signature: str, x: Tensor, batch: int) -> Kernel:
+@dataclass(frozen=True)
+class _Plan:
+    """How calls of one kind are launched."""
+
+    sum_rows: Kernel
+    reduce: Kernel
+    threads: int
+    resident_blocks: int
+
+
+@lru_cache(maxsize=64)
+def _plan(dtype: torch.dtype, batch: int, device: torch.device) -> _Plan:
     warps, blocks, depth = TILES[batch]
-    return load(
-        "live.cu",
-        name,
-        signature,
-        x.device,
-        BATCH=batch,
-        BF16=int(x.dtype is torch.bfloat16),
-        DEPTH=depth,
-        WARPS=warps,
-        BLOCKS=blocks,
+    sum_rows, reduce = (
+        load(
+            "live.cu",
+            name,
+            device,
+            BATCH=batch,
+            BF16=int(dtype is torch.bfloat16),
+            DEPTH=depth,
+            WARPS=warps,
+            BLOCKS=blocks,
+        )
+        for name in ("live", "reduce")
     )
+    return _Plan(sum_rows, reduce, warps * 32, sum_rows.resident_blocks(warps * 32, 0))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from offpath.kernels.gpu.gather import gather_dot, gather_sum
 from offpath.kernels.gpu.launch import (
     accumulator,
+    blocks_of,
     contiguous_rows,
     device_of,
     expect_indices,
@@ -118,7 +119,7 @@ def transpose(source: Tensor, target: Tensor) -> None:
         return
     block = 64
     with device_of(source):
-        transpose_kernel[(triton.cdiv(padded, block), triton.cdiv(columns, block))](
+        transpose_kernel[(triton.cdiv(padded, block), blocks_of(columns, block))](
             source,
             target,
             rows,
