@@ -185,3 +185,48 @@ def test_the_costs_of_a_device_say_when_zeros_are_written_out() -> None:
         with kernels.forced(replace(_with(sparse=sparse, dense=1.0), rows=replace(DEFINITION, matmul=matmul))):
             assert torch.equal(rows.matmul(torch.eye(3)), torch.tensor([[0.0, 3.0, 2.0]]))
         assert len(called) == expected
+
+
+def test_a_digest_on_a_device_is_read_once_after_each_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading it waits for the device, and a wrong one must be refused in every call."""
+
+    class OnDevice(torch.Tensor):
+        is_cpu = False
+        reads = 0
+
+        def item(self) -> int:
+            OnDevice.reads += 1
+            return self.as_subclass(torch.Tensor).item()
+
+    layer, x = SparseLinear(8, 8), torch.ones(2, 8)
+    layer.topology_digest = layer.topology_digest.as_subclass(OnDevice)
+    with kernels.forced("reference"):
+        layer(x), layer(x)
+        assert OnDevice.reads == 1
+        with torch.no_grad():
+            layer.topology_digest.add_(0)
+        layer(x), layer(x)
+        assert OnDevice.reads == 2
+        with torch.no_grad():
+            layer.topology_digest.add_(2**60)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="the topologies differ"):
+                layer(x)
+        with torch.no_grad():
+            layer.topology_digest.sub_(2**60)
+        layer(x)
+
+
+def test_a_device_before_ampere_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        name, major, minor, total_memory, multi_processor_count = "Old GPU", 7, 5, 2**34, 40
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    part = availability.device_part()
+    assert not part.usable and "Old GPU has compute capability 7.5; the kernels need 8.0" in part.detail
+    Properties.major, Properties.minor = 9, 0
+    assert availability.device_part() == Part(
+        "device", True, "Old GPU (compute capability 9.0), 16 GiB, 40 multiprocessors"
+    )
