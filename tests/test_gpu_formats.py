@@ -1,4 +1,4 @@
-"""The packed formats of the GPU's decoding kernel: every connection once, in order of banks, in the bits as described."""
+"""The packed formats of the GPU's decoding kernel: every connection once, in turn of the banks, bits as described."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_round_trip(mask: Tensor, kind: Kind | None, dtype: torch.dtype) -> Pac
     return packed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(0, 7),
     columns=st.one_of(st.integers(0, 80), st.integers(300, 1500)),
@@ -107,19 +107,20 @@ def test_lanes_fetch_from_different_banks(kind: Kind, density: float) -> None:
     assert sum(repeats) / len(repeats) < (2.1 if kind == "n4" else 1.5)
 
 
-def test_the_smaller_format_is_chosen() -> None:
+def test_the_format_is_chosen_by_its_bytes() -> None:
     for density in (0.02, 0.05, 0.1, 0.3, 0.5):
         for dtype in formats.DTYPES:
-            matrix = csr(random_mask(16, 8192, density), dtype)
-            sizes = {kind: pack(*matrix, 8192, kind).n_bytes for kind in KINDS}
-            assert sizes[pack(*matrix, 8192).kind] == min(sizes.values())
+            matrix = csr(random_mask(4, 8192, density), dtype)
+            n4, c16 = (pack(*matrix, 8192, kind).n_bytes for kind in KINDS)
+            if abs(n4 / c16 - 0.85) > 0.02:  # the offsets count as bytes, and not in the choice
+                assert pack(*matrix, 8192).kind == ("n4" if n4 < 0.85 * c16 else "c16")
     assert pack(*csr(random_mask(16, 8192, 0.5), torch.bfloat16), 8192).kind == "n4"
     assert pack(*csr(random_mask(16, 8192, 0.02), torch.bfloat16), 8192).kind == "c16"
 
 
 def test_refusals() -> None:
     crow_indices, col_indices, values = csr(random_mask(2, 9, 0.5), torch.float32)
-    with pytest.raises(KernelError, match="float32 or bfloat16, got torch.float64"):
+    with pytest.raises(KernelError, match=r"float32 or bfloat16, got torch\.float64"):
         pack(crow_indices, col_indices, values.double(), 9)
     with pytest.raises(KernelError, match="at most 65,536 columns"):
         pack(crow_indices, col_indices, values, 2**16 + 1)

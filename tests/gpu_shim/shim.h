@@ -2,8 +2,8 @@
 // fiber, blocks run one after another, and shared memory beyond what a launch asked for is out of bounds. A barrier or
 // a shuffle that not all threads reach ends the program.
 //
-// gpu_on_cpu.py puts the sources behind this, each with its options in a namespace of its own, and a main() that reads a
-// launch from stdin and writes the buffers as they are afterwards to stdout.
+// gpu_on_cpu.py puts the sources behind this, each with its options in a namespace of its own, and a main() that reads
+// a launch from stdin and writes the buffers as they are afterwards to stdout.
 #pragma once
 
 #include <math.h>
@@ -52,8 +52,8 @@ Index threadIdx, blockIdx, gridDim;
     exit(3);
 }
 
-// A barrier for `size` threads that also exchanges a word of each. Two rounds of words are kept: a thread can be at most
-// one round ahead of another.
+// A barrier for `size` threads that also exchanges a word of each. Two rounds of words are kept: a thread can be at
+// most one round ahead of another.
 struct Meeting {
     int size, arrived = 0;
     unsigned round = 0;
@@ -93,12 +93,14 @@ inline const std::vector<unsigned> &meet(Meeting &meeting, int place, unsigned w
         ++meeting.round;
         progress = true;
     }
-    while (meeting.round == round) yield();
+    while (meeting.round == round)
+        yield();
     return meeting.words[round % 2];
 }
 
 inline const std::vector<unsigned> &meet_warp(unsigned mask, unsigned word) {
-    if (mask != 0xffffffffu) fail("a warp's function without all lanes");
+    if (mask != 0xffffffffu)
+        fail("a warp's function without all lanes");
     return meet(warps[threadIdx.x / WARP], threadIdx.x % WARP, word);
 }
 
@@ -112,14 +114,8 @@ inline float __uint_as_float(unsigned bits) {
     memcpy(&value, &bits, sizeof value);
     return value;
 }
-template <class T>
-T __ldcs(const T *place) {
-    return *place;
-}
-template <class T>
-T min(T a, T b) {
-    return a < b ? a : b;
-}
+template <class T> T __ldcs(const T *place) { return *place; }
+template <class T> T min(T a, T b) { return a < b ? a : b; }
 inline int __popc(unsigned word) { return __builtin_popcount(word); }
 inline float __shfl_xor_sync(unsigned mask, float value, int distance) {
     return __uint_as_float(meet_warp(mask, __float_as_uint(value))[(threadIdx.x % WARP) ^ distance]);
@@ -127,22 +123,24 @@ inline float __shfl_xor_sync(unsigned mask, float value, int distance) {
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
     const std::vector<unsigned> &votes = meet_warp(mask, vote);
     unsigned ballot = 0;
-    for (int lane = 0; lane < WARP; ++lane) ballot |= votes[lane] << lane;
+    for (int lane = 0; lane < WARP; ++lane)
+        ballot |= votes[lane] << lane;
     return ballot;
 }
 inline int __syncthreads_or(int vote) {
     unsigned any = 0;
-    for (unsigned word : meet(block, threadIdx.x, vote != 0)) any |= word;
+    for (unsigned word : meet(block, threadIdx.x, vote != 0))
+        any |= word;
     return any != 0;
 }
 inline void __syncthreads() { __syncthreads_or(0); }
 
 namespace shim {
 
-template <class T>
-T take() {
+template <class T> T take() {
     T value;
-    if (fread(&value, sizeof value, 1, stdin) != 1) fail("a launch that ends too early");
+    if (fread(&value, sizeof value, 1, stdin) != 1)
+        fail("a launch that ends too early");
     return value;
 }
 
@@ -154,13 +152,14 @@ std::vector<Buffer> buffers;
 std::vector<int> numbers;
 
 // Arguments come in their order: a pointer as its bytes (none: a null pointer), an int as itself.
-template <class T>
-T argument() {
+template <class T> T argument() {
     if constexpr (std::is_pointer_v<T>) {
         Buffer buffer;
         buffer.bytes = take<uint64_t>();
-        if (buffer.bytes && posix_memalign(&buffer.memory, 16, buffer.bytes)) fail("no memory");
-        if (buffer.bytes && fread(buffer.memory, 1, buffer.bytes, stdin) != buffer.bytes) fail("a short buffer");
+        if (buffer.bytes && posix_memalign(&buffer.memory, 16, buffer.bytes))
+            fail("no memory");
+        if (buffer.bytes && fread(buffer.memory, 1, buffer.bytes, stdin) != buffer.bytes)
+            fail("a short buffer");
         buffers.push_back(buffer);
         return static_cast<T>(buffer.memory);
     } else {
@@ -180,9 +179,11 @@ void enter() {
 }
 
 void run_block(int threads, int shared_bytes, bool backwards) {
-    for (int i = 0; i < SHARED_BYTES / 4; ++i) reinterpret_cast<unsigned *>(shared)[i] = 0xffffffffu; // NaN
+    for (int i = 0; i < SHARED_BYTES / 4; ++i)
+        reinterpret_cast<unsigned *>(shared)[i] = 0xffffffffu; // NaN
     __asan_poison_memory_region(reinterpret_cast<char *>(shared) + shared_bytes, SHARED_BYTES - shared_bytes);
-    for (Meeting &warp : warps) warp = {WARP, 0, 0, {std::vector<unsigned>(WARP), std::vector<unsigned>(WARP)}};
+    for (Meeting &warp : warps)
+        warp = {WARP, 0, 0, {std::vector<unsigned>(WARP), std::vector<unsigned>(WARP)}};
     block = {threads, 0, 0, {std::vector<unsigned>(threads), std::vector<unsigned>(threads)}};
     for (Fiber &fiber : fibers) {
         getcontext(&fiber.context);
@@ -197,20 +198,21 @@ void run_block(int threads, int shared_bytes, bool backwards) {
         for (int i = 0; i < threads; ++i) {
             threadIdx.x = backwards ? threads - 1 - i : i;
             Fiber &fiber = fibers[threadIdx.x];
-            if (fiber.done) continue;
+            if (fiber.done)
+                continue;
             all_done = false;
             void *fake = nullptr;
             __sanitizer_start_switch_fiber(&fake, fiber.stack.data(), STACK_BYTES);
             swapcontext(&scheduler, &fiber.context);
             __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
         }
-        if (!all_done && !progress) fail("a barrier that not all threads reach");
+        if (!all_done && !progress)
+            fail("a barrier that not all threads reach");
     }
     __asan_unpoison_memory_region(shared, SHARED_BYTES);
 }
 
-template <class... Arguments>
-int launch(void (*kernel)(Arguments...)) {
+template <class... Arguments> int launch(void (*kernel)(Arguments...)) {
     const int grid_x = take<int>(), grid_y = take<int>(), threads = take<int>(), shared_bytes = take<int>();
     const bool backwards = take<int>();
     static std::tuple<Arguments...> arguments;
@@ -227,7 +229,8 @@ int launch(void (*kernel)(Arguments...)) {
         run_block(threads, shared_bytes, backwards);
     }
     for (const Buffer &buffer : buffers) {
-        if (buffer.bytes) fwrite(buffer.memory, 1, buffer.bytes, stdout);
+        if (buffer.bytes)
+            fwrite(buffer.memory, 1, buffer.bytes, stdout);
         free(buffer.memory);
     }
     return 0;

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from offpath.kernels.errors import KernelError
-from offpath.kernels.gpu.driver import Kernel, load
+from offpath.kernels.gpu.driver import Kernel, load, shared_bytes_limit
 from offpath.kernels.gpu.formats import GROUP, STRIDE, Kind, Packed
 
 MAX_TOKENS = 8
@@ -72,7 +72,7 @@ def shared_bytes_of(columns: int, batch: int, dtype: torch.dtype) -> int:
 
 @lru_cache(maxsize=1024)
 def _plan(kind: Kind, dtype: torch.dtype, columns: int, tokens: int, device: torch.device) -> _Plan:
-    batch, most = tokens, torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    batch, most = tokens, shared_bytes_limit(device)
     while shared_bytes_of(columns, batch, dtype) > most and batch > 1:
         batch //= 2
     shared_bytes = shared_bytes_of(columns, batch, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 
@@ -14,6 +14,7 @@ from offpath.kernels.gpu import nvrtc
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_SHARED_BYTES_LIMIT = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 _STATIC_SHARED_BYTES = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 
 
@@ -74,10 +75,18 @@ def load(source: str, name: str, device: torch.device, **defines: int) -> Kernel
     Raises `KernelError` without an NVIDIA GPU, its driver or NVRTC, when the driver is older than NVRTC's code, when
     the source does not compile, and when it would have to be loaded in the middle of a graph's capture.
     """
+    return _load(source, name, _index(device), tuple(sorted(defines.items())))
+
+
+def shared_bytes_limit(device: torch.device) -> int:
+    """How much shared memory a block may ask for there."""
+    return _attribute(_index(device), _SHARED_BYTES_LIMIT)
+
+
+def _index(device: torch.device) -> int:
     if device.type != "cuda" or torch.version.hip is not None:
         raise KernelError(f"expected tensors on an NVIDIA GPU, got {device}. Move the module and its input there")
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _load(source, name, index, tuple(sorted(defines.items())))
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @cache
@@ -99,12 +108,20 @@ def _load(source: str, name: str, index: int, defines: tuple[tuple[str, int], ..
         _call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
         static = ctypes.c_int()
         _call("cuFuncGetAttribute", ctypes.byref(static), _STATIC_SHARED_BYTES, function)
-        most = properties.shared_memory_per_block_optin - static.value
+        most = _attribute(index, _SHARED_BYTES_LIMIT) - static.value
         _call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_BYTES, most)
     return Kernel(function, context, index, properties.multi_processor_count, properties.major >= 9)
 
 
-@lru_cache(maxsize=1)
+@cache
+def _attribute(index: int, number: int) -> int:
+    handle, value = ctypes.c_int(), ctypes.c_int()
+    _call("cuDeviceGet", ctypes.byref(handle), index)
+    _call("cuDeviceGetAttribute", ctypes.byref(value), number, handle)
+    return value.value
+
+
+@cache
 def driver() -> ctypes.CDLL:
     """libcuda; raises `KernelError` where it is missing or older than the code that NVRTC writes."""
     try:

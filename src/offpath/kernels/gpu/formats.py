@@ -5,11 +5,11 @@ groups of a row go to the lanes of a warp in turn. All lanes fetch the `x` of th
 second ones, and so on: as fast as the columns lie in different banks of shared memory, which repeat every 32 columns.
 
 *n4* keeps the column of a group's first slot in 16 bits and the seven gaps to the next slots in 4 bits each (bits 4j to
-4j + 3 for slot j), in units of `STRIDE` columns, less one. So a group stays in its bank, and the groups of a row stand in
-the order that takes one of each bank in turn. Where two connections of a bank lie more than 16 units apart, slots without
-a connection stand between them, 16 units apart.
+4j + 3 for slot j), in units of `STRIDE` columns, less one. So a group stays in its bank, or in two of them, and the
+groups of a row stand in the order that has one of each bank in turn. Where two connections of a bank lie more than 16
+units apart, slots without a connection stand between them, 16 units apart.
 
-*c16* keeps all eight columns in 16 bits, and takes the connections of a row in the order that has one of each bank in
+*c16* keeps all eight columns in 16 bits each, and the connections of a row in the order that has one of each bank in
 turn.
 
 A slot without a connection holds the value -0.0, and none with a connection does: a zero of the weight is stored as

@@ -109,6 +109,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if weight.shape[1] * weight.element_size() % _WORD_BYTES or weight.data_ptr() % _WORD_BYTES:
         raise KernelError(
-            f"expected rows of the weight that begin at multiples of {_WORD_BYTES} bytes, got {weight.shape[1]} columns "
-            f"of {weight.dtype} at address {weight.data_ptr():#x}. Pad the outputs"
+            f"expected rows of the weight that begin at multiples of {_WORD_BYTES} bytes, got {weight.shape[1]} "
+            f"columns of {weight.dtype} at address {weight.data_ptr():#x}. Pad the outputs"
         )

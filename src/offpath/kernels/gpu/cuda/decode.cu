@@ -71,11 +71,9 @@ __device__ __forceinline__ void prefetch(const uint4 *values, const u16 *columns
                                          int n_rows, int row) {
     const long long begin = (long long)n_groups * row / n_rows / 8 * 8;
     const int count = min(min((n_groups + n_rows - 1) / n_rows, PREFETCH), n_groups - (int)begin) / 8 * 8;
-    const int lane = threadIdx.x % 32;
-    if (row < n_rows && lane == 3)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(group_offsets + row) : "memory");
     if (row >= n_rows || count <= 0)
         return;
+    const int lane = threadIdx.x % 32;
     if (lane == 0)
         prefetch_bytes(values, begin * VALUE_WORDS * 4, count * VALUE_WORDS * 4);
 #if N4
@@ -206,7 +204,6 @@ __device__ __forceinline__ void multiply(const uint4 *values, const u16 *columns
         int next_begin = 0, next_end = 0;
         if (next_row < n_rows)
             next_begin = group_offsets[next_row], next_end = group_offsets[next_row + 1];
-        const float row_bias = bias ? widen(bias[row]) : 0.0f;
         float sums[BATCH];
 #pragma unroll
         for (int token = 0; token < BATCH; ++token)
@@ -238,7 +235,7 @@ __device__ __forceinline__ void multiply(const uint4 *values, const u16 *columns
                 sums[token] += __shfl_xor_sync(0xffffffffu, sums[token], distance);
             }
             if (lane == token && token < tokens) {
-                y[(long long)token * n_rows + row] = narrow(sums[token] + row_bias);
+                y[(long long)token * n_rows + row] = narrow(sums[token] + (bias ? widen(bias[row]) : 0.0f));
             }
         }
     }
@@ -289,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
            const Element *bias, Element *y, int n_rows, int n_columns, int tokens, int n_groups) {
     const int row = first_row();
 #if __CUDA_ARCH__ >= 900
-    prefetch(values, columns, gaps, group_offsets, n_groups, n_rows, row);
+    prefetch(values, columns, gaps, n_groups, n_rows, row);
 #endif
     wait_for_previous_kernel();
     start_next_kernel();

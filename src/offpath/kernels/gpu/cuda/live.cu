@@ -106,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const u32 lives = __ballot_sync(0xffffffffu, is_live);
             if (lane == 0)
                 counts[warp] = __popc(lives);
-            __syncthreads();
+            __syncthreads(); // and all warps are done with the list
             int place = listed + __popc(lives & ((1u << lane) - 1u));
 #pragma unroll
             for (int other = 0; other < WARPS; ++other) {
@@ -137,7 +137,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                     add_row(sums, rows[i], live_x[at]);
             }
         }
-        __syncthreads();
     }
 
     for (int token = 0; token < tokens; ++token) {

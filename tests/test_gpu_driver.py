@@ -1,0 +1,162 @@
+"""What is missing on a machine is named, and what was compiled once is not compiled again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from offpath.kernels import KernelError
+from offpath.kernels.gpu import driver, nvrtc
+from offpath.kernels.gpu.decode import decode
+from offpath.kernels.gpu.formats import pack
+from offpath.kernels.gpu.live import live_matmul
+from test_gpu_formats import csr, random_mask
+
+OPTIONS = {"BATCH": 1, "BF16": 1, "DEPTH": 4, "WARPS": 8, "BLOCKS": 4}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OFFPATH_CACHE_DIR", str(tmp_path))
+    return tmp_path / "cubin"
+
+
+def test_compiled_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = nvrtc.cubin("live.cu", (9, 0), OPTIONS)
+    assert found[:4] == b"\x7fELF"
+    (kept,) = folder.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(nvrtc.NVRTC, "compile", lambda *_: pytest.fail("compiled again"))
+        assert nvrtc.cubin("live.cu", (9, 0), OPTIONS) == found
+    kept.write_bytes(kept.read_bytes()[:-100])
+    assert nvrtc.cubin("live.cu", (9, 0), OPTIONS) == found, "half a file was believed"
+    # Other options, another architecture, another version: another file.
+    keys = {kept.name}
+    monkeypatch.setattr(nvrtc.NVRTC, "compile", lambda *_: b"compiled")
+    for capability, options in (((8, 0), OPTIONS), ((9, 0), {**OPTIONS, "DEPTH": 2})):
+        assert nvrtc.cubin("live.cu", capability, options) == b"compiled"
+        names = {path.name for path in folder.iterdir()}
+        assert len(names) == len(keys) + 1
+        keys = names
+    monkeypatch.setattr(nvrtc.library(), "version", (99, 0))
+    assert nvrtc.cubin("live.cu", (9, 0), OPTIONS) == b"compiled"
+    assert not [name for name in keys if name.startswith(".")], "a file beside was left"
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("OFFPATH_CACHE_DIR", str(tmp_path / "file" / "below"))
+    monkeypatch.setattr(nvrtc.NVRTC, "compile", lambda *_: b"compiled")
+    assert nvrtc.cubin("live.cu", (9, 0), OPTIONS) == b"compiled"
+    assert "compiles its CUDA kernels in every process" in caplog.text
+
+
+def test_architectures() -> None:
+    library = nvrtc.library()
+    assert [library.architecture(capability) for capability in ((8, 0), (8, 9), (9, 0), (12, 0))] == [80, 89, 90, 120]
+    assert library.architecture((12, 9)) // 10 == 12, "code of a lower minor version runs as well"
+    with pytest.raises(KernelError, match=r"this GPU has 3\.5\. Install another version of NVRTC"):
+        library.architecture((3, 5))
+
+
+def test_what_does_not_compile_brings_its_log(folder: Path) -> None:
+    with pytest.raises(KernelError, match="NVRTC could not compile") as refused:
+        nvrtc.cubin("live.cu", (9, 0), {name: value for name, value in OPTIONS.items() if name != "BATCH"})
+    assert 'identifier "BATCH" is undefined' in str(refused.value)
+    assert not folder.exists()
+
+
+def test_no_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "_candidates", lambda: iter(["libnvrtc.so.0"]))
+    nvrtc.library.cache_clear()
+    with pytest.raises(KernelError, match=r"NVRTC.* was not found: install offpath\[gpu\].*libnvrtc\.so\.0"):
+        nvrtc.library()
+
+
+def libcuda(monkeypatch: pytest.MonkeyPatch, version: int | None, status: int = 0) -> None:
+    def get_version(place) -> int:
+        place._obj.value = version
+        return 0
+
+    def load(name: str):
+        if version is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return SimpleNamespace(cuInit=lambda _: status, cuDriverGetVersion=get_version)
+
+    nvrtc.library()  # which loads a library as well
+    monkeypatch.setattr(driver.ctypes, "CDLL", load)
+    driver.driver.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("version", "status", "message"),
+    [
+        (None, 0, r"no NVIDIA driver: libcuda\.so\.1: cannot open"),
+        (13000, 100, "finds no GPU that it can use"),
+        (12040, 0, r"knows CUDA up to 12\.4, and NVRTC 13\.\d+ writes code for 13\.0 and later\. Update the driver"),
+    ],
+)
+def test_drivers_that_will_not_do(monkeypatch: pytest.MonkeyPatch, version, status, message) -> None:
+    libcuda(monkeypatch, version, status)
+    with pytest.raises(KernelError, match=message):
+        driver.driver()
+
+
+def test_a_new_driver_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    libcuda(monkeypatch, 13000)
+    assert driver.driver().cuInit(0) == 0
+    driver.driver.cache_clear()
+
+
+def test_tensors_elsewhere_are_refused() -> None:
+    packed = pack(*csr(random_mask(4, 8, 0.5), torch.float32), 8)
+    for call in (lambda: decode(packed, torch.ones(1, 8)), lambda: live_matmul(torch.ones(1, 8), torch.ones(8, 4))):
+        with pytest.raises(KernelError, match="expected tensors on an NVIDIA GPU, got cpu"):
+            call()
+
+
+def test_operands_that_do_not_fit() -> None:
+    packed = pack(*csr(random_mask(4, 8, 0.5), torch.float32), 8)
+    x, bias = torch.ones(2, 8), torch.ones(4)
+    for wrong in (
+        (torch.ones(9, 8),),
+        (torch.ones(2, 7),),
+        (torch.ones(8),),
+        (x.bfloat16(),),
+        (x.double(),),
+        (torch.ones(8, 2).t(),),
+        (x, bias[:3]),
+        (x, bias.bfloat16()),
+        (x, torch.ones(8)[::2]),
+    ):
+        with pytest.raises(KernelError, match="expected contiguous x"):
+            decode(packed, *wrong)
+    weight = torch.ones(8, 4)
+    for wrong in (
+        (torch.ones(5, 8), weight),
+        (torch.ones(2, 7), weight),
+        (x.bfloat16(), weight),
+        (x.double(), weight.double()),
+        (x, torch.ones(4, 8).t()),
+        (x, weight, bias[:3]),
+    ):
+        with pytest.raises(KernelError, match="expected contiguous x"):
+            live_matmul(*wrong)
+    with pytest.raises(KernelError, match="begin at multiples of 16 bytes, got 3 columns"):
+        live_matmul(x, torch.ones(8, 3))
+
+
+def test_nothing_is_loaded_before_it_is_used() -> None:
+    code = """
+import sys, offpath, offpath.kernels.gpu.decode, offpath.kernels.gpu.live, torch
+assert not torch.cuda.is_initialized() and "triton" not in sys.modules
+assert "nvrtc" not in open("/proc/self/maps").read() and "libcuda.so" not in open("/proc/self/maps").read()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
