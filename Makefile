@@ -8,9 +8,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # An editable install sees edits of Python files by itself.
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*) $(if $(wildcard $(VENV)/.editable),,README.md \
-	$(shell find src -name '*.py' -o -name '*.pyi' -o -name '*.jinja' -o -name 'py.typed'))
+	$(shell find src -name '*.py' -o -name '*.pyi' -o -name '*.cu' -o -name '*.jinja' -o -name 'py.typed'))
 
-CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h tests/sanitize/*.cpp tests/sanitize/*.h)
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h tests/sanitize/*.cpp tests/sanitize/*.h \
+	src/offpath/kernels/gpu/cuda/*.cu tests/gpu_shim/*.h)
 
 MAKEFLAGS += --no-print-directory
 

@@ -13,6 +13,7 @@ from offpath.kernels.errors import KernelError
 from offpath.kernels.gpu import nvrtc
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_OVERLAP_IN_GRAPHS_FROM = 12030  # CUDA 12.3
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _SHARED_BYTES_LIMIT = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 _STATIC_SHARED_BYTES = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
@@ -110,7 +111,10 @@ def _load(source: str, name: str, index: int, defines: tuple[tuple[str, int], ..
         _call("cuFuncGetAttribute", ctypes.byref(static), _STATIC_SHARED_BYTES, function)
         most = _attribute(index, _SHARED_BYTES_LIMIT) - static.value
         _call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_BYTES, most)
-    return Kernel(function, context, index, properties.multi_processor_count, properties.major >= 9)
+    version = ctypes.c_int()
+    _call("cuDriverGetVersion", ctypes.byref(version))
+    overlaps = properties.major >= 9 and version.value >= _OVERLAP_IN_GRAPHS_FROM
+    return Kernel(function, context, index, properties.multi_processor_count, overlaps)
 
 
 @cache
