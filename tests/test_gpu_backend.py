@@ -20,7 +20,7 @@ from offpath.kernels.gpu import availability
 from offpath.kernels.gpu.availability import Part
 from offpath.kernels.gpu.selection import batch_topk, encode_topk, topk
 from offpath.kernels.reference_rows import ROWS as DEFINITION
-from offpath.ops import forced_methods
+from offpath.ops import forced_methods, topk_rows
 
 ROOT = Path(__file__).parent
 HAS_GPU = torch.cuda.is_available()
@@ -37,7 +37,8 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_products_of_the_cpu_load_neither_triton_nor_cuda() -> None:
     code = (
         "import sys, torch, offpath\n"
-        "offpath.SparseLinear(8, 8)(torch.ones(2, 8))\n"
+        "with offpath.ops.forced_methods(forward='row-wise'):\n"
+        "    offpath.SparseLinear(8, 8)(torch.ones(2, 8))\n"
         "print('triton' in sys.modules, torch.cuda.is_initialized(), [m for m in sys.modules if 'gpu.back' in m])"
     )
     assert _run(code).stdout.strip() == "False False []"
@@ -137,3 +138,95 @@ def test_the_whole_stack_runs_through_the_interpreter() -> None:
     finished = _run("import gpu_stack; gpu_stack.main()", TRITON_INTERPRET="1", OFFPATH_BACKEND="gpu")
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.splitlines()[-1] == "all on gpu:interpreted"
+
+
+class _Costs:
+    """Seconds as a test wants them."""
+
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
+
+    def layer(self, product, method, rows, columns, nnz, batch, dtype) -> float:
+        return self.seconds[method.replace("-", "_")] * batch
+
+    def rows(self, product, nnz, rows, columns, width, dtype) -> tuple[float, float]:
+        return self.seconds["sparse"], self.seconds["dense"]
+
+
+def _with(**seconds: float) -> kernels.Backend:
+    methods = frozenset({"row-wise", "dense"})
+    return replace(kernels.backends()["reference"], name=str(seconds), methods=methods, costs=_Costs(**seconds))
+
+
+def test_the_costs_of_a_device_choose_and_near_ties_go_to_the_dense_product() -> None:
+    for row_wise, expected in ((0.5, "row-wise"), (0.95, "dense"), (2.0, "dense")):
+        with kernels.forced(_with(row_wise=row_wise, dense=1.0)):
+            layer = SparseLinear(8, 8)
+            assert set(layer.explain(4).chosen.values()) == {expected}
+            assert {(o.method, o.seconds) for o in layer.explain(4).options} == {
+                ("row-wise", 4 * row_wise),
+                ("dense", 4),
+            }
+            layer(torch.ones(3, 8, requires_grad=True)).sum().backward()
+    with kernels.forced(_with(row_wise=2.0, dense=1.0)):
+        assert set(SparseLinear(8, 8, prefer="memory").explain(4).chosen.values()) == {"row-wise"}
+
+
+def test_the_costs_of_a_device_say_when_zeros_are_written_out() -> None:
+    called = []
+
+    def matmul(*operands):
+        called.append(operands)
+        return DEFINITION.matmul(*operands)
+
+    rows = topk_rows(torch.tensor([[1.0, 3.0, 2.0]]), 2)
+    for sparse, expected in ((1.0, 1), (1.1, 1), (2.0, 0)):
+        called.clear()
+        with kernels.forced(replace(_with(sparse=sparse, dense=1.0), rows=replace(DEFINITION, matmul=matmul))):
+            assert torch.equal(rows.matmul(torch.eye(3)), torch.tensor([[0.0, 3.0, 2.0]]))
+        assert len(called) == expected
+
+
+def test_a_digest_on_a_device_is_read_once_after_each_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading it waits for the device, and a wrong one must be refused in every call."""
+
+    class OnDevice(torch.Tensor):
+        is_cpu = False
+        reads = 0
+
+        def item(self) -> int:
+            OnDevice.reads += 1
+            return self.as_subclass(torch.Tensor).item()
+
+    layer, x = SparseLinear(8, 8), torch.ones(2, 8)
+    layer.topology_digest = layer.topology_digest.as_subclass(OnDevice)
+    with kernels.forced("reference"):
+        layer(x), layer(x)
+        assert OnDevice.reads == 1
+        with torch.no_grad():
+            layer.topology_digest.add_(0)
+        layer(x), layer(x)
+        assert OnDevice.reads == 2
+        with torch.no_grad():
+            layer.topology_digest.add_(2**60)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="the topologies differ"):
+                layer(x)
+        with torch.no_grad():
+            layer.topology_digest.sub_(2**60)
+        layer(x)
+
+
+def test_a_device_before_ampere_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        name, major, minor, total_memory, multi_processor_count = "Old GPU", 7, 5, 2**34, 40
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    part = availability.device_part()
+    assert not part.usable and "Old GPU has compute capability 7.5; the kernels need 8.0" in part.detail
+    Properties.major, Properties.minor = 9, 0
+    assert availability.device_part() == Part(
+        "device", True, "Old GPU (compute capability 9.0), 16 GiB, 40 multiprocessors"
+    )

@@ -12,7 +12,7 @@ from offpath import SparseLinear
 from offpath.kernels import KernelError
 from offpath.kernels.gpu import contest, formats
 from offpath.nn import PackedSparseLinear
-from offpath.ops import packed_linear as ops
+from offpath.ops import live_linear, packed_linear as ops
 
 
 def _layer(sparsity: float = 0.8, dtype: torch.dtype = torch.float32, in_features: int = 70) -> SparseLinear:
@@ -31,12 +31,13 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return torch.nn.functional.linear(x, ops.written_out(packed), bias)
 
     monkeypatch.setattr(ops, "decode", decode)
+    monkeypatch.setattr(ops, "_expect_gpu", lambda x: None)
     monkeypatch.setattr(contest, "decode", decode)
     return asked
 
 
 @pytest.mark.parametrize("prefer", ["speed", "memory"])
-@pytest.mark.parametrize(("sparsity", "n", "kind"), [(0.5, 70, "n4"), (0.97, 700, "c16")])
+@pytest.mark.parametrize(("sparsity", "n", "kind"), [(0.5, 2048, "n4"), (0.97, 700, "c16")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_few_tokens_are_decoded_and_many_are_dense(
     prefer: str, sparsity: float, n: int, kind: str, dtype: torch.dtype, decoded: list[int]
@@ -77,7 +78,7 @@ def test_what_cannot_run_here_says_so() -> None:
     with pytest.raises(KernelError, match=r"expected a weight on an NVIDIA GPU, .* got one on cpu; move the layer"):
         PackedSparseLinear.from_sparse(_layer())
     layer = PackedSparseLinear.from_sparse(_layer(), tokens=2)
-    with pytest.raises(KernelError, match="expected tensors on an NVIDIA GPU, got cpu"), torch.no_grad():
+    with pytest.raises(KernelError, match=r"expected tensors on an NVIDIA GPU, .* got cpu; move"), torch.no_grad():
         layer(torch.ones(1, 70))
     with pytest.raises(ValueError, match="tokens from 0 to 8, got 9"):
         PackedSparseLinear.from_sparse(_layer(), tokens=9)
@@ -121,6 +122,13 @@ def test_checkpoints_and_copies(decoded: list[int]) -> None:
     assert torch.equal(other(x), layer(x)) and torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
+def test_autocast_leaves_the_layer_its_dtype() -> None:
+    layer, x = PackedSparseLinear.from_sparse(_layer(), tokens=0), torch.randn(3, 70)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        y = layer(x)
+    assert torch.equal(y, layer(x))
+
+
 def test_opcheck_and_compile(one_thread: None) -> None:
     layer, x = PackedSparseLinear.from_sparse(_layer(), tokens=0), torch.ones(3, 70)
     packed = layer.packed
@@ -129,3 +137,38 @@ def test_opcheck_and_compile(one_thread: None) -> None:
     with torch.inference_mode():
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), layer(x))
+
+
+def test_a_dense_input_of_few_tokens_reads_only_live_rows_where_that_never_loses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which products go to the kernel of live inputs; what it computes has tests of its own."""
+    from offpath.nn import SparseInputLinear, sparse_input_linear
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    asked: list[tuple[int, ...]] = []
+
+    def kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        asked.append(tuple(x.shape))
+        return torch.nn.functional.linear(x, weight.t(), bias)
+
+    monkeypatch.setattr(live_linear, "live_pays", lambda tokens, weight, bias: weight.shape[0] == 20)
+    monkeypatch.setattr(sparse_input_linear, "live_linear", kernel)
+    layer, other = SparseInputLinear(20, 8), SparseInputLinear(10, 8)
+    x = torch.ones(4, 20).as_subclass(OnGpu)
+    with torch.no_grad():
+        layer(x), layer(x[0]), layer(x.view(2, 2, 20))
+        assert asked == [(4, 20), (20,), (2, 2, 20)]
+        layer(torch.ones(4, 20)), layer(torch.ones(5, 20).as_subclass(OnGpu)), layer(x[:0])
+        other(torch.ones(4, 10).as_subclass(OnGpu))
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+    layer(x)
+    assert len(asked) == 3
+    layer.requires_grad_(False)
+    layer(x)
+    assert len(asked) == 4
+    with pytest.raises(KernelError, match="expected tensors on an NVIDIA GPU, got cpu"):
+        live_linear.live_linear(torch.ones(2, 20), layer.weight_t, None)

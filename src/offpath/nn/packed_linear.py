@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from offpath.nn.autocast import input_under_autocast
 from offpath.nn.linear import SparseLinear
-from offpath.ops.packed_linear import MAX_TOKENS, Packed, pack, packed_linear, tokens_that_pay, unpack, written_out
+from offpath.ops.packed_linear import (
+    MAX_TOKENS,
+    Kind,
+    Packed,
+    pack,
+    packed_linear,
+    tokens_that_pay,
+    unpack,
+    written_out,
+)
 from offpath.pattern import Pattern
 
 
@@ -15,7 +23,7 @@ class PackedSparseLinear(nn.Module):
     """A sparse linear layer whose weight lies in memory as a GPU decodes it: less is read than of a dense one.
 
     Input [..., in_features], output [..., out_features], float32 or bfloat16 like the layer it is made from. Up to
-    `tokens` tokens are computed from the packed weight (unstructured, 4 bits a column from a density of about 7 % on),
+    `tokens` tokens are computed from the packed weight (unstructured, 4 bits a column from a density of about 12 % on),
     more of them by torch from the dense one. `prefer="speed"` keeps that beside; `"memory"` writes it out anew in every
     call of many tokens, which is slow. It holds buffers and no parameters. Made by `from_sparse`; raises `RuntimeError`
     for an input that requires a gradient.
@@ -78,13 +86,13 @@ class PackedSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x @ W.T + bias for `x` [..., in_features]."""
-        return packed_linear(input_under_autocast(x), self.packed, self.bias, self.tokens, self.weight)
+        return packed_linear(x, self.packed, self.bias, self.tokens, self.weight)
 
     @property
     def packed(self) -> Packed:
         """The weight as the kernel reads it."""
-        kind = "c16" if self.gaps is None else "n4"
         shape = self.out_features, self.in_features
+        kind: Kind = "c16" if self.gaps is None else "n4"
         return Packed(kind, shape, self.group_offsets, self.values, self.columns, self.gaps, self.slots)
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from offpath.kernels import KernelError
 from offpath.kernels.gpu.contest import tokens_that_pay as tokens_that_pay
 from offpath.kernels.gpu.decode import MAX_TOKENS as MAX_TOKENS, decode
-from offpath.kernels.gpu.formats import Packed as Packed, pack as pack, unpack as unpack
+from offpath.kernels.gpu.formats import Kind as Kind, Packed as Packed, pack as pack, unpack as unpack
 from offpath.kernels.operands import row_numbers
 from offpath.ops.library import as_rows, define, library
 
@@ -58,10 +58,20 @@ def _forward(
     packed = Packed("c16" if gaps is None else "n4", shape, group_offsets, values, columns, gaps, slots)
     rows = as_rows(x)
     if rows.shape[0] <= tokens:
+        _expect_gpu(rows)
         y = decode(packed, rows.contiguous(), bias)
     else:
-        y = linear(rows, written_out(packed) if weight is None else weight, bias)
+        with torch.autocast(x.device.type, enabled=False):  # the weight has the dtype that was asked for
+            y = linear(rows, written_out(packed) if weight is None else weight, bias)
     return y.view(*x.shape[:-1], shape[0])
+
+
+def _expect_gpu(x: Tensor) -> None:
+    if not x.is_cuda:
+        raise KernelError(
+            f"expected tensors on an NVIDIA GPU, where the packed weight is read, got {x.device}; move the module and "
+            "its input there, or pack it with tokens=0"
+        )
 
 
 def _fake(x, values, columns, gaps, group_offsets, slots, bias, weight, in_features, tokens):

@@ -128,7 +128,7 @@ def race(config: RunConfig, out: Path, observer: RaceObserver[Run], resume: bool
                 return None
             observer.on_measuring()
             dense, sparse = (_lane(name, *lane) for name, lane in lanes.items())
-        result = RaceResult(dense, sparse, config.to_json(), asdict(this_machine()), dataset.source)
+        result = RaceResult(dense, sparse, config.to_json(), asdict(this_machine(config.device)), dataset.source)
         write_text(out / "race.json", json.dumps(result.to_json(), indent=1) + "\n")
         return result
 

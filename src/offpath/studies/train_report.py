@@ -30,7 +30,7 @@ def write_report(folder: Path) -> None:
     write_page(
         folder / "report.html",
         "train_report.html.jinja",
-        machine=asdict(this_machine()),
+        machine=asdict(this_machine(config.device if config.sparsity else "cpu")),
         config=config.to_json(),
         last=records[-1],
         totals={name: sum(state[name] for state in moved) for name in ("updates", "dropped", "grown")},

@@ -1,20 +1,24 @@
-"""Up to how many tokens the packed weight is faster than the dense one: measured on the device, weight by weight."""
+"""Whether a product of a few tokens is faster than torch's dense one: measured on the device, shape by shape."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from offpath.kernels.errors import KernelError
+from offpath.kernels.gpu.availability import nvrtc_part, problem
 from offpath.kernels.gpu.decode import MAX_TOKENS, decode
 from offpath.kernels.gpu.formats import Packed
+from offpath.kernels.gpu.live import DTYPES, live_matmul
 
 ROUNDS = 9
-# What the packed product must be faster by, so that a disturbed measurement loses nothing to speak of.
+# What the packed product must be faster by, so that a disturbed measurement loses nothing to speak of; and what one
+# that skips zeros may be slower by where there are none.
 MARGIN = 1.03
 # What is written before each call so that no weight is still in the second-level cache, in sizes of that cache. It
 # also keeps the device busy until both events and the kernel between them have been launched.
@@ -35,11 +39,37 @@ def tokens_that_pay(packed: Packed, weight: Tensor, bias: Tensor | None) -> int:
     paying = 0
     for tokens in (1, 2, 4, MAX_TOKENS):
         x = torch.ones(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        dense, mine = cold_seconds([lambda x=x: linear(x, weight, bias), lambda x=x: decode(packed, x, bias)])
+        dense, mine = cold_seconds([partial(linear, x, weight, bias), partial(decode, packed, x, bias)])
         if mine * MARGIN > dense:
             break
         paying = tokens
     return paying
+
+
+@torch.inference_mode()
+def live_pays(tokens: int, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `live_matmul` is not slower than torch even where no input is zero; remembered for the shape.
+
+    `weight` [n_inputs, n_outputs]. What cannot be computed does not pay, and nothing is measured while a graph is
+    captured.
+    """
+    if weight.dtype not in DTYPES or weight.shape[1] * weight.element_size() % 16 or weight.data_ptr() % 16:
+        return False
+    key = weight.device, weight.dtype, weight.shape, 1 << (tokens - 1).bit_length(), bias is None
+    if key not in _pays:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        _pays[key] = problem(nvrtc_part) is None and _live_wins(tokens, weight, bias)
+    return _pays[key]
+
+
+_pays: dict[Hashable, bool] = {}
+
+
+def _live_wins(tokens: int, weight: Tensor, bias: Tensor | None) -> bool:
+    x = torch.ones(tokens, weight.shape[0], dtype=weight.dtype, device=weight.device)
+    dense, live = cold_seconds([partial(linear, x, weight.t(), bias), partial(live_matmul, x, weight, bias)])
+    return live <= MARGIN * dense
 
 
 def cold_seconds(calls: list[Callable[[], object]]) -> list[float]:

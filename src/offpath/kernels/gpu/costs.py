@@ -11,9 +11,8 @@ from functools import cache
 import torch
 
 from offpath.kernels.gpu.rates import Rates, rates_here
+from offpath.kernels.gpu.sparse_weight import FEW_TOKENS
 
-# Up to so many tokens, the row-wise product reads a connection once for all of them (sparse_weight.FEW_TOKENS).
-FEW_TOKENS = 16
 # Kernels of a call beside the one that multiplies: activations to their features and back.
 TURNS = 2
 # What a counting sort of the entries moves for each of them, in about so many kernels.

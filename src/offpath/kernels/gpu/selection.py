@@ -89,10 +89,11 @@ def _first_of_equals(x: Tensor, least: Tensor, k: int) -> Tensor:
 
 
 def _scores(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.is_cuda and x.element_size() == 2 and _HAS_OUT_DTYPE:
-        scores = torch.mm(x, weight.t(), out_dtype=torch.float32)
-        return scores if bias is None else scores.add_(bias)
-    return linear(wide(x), wide(weight), None if bias is None else wide(bias))
+    with torch.autocast(x.device.type, enabled=False):  # which would round what is to be compared
+        if x.is_cuda and x.element_size() == 2 and _HAS_OUT_DTYPE:
+            scores = torch.mm(x, weight.t(), out_dtype=torch.float32)
+            return scores if bias is None else scores.add_(bias)
+        return linear(wide(x), wide(weight), None if bias is None else wide(bias))
 
 
 def _check_scores(x: Tensor) -> None:
