@@ -24,6 +24,7 @@ from offpath.cost.crossover import (
 )
 from offpath.kernels.gpu.costs import layer_seconds, row_seconds
 from offpath.kernels.gpu.rates import Rates, is_complete
+from offpath.ops import forced_methods
 from offpath.studies.crossover import CrossoverConfig, CrossoverResult, contenders, on_gpu
 from offpath.studies.crossover.config import grid_for
 from offpath.studies.crossover.contenders import Layers, Workload
@@ -74,7 +75,8 @@ def test_ways_are_timed_over_copies_of_the_layer(product: str, as_on_a_gpu: list
     workload = Workload(layers, 7, generator)
     ways = workload.contenders(product)
     assert [way.method for way in ways[:2]] == [DENSE, OFFPATH] and ways[-1].method == TF32
-    outcomes = measure(ways, 0.001)
+    with forced_methods(forward="row-wise", dx="row-wise", dvalues="row-wise"):
+        outcomes = measure(ways, 0.001)
     assert {(o.method, o.status) for o in outcomes} >= {(m, "measured") for m in (DENSE, OFFPATH, TF32)}
     assert set(as_on_a_gpu) == {3} and len(layers.replicas) == 3
     assert all(o.timing.calls_a_round % 3 == 0 for o in outcomes if o.timing and o.method != "torch.sparse")
