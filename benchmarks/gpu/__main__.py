@@ -33,7 +33,7 @@ BUDGETS = {
     "expand": 50,
     "live": 50,
     "step": 50,
-    "layers": 60,
+    "layers": 160,
 }
 QUICK_BUDGET = 45
 TOTAL_SECONDS = 515

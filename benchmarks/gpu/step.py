@@ -128,7 +128,7 @@ def _step(size: Size, sparsity: float, effort: Effort, device: torch.device) -> 
     rival = Sides({FP32: sides.calls[FP32]}, raced.refused)
     rival.offer(CSR, lambda: [_csr_step(layer, width)])
     if CSR in rival.calls:
-        raced.times[CSR] = rival.race(Effort(min(effort.rounds, 5), effort.burst_seconds), graphs=False).times[CSR]
+        raced.times[CSR] = rival.race(effort, graphs=False).times[CSR]
     return raced
 
 

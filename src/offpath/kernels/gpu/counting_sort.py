@@ -54,7 +54,8 @@ def named(crow_indices: Tensor, indices: Tensor, columns: int) -> Named:
 def counts(indices: Tensor, columns: int) -> Tensor:
     """How many entries each place has, int32 [columns]: `RowProducts.counts`."""
     expect_indices(indices, indices=indices)
-    whole = torch.tensor([0, indices.shape[0]], dtype=torch.int32, device=indices.device)
+    # Made on the device: a copy from the host would wait for it, which no graph can capture.
+    whole = torch.arange(2, dtype=torch.int32, device=indices.device) * indices.shape[0]
     expect_rows(whole, indices, columns)
     bounds = torch.arange(columns + 1, dtype=torch.int32, device=indices.device)
     return torch.searchsorted(indices.sort().values, bounds, out_int32=True).diff()
