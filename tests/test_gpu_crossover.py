@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -126,8 +126,8 @@ def test_what_stands_beside_offpath_is_told_below_its_table() -> None:
 
 
 # The model of a device's costs: an H200, as far as its data sheet and the shapes of the kernels tell.
-BFLOAT16 = Rates(2, 60_000_000, 2e-6, 4.0e12, 7.0e14, 1.0e13, 8.0e12, 1.5e12, 0.5, 1.8e12)
-FLOAT32 = Rates(4, 60_000_000, 2e-6, 4.0e12, 5.0e13, 5.0e12, 4.0e12, 7.0e11, 0.5, 0.9e12)
+BFLOAT16 = Rates(2, 60_000_000, 2e-6, 4.0e12, 7.0e14, 1.0e13, 8.0e12, 1.5e12, 0.5, 1.8e12, 1e-9)
+FLOAT32 = Rates(4, 60_000_000, 2e-6, 4.0e12, 5.0e13, 5.0e12, 4.0e12, 7.0e11, 0.5, 0.9e12, 1e-9)
 
 
 def _cheapest(rates: Rates, product: str, size: int, sparsity: float, batch: int) -> str:
@@ -160,6 +160,14 @@ def test_costs_grow_with_every_size() -> None:
             for larger in ((2048, 1024, 10_000, 64), (1024, 2048, 10_000, 64), (1024, 1024, 20_000, 64)):
                 assert layer_seconds(BFLOAT16, product, method, *larger) > least
             assert layer_seconds(BFLOAT16, product, method, 1024, 1024, 10_000, 128) > least
+
+
+def test_where_launches_take_longer_than_the_work_the_fewest_are_chosen() -> None:
+    slow_host = replace(FLOAT32, launch_seconds=25e-6)
+    assert _cheapest(FLOAT32, "dx", 1024, 0.95, 512) == "row-wise"
+    assert _cheapest(slow_host, "dx", 1024, 0.95, 512) == "dense"
+    assert _cheapest(slow_host, "forward", 512, 0.9, 1) == "row-wise"
+    assert _cheapest(slow_host, "forward", 4096, 0.98, 4096) == "row-wise"
 
 
 @pytest.mark.parametrize("found", [None, [], {}, {"element_bytes": 2}, asdict(FLOAT32) | {"call_seconds": 0.0}])

@@ -37,7 +37,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("prefer", ["speed", "memory"])
-@pytest.mark.parametrize(("sparsity", "n", "kind"), [(0.5, 1024, "n4"), (0.97, 700, "c16")])
+@pytest.mark.parametrize(("sparsity", "n", "kind"), [(0.2, 1024, "n4"), (0.97, 700, "c16")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_few_tokens_are_decoded_and_many_are_dense(
     prefer: str, sparsity: float, n: int, kind: str, dtype: torch.dtype, decoded: list[int]

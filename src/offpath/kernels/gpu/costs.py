@@ -1,7 +1,7 @@
 """Seconds that the methods take on a device: by a model of what each reads, writes and multiplies, at measured rates.
 
 The grid that tells of the CPU's methods would miss what a GPU has: thousands of tokens at once. Its products are simple
-enough to be calculated from seven rates, which `rates.py` measures once on each kind of device.
+enough to be calculated from eight rates, which `rates.py` measures once on each kind of device.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from offpath.kernels.gpu.sparse_weight import FEW_TOKENS
 
 # Kernels of a call beside the one that multiplies: activations to their features and back.
 TURNS = 2
+# One of Triton's, and one of torch's at half its price.
+DENSE_LAUNCHES = 1.5
 # What a counting sort of the entries moves for each of them, in about so many kernels.
 SORT_BYTES, SORT_KERNELS = 48, 8
 WRITE_OUT_KERNELS = 4
@@ -38,7 +40,17 @@ class DeviceCosts:
 
 @cache
 def layer_seconds(rates: Rates, product: str, method: str, rows: int, columns: int, nnz: int, batch: int) -> float:
-    """Seconds of one product of a weight [rows, columns] with `nnz` connections and `batch` tokens."""
+    """Seconds of one product of a weight [rows, columns] with `nnz` connections and `batch` tokens.
+
+    The device's, or the host's where launching takes longer: both work at the same time.
+    """
+    few = method == "row-wise" and batch < FEW_TOKENS and product != "dvalues"
+    launches = 1 if few else DENSE_LAUNCHES if method == "dense" else 1 + TURNS
+    device = _device_seconds(rates, product, method, rows, columns, nnz, batch)
+    return max(device, launches * rates.launch_seconds)
+
+
+def _device_seconds(rates: Rates, product: str, method: str, rows: int, columns: int, nnz: int, batch: int) -> float:
     if method == "dense":
         written = rates.call_seconds + rows * columns / rates.expanded_positions + _moving(rates, nnz)
         return dense_seconds(rates, rows, columns, batch) + written

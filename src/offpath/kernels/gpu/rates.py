@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -18,7 +19,9 @@ from offpath.kernels.measured import measured_once
 _log = logging.getLogger("offpath")
 # A weight that leaves the cache, with as few connections as gathering is for, and tokens enough for the device.
 SIZE, DENSITY, TOKENS, FEW = 4096, 0.05, 2048, 8
-ROUNDS, CALLS = 5, 5
+ROUNDS, CALLS = 5, 4
+# What keeps the device busy for about a millisecond.
+BUSY_BYTES, BUSY_WRITES = 2**28, 10
 # Multiply-adds of a clock and multiprocessor on tensor cores in bfloat16, by compute capability (NVIDIA's whitepapers
 # of each architecture); of CUDA cores in float32.
 TENSOR_CORES = {(8, 0): 1024, (8, 6): 512, (8, 9): 512, (9, 0): 2048, (10, 0): 4096, (12, 0): 512}
@@ -33,7 +36,8 @@ _CLOCK, _MEMORY_CLOCK, _BUS_WIDTH = 13, 36, 37
 class Rates:
     """Seconds of a kernel that does nothing, and what goes through a device in a second, in one dtype.
 
-    `few_share` is what one more token costs beside the first, where there are few.
+    `few_share` is what one more token costs beside the first, where there are few. `launch_seconds` is what a launch
+    of Triton's takes the host: of a product that is done sooner, nothing else matters.
     """
 
     element_bytes: int
@@ -46,6 +50,7 @@ class Rates:
     few_connections: float
     few_share: float
     expanded_positions: float
+    launch_seconds: float
 
 
 def rates_here(dtype: torch.dtype) -> Rates:
@@ -109,6 +114,7 @@ def calculated(device: int, dtype: torch.dtype, precision: str = "highest") -> R
         few_connections=REACHED * min(bandwidth / (4 + dtype.itemsize), cycles * lanes / 24),
         few_share=0.5,
         expanded_positions=REACHED * bandwidth / (dtype.itemsize + 0.25),
+        launch_seconds=25e-6,
     )
 
 
@@ -159,21 +165,37 @@ def measure(device: int, dtype: torch.dtype) -> Rates:
         few_connections=nnz / one,
         few_share=max((best["few"] - best["one"]) / one / (FEW - 1), 1e-3),
         expanded_positions=rate(SIZE * SIZE, "expand"),
+        launch_seconds=_host_seconds(lambda: sparse_weight.spmm(*csr, x[:1])),
     )
 
 
 def _best_seconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """On the device alone: it is kept busy until all calls of a round have been launched."""
+    busy = torch.empty(BUSY_BYTES, dtype=torch.uint8, device="cuda")
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(1 + ROUNDS):
         for name, call in calls.items():
             call()  # the first one compiles
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(BUSY_WRITES):
+                busy.zero_()
             before.record()
             for _ in range(CALLS):
                 call()
             after.record()
             after.synchronize()
             best[name] = min(best[name], before.elapsed_time(after) / CALLS / 1e3)
+    return best
+
+
+def _host_seconds(call: Callable[[], object]) -> float:
+    best = float("inf")
+    for _ in range(ROUNDS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        best = min(best, (time.perf_counter() - start) / CALLS)
     return best
 
 
