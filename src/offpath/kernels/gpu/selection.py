@@ -16,6 +16,8 @@ from offpath.kernels.reference_rows import check_k
 
 # Scores of one block of rows: few enough to be forgotten soon, enough to keep the device busy.
 BLOCK_ENTRIES = 2**26
+# So many times the average of a row are looked at when the best of all rows are searched.
+BEST_OF_ROWS = 8
 INT32_MAX = 2**31 - 1
 # From here on, torch multiplies 16-bit matrices into float32.
 _HAS_OUT_DTYPE = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) >= (2, 8)
@@ -33,9 +35,10 @@ def batch_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """(crow_indices, indices, values) of the k largest entries of all of x; ties go to the first in row-major order."""
     _check_scores(x)
     check_k(k, min(x.numel(), INT32_MAX))
-    flat = x.reshape(1, -1)
-    places = _places_of_largest(flat, k)[0]
-    columns = max(x.shape[1], 1)
+    flat, columns = x.reshape(1, -1), max(x.shape[1], 1)
+    places = _places_among_best_of_rows(x, k)
+    if places is None:
+        places = _places_of_largest(flat, k)[0]
     starts = torch.arange(x.shape[0] + 1, device=x.device) * columns
     crow_indices = torch.searchsorted(places, starts, out_int32=True)
     return crow_indices, (places % columns).int(), flat[0, places]
@@ -71,12 +74,33 @@ def _places_of_largest(x: Tensor, k: int) -> Tensor:
     """The places [rows, k] of the k largest entries of each row, ascending."""
     if k == 0 or x.shape[0] == 0:
         return x.new_empty(x.shape[0], k, dtype=torch.int64)
-    values, places = x.topk(k, dim=1)
-    places, least = places.sort(dim=1).values, values[:, -1:]
-    several = (x < least).sum(1) < x.shape[1] - k  # NaN is never less; where the least is NaN, this may ask in vain
-    if bool(several.any()):
-        places[several] = _first_of_equals(x[several], least[several], k)
+    # One more than is wanted says where equal ones were left out, without another pass over the scores.
+    values, places = x.topk(min(k + 1, x.shape[1]), dim=1)
+    least, places = values[:, k - 1 : k], places[:, :k].sort(dim=1).values
+    if values.shape[1] > k:
+        next_best = values[:, k]
+        several = (next_best == least[:, 0]) | next_best.isnan()
+        if bool(several.any()):
+            places[several] = _first_of_equals(x[several], least[several], k)
     return places
+
+
+def _places_among_best_of_rows(x: Tensor, k: int) -> Tensor | None:
+    """The places in row-major order of the k largest entries of all of x, or None where that needs a look at all.
+
+    torch searches one long row for a hundred milliseconds where many short ones take five. What stands behind the best
+    of its row is not chosen unless all of these are.
+    """
+    rows, columns = x.shape
+    best = min(columns, max(1, BEST_OF_ROWS * -(-k // max(rows, 1))))
+    if rows < 2 or best == columns or rows * best < k:
+        return None
+    candidates = _places_of_largest(x, best)
+    chosen = _places_of_largest(x.gather(1, candidates).view(1, -1), k)[0]
+    if bool((chosen.div(best, rounding_mode="floor").bincount(minlength=rows) == best).any()):
+        return None
+    places = candidates + torch.arange(rows, device=x.device).unsqueeze(1) * columns
+    return places.view(-1)[chosen]
 
 
 def _first_of_equals(x: Tensor, least: Tensor, k: int) -> Tensor:
