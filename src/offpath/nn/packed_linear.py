@@ -31,7 +31,7 @@ class PackedSparseLinear(nn.Module):
     >>> sparse = SparseLinear(64, 32, sparsity=0.8)
     >>> layer = PackedSparseLinear.from_sparse(sparse, tokens=0)
     >>> layer
-    PackedSparseLinear(in_features=64, out_features=32, bias=True, nnz=410, kind='n4', tokens=0)
+    PackedSparseLinear(in_features=64, out_features=32, bias=True, nnz=410, kind='c16', tokens=0)
     >>> torch.allclose(layer(torch.ones(3, 64)), sparse(torch.ones(3, 64)), atol=1e-5)
     True
     """
