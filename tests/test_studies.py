@@ -320,7 +320,7 @@ def test_config_that_cannot_be_run_is_refused(change: dict[str, Any], message: s
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_absent_device_is_refused() -> None:
-    with pytest.raises(RunError, match="torch sees none here; use --device cpu"):
+    with pytest.raises(RunError, match="torch sees none here; offpath info says what is missing, or use --device cpu"):
         replace(SMALL, device="cuda")
 
 
