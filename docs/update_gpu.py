@@ -12,7 +12,7 @@ from blocks import put_block
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from gpu.pays import block, committed, slug  # noqa: E402
+from gpu.pays import block, committed, slug  # noqa: E402 (it lies beside the benchmarks)
 
 MADE = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs" / "gpu.json")
 KEPT = ROOT / "docs" / "bars"

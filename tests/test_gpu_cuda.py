@@ -195,9 +195,13 @@ class LiveProblem:
 
     def __init__(self, dtype: torch.dtype, tokens: int, density: float = 0.4, whole: bool = False) -> None:
         generator = torch.Generator().manual_seed(tokens)
-        draw = lambda *shape: (  # noqa: E731
-            torch.randint(-3, 4, shape, generator=generator) if whole else torch.randn(shape, generator=generator)
-        ).to(dtype)
+
+        def draw(*shape: int) -> torch.Tensor:
+            some = (
+                torch.randint(-3, 4, shape, generator=generator) if whole else torch.randn(shape, generator=generator)
+            )
+            return some.to(dtype)
+
         self.weight, self.bias = draw(410, 264), draw(264)
         self.x = draw(tokens, 410) * (torch.rand(tokens, 410, generator=generator) < density)
         # What is not used may be anything.

@@ -10,8 +10,8 @@ from offpath.kernels import KernelError
 from offpath.kernels.gpu.contest import tokens_that_pay as tokens_that_pay
 from offpath.kernels.gpu.decode import MAX_TOKENS as MAX_TOKENS, decode
 from offpath.kernels.gpu.formats import Kind as Kind, Packed as Packed, pack as pack, unpack as unpack
-from offpath.kernels.operands import row_numbers
 from offpath.ops.library import as_rows, define, library
+from offpath.pattern import Pattern
 
 
 def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None, tokens: int, weight: Tensor | None = None) -> Tensor:
@@ -32,9 +32,7 @@ def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None, tokens: int, w
 def written_out(packed: Packed) -> Tensor:
     """The weight dense, [rows, columns]."""
     crow_indices, col_indices, values = unpack(packed)
-    dense = values.new_zeros(packed.shape[0] * packed.shape[1])
-    places = row_numbers(crow_indices, values.numel()) * packed.shape[1] + col_indices
-    return dense.index_put_((places,), values).view(packed.shape)
+    return Pattern(packed.shape, crow_indices, col_indices).to_dense(values)
 
 
 def _forward(

@@ -24,8 +24,7 @@ Seconds = dict[nn.Module, list[float]]
 class Passes:
     """Seconds of each call of each layer in its order, by the dense layer; and of all else in a pass.
 
-    The rest is quicker beside sparse layers, which leave it more of the caches: in a Llama-like block that reads one
-    token in bfloat16, it takes a third of what it takes beside dense ones.
+    The rest is quicker beside sparse layers, which leave it more of the caches.
     """
 
     rest_seconds: float

@@ -16,8 +16,6 @@ from offpath.kernels.reference_rows import check_k
 
 # Scores of one block of rows: few enough to be forgotten soon, enough to keep the device busy.
 BLOCK_ENTRIES = 2**26
-# So many times the average of a row are looked at when the best of all rows are searched.
-BEST_OF_ROWS = 8
 INT32_MAX = 2**31 - 1
 # From here on, torch multiplies 16-bit matrices into float32.
 _HAS_OUT_DTYPE = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) >= (2, 8)
@@ -36,9 +34,7 @@ def batch_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     _check_scores(x)
     check_k(k, min(x.numel(), INT32_MAX))
     flat, columns = x.reshape(1, -1), max(x.shape[1], 1)
-    places = _places_among_best_of_rows(x, k)
-    if places is None:
-        places = _places_of_largest(flat, k)[0]
+    places = _places_of_largest(flat, k)[0]
     starts = torch.arange(x.shape[0] + 1, device=x.device) * columns
     crow_indices = torch.searchsorted(places, starts, out_int32=True)
     return crow_indices, (places % columns).int(), flat[0, places]
@@ -83,24 +79,6 @@ def _places_of_largest(x: Tensor, k: int) -> Tensor:
         if bool(several.any()):
             places[several] = _first_of_equals(x[several], least[several], k)
     return places
-
-
-def _places_among_best_of_rows(x: Tensor, k: int) -> Tensor | None:
-    """The places in row-major order of the k largest entries of all of x, or None where that needs a look at all.
-
-    torch searches one long row for a hundred milliseconds where many short ones take five. What stands behind the best
-    of its row is not chosen unless all of these are.
-    """
-    rows, columns = x.shape
-    best = min(columns, max(1, BEST_OF_ROWS * -(-k // max(rows, 1))))
-    if rows < 2 or best == columns or rows * best < k:
-        return None
-    candidates = _places_of_largest(x, best)
-    chosen = _places_of_largest(x.gather(1, candidates).view(1, -1), k)[0]
-    if bool((chosen.div(best, rounding_mode="floor").bincount(minlength=rows) == best).any()):
-        return None
-    places = candidates + torch.arange(rows, device=x.device).unsqueeze(1) * columns
-    return places.view(-1)[chosen]
 
 
 def _first_of_equals(x: Tensor, least: Tensor, k: int) -> Tensor:
