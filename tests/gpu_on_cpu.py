@@ -13,7 +13,10 @@ from torch import Tensor
 
 from offpath.kernels.gpu import nvrtc
 from offpath.kernels.gpu.decode import shared_bytes_of
-from offpath.kernels.gpu.formats import GROUP, STRIDE, Packed
+from offpath.kernels.gpu.formats import STRIDE, Packed
+from offpath.kernels.gpu.n4 import GROUP
+from offpath.kernels.gpu.tensor_cores import defines_of, shared_bytes_of as shared_bytes_of_tiles
+from offpath.kernels.gpu.tiles import TILE_ROWS, Tiles
 
 SHIM = Path(__file__).parent / "gpu_shim" / "shim.h"
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -36,7 +39,7 @@ class Variant:
             assert self.edit[0] in code, f"{self.source} does not contain {self.edit[0]!r}"
             code = code.replace(*self.edit)
         code = code.replace("extern __shared__ uint4 shared[];", "").replace('extern "C"', "")
-        names = [*self.defines, ("WARPS", WARPS), ("BLOCKS", 1), ("PREFETCH", 0)]
+        names = ({"WARPS": WARPS, "BLOCKS": 1, "PREFETCH": 0} | dict(self.defines)).items()
         define = "".join(f"#define {name} {value}\n" for name, value in names)
         undefine = "".join(f"#undef {name}\n" for name, _ in names)
         return f"{define}namespace {namespace} {{\n{code}\n}}\n{undefine}"
@@ -65,7 +68,8 @@ class Programs:
         backwards: bool = False,
     ) -> None:
         """One launch; tensors become what the kernel leaves. `backwards`: blocks and threads in reverse order."""
-        told = [struct.pack("6i", self.numbers[variant], *grid, WARPS * 32, shared_bytes, backwards)]
+        threads = dict(variant.defines).get("WARPS", WARPS) * 32
+        told = [struct.pack("6i", self.numbers[variant], *grid, threads, shared_bytes, backwards)]
         tensors = []
         for argument in arguments:
             if isinstance(argument, int):
@@ -115,9 +119,21 @@ def decode(
     return y
 
 
+def reduce_variant(dtype: torch.dtype, edit: tuple[str, str] | None = None) -> Variant:
+    return Variant("reduce.cu", "reduce", (("BF16", int(dtype is torch.bfloat16)),), edit)
+
+
+def sum_parts(
+    programs: Programs, variant: Variant, partial: Tensor, bias: Tensor | None, y: Tensor, backwards: bool
+) -> None:
+    parts, tokens, n_outputs = partial.shape
+    blocks = -(-y.numel() // (WARPS * 32))
+    programs.run(variant, (blocks, 1), 0, partial, bias, y, n_outputs, tokens, parts, backwards=backwards)
+
+
 def live_variants(dtype: torch.dtype, batch: int, edit: tuple[str, str] | None = None) -> tuple[Variant, Variant]:
     defines = (("BATCH", batch), ("BF16", int(dtype is torch.bfloat16)), ("DEPTH", 2))
-    return Variant("live.cu", "live", defines, edit), Variant("live.cu", "reduce", defines, None)
+    return Variant("live.cu", "live", defines, edit), reduce_variant(dtype)
 
 
 def live(
@@ -136,6 +152,33 @@ def live(
     sizes = (n_inputs, n_outputs, tokens, -(-n_inputs // parts))
     programs.run(variants[0], (strips, parts), 0, weight, x, partial, *sizes, backwards=backwards)
     y = x.new_full((tokens, n_outputs), torch.nan)
-    blocks = -(-y.numel() // (WARPS * 32))
-    programs.run(variants[1], (blocks, 1), 0, partial, bias, y, n_outputs, tokens, parts, backwards=backwards)
+    sum_parts(programs, variants[1], partial, bias, y, backwards)
+    return y
+
+
+def tile_variants(tokens: int, warps: int, edit: tuple[str, str] | None = None) -> tuple[Variant, Variant]:
+    defines = defines_of(tokens) | {"WARPS": warps, "BLOCKS": 1}
+    return Variant("tiles.cu", "multiply_tiles", tuple(defines.items()), edit), reduce_variant(torch.bfloat16)
+
+
+def multiply_tiles(
+    programs: Programs,
+    variants: tuple[Variant, Variant],
+    tiles: Tiles,
+    x: Tensor,
+    bias: Tensor | None = None,
+    parts: int = 2,
+    backwards: bool = False,
+) -> Tensor:
+    """`offpath.kernels.gpu.tensor_cores.multiply_tiles` on the CPU, its memory poisoned before."""
+    tokens, (rows, columns) = x.shape[0], tiles.shape
+    assert columns % 8 == 0
+    partial = torch.full((parts, tokens, rows), torch.nan)
+    shared_bytes = shared_bytes_of_tiles(dict(variants[0].defines)["TOKENS"])
+    operands = tiles.values, tiles.places, tiles.gaps, tiles.group_offsets, x, partial
+    blocks = -(-rows // TILE_ROWS)
+    sizes = rows, columns // 8, tokens
+    programs.run(variants[0], (blocks, parts), shared_bytes, *operands, *sizes, backwards=backwards)
+    y = x.new_full((tokens, rows), torch.nan)
+    sum_parts(programs, variants[1], partial, bias, y, backwards)
     return y

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from offpath.kernels import KernelError
 from offpath.kernels.gpu import formats
-from offpath.kernels.gpu.formats import BANKS, GROUP, LANES, MAX_GAP, STRIDE, Kind, Packed, pack, replace_values, unpack
+from offpath.kernels.gpu.formats import BANKS, LANES, STRIDE, Kind, Packed, pack, replace_values, unpack
+from offpath.kernels.gpu.n4 import GROUP, MAX_GAP
 
 KINDS: tuple[Kind, ...] = ("n4", "c16")
 

@@ -13,6 +13,7 @@ from offpath.kernels.gpu import nvrtc
 from offpath.kernels.gpu.decode import PREFETCH, TILES
 from offpath.kernels.gpu.formats import STRIDE
 from offpath.kernels.gpu.live import TILES as LIVE_TILES
+from offpath.kernels.gpu.tensor_cores import LAUNCHES, defines_of
 
 
 def shipped() -> dict[str, tuple[str, dict[str, int]]]:
@@ -27,6 +28,9 @@ def shipped() -> dict[str, tuple[str, dict[str, int]]]:
         for batch, (warps, blocks, depth) in LIVE_TILES.items():
             options = {"BATCH": batch, "BF16": bf16, "WARPS": warps, "BLOCKS": blocks, "DEPTH": depth}
             found[f"live-{batch}-{'bf16' if bf16 else 'fp32'}"] = ("live.cu", options)
+        found[f"reduce-{'bf16' if bf16 else 'fp32'}"] = ("reduce.cu", {"BF16": bf16, "WARPS": 8})
+    for tokens in LAUNCHES:
+        found[f"tiles-{tokens}"] = ("tiles.cu", defines_of(tokens))
     return found
 
 
@@ -79,14 +83,37 @@ def test_machine_code(cache, name: str, capability: tuple[int, int], tmp_path: P
     assert cost <= limit, f"{cost:.1f} instructions for each multiplication"
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
+def test_machine_code_of_tiles(cache, capability: tuple[int, int], tmp_path: Path) -> None:
+    """Nothing spilled, and few enough instructions for each position of a tile."""
+    source, options = shipped()["tiles-16"]
+    assembly = disassembled(source, capability, options, tmp_path)
+    assert not re.search(r"\b(LDL|STL)\b", assembly), "registers are spilled"
+    assert re.search(r"LDG\.E\S*\.128", assembly), "no 16-byte loads of the weight"
+    tile = max((body for body in loops(assembly) if any("HMMA" in text for text in body)), key=len)
+    found = {name: sum(name in text for text in tile) for name in ("HMMA", "STS.U16", "LDS.128", "STS.128", "LDGSTS")}
+    # A warp multiplies 32 rows and 64 columns by 16 tokens. The groups that a thread has in flight are written out in a
+    # loop, for tiles that are fuller than usual, and behind it.
+    assert found["HMMA"] == 16 and found["STS.U16"] == 2 * 8 * options["DEPTH"] and found["LDGSTS"] == 2, found
+    assert found["LDS.128"] == 8 + 4 and found["STS.128"] >= 8, found
+    # While an H200 reads a dense weight of bfloat16, a lane has time for 15.6 instructions a position; half of that is
+    # left for a tile that is multiplied twice as fast.
+    positions = options["TILE_ROWS"] * options["TILE_COLUMNS"] / (options["WARPS"] * 32)
+    assert len(tile) / positions <= 7.8, f"{len(tile)} instructions for {positions:.0f} positions"
+
+
 def test_the_largest_kernels_do_not_spill(cache, tmp_path: Path) -> None:
-    for name in ("decode-8-n4-bf16", "decode-8-n4-fp32", "live-4-bf16"):
+    for name in ("decode-8-n4-bf16", "decode-8-n4-fp32", "live-4-bf16", "tiles-64"):
         source, options = shipped()[name]
         assert not re.search(r"\b(LDL|STL)\b", disassembled(source, (9, 0), options, tmp_path)), name
 
 
 def test_waits_for_the_kernel_before(cache, tmp_path: Path) -> None:
     """On Hopper, nothing is read or written before the wait."""
+    for name in ("tiles-16", "reduce-bf16", "live-1-bf16"):
+        source, options = shipped()[name]
+        before, _, after = disassembled(source, (9, 0), options, tmp_path).partition("ACQBULK")
+        assert after and not re.search(r"\b(LDG|STG|LD|ST)\b\.", before) and "PREEXIT" not in before, name
     source, options = shipped()["decode-1-n4-bf16"]
     assembly = disassembled(source, (9, 0), options, tmp_path)
     before, _, after = assembly.partition("ACQBULK")

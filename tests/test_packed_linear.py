@@ -11,8 +11,10 @@ import torch
 from offpath import SparseLinear
 from offpath.kernels import KernelError
 from offpath.kernels.gpu import contest, formats
+from offpath.kernels.gpu.tiles import Tiles, unpack_tiles
 from offpath.nn import PackedSparseLinear
 from offpath.ops import live_linear, packed_linear as ops
+from offpath.pattern import Pattern
 
 
 def _layer(sparsity: float = 0.8, dtype: torch.dtype = torch.float32, in_features: int = 70) -> SparseLinear:
@@ -22,7 +24,7 @@ def _layer(sparsity: float = 0.8, dtype: torch.dtype = torch.float32, in_feature
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The definition of the kernel in its place; the list says of how many tokens it was asked."""
+    """The definitions of the kernels in their places; the list has the tokens of each call, below zero for tiles."""
     asked: list[int] = []
 
     def decode(packed: formats.Packed, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -30,7 +32,15 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         assert x.is_contiguous()
         return torch.nn.functional.linear(x, ops.written_out(packed), bias)
 
+    def multiply_tiles(tiles: Tiles, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        asked.append(-x.shape[0])
+        assert x.is_contiguous()
+        crow_indices, col_indices, values = unpack_tiles(tiles)
+        weight = Pattern(tiles.shape, crow_indices, col_indices).to_dense(values)
+        return torch.nn.functional.linear(x, weight, bias)
+
     monkeypatch.setattr(ops, "decode", decode)
+    monkeypatch.setattr(ops, "multiply_tiles", multiply_tiles)
     monkeypatch.setattr(ops, "_expect_gpu", lambda x: None)
     monkeypatch.setattr(contest, "decode", decode)
     return asked
@@ -52,6 +62,23 @@ def test_few_tokens_are_decoded_and_many_are_dense(
             assert torch.equal(layer(x), dense(x))
         layer(torch.randn(n, 3).to(dtype).t())
     assert decoded == [1, 4, 4, 0, 3]
+
+
+def test_some_more_are_multiplied_by_tiles(decoded: list[int]) -> None:
+    sparse = _layer(0.7, torch.bfloat16, 300)
+    layer = PackedSparseLinear.from_sparse(sparse, tokens=40)
+    assert (layer.tokens, layer.tiled_tokens) == (8, 40) and "tiled_tokens=40" in repr(layer)
+    dense, other = sparse.to_dense(), PackedSparseLinear.from_sparse(_layer(0.9, torch.bfloat16, 300), tokens=40)
+    with torch.inference_mode():
+        for shape in ((8, 300), (9, 300), (4, 10, 300), (41, 300)):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+            assert torch.equal(layer(x), dense(x)) and torch.equal(copy.deepcopy(layer)(x), dense(x))
+        layer(torch.randn(300, 9).to(torch.bfloat16).t())
+    assert decoded == [8, 8, -9, -9, -40, -40, -9]
+    with pytest.raises(RuntimeError, match="size mismatch for tile_values"):
+        other.load_state_dict(layer.state_dict())
+    with pytest.raises(RuntimeError, match="tile_values"):
+        PackedSparseLinear.from_sparse(sparse, tokens=4).load_state_dict(layer.state_dict())
 
 
 def test_a_way_back_has_the_same_bits() -> None:
@@ -80,8 +107,17 @@ def test_what_cannot_run_here_says_so() -> None:
     layer = PackedSparseLinear.from_sparse(_layer(), tokens=2)
     with pytest.raises(KernelError, match=r"expected tensors on an NVIDIA GPU, .* got cpu; move"), torch.no_grad():
         layer(torch.ones(1, 70))
-    with pytest.raises(ValueError, match="tokens from 0 to 8, got 9"):
-        PackedSparseLinear.from_sparse(_layer(), tokens=9)
+    with pytest.raises(ValueError, match="tokens from 0 to 64, got 65"):
+        PackedSparseLinear.from_sparse(_layer(dtype=torch.bfloat16), tokens=65)
+    for tokens, tiles in ((9, False), (None, True)):
+        with pytest.raises(ValueError, match="prefer='speed' with tiles"):
+            PackedSparseLinear.from_sparse(_layer(dtype=torch.bfloat16), tokens, prefer="memory", tiles=tiles)
+        with pytest.raises(KernelError, match=r"values of bfloat16, .* got torch\.float32"):
+            PackedSparseLinear.from_sparse(_layer(), tokens, tiles=tiles)
+    layer = PackedSparseLinear.from_sparse(_layer(dtype=torch.bfloat16), tokens=64)
+    with pytest.raises(KernelError, match=r"expected tensors on an NVIDIA GPU, .* got cpu; move"), torch.no_grad():
+        layer(torch.ones(9, 70, dtype=torch.bfloat16))
+    layer = PackedSparseLinear.from_sparse(_layer(), tokens=2)
     with pytest.raises(ValueError, match="'speed' or 'memory', got 'fast'"):
         PackedSparseLinear.from_sparse(_layer(), tokens=0, prefer="fast")
     with pytest.raises(KernelError, match=r"float32 or bfloat16, got torch.float64"):
@@ -92,23 +128,58 @@ def test_what_cannot_run_here_says_so() -> None:
         layer(torch.ones(9, 71))
 
 
-def test_tokens_are_those_up_to_which_decoding_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ([(4, 1)] * 4, (8, 0)),
+        ([(4, 1), (4, 3.9)], (1, 0)),
+        ([(4, 1), (4, 1), (4, 5)], (2, 0)),
+        ([(4, 3.95)], (0, 0)),
+    ],
+)
+def test_tokens_are_those_up_to_which_decoding_wins(monkeypatch: pytest.MonkeyPatch, seconds, expected) -> None:
     """Of 1, 2, 4 and 8; a win behind a loss does not count, nor one within the margin."""
     packed = PackedSparseLinear.from_sparse(_layer(), tokens=0).packed
-
-    class OnGpu(torch.Tensor):
-        is_cuda = True
-
+    times = iter(seconds)
+    monkeypatch.setattr(contest, "cold_seconds", lambda calls: _expecting(next(times), calls))
     weight = ops.written_out(packed).as_subclass(OnGpu)
-    for dense, mine, expected in (
-        ((4, 4, 4, 4), (1, 1, 1, 1), 8),
-        ((4, 4, 4, 4), (1, 3.9, 1, 1), 1),
-        ((4, 4, 4, 4), (1, 1, 5, 1), 2),
-        ((4,), (3.95,), 0),
-    ):
-        times = iter(zip(dense, mine, strict=True))
-        monkeypatch.setattr(contest, "cold_seconds", lambda calls, times=times: list(next(times)))
-        assert contest.tokens_that_pay(packed, weight, None) == expected
+    assert contest.tokens_that_pay(packed, None, weight, None) == expected
+    assert next(times, None) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ([(4, 1, 2), (4, 1, 1), (4, 2, 1), (4, 1), (4, 1), (4, 1), (4, 1)], (2, 64)),
+        ([(4, 1, 2)] * 4 + [(4, 3)] * 2 + [(4, 3.9)], (8, 32)),
+        ([(4, 1, 2), (4, 1, 2), (4, 1, 2), (4, 5, 5)], (4, 0)),
+        ([(4, 5, 1), (4, 5)], (0, 1)),
+    ],
+)
+def test_tiles_follow_where_they_win(monkeypatch: pytest.MonkeyPatch, seconds, expected) -> None:
+    """Once they do, decoding is not asked again: each has its run of tokens, and none is computed by a loser."""
+    layer = PackedSparseLinear.from_sparse(_layer(dtype=torch.bfloat16), tokens=64)
+    times = iter(seconds)
+    monkeypatch.setattr(contest, "cold_seconds", lambda calls: _expecting(next(times), calls))
+    weight = ops.written_out(layer.packed).as_subclass(OnGpu)
+    assert contest.tokens_that_pay(layer.packed, layer.tiles, weight, None) == expected
+    assert next(times, None) is None
+
+
+def _expecting(seconds: tuple[float, ...], calls: list[object]) -> list[float]:
+    assert len(seconds) == len(calls)
+    return list(seconds)
+
+
+def test_what_never_won_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for won, kept in (((4, 0), False), ((4, 16), True)):
+        monkeypatch.setattr("offpath.nn.packed_linear.tokens_that_pay", lambda *_, won=won: won)
+        layer = PackedSparseLinear.from_sparse(_layer(dtype=torch.bfloat16), tiles=True)
+        assert (layer.tokens, layer.tiled_tokens) == won and (layer.tiles is not None) == kept
 
 
 def test_checkpoints_and_copies(decoded: list[int]) -> None:
@@ -133,7 +204,8 @@ def test_opcheck_and_compile(one_thread: None) -> None:
     layer, x = PackedSparseLinear.from_sparse(_layer(), tokens=0), torch.ones(3, 70)
     packed = layer.packed
     parts = packed.values, packed.columns, packed.gaps, packed.group_offsets, packed.slots
-    torch.library.opcheck(torch.ops.offpath.packed_linear.default, (x, *parts, layer.bias, None, 70, 0))
+    none = (None,) * 4
+    torch.library.opcheck(torch.ops.offpath.packed_linear.default, (x, *parts, *none, layer.bias, None, 70, 0, 0))
     with torch.inference_mode():
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), layer(x))
@@ -144,9 +216,6 @@ def test_a_dense_input_of_few_tokens_reads_only_live_rows_where_that_never_loses
 ) -> None:
     """Which products go to the kernel of live inputs; what it computes has tests of its own."""
     from offpath.nn import SparseInputLinear, sparse_input_linear
-
-    class OnGpu(torch.Tensor):
-        is_cuda = True
 
     asked: list[tuple[int, ...]] = []
 

@@ -30,6 +30,7 @@ BUDGETS = {
     "sanitizer": 120,
     "topk": 60,
     "decode": 110,
+    "tiles": 60,
     "expand": 50,
     "live": 50,
     "step": 50,

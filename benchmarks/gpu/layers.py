@@ -24,6 +24,7 @@ CHOICE_BAR = 0.97  # of issue 7: never more than 3 % slower than the dense path
 WIDTH, QUICK_WIDTH = 4096, 512
 SPARSITIES, PACKED_SPARSITIES = (0.5, 0.9, 0.98), (0.3, 0.5, 0.7, 0.9)
 TOKENS, PACKED_TOKENS = (4096, 512, 64, 1), (1, 4, 8, 64)
+TILED_TOKENS = (8, 16, 64)
 DTYPES = (torch.float32, torch.bfloat16)
 MOST_COPIES = 64
 Make = Callable[[nn.Module], Call]
@@ -32,11 +33,14 @@ Make = Callable[[nn.Module], Call]
 def jobs(quick: bool, effort: Effort, device: torch.device) -> Iterator[Job]:
     width, sparsities, tokens = (QUICK_WIDTH, (0.9,), (64,)) if quick else (WIDTH, SPARSITIES, TOKENS)
     for sparsity in sparsities[:1] if quick else PACKED_SPARSITIES:
-        for count in tokens[:1] if quick else PACKED_TOKENS:
-            row = f"bf16 {width} -> {width}, {count} token{'s' if count > 1 else ''}, forward"
-            figure = Figure(f"PackedSparseLinear over {LINEAR}", row, f"{sparsity:.0%}", CHOICE_BAR)
-            measure = partial(_packed, width, sparsity, count, effort, device)
-            yield Job((Wanted(figure, OURS, (LINEAR,)),), ("decode_n4", "decode_c16"), measure)
+        for tiles, counts in ((False, PACKED_TOKENS), (True, TILED_TOKENS)):
+            for count in tokens[:1] if quick else counts:
+                row = f"bf16 {width} -> {width}, {count} token{'s' if count > 1 else ''}, forward"
+                section = f"PackedSparseLinear{', with tiles' if tiles else ''} over {LINEAR}"
+                figure = Figure(section, row, f"{sparsity:.0%}", CHOICE_BAR)
+                measure = partial(_packed, width, sparsity, tiles, count, effort, device)
+                kernels = "decode_n4", "decode_c16", *(("multiply_tiles",) if tiles else ())
+                yield Job((Wanted(figure, OURS, (LINEAR,)),), kernels, measure)
     for dtype in DTYPES:
         for sparsity in sparsities:
             for count in tokens:
@@ -75,9 +79,9 @@ def _step(width: int, sparsity: float, tokens: int, dtype: torch.dtype, effort: 
     return _sides(sparse.layer, lambda one: partial(training_step, one, x, dy)).race(effort, graphs=False)
 
 
-def _packed(width: int, sparsity: float, tokens: int, effort: Effort, device: torch.device) -> Raced:
+def _packed(width: int, sparsity: float, tiles: bool, tokens: int, effort: Effort, device: torch.device) -> Raced:
     """The layer has measured by itself up to how many tokens it reads the packed weight."""
-    layer, weight = _packed_layer(width, sparsity, device)
+    layer, weight = _packed_layer(width, sparsity, tiles, device)
     x = torch.randn(tokens, width, dtype=torch.bfloat16, device=device)
     with torch.inference_mode():
         exact, size = (by(x.double()) @ by(weight.double()).t() for by in (torch.clone, torch.abs))
@@ -90,9 +94,9 @@ def _packed(width: int, sparsity: float, tokens: int, effort: Effort, device: to
 
 
 @lru_cache(maxsize=1)
-def _packed_layer(width: int, sparsity: float, device: torch.device) -> tuple[PackedSparseLinear, Tensor]:
+def _packed_layer(width: int, sparsity: float, tiles: bool, device: torch.device) -> tuple[PackedSparseLinear, Tensor]:
     layer = SparseLinear(width, width, bias=False, sparsity=sparsity, dtype=torch.bfloat16).to(device)
-    return PackedSparseLinear.from_sparse(layer), layer.to_dense().weight.detach()
+    return PackedSparseLinear.from_sparse(layer, tiles=tiles), layer.to_dense().weight.detach()
 
 
 def cold(layer: nn.Module) -> list[nn.Module]:

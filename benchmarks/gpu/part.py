@@ -19,18 +19,19 @@ from gpu.jobs import work_through
 from gpu.sheet import Check, Sheet
 from gpu.timing import QUICK, Deadline, Effort
 
-TIMED = ("topk", "decode", "expand", "live", "step", "layers")
+TIMED = ("topk", "decode", "tiles", "expand", "live", "step", "layers")
 # Groups of kernels that are checked side by side, each in a process: most of their time is compiling.
 GROUPS = {
     "gathers": ("cases_rows", "gathers"),
     "sums by name": ("cases_rows", "by_name"),
     "sparse weights": ("cases_weights", "cases"),
     "packed weights": ("cases_decode", "cases"),
+    "tiled weights": ("cases_tiles", "cases"),
     "zero inputs": ("cases_decode", "live_cases"),
 }
 # Under a sanitizer it is not, and graphs cannot be captured.
 CACHED_MEMORY = os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1"
-CUDA_GROUPS = ("packed weights", "zero inputs")  # which Triton's interpreter cannot run
+CUDA_GROUPS = ("packed weights", "tiled weights", "zero inputs")  # which Triton's interpreter cannot run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

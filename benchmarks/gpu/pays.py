@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu import decode, expand, live, step, topk
+from gpu import decode, expand, live, step, tiles, topk
 from gpu.card import line
 from gpu.sheet import figure_of
 from verdicts import Figure, in_words
@@ -61,6 +61,11 @@ def rows() -> Iterator[Row]:
             place = decode.section(tokens), shape, f"{sparsity:.0%}"
             setting = f"{shape}, {sparsity:.0%} sparse, {_tokens(tokens)}"
             yield Row("Sparse weight, decoding, over dense bf16", setting, place, _decode(sparsity))
+    for tokens in tiles.TOKENS:
+        for sparsity in (0.5, 0.7, 0.9):
+            place = tiles.section(tokens), shape, f"{sparsity:.0%}"
+            setting = f"{shape}, {sparsity:.0%} sparse, {_tokens(tokens)}"
+            yield Row("Sparse weight in tiles, over dense bf16", setting, place, _tiled(sparsity, tokens))
     for dead in (0.0, 0.5, 0.7, 0.9):
         place = live.section(1), shape, f"{dead:.0%} zero"
         setting = f"{shape}, {dead:.0%} of the inputs zero, 1 token"
@@ -130,6 +135,16 @@ def _decode(sparsity: float) -> Callable[[Rates], float]:
     fillers = sparsity**16 / (1 - sparsity**16)
     n4_bytes, c16_bytes = 2.75 * density * (1 + fillers), 4 * density
     return lambda _: 2 / min(n4_bytes, c16_bytes)
+
+
+def _tiled(sparsity: float, tokens: int) -> Callable[[Rates], float]:
+    # Multiplied as if it were dense; only what is read is less.
+    def best(rates: Rates) -> float:
+        multiplied = 2 * tokens / rates.bf16_flops
+        read = 2.75 * (1 - sparsity) * (1 + sparsity**16 / (1 - sparsity**16)) / rates.moved_bytes
+        return max(2 / rates.moved_bytes, multiplied) / max(read, multiplied)
+
+    return best
 
 
 def _step(sparsity: float, element_bytes: int) -> Callable[[Rates], float]:

@@ -66,8 +66,15 @@ struct Fiber {
     bool done;
 };
 
+struct Copy {
+    void *to;
+    const void *from;
+    bool there;
+};
+
 ucontext_t scheduler;
 std::vector<Fiber> fibers;
+std::vector<std::vector<Copy>> copies; // of each thread, that it has not waited for
 std::vector<Meeting> warps;
 Meeting block;
 bool progress;
@@ -134,6 +141,35 @@ inline int __syncthreads_or(int vote) {
     return any != 0;
 }
 inline void __syncthreads() { __syncthreads_or(0); }
+
+// sums [16][8] += a [16][16] b [16][8] as mma.m16n8k16 deals them to the lanes, the products added up in their order.
+inline void multiply_on_tensor_cores(float *sums, const unsigned *a, const unsigned *b) {
+    std::vector<unsigned> words[6];
+    for (int i = 0; i < 6; ++i)
+        words[i] = meet_warp(0xffffffffu, i < 4 ? a[i] : b[i - 4]);
+    const auto number = [](unsigned word, int half) { return __uint_as_float(half ? word & 0xffff0000u : word << 16); };
+    const int lane = threadIdx.x % WARP;
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k) {
+            const unsigned left = words[row / 8 + k / 8 * 2][row % 8 * 4 + k % 8 / 2];
+            const unsigned right = words[4 + k / 8][column * 4 + k % 8 / 2];
+            sums[i] = fmaf(number(left, k % 2), number(right, k % 2), sums[i]);
+        }
+    }
+}
+
+// A copy arrives as late as it may: when its thread waits for it.
+inline void start_copy(void *to, const uint4 *from, bool there) { copies[threadIdx.x].push_back({to, from, there}); }
+inline void wait_for_copies() {
+    for (const Copy &copy : copies[threadIdx.x]) {
+        if (copy.there)
+            *static_cast<uint4 *>(copy.to) = *static_cast<const uint4 *>(copy.from);
+        else
+            *static_cast<uint4 *>(copy.to) = uint4{0, 0, 0, 0};
+    }
+    copies[threadIdx.x].clear();
+}
 
 namespace shim {
 
@@ -210,6 +246,10 @@ void run_block(int threads, int shared_bytes, bool backwards) {
             fail("a barrier that not all threads reach");
     }
     __asan_unpoison_memory_region(shared, SHARED_BYTES);
+    for (const std::vector<Copy> &left : copies) {
+        if (!left.empty())
+            fail("a copy that its thread does not wait for");
+    }
 }
 
 template <class... Arguments> int launch(void (*kernel)(Arguments...)) {
@@ -221,6 +261,7 @@ template <class... Arguments> int launch(void (*kernel)(Arguments...)) {
     function = kernel;
     body = [] { std::apply(function, arguments); };
     fibers.resize(threads);
+    copies.resize(threads);
     warps.resize(threads / WARP);
     gridDim = {unsigned(grid_x), unsigned(grid_y)};
     for (int i = 0; i < grid_x * grid_y; ++i) {

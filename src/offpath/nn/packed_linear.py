@@ -7,10 +7,13 @@ from torch import Tensor, nn
 
 from offpath.nn.linear import SparseLinear
 from offpath.ops.packed_linear import (
+    MAX_TILED_TOKENS,
     MAX_TOKENS,
     Kind,
     Packed,
+    Tiles,
     pack,
+    pack_tiles,
     packed_linear,
     tokens_that_pay,
     unpack,
@@ -23,10 +26,11 @@ class PackedSparseLinear(nn.Module):
     """A sparse linear layer whose weight lies in memory as a GPU decodes it: less is read than of a dense one.
 
     Input [..., in_features], output [..., out_features], float32 or bfloat16 like the layer it is made from. Up to
-    `tokens` tokens are computed from the packed weight (unstructured, 4 bits a column from a density of about 12 % on),
-    more of them by torch from the dense one. `prefer="speed"` keeps that beside; `"memory"` writes it out anew in every
-    call of many tokens, which is slow. It holds buffers and no parameters. Made by `from_sparse`; raises `RuntimeError`
-    for an input that requires a gradient.
+    `tokens` tokens are computed from the packed weight (unstructured, 4 bits a column from a density of about 12 % on).
+    Up to `tiled_tokens` (bfloat16; 0 for none), another packed copy is multiplied by tensor cores, tile by tile. More
+    tokens are computed by torch from the dense weight. `prefer="speed"` keeps that beside; `"memory"` keeps neither it
+    nor tiles, and writes it out anew in every call of many tokens, which is slow. It holds buffers and no parameters.
+    Made by `from_sparse`; raises `RuntimeError` for an input that requires a gradient.
 
     >>> sparse = SparseLinear(64, 32, sparsity=0.8)
     >>> layer = PackedSparseLinear.from_sparse(sparse, tokens=0)
@@ -41,39 +45,70 @@ class PackedSparseLinear(nn.Module):
     gaps: Tensor | None
     group_offsets: Tensor
     slots: Tensor
+    tile_values: Tensor | None
+    tile_places: Tensor | None
+    tile_gaps: Tensor | None
+    tile_offsets: Tensor | None
     bias: Tensor | None
     weight: Tensor | None
 
-    def __init__(self, packed: Packed, bias: Tensor | None, tokens: int, weight: Tensor | None) -> None:
+    def __init__(
+        self,
+        packed: Packed,
+        bias: Tensor | None,
+        tokens: int,
+        weight: Tensor | None,
+        tiles: Tiles | None = None,
+        tiled_tokens: int = 0,
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = packed.shape
-        self.tokens = tokens
+        self.tokens, self.tiled_tokens = tokens, tiled_tokens
         for name in ("values", "columns", "gaps", "group_offsets", "slots"):
             self.register_buffer(name, getattr(packed, name))
+        for name in ("values", "places", "gaps"):
+            self.register_buffer(f"tile_{name}", getattr(tiles, name, None))
+        self.register_buffer("tile_offsets", None if tiles is None else tiles.group_offsets)
         self.register_buffer("bias", bias)
         self.register_buffer("weight", weight, persistent=False)
 
     @classmethod
     @torch.no_grad()
-    def from_sparse(cls, layer: SparseLinear, tokens: int | None = None, prefer: str = "speed") -> PackedSparseLinear:
+    def from_sparse(
+        cls, layer: SparseLinear, tokens: int | None = None, prefer: str = "speed", tiles: bool = False
+    ) -> PackedSparseLinear:
         """The packed layer that computes what `layer` does; shares no memory with it.
 
         Up to how many `tokens` (at most 8) the packed weight is read is measured against the dense one on the layer's
-        GPU, in milliseconds, unless it is given. Raises `KernelError` for a dtype or a size that has no packed form,
-        and, where `tokens` is not given, without a GPU whose kernels can run; `ValueError` for tokens beyond 8.
+        GPU, in milliseconds, unless it is given. With `tiles`, for bfloat16, the second packed copy competes with both
+        for up to 64 tokens, and is kept where it won; tokens beyond 8 ask for it as well. Tiles are off otherwise
+        because no GPU has run them yet: their kernel is checked on the CPU and by `make gpu`. Raises `KernelError` for
+        a dtype or a size that has no packed form, and, where `tokens` is not given, without a GPU whose kernels can
+        run; `ValueError` for tokens beyond 64, and for tiles beside `prefer="memory"`.
         """
-        if tokens is not None and not 0 <= tokens <= MAX_TOKENS:
-            raise ValueError(f"expected tokens from 0 to {MAX_TOKENS}, got {tokens}")
         if prefer not in ("speed", "memory"):
             raise ValueError(f"expected prefer to be 'speed' or 'memory', got {prefer!r}")
-        pattern = layer.pattern
-        packed = pack(pattern.crow_indices, pattern.col_indices, layer.values.detach(), layer.in_features)
+        if tokens is not None and not 0 <= tokens <= MAX_TILED_TOKENS:
+            raise ValueError(f"expected tokens from 0 to {MAX_TILED_TOKENS}, got {tokens}")
+        tiles = tiles or (tokens is not None and tokens > MAX_TOKENS)
+        if tiles and prefer == "memory":
+            raise ValueError(
+                f"expected prefer='speed' with tiles, which are a second copy of the weight, got {prefer!r}; take at "
+                f"most {MAX_TOKENS} tokens"
+            )
+        connections = layer.pattern.crow_indices, layer.pattern.col_indices, layer.values.detach(), layer.in_features
+        packed = pack(*connections)
+        tiled = pack_tiles(*connections) if tiles else None
         bias = None if layer.bias is None else layer.bias.detach().clone()
         weight = written_out(packed) if prefer == "speed" or tokens is None else None
         if tokens is None:
             assert weight is not None
-            tokens = tokens_that_pay(packed, weight, bias)
-        return cls(packed, bias, tokens, weight if prefer == "speed" else None).train(layer.training)
+            tokens, tiled_tokens = tokens_that_pay(packed, tiled, weight, bias)
+        else:
+            tokens, tiled_tokens = min(tokens, MAX_TOKENS), tokens if tokens > MAX_TOKENS else 0
+        kept = tiled if tiled_tokens else None
+        packed_layer = cls(packed, bias, tokens, weight if prefer == "speed" else None, kept, tiled_tokens)
+        return packed_layer.train(layer.training)
 
     def to_sparse(self) -> SparseLinear:
         """The trainable `SparseLinear` with the same connections and weights."""
@@ -86,7 +121,7 @@ class PackedSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x @ W.T + bias for `x` [..., in_features]."""
-        return packed_linear(x, self.packed, self.bias, self.tokens, self.weight)
+        return packed_linear(x, self.packed, self.bias, self.tokens, self.weight, self.tiles, self.tiled_tokens)
 
     @property
     def packed(self) -> Packed:
@@ -95,8 +130,18 @@ class PackedSparseLinear(nn.Module):
         kind: Kind = "c16" if self.gaps is None else "n4"
         return Packed(kind, shape, self.group_offsets, self.values, self.columns, self.gaps, self.slots)
 
+    @property
+    def tiles(self) -> Tiles | None:
+        """The weight as tensor cores read it."""
+        if self.tile_values is None:
+            return None
+        assert self.tile_offsets is not None and self.tile_places is not None and self.tile_gaps is not None
+        shape = self.out_features, self.in_features
+        return Tiles(shape, self.tile_offsets, self.tile_values, self.tile_places, self.tile_gaps)
+
     def extra_repr(self) -> str:
+        tiled = f", tiled_tokens={self.tiled_tokens}" if self.tiled_tokens else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"nnz={self.slots.numel()}, kind={self.packed.kind!r}, tokens={self.tokens}"
+            f"nnz={self.slots.numel()}, kind={self.packed.kind!r}, tokens={self.tokens}{tiled}"
         )

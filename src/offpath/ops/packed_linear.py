@@ -1,4 +1,4 @@
-"""`offpath::packed_linear`: a sparse weight in the format that decoding reads. For inference: it has no gradient."""
+"""`offpath::packed_linear`: a sparse weight in the formats that few tokens read. For inference: it has no gradient."""
 
 from __future__ import annotations
 
@@ -10,13 +10,24 @@ from offpath.kernels import KernelError
 from offpath.kernels.gpu.contest import tokens_that_pay as tokens_that_pay
 from offpath.kernels.gpu.decode import MAX_TOKENS as MAX_TOKENS, decode
 from offpath.kernels.gpu.formats import Kind as Kind, Packed as Packed, pack as pack, unpack as unpack
+from offpath.kernels.gpu.tensor_cores import MAX_TILED_TOKENS as MAX_TILED_TOKENS, multiply_tiles
+from offpath.kernels.gpu.tiles import Tiles as Tiles, pack_tiles as pack_tiles
 from offpath.ops.library import as_rows, define, library
 from offpath.pattern import Pattern
 
 
-def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None, tokens: int, weight: Tensor | None = None) -> Tensor:
+def packed_linear(
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    tokens: int,
+    weight: Tensor | None = None,
+    tiles: Tiles | None = None,
+    tiled_tokens: int = 0,
+) -> Tensor:
     """y = x @ W.T + bias for `x` [..., in]: from the packed weight for up to `tokens` tokens, densely for more.
 
+    Where `tiles` are given, which are the same weight, up to `tiled_tokens` tokens are multiplied by them before that.
     `weight` is the dense [out, in], where it is kept; otherwise it is written out in every call of more tokens. All in
     the dtype of the packed values. Raises `RuntimeError` where a gradient is asked for, and `KernelError` for operands
     that do not fit or kernels that cannot run here.
@@ -26,7 +37,9 @@ def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None, tokens: int, w
     tensor([[201.]])
     """
     parts = packed.values, packed.columns, packed.gaps, packed.group_offsets, packed.slots
-    return torch.ops.offpath.packed_linear.default(x, *parts, bias, weight, packed.shape[1], tokens)
+    of_tiles = (None,) * 4 if tiles is None else (tiles.values, tiles.places, tiles.gaps, tiles.group_offsets)
+    columns = packed.shape[1]
+    return torch.ops.offpath.packed_linear.default(x, *parts, *of_tiles, bias, weight, columns, tokens, tiled_tokens)
 
 
 def written_out(packed: Packed) -> Tensor:
@@ -42,10 +55,15 @@ def _forward(
     gaps: Tensor | None,
     group_offsets: Tensor,
     slots: Tensor,
+    tile_values: Tensor | None,
+    tile_places: Tensor | None,
+    tile_gaps: Tensor | None,
+    tile_offsets: Tensor | None,
     bias: Tensor | None,
     weight: Tensor | None,
     in_features: int,
     tokens: int,
+    tiled_tokens: int,
 ) -> Tensor:
     shape = group_offsets.shape[0] - 1, in_features
     if x.shape[-1] != in_features or x.dtype is not values.dtype:
@@ -58,6 +76,10 @@ def _forward(
     if rows.shape[0] <= tokens:
         _expect_gpu(rows)
         y = decode(packed, rows.contiguous(), bias)
+    elif tile_values is not None and rows.shape[0] <= tiled_tokens:
+        assert tile_places is not None and tile_gaps is not None and tile_offsets is not None
+        _expect_gpu(rows)
+        y = multiply_tiles(Tiles(shape, tile_offsets, tile_values, tile_places, tile_gaps), rows.contiguous(), bias)
     else:
         with torch.autocast(x.device.type, enabled=False):  # the weight has the dtype that was asked for
             y = linear(rows, written_out(packed) if weight is None else weight, bias)
@@ -72,26 +94,24 @@ def _expect_gpu(x: Tensor) -> None:
         )
 
 
-def _fake(x, values, columns, gaps, group_offsets, slots, bias, weight, in_features, tokens):
+def _fake(x, values, columns, gaps, group_offsets, *_):
     return x.new_empty(*x.shape[:-1], group_offsets.shape[0] - 1)
 
 
-def _autograd(x, values, columns, gaps, group_offsets, slots, bias, weight, in_features, tokens):
-    operands = x, values, bias, weight
-    if torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands):
+def _autograd(*operands):
+    if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in operands):
         raise RuntimeError(
             "offpath::packed_linear is for inference only, got an operand that requires a gradient: train the "
             "SparseLinear and pack it afterwards, and run the packed model under torch.inference_mode()"
         )
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.offpath.packed_linear.default(
-            x, values, columns, gaps, group_offsets, slots, bias, weight, in_features, tokens
-        )
+        return torch.ops.offpath.packed_linear.default(*operands)
 
 
 define(
     "packed_linear(Tensor x, Tensor values, Tensor columns, Tensor? gaps, Tensor group_offsets, Tensor slots, "
-    "Tensor? bias, Tensor? weight, SymInt in_features, int tokens) -> Tensor",
+    "Tensor? tile_values, Tensor? tile_places, Tensor? tile_gaps, Tensor? tile_offsets, Tensor? bias, "
+    "Tensor? weight, SymInt in_features, int tokens, int tiled_tokens) -> Tensor",
     _forward,
     _fake,
 )

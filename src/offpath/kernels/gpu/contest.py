@@ -15,6 +15,8 @@ from offpath.kernels.gpu.availability import nvrtc_part, problem
 from offpath.kernels.gpu.decode import MAX_TOKENS, decode
 from offpath.kernels.gpu.formats import Packed
 from offpath.kernels.gpu.live import DTYPES, live_matmul
+from offpath.kernels.gpu.tensor_cores import multiply_tiles
+from offpath.kernels.gpu.tiles import Tiles
 
 ROUNDS = 9
 # What the packed product must be faster by, so that a disturbed measurement loses nothing to speak of; and what one
@@ -26,24 +28,37 @@ CACHES = 4
 
 
 @torch.inference_mode()
-def tokens_that_pay(packed: Packed, weight: Tensor, bias: Tensor | None) -> int:
-    """The largest count up to which decoding `packed` beats `weight` [rows, columns], its dense equal; 0 for none.
+def tokens_that_pay(packed: Packed, tiles: Tiles | None, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """Up to how many tokens decoding `packed`, and from there on multiplying `tiles`, beats everything else.
 
-    Takes milliseconds. Raises `KernelError` unless both are on an NVIDIA GPU whose kernels can run.
+    `weight` [rows, columns] is their dense equal. The second count is 0 where the tiles never won. Takes milliseconds.
+    Raises `KernelError` unless all are on an NVIDIA GPU whose kernels can run.
     """
     if not weight.is_cuda:
         raise KernelError(
             f"expected a weight on an NVIDIA GPU, where its packed form is read, got one on {weight.device}; move the "
             "layer there first"
         )
-    paying = 0
-    for tokens in (1, 2, 4, MAX_TOKENS):
+    decoded = tiled = 0
+    for tokens in (1, 2, 4, 8, 16, 32, 64):
         x = torch.ones(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        dense, mine = cold_seconds([partial(linear, x, weight, bias), partial(decode, packed, x, bias)])
-        if mine * MARGIN > dense:
+        calls = {"dense": partial(linear, x, weight, bias)}
+        if tokens <= MAX_TOKENS and not tiled:
+            calls["decoded"] = partial(decode, packed, x, bias)
+        if tiles is not None:
+            calls["tiled"] = partial(multiply_tiles, tiles, x, bias)
+        if len(calls) == 1:
             break
-        paying = tokens
-    return paying
+        seconds = dict(zip(calls, cold_seconds(list(calls.values())), strict=True))
+        limit = seconds.pop("dense") / MARGIN
+        best = min(seconds, key=lambda name: seconds[name])
+        if seconds[best] > limit:
+            break
+        if best == "decoded":
+            decoded = tokens
+        else:
+            tiled = tokens
+    return decoded, tiled
 
 
 @torch.inference_mode()

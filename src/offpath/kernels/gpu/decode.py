@@ -10,7 +10,8 @@ from torch import Tensor
 
 from offpath.kernels.errors import KernelError
 from offpath.kernels.gpu.driver import Kernel, load, shared_bytes_limit
-from offpath.kernels.gpu.formats import GROUP, STRIDE, Kind, Packed
+from offpath.kernels.gpu.formats import STRIDE, Kind, Packed
+from offpath.kernels.gpu.n4 import GROUP
 
 MAX_TOKENS = 8
 PREFETCH = 32  # groups

@@ -25,11 +25,20 @@ import torch
 from torch import Tensor
 
 from offpath.kernels.errors import KernelError
+from offpath.kernels.gpu.n4 import (
+    GROUP,
+    count_groups,
+    groups_of,
+    in_turn,
+    inverse,
+    low_16_bits,
+    offsets,
+    pack_columns,
+    unpack_columns,
+)
 
 Kind = Literal["n4", "c16"]
 
-GROUP = 8  # slots
-MAX_GAP = 16  # units, what 4 bits hold
 STRIDE = 16  # columns in a unit
 BANKS = 32
 LANES = 32
@@ -75,9 +84,9 @@ def pack(crow_indices: Tensor, col_indices: Tensor, values: Tensor, columns: int
     rows = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts, output_size=values.numel())
     if kind is None:
         kind = _quicker(counts, rows, col_indices, values.element_size())
-    pack_columns = _pack_n4 if kind == "n4" else _pack_c16
-    group_counts, slots, packed_columns, gaps = pack_columns(counts, rows, col_indices.long())
-    group_offsets = _offsets(group_counts)
+    pack_kind = _pack_n4 if kind == "n4" else _pack_c16
+    group_counts, slots, packed_columns, gaps = pack_kind(counts, rows, col_indices.long())
+    group_offsets = offsets(group_counts)
     n_slots = int(group_offsets[-1]) * GROUP
     if n_slots > MAX_SLOTS:
         raise KernelError(f"expected at most {MAX_SLOTS:,} slots in a weight, got {n_slots:,}. Split it by rows")
@@ -86,7 +95,7 @@ def pack(crow_indices: Tensor, col_indices: Tensor, values: Tensor, columns: int
         (counts.numel(), columns),
         group_offsets.int(),
         torch.full((n_slots,), -0.0, dtype=values.dtype, device=values.device),
-        _low_16_bits(packed_columns),
+        low_16_bits(packed_columns),
         gaps,
         slots.int(),
     )
@@ -108,17 +117,14 @@ def unpack(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
     """(crow_indices, col_indices, values): the CSR matrix, read from the bits as the kernel reads them."""
     columns = packed.columns.long() & 0xFFFF
     if packed.gaps is not None:
-        shifts = torch.arange(0, 32, 4, device=columns.device, dtype=torch.int32)
-        gaps = (((packed.gaps[:, None] >> shifts) & 15) + 1).long() * STRIDE
-        gaps[:, 0] = columns
-        columns = gaps.cumsum(1).flatten()
+        columns = unpack_columns(columns, packed.gaps, STRIDE)
     bits = packed.values.view(torch.int16 if packed.values.element_size() == 2 else torch.int32)
     present = bits != torch.iinfo(bits.dtype).min
     group_counts = packed.group_offsets.long().diff()
     rows = torch.arange(group_counts.numel(), device=columns.device).repeat_interleave(group_counts * GROUP)[present]
     order = (rows * MAX_COLUMNS + columns[present]).argsort()
     counts = torch.bincount(rows, minlength=group_counts.numel())
-    return _offsets(counts).int(), columns[present][order].int(), packed.values[present][order]
+    return offsets(counts).int(), columns[present][order].int(), packed.values[present][order]
 
 
 def _check(col_indices: Tensor, values: Tensor, columns: int) -> None:
@@ -137,105 +143,32 @@ def _check(col_indices: Tensor, values: Tensor, columns: int) -> None:
 
 
 def _quicker(counts: Tensor, rows: Tensor, col_indices: Tensor, value_bytes: int) -> Kind:
-    slot_counts = _segments(counts, rows, col_indices.long())[2]
-    n4, c16 = int(_groups(slot_counts).sum()), int(_groups(counts).sum())
+    n4, c16 = count_groups(counts, rows, col_indices.long(), STRIDE), int(groups_of(counts).sum())
     return "n4" if n4 * (GROUP * value_bytes + 6) <= _N4_BELOW * c16 * GROUP * (value_bytes + 2) else "c16"
-
-
-def _segments(counts: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The connections sorted by row and place in a unit: (order, segment of each, slots of each segment, fillers)."""
-    order = (rows * STRIDE + columns % STRIDE).argsort(stable=True)
-    segments = (rows * STRIDE + columns % STRIDE)[order]
-    gaps = (columns[order] // STRIDE).diff()
-    fillers = torch.zeros_like(segments)
-    fillers[1:] = torch.where(segments.diff() == 0, (gaps - 1) // MAX_GAP, 0)
-    slot_counts = torch.zeros(counts.numel() * STRIDE, dtype=torch.int64, device=counts.device)
-    return order, segments, slot_counts.index_add(0, segments, fillers + 1), fillers
 
 
 def _pack_n4(counts: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(groups of each row, slot of each connection, first column of each group, gaps of each group)."""
-    order, segments, slot_counts, fillers = _segments(counts, rows, columns)
-    group_counts = _groups(slot_counts)
-    first_groups = _offsets(group_counts)
-    before = _offsets(slot_counts)[segments]  # slots of the segments before, if none had to be whole groups
-    slots = (fillers + 1).cumsum(0) - 1 - before + first_groups[segments] * GROUP
-    n_groups = int(first_groups[-1])
-    places = _fill(columns[order] // STRIDE, slots, fillers, n_groups)
-    # One group of each bank in turn.
-    owners = torch.arange(slot_counts.numel(), device=rows.device).repeat_interleave(group_counts, output_size=n_groups)
-    nth = torch.arange(n_groups, device=rows.device) - first_groups[owners]
-    turn = _in_turn(owners // STRIDE, nth, owners % STRIDE)
-    position = _inverse(turn)
-    slots_in_csr = torch.empty_like(slots)
-    slots_in_csr[order] = position[slots // GROUP] * GROUP + slots % GROUP
-    first_columns = places[:, 0] * STRIDE + owners % STRIDE
-    return group_counts.view(-1, STRIDE).sum(1), slots_in_csr, first_columns[turn], _gaps(places)[turn]
+    packed = pack_columns(counts, rows, columns, STRIDE)
+    return packed.group_counts, packed.slots, packed.first_columns, packed.gaps
 
 
 def _pack_c16(counts: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(groups of each row, slot of each connection, column of each slot, None)."""
-    group_counts = _groups(counts)
+    group_counts = groups_of(counts)
     by_bank = rows * BANKS + columns % BANKS
     sorted_by_bank = by_bank.argsort(stable=True)
-    bank_offsets = _offsets(torch.bincount(by_bank, minlength=counts.numel() * BANKS))
+    bank_offsets = offsets(torch.bincount(by_bank, minlength=counts.numel() * BANKS))
     nth = torch.empty_like(by_bank)
     nth[sorted_by_bank] = torch.arange(nth.numel(), device=nth.device) - bank_offsets[by_bank[sorted_by_bank]]
-    position = _inverse(_in_turn(rows, nth, columns % BANKS)) - _offsets(counts)[rows]
+    position = inverse(in_turn(rows, nth, columns % BANKS, BANKS)) - offsets(counts)[rows]
     # 32 lanes take the first 32 connections, then the next ones, until their groups are full; the last groups of a row
     # are fewer.
     full = LANES * GROUP
     lanes = (group_counts[rows] - position // full * LANES).clamp(max=LANES)
     inside = position % full
-    group = _offsets(group_counts)[rows] + position // full * LANES + inside % lanes
+    group = offsets(group_counts)[rows] + position // full * LANES + inside % lanes
     slots = group * GROUP + inside // lanes
     slot_columns = columns.new_zeros(int(group_counts.sum()) * GROUP)
     slot_columns[slots] = columns
     return group_counts, slots, slot_columns, None
-
-
-def _fill(places: Tensor, slots: Tensor, fillers: Tensor, n_groups: int) -> Tensor:
-    """The place of every slot [groups, 8]: fillers stand 16 apart, and what is left at the end of a segment 1 apart."""
-    filled = torch.full((n_groups * GROUP,), -1, device=slots.device)
-    filled[slots] = places
-    where = fillers.nonzero().flatten()
-    n_fillers = fillers[where]
-    total = int(n_fillers.sum())
-    owner = torch.arange(where.numel(), device=slots.device).repeat_interleave(n_fillers, output_size=total)
-    nth = torch.arange(total, device=slots.device) - _offsets(n_fillers)[owner]
-    filled[slots[where][owner] - n_fillers[owner] + nth] = places[where - 1][owner] + MAX_GAP * (nth + 1)
-    # What is left has a slot with a place before it in its own group.
-    position = torch.arange(filled.numel(), device=slots.device)
-    last = torch.where(filled >= 0, position, 0).cummax(0).values
-    return (filled[last] + position - last).view(-1, GROUP)
-
-
-def _gaps(places: Tensor) -> Tensor:
-    less_one = places.diff(dim=1) - 1
-    shifts = torch.arange(4, 32, 4, device=places.device)
-    packed = (less_one << shifts).sum(1)
-    return torch.where(packed >= 2**31, packed - 2**32, packed).int()
-
-
-def _in_turn(rows: Tensor, nth: Tensor, banks: Tensor) -> Tensor:
-    """The order by row, then the first of each bank, then the second of each bank, and so on."""
-    most = int(nth.max()) + 1 if nth.numel() else 1
-    return ((rows * most + nth) * BANKS + banks).argsort()
-
-
-def _inverse(order: Tensor) -> Tensor:
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return inverse
-
-
-def _offsets(counts: Tensor) -> Tensor:
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-
-def _groups(slot_counts: Tensor) -> Tensor:
-    return (slot_counts + GROUP - 1) // GROUP
-
-
-def _low_16_bits(columns: Tensor) -> Tensor:
-    return torch.where(columns >= 2**15, columns - 2**16, columns).short()

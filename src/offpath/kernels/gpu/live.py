@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offpath.kernels.errors import KernelError
 from offpath.kernels.gpu.driver import Kernel, load
+from offpath.kernels.gpu.reduce import sum_parts
 
 MAX_TOKENS = 4
 DTYPES = (torch.float32, torch.bfloat16)
@@ -46,13 +47,7 @@ def live_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         *(weight.data_ptr(), x.data_ptr(), partial.data_ptr()),
         *(n_inputs, n_outputs, tokens, -(-n_inputs // parts)),
     )
-    plan.reduce.launch(
-        (-(-tokens * n_outputs // plan.threads), 1),
-        plan.threads,
-        0,
-        *(partial.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()),
-        *(n_outputs, tokens, parts),
-    )
+    sum_parts(partial, bias, y)
     return y
 
 
@@ -61,7 +56,6 @@ class _Plan:
     """How calls of one kind are launched."""
 
     sum_rows: Kernel
-    reduce: Kernel
     threads: int
     resident_blocks: int
 
@@ -69,20 +63,9 @@ class _Plan:
 @lru_cache(maxsize=64)
 def _plan(dtype: torch.dtype, batch: int, device: torch.device) -> _Plan:
     warps, blocks, depth = TILES[batch]
-    sum_rows, reduce = (
-        load(
-            "live.cu",
-            name,
-            device,
-            BATCH=batch,
-            BF16=int(dtype is torch.bfloat16),
-            DEPTH=depth,
-            WARPS=warps,
-            BLOCKS=blocks,
-        )
-        for name in ("live", "reduce")
-    )
-    return _Plan(sum_rows, reduce, warps * 32, sum_rows.resident_blocks(warps * 32, 0))
+    bf16 = int(dtype is torch.bfloat16)
+    sum_rows = load("live.cu", "live", device, BATCH=batch, BF16=bf16, DEPTH=depth, WARPS=warps, BLOCKS=blocks)
+    return _Plan(sum_rows, warps * 32, sum_rows.resident_blocks(warps * 32, 0))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

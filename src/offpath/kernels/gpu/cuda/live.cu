@@ -1,6 +1,6 @@
 // y = x W + bias for one to four tokens and a dense W [n_inputs, n_outputs], of which only those rows are read whose
-// input is not zero in every token. A block sums some inputs for a strip of outputs into `partial`; `reduce` adds the
-// blocks' sums up, in one order.
+// input is not zero in every token. A block sums some inputs for a strip of outputs into `partial`; reduce.cu adds the
+// blocks' sums up.
 //
 // BATCH tokens: 1, 2 or 4; fewer may come, and the rest counts as zeros
 // BF16  1: bfloat16 operands; 0: float32. Sums are float32 in both.
@@ -21,17 +21,10 @@ constexpr int LIST = THREADS * 2; // inputs that are looked at before the rows o
 typedef u16 Element;
 constexpr int WIDTH = 8; // outputs in 16 bytes
 __device__ __forceinline__ float widen(u16 value) { return __uint_as_float(u32(value) << 16); }
-__device__ __forceinline__ u16 narrow(float value) {
-    u32 bits = __float_as_uint(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u)
-        return u16(bits >> 16 | 0x40u);
-    return u16((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16); // to nearest, ties to even
-}
 #else
 typedef float Element;
 constexpr int WIDTH = 4;
 __device__ __forceinline__ float widen(float value) { return value; }
-__device__ __forceinline__ float narrow(float value) { return value; }
 #endif
 
 constexpr int STRIP = 32 * WIDTH; // outputs of a block
@@ -158,19 +151,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
         __syncthreads();
     }
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS)
-    reduce(const float *partial, const Element *bias, Element *y, int n_outputs, int tokens, int parts) {
-    wait_for_previous_kernel();
-    start_next_kernel();
-    const long long place = (long long)blockIdx.x * THREADS + threadIdx.x;
-    const long long count = (long long)tokens * n_outputs;
-    if (place >= count)
-        return;
-    float sum = 0.0f;
-#pragma unroll 8
-    for (int part = 0; part < parts; ++part)
-        sum += partial[part * count + place];
-    y[place] = narrow(sum + (bias ? widen(bias[place % n_outputs]) : 0.0f));
 }
