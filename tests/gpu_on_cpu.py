@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor
 
-from offpath.kernels.gpu import nvrtc
+from offpath.kernels.gpu import bucketed, launch, nvrtc
+from offpath.kernels.gpu.buckets import ROWS, TOKENS, Buckets
 from offpath.kernels.gpu.decode import shared_bytes_of
 from offpath.kernels.gpu.formats import STRIDE, Packed
 from offpath.kernels.gpu.n4 import GROUP
+from offpath.kernels.gpu.regions import Regions
 from offpath.kernels.gpu.tensor_cores import defines_of, shared_bytes_of as shared_bytes_of_tiles
 from offpath.kernels.gpu.tiles import TILE_ROWS, Tiles
 
@@ -90,6 +95,40 @@ class Programs:
                 tensor.copy_(torch.frombuffer(bytearray(came[:size]), dtype=tensor.dtype).view(tensor.shape))
             came = came[size:]
         assert not came
+
+
+class Launcher:
+    """In the place of `driver.load`: kernels whose launches run on the CPU, with the tensors at their addresses.
+
+    `launches` has (kernel, grid, threads) of each.
+    """
+
+    def __init__(self, programs: Programs, patch: pytest.MonkeyPatch) -> None:
+        self.programs, self.launches = programs, list[tuple[str, tuple[int, int], int]]()
+        self.tensors: dict[int, Tensor] = {}
+        address = Tensor.data_ptr
+
+        def data_ptr(tensor: Tensor) -> int:
+            self.tensors[address(tensor)] = tensor
+            return address(tensor)
+
+        patch.setattr(Tensor, "data_ptr", data_ptr)
+        patch.setattr(launch, "INTERPRETED", True)  # or tensors of the CPU would be refused
+
+    def load(self, source: str, name: str, device: torch.device, **defines: int) -> SimpleNamespace:
+        variant = Variant(source, name, tuple(defines.items()))
+
+        def run(grid: tuple[int, int], threads: int, shared_bytes: int, *arguments: int) -> None:
+            assert threads == dict(variant.defines).get("WARPS", WARPS) * 32
+            self.launches.append((name, grid, threads))
+            parameters = re.search(rf"\b{name}\(([^)]*)\)", variant.code("_"))[1].split(",")
+            operands = [
+                (self.tensors[argument] if argument else None) if "*" in parameter else argument
+                for parameter, argument in zip(parameters, arguments, strict=True)
+            ]
+            self.programs.run(variant, grid, shared_bytes, *operands)
+
+        return SimpleNamespace(launch=run, resident_blocks=lambda threads, shared_bytes: 4)
 
 
 def decode_variant(
@@ -182,3 +221,42 @@ def multiply_tiles(
     y = x.new_full((tokens, rows), torch.nan)
     sum_parts(programs, variants[1], partial, bias, y, backwards)
     return y
+
+
+def bucketed_variant(dtype: torch.dtype, edit: tuple[str, str] | None = None) -> Variant:
+    return Variant("bucketed_sum.cu", "bucketed_sum", tuple(bucketed.defines_of(dtype).items()), edit)
+
+
+def bucketed_sum(
+    programs: Programs,
+    variant: Variant,
+    buckets: Buckets,
+    values: Tensor,
+    x: Tensor,
+    bias: Tensor | None = None,
+    backwards: bool = False,
+) -> Tensor:
+    """`offpath.kernels.gpu.bucketed.planned_spmm` on the CPU, of x [columns, tokens], its output poisoned before."""
+    rows, columns = buckets.shape
+    y = x.new_full((rows, x.shape[1]), torch.nan)
+    grid = buckets.row_order.numel() // ROWS, -(-x.shape[1] // TOKENS)
+    operands = buckets.with_values(values), buckets.pair_offsets, buckets.row_order, x, bias, y
+    sizes = columns, buckets.chunk_columns, buckets.most_pairs, x.shape[1]
+    programs.run(variant, grid, buckets.shared_bytes, *operands, *sizes, backwards=backwards)
+    return y
+
+
+def dots_variant(dtype: torch.dtype, edit: tuple[str, str] | None = None) -> Variant:
+    return Variant("bucketed_dots.cu", "bucketed_dots", tuple(bucketed.dots_defines_of(dtype).items()), edit)
+
+
+def bucketed_dots(
+    programs: Programs, variant: Variant, regions: Regions, dy: Tensor, x: Tensor, backwards: bool = False
+) -> Tensor:
+    """`offpath.kernels.gpu.bucketed.tiled_sddmm` on the CPU, by features, its output poisoned before."""
+    dvalues = x.new_full((regions.nnz,), torch.nan)
+    operands = regions.twos, regions.slots, regions.corners, regions.begins, dy, x, dvalues
+    sizes = *regions.shape, regions.side, x.shape[1]
+    grid = regions.corners.shape[0], 1
+    programs.run(variant, grid, regions.shared_bytes, *operands, *sizes, backwards=backwards)
+    return dvalues

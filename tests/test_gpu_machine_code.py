@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
-from offpath.kernels.gpu import nvrtc
+from offpath.kernels.gpu import bucketed, nvrtc
 from offpath.kernels.gpu.decode import PREFETCH, TILES
 from offpath.kernels.gpu.formats import STRIDE
 from offpath.kernels.gpu.live import TILES as LIVE_TILES
@@ -29,6 +30,9 @@ def shipped() -> dict[str, tuple[str, dict[str, int]]]:
             options = {"BATCH": batch, "BF16": bf16, "WARPS": warps, "BLOCKS": blocks, "DEPTH": depth}
             found[f"live-{batch}-{'bf16' if bf16 else 'fp32'}"] = ("live.cu", options)
         found[f"reduce-{'bf16' if bf16 else 'fp32'}"] = ("reduce.cu", {"BF16": bf16, "WARPS": 8})
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        found[f"sum-{'bf16' if bf16 else 'fp32'}"] = ("bucketed_sum.cu", bucketed.defines_of(dtype))
+        found[f"dots-{'bf16' if bf16 else 'fp32'}"] = ("bucketed_dots.cu", bucketed.dots_defines_of(dtype))
     for tokens in LAUNCHES:
         found[f"tiles-{tokens}"] = ("tiles.cu", defines_of(tokens))
     return found
@@ -100,6 +104,26 @@ def test_machine_code_of_tiles(cache, capability: tuple[int, int], tmp_path: Pat
     # left for a tile that is multiplied twice as fast.
     positions = options["TILE_ROWS"] * options["TILE_COLUMNS"] / (options["WARPS"] * 32)
     assert len(tile) / positions <= 7.8, f"{len(tile)} instructions for {positions:.0f} positions"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
+@pytest.mark.parametrize("name", ["sum-fp32", "sum-bf16", "dots-fp32", "dots-bf16"])
+def test_machine_code_over_plans(cache, name: str, capability: tuple[int, int], tmp_path: Path) -> None:
+    """Nothing spilled, shared memory read once for each operand, and few instructions for each multiplication."""
+    source, options = shipped()[name]
+    assembly = disassembled(source, capability, options, tmp_path)
+    assert not re.search(r"\b(LDL|STL)\b", assembly), "registers are spilled"
+    assert "LDGSTS" in assembly, "operands go through registers on their way to shared memory"
+    if name.startswith("sum"):
+        body = min((body for body in loops(assembly) if sum("FFMA" in text for text in body) >= 8), key=len)
+        connections = sum("FFMA" in text for text in body) / 4  # of four tokens
+        reads, limit = 1.5, {"sum-fp32": 8, "sum-bf16": 12}[name]
+    else:
+        body = max(loops(assembly), key=lambda body: sum("FFMA" in text for text in body))
+        connections = options["TWOS"] * 2
+        reads, limit = 2.2, {"dots-fp32": 12, "dots-bf16": 20}[name]
+    assert sum("LDS" in text for text in body) <= reads * connections
+    assert len(body) / connections <= limit, f"{len(body) / connections:.1f} instructions for each connection"
 
 
 def test_the_largest_kernels_do_not_spill(cache, tmp_path: Path) -> None:

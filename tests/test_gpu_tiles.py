@@ -8,10 +8,11 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from checkers import gamma, unit_roundoff
-from gpu_on_cpu import COMPILER, Programs, multiply_tiles, reduce_variant, tile_variants
+from gpu_on_cpu import COMPILER, Launcher, Programs, Variant, multiply_tiles, reduce_variant, tile_variants
 from offpath.kernels import KernelError
 from offpath.kernels.gpu import tensor_cores
 from offpath.kernels.gpu.n4 import GROUP
+from offpath.kernels.gpu.tensor_cores import defines_of
 from offpath.kernels.gpu.tiles import PLACES, STRIDE, Tiles, pack_tiles, unpack_tiles
 from test_gpu_formats import csr, random_mask
 
@@ -20,7 +21,7 @@ BF16 = torch.bfloat16
 ROWS, COLUMNS = 70, 544
 # Tokens of the kernel and warps of a block: one part of the columns, and more of them.
 KERNELS = {(tokens, warps): tile_variants(tokens, warps) for tokens, warps in ((8, 2), (16, 8), (32, 4))}
-MISTAKES_IN = (8, 4)
+SEEN_WHOLE, MISTAKES_IN = (8, 2), (8, 4)
 MUTANTS = {
     "a gap is one unit short": ("place + (slot << GAP_SHIFT)", "place"),
     "the last threads are left out": ("if (first + THREADS * i + self < end)", "if (first + THREADS * (i + 1) < end)"),
@@ -107,6 +108,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
     if COMPILER is None:
         pytest.skip("no C++ compiler to run the CUDA sources on the CPU with")
     variants = [variant for pair in KERNELS.values() for variant in pair]
+    variants += [Variant("tiles.cu", "multiply_tiles", tuple(defines_of(n).items())) for n in (8, 16)]
+    variants += [Variant("reduce.cu", "reduce", (("BF16", 1), ("WARPS", 8)))]
     variants += [tile_variants(*MISTAKES_IN, edit)[0] for edit in MUTANTS.values()]
     variants += [reduce_variant(BF16, edit) for edit in REDUCE_MUTANTS.values()]
     return Programs(tmp_path_factory.mktemp("gpu_on_cpu") / "tiles", variants)
@@ -163,9 +166,10 @@ def test_multiply_tiles(programs: Programs, key) -> None:
     def run(problem: Problem, **options) -> Tensor:
         return multiply_tiles(programs, KERNELS[key], problem.tiles(), problem.x, problem.bias, **options)
 
-    everything(run)
+    if key == SEEN_WHOLE:
+        everything(run)
     full = Problem(key[0], True)
-    assert torch.equal(run(full), full.exact.to(BF16))
+    assert torch.equal(run(full, parts=1), full.exact.to(BF16))
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -188,3 +192,28 @@ def test_mistakes_in_reduce_are_noticed(programs: Programs, name: str) -> None:
 
     with pytest.raises((AssertionError, RuntimeError)):
         everything(run)
+
+
+def test_launches(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the product down to the kernels: as many tokens at a time as shared memory holds, odd columns, no bias."""
+    launcher = Launcher(programs, monkeypatch)
+    monkeypatch.setattr(tensor_cores, "load", launcher.load)
+    monkeypatch.setattr("offpath.kernels.gpu.reduce.load", launcher.load)
+    monkeypatch.setattr(tensor_cores, "shared_bytes_limit", lambda device: 100_000)
+    tensor_cores._plan.cache_clear()
+    for tokens, columns, bias in ((5, COLUMNS, True), (5, COLUMNS - 3, True), (17, COLUMNS, False)):
+        problem = Problem(tokens, True)
+        mask, weight, x = problem.mask[:, :columns], problem.weight[:, :columns], problem.x[:, :columns].contiguous()
+        crow_indices = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)]).int()
+        tiles = pack_tiles(crow_indices, mask.nonzero()[:, 1].int(), weight[mask], columns)
+        y = tensor_cores.multiply_tiles(tiles, x, problem.bias if bias else None)
+        exact = x.double() @ weight.double().T + (problem.bias.double() if bias else 0)
+        assert torch.equal(y, exact.to(BF16))
+    tensor_cores._plan.cache_clear()
+    of_products = [launch for launch in launcher.launches if launch[0] == "multiply_tiles"]
+    assert of_products == [("multiply_tiles", (2, 2), 256)] * 4  # 17 tokens: 16 and one
+    assert tensor_cores.multiply_tiles(tiles, x[:0]).shape == (0, ROWS)
+    monkeypatch.setattr(tensor_cores, "shared_bytes_limit", lambda device: 70_000)
+    with pytest.raises(KernelError, match="76,800 bytes of shared memory for a block, got one with 70,000"):
+        tensor_cores.multiply_tiles(tiles, x)
+    tensor_cores._plan.cache_clear()

@@ -33,7 +33,7 @@ BUDGETS = {
     "tiles": 60,
     "expand": 50,
     "live": 50,
-    "step": 50,
+    "step": 60,
     "layers": 160,
 }
 QUICK_BUDGET = 45

@@ -27,11 +27,17 @@ GROUPS = {
     "sparse weights": ("cases_weights", "cases"),
     "packed weights": ("cases_decode", "cases"),
     "tiled weights": ("cases_tiles", "cases"),
+    "bucketed weights": ("cases_buckets", "cases"),
     "zero inputs": ("cases_decode", "live_cases"),
 }
 # Under a sanitizer it is not, and graphs cannot be captured.
 CACHED_MEMORY = os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1"
-CUDA_GROUPS = ("packed weights", "tiled weights", "zero inputs")  # which Triton's interpreter cannot run
+CUDA_GROUPS = (
+    "packed weights",
+    "tiled weights",
+    "bucketed weights",
+    "zero inputs",
+)  # which Triton's interpreter cannot run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -124,6 +124,7 @@ inline float __uint_as_float(unsigned bits) {
 template <class T> T __ldcs(const T *place) { return *place; }
 template <class T> T min(T a, T b) { return a < b ? a : b; }
 inline int __popc(unsigned word) { return __builtin_popcount(word); }
+inline int __shfl_sync(unsigned mask, int value, int lane) { return int(meet_warp(mask, unsigned(value))[lane]); }
 inline float __shfl_xor_sync(unsigned mask, float value, int distance) {
     return __uint_as_float(meet_warp(mask, __float_as_uint(value))[(threadIdx.x % WARP) ^ distance]);
 }
@@ -160,7 +161,7 @@ inline void multiply_on_tensor_cores(float *sums, const unsigned *a, const unsig
 }
 
 // A copy arrives as late as it may: when its thread waits for it.
-inline void start_copy(void *to, const uint4 *from, bool there) { copies[threadIdx.x].push_back({to, from, there}); }
+inline void start_copy(void *to, const void *from, bool there) { copies[threadIdx.x].push_back({to, from, there}); }
 inline void wait_for_copies() {
     for (const Copy &copy : copies[threadIdx.x]) {
         if (copy.there)
@@ -214,6 +215,23 @@ void enter() {
     setcontext(&scheduler);
 }
 
+// Each thread of a warp until it waits; whether all of them had come to their end before.
+bool run_warp(int warp, bool backwards) {
+    bool all_done = true;
+    for (int i = 0; i < WARP; ++i) {
+        threadIdx.x = warp * WARP + (backwards ? WARP - 1 - i : i);
+        Fiber &fiber = fibers[threadIdx.x];
+        if (fiber.done)
+            continue;
+        all_done = false;
+        void *fake = nullptr;
+        __sanitizer_start_switch_fiber(&fake, fiber.stack.data(), STACK_BYTES);
+        swapcontext(&scheduler, &fiber.context);
+        __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+    }
+    return all_done;
+}
+
 void run_block(int threads, int shared_bytes, bool backwards) {
     for (int i = 0; i < SHARED_BYTES / 4; ++i)
         reinterpret_cast<unsigned *>(shared)[i] = 0xffffffffu; // NaN
@@ -228,21 +246,18 @@ void run_block(int threads, int shared_bytes, bool backwards) {
         fiber.done = false;
         makecontext(&fiber.context, enter, 0);
     }
+    // A warp runs on until it waits for another one: what is not kept in order by barriers comes out of order here.
     for (bool all_done = false; !all_done;) {
         all_done = true;
-        progress = false;
-        for (int i = 0; i < threads; ++i) {
-            threadIdx.x = backwards ? threads - 1 - i : i;
-            Fiber &fiber = fibers[threadIdx.x];
-            if (fiber.done)
-                continue;
-            all_done = false;
-            void *fake = nullptr;
-            __sanitizer_start_switch_fiber(&fake, fiber.stack.data(), STACK_BYTES);
-            swapcontext(&scheduler, &fiber.context);
-            __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+        bool any_progress = false;
+        for (int i = 0; i < threads / WARP; ++i) {
+            do {
+                progress = false;
+                all_done &= run_warp(backwards ? threads / WARP - 1 - i : i, backwards);
+                any_progress |= progress;
+            } while (progress);
         }
-        if (!all_done && !progress)
+        if (!all_done && !any_progress)
             fail("a barrier that not all threads reach");
     }
     __asan_unpoison_memory_region(shared, SHARED_BYTES);

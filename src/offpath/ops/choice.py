@@ -126,12 +126,18 @@ def explain(values: Tensor, shape: tuple[int, int], batch: int, prefer: str = "s
     size = (*shape, values.numel(), batch)
     seconds = seconds_of(backend, dtype, *shape)
     options = tuple(
-        Option(p, m, seconds(p, m, *size) if seconds else None) for p in PRODUCTS for m in _allowed(backend, p, prefer)
+        Option(p, m, _measured(seconds(p, m, *size)) if seconds else None)
+        for p in PRODUCTS
+        for m in _allowed(backend, p, prefer)
     )
     reason = f'the cheapest for prefer="{prefer}"' if seconds else "nothing is known of its methods' costs"
     if _forced:
         reason = f"{reason}, except where forced: {', '.join(f'{p}={m}' for f in _forced for p, m in f.items())}"
     return Explanation(backend.name, reason, {p: choose(backend, p, *size, dtype, prefer) for p in PRODUCTS}, options)
+
+
+def _measured(seconds: float) -> float | None:
+    return seconds if math.isfinite(seconds) else None
 
 
 def _allowed(backend: Backend, product: str, prefer: str) -> list[str]:

@@ -14,19 +14,21 @@ from torch import Tensor
 from offpath.kernels.backend import Backend
 from offpath.kernels.convolution import ConvolutionProducts
 from offpath.kernels.errors import KernelError
-from offpath.kernels.gpu import availability, expand, sparse_weight
+from offpath.kernels.gpu import availability, bucketed, expand, sparse_weight
 from offpath.kernels.gpu.costs import DeviceCosts
 from offpath.kernels.gpu.rows import ROWS
 from offpath.kernels.operands import DTYPES
 
 # row-wise: gathers over activations that are stored by feature. dense: the weight written out, the rest is cuBLAS.
 METHODS = frozenset(("row-wise", "dense"))
+# Over activations in shared memory, by CUDA kernels, which Triton's interpreter does not run.
+METHODS_OVER_PLANS = frozenset(("bucketed", "tiled"))
 _CONVOLUTIONS_INSTEAD = (
     "compute them with the weight written out, by cuDNN: with offpath.ops.forced_methods(forward='dense', dx='dense', "
     "dvalues='dense'), or move the model with .cpu()"
 )
 _INT8_INSTEAD = "move the layer with .cpu(), or turn it back with to_sparse()"
-_METHODS_INSTEAD = "force 'row-wise' or 'dense', or none"
+_METHODS_INSTEAD = "force 'row-wise', 'bucketed' or 'dense', or none"
 # Odd constants of a mix of 64 bits (Steele, Lea & Flood, "Fast Splittable Pseudorandom Number Generators", 2014).
 _STEP, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
@@ -48,11 +50,11 @@ def make_backend() -> Backend:
         computes=computes,
         spmm=sparse_weight.spmm,
         sddmm=sparse_weight.sddmm,
-        plan=_refusing("plans of many tokens", _METHODS_INSTEAD),
-        planned_spmm=_refusing("products over a plan", _METHODS_INSTEAD),
-        tiles=_refusing("tiles", _METHODS_INSTEAD),
-        tiled_sddmm=_refusing("products over tiles", _METHODS_INSTEAD),
-        backward=_refusing("both gradients in one go", _METHODS_INSTEAD),
+        plan=bucketed.plan,
+        planned_spmm=bucketed.planned_spmm,
+        tiles=bucketed.tiles,
+        tiled_sddmm=bucketed.tiled_sddmm,
+        backward=bucketed.backward,
         bitmap=expand.bitmap,
         bitmap_spmm=_refusing("products over a bitmap", _METHODS_INSTEAD),
         bitmap_dx=_refusing("products over a bitmap", _METHODS_INSTEAD),
@@ -70,7 +72,7 @@ def make_backend() -> Backend:
             *(_refusing("sparse convolutions", _CONVOLUTIONS_INSTEAD) for _ in ("prepare", "forward", "dx", "dvalues"))
         ),
         digest=digest,
-        methods=METHODS,
+        methods=METHODS if interpreted else METHODS | METHODS_OVER_PLANS,
         costs=None if interpreted else DeviceCosts(),
     )
 

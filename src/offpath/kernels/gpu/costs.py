@@ -6,6 +6,7 @@ enough to be calculated from eight rates, which `rates.py` measures once on each
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -13,6 +14,8 @@ import torch
 from offpath.kernels.gpu.rates import Rates, rates_here
 from offpath.kernels.gpu.sparse_weight import FEW_TOKENS
 
+# No GPU has run these yet: they are checked on the CPU, and computed with where they are forced.
+UNKNOWN = ("bucketed", "tiled")
 # Kernels of a call beside the one that multiplies: activations to their features and back.
 TURNS = 2
 # One of Triton's, and one of torch's at half its price.
@@ -28,7 +31,9 @@ class DeviceCosts:
     def layer(
         self, product: str, method: str, rows: int, columns: int, nnz: int, batch: int, dtype: torch.dtype
     ) -> float:
-        """Seconds of one product of a layer; see `Costs`."""
+        """Seconds of one product of a layer; see `Costs`. Methods over plans are never the cheapest: see `UNKNOWN`."""
+        if method in UNKNOWN:
+            return math.inf
         return layer_seconds(rates_here(dtype), product, method, rows, columns, nnz, batch)
 
     def rows(
