@@ -148,9 +148,9 @@ class Backend:
     `int8_dots` computes the product of `Int8Spmm` over a bitmap with the tokens rounded to int8, each to a scale of its
     own (a 127th of its largest magnitude).
     `expand` writes the values of a bitmap's connections into a dense [rows, columns], zero elsewhere; `compress` picks
-    them out of one. `rows` are the products on sparse activations, `convolutions` those on images. What the methods of
-    a `native` backend cost is measured on the machine, `costs` says it of another one; without either, products are
-    computed row by row.
+    them out of one. `rows` are the products on sparse activations, `convolutions` those on images: None where there are
+    only torch's, with the weight written out. What the methods of a `native` backend cost is measured on the machine,
+    `costs` says it of another one; without either, products are computed row by row.
     """
 
     name: str
@@ -175,7 +175,7 @@ class Backend:
     expand: Callable[[Any, Tensor], Tensor]
     compress: Callable[[Any, Tensor], Tensor]
     rows: RowProducts
-    convolutions: ConvolutionProducts
+    convolutions: ConvolutionProducts | None
     digest: Callable[[Tensor, Tensor], int] | None = None
     native: bool = False
     methods: frozenset[str] = EVERY_METHOD

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from offpath.kernels.convolution import Convolution, ConvolutionProducts
 from offpath.kernels.operands import row_numbers, wide
@@ -37,7 +38,7 @@ class Prepared:
 def forward(prepared: Prepared, values: Tensor, x: Tensor, bias: Tensor | None, channels_last: bool) -> Tensor:
     """y = conv2d(x, the values at their places and zeros elsewhere, bias)."""
     c = prepared.convolution
-    weight = wide(values).new_zeros(c.weight_shape).index_put(prepared.places, wide(values)).view(c.dense_shape)
+    weight = _written_out(prepared, values)
     wide_bias = None if bias is None else wide(bias)
     y = conv2d(pad(wide(x), prepared.pads), weight, wide_bias, c.stride, 0, c.dilation, c.groups)
     return _in_format(y.to(values.dtype), channels_last)
@@ -46,18 +47,22 @@ def forward(prepared: Prepared, values: Tensor, x: Tensor, bias: Tensor | None, 
 def dx(prepared: Prepared, values: Tensor, dy: Tensor, channels_last: bool) -> Tensor:
     """The gradient of `forward` in x."""
     c = prepared.convolution
-    with torch.enable_grad():
-        x = wide(dy).new_zeros(dy.shape[0], c.in_channels, *c.size).requires_grad_()
-        gradient = torch.autograd.grad(forward(prepared, wide(values).detach(), x, None, False), x, wide(dy))[0]
-    return _in_format(gradient.to(dy.dtype), channels_last)
+    padded = pad(wide(dy).new_zeros(dy.shape[0], c.in_channels, *c.size), prepared.pads).shape
+    gradient = conv2d_input(padded, _written_out(prepared, values), wide(dy), c.stride, 0, c.dilation, c.groups)
+    return _in_format(pad(gradient, [-n for n in prepared.pads]).to(dy.dtype), channels_last)
 
 
 def dvalues(prepared: Prepared, dy: Tensor, x: Tensor) -> Tensor:
     """The gradient of `forward` in the values."""
-    with torch.enable_grad():
-        values = wide(x).new_zeros(prepared.col_indices.shape[0]).requires_grad_()
-        y = forward(prepared, values, wide(x).detach(), None, False)
-        return torch.autograd.grad(y, values, wide(dy))[0].to(dy.dtype)
+    c = prepared.convolution
+    padded = pad(wide(x), prepared.pads)
+    gradient = conv2d_weight(padded, c.dense_shape, wide(dy), c.stride, 0, c.dilation, c.groups)
+    return gradient.reshape(c.weight_shape)[prepared.places].to(dy.dtype)
+
+
+def _written_out(prepared: Prepared, values: Tensor) -> Tensor:
+    c = prepared.convolution
+    return wide(values).new_zeros(c.weight_shape).index_put(prepared.places, wide(values)).view(c.dense_shape)
 
 
 def _in_format(images: Tensor, channels_last: bool) -> Tensor:

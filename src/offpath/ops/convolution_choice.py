@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offpath.kernels import Backend
+from offpath.kernels import Backend, KernelError
 from offpath.kernels.convolution import Convolution
 from offpath.kernels.measured import measured_once
 from offpath.ops.choice import forced_method
@@ -29,8 +29,19 @@ MARGIN = 1.1
 def pays_densely(
     backend: Backend, product: str, convolution: Convolution, nnz: int, like: Tensor, channels_last: bool, prefer: str
 ) -> bool:
-    """Whether `product` is faster over the weight written out, for images of the dtype and as many as in `like`."""
+    """Whether `product` is faster over the weight written out, for images of the dtype and as many as in `like`.
+
+    Always where the backend has no kernels of its own; raises `KernelError` where such ones are asked for.
+    """
     forced = forced_method(product)
+    if backend.convolutions is None:
+        if forced not in (None, "dense") or (forced is None and prefer == "memory"):
+            asked = f"{product}={forced!r}" if forced else "prefer='memory'"
+            raise KernelError(
+                f"backend {backend.name!r} has no kernels for sparse convolutions, and computes them with the weight "
+                f"written out; got {asked}, which rules that out. Leave it out, or move the model with .cpu()"
+            )
+        return True
     if forced is not None:
         return forced == "dense"
     if prefer == "memory" or not backend.native or nnz == 0 or like.shape[0] == 0:
@@ -95,6 +106,7 @@ def _measure(
     x = drawn(images, convolution.in_channels, *convolution.size)
     dy = drawn(images, convolution.out_channels, *convolution.outputs)
     products = backend.convolutions
+    assert products is not None
     planes = products.prepare(pattern.crow_indices, pattern.col_indices, convolution, dtype)
     dense = DenseConvolution(backend, pattern, convolution)
     calls = {

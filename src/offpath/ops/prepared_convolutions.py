@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offpath.kernels import Backend
-from offpath.kernels.convolution import Convolution
+from offpath.kernels.convolution import Convolution, ConvolutionProducts
 from offpath.ops.convolution_choice import pays_densely
 from offpath.ops.dense_convolution import DenseConvolution
 from offpath.pattern import Pattern
@@ -40,7 +40,7 @@ class PreparedConvolutions:
         if pays_densely(backend, "forward", convolution, values.numel(), x, channels_last, prefer):
             y = self._dense(backend, convolution).forward(values, x, bias)
             return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        return backend.convolutions.forward(self._plans(backend, convolution, x.dtype), values, x, bias, channels_last)
+        return _products(backend).forward(self._plans(backend, convolution, x.dtype), values, x, bias, channels_last)
 
     def dx(
         self,
@@ -55,13 +55,13 @@ class PreparedConvolutions:
         if pays_densely(backend, "dx", convolution, values.numel(), dy, channels_last, prefer):
             shape = torch.Size((dy.shape[0], convolution.in_channels, *convolution.size))
             return self._dense(backend, convolution).dx(values, dy, shape, channels_last)
-        return backend.convolutions.dx(self._plans(backend, convolution, dy.dtype), values, dy, channels_last)
+        return _products(backend).dx(self._plans(backend, convolution, dy.dtype), values, dy, channels_last)
 
     def dvalues(self, backend: Backend, convolution: Convolution, dy: Tensor, x: Tensor, prefer: str) -> Tensor:
         """The gradient of the values."""
         if pays_densely(backend, "dvalues", convolution, self._pattern.nnz, x, is_channels_last(x), prefer):
             return self._dense(backend, convolution).dvalues(dy, x)
-        return backend.convolutions.dvalues(self._plans(backend, convolution, x.dtype), dy, x)
+        return _products(backend).dvalues(self._plans(backend, convolution, x.dtype), dy, x)
 
     @property
     def bytes(self) -> int:
@@ -72,7 +72,7 @@ class PreparedConvolutions:
         own = self._pattern
         return self._once(
             (backend.name, convolution, dtype),
-            lambda: backend.convolutions.prepare(own.crow_indices, own.col_indices, convolution, dtype),
+            lambda: _products(backend).prepare(own.crow_indices, own.col_indices, convolution, dtype),
         )
 
     def _dense(self, backend: Backend, convolution: Convolution) -> DenseConvolution:
@@ -87,6 +87,11 @@ class PreparedConvolutions:
                 self._made.popitem(last=False)
         self._made.move_to_end(key)
         return self._made[key]
+
+
+def _products(backend: Backend) -> ConvolutionProducts:
+    assert backend.convolutions is not None, "pays_densely is true of every product"
+    return backend.convolutions
 
 
 def is_channels_last(images: Tensor) -> bool:

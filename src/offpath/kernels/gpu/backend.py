@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from offpath.kernels.backend import Backend
-from offpath.kernels.convolution import ConvolutionProducts
 from offpath.kernels.errors import KernelError
 from offpath.kernels.gpu import availability, bucketed, expand, sparse_weight
 from offpath.kernels.gpu.costs import DeviceCosts
@@ -23,10 +22,6 @@ from offpath.kernels.operands import DTYPES
 METHODS = frozenset(("row-wise", "dense"))
 # Over activations in shared memory, by CUDA kernels, which Triton's interpreter does not run.
 METHODS_OVER_PLANS = frozenset(("bucketed", "tiled"))
-_CONVOLUTIONS_INSTEAD = (
-    "compute them with the weight written out, by cuDNN: with offpath.ops.forced_methods(forward='dense', dx='dense', "
-    "dvalues='dense'), or move the model with .cpu()"
-)
 _INT8_INSTEAD = "move the layer with .cpu(), or turn it back with to_sparse()"
 _METHODS_INSTEAD = "force 'row-wise', 'bucketed' or 'dense', or none"
 # Odd constants of a mix of 64 bits (Steele, Lea & Flood, "Fast Splittable Pseudorandom Number Generators", 2014).
@@ -68,9 +63,7 @@ def make_backend() -> Backend:
         expand=expand.expand,
         compress=expand.compress,
         rows=ROWS,
-        convolutions=ConvolutionProducts(
-            *(_refusing("sparse convolutions", _CONVOLUTIONS_INSTEAD) for _ in ("prepare", "forward", "dx", "dvalues"))
-        ),
+        convolutions=None,
         digest=digest,
         methods=METHODS if interpreted else METHODS | METHODS_OVER_PLANS,
         costs=None if interpreted else DeviceCosts(),
