@@ -16,14 +16,15 @@ import triton.language as tl
 
 from machine_code import MachineCode, compiled
 from offpath.kernels import KernelError
-from offpath.kernels.gpu import counting_sort, expand, gather, sparse_weight
+from offpath.kernels.gpu import counting_sort, expand, gather, sparse_weight, ties
 
 
 def test_every_kernel_in_python() -> None:
     """In a process of its own, as Triton decides when it is imported how kernels run."""
     tests = Path(__file__).parent
+    files = [str(tests / name) for name in ("triton_in_python.py", "selection_in_python.py")]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests / "triton_in_python.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=tests.parent,
         check=False,
@@ -93,12 +94,22 @@ def _bits(name: str, kernel: Any, limit: float) -> Compiled:
     return Compiled(name, kernel, types, constants, 4, 2 * 512 * 8 // 128, limit, 2)
 
 
+def _ties(name: str, kernel: Any, dtype: str, multiplied: int) -> Compiled:
+    types = {"scores": f"*{dtype}", "best": f"*{dtype}"}
+    types |= {"counts": "*i32"} if name == "count" else {"ends": "*i64", "places": "*i64"}
+    types |= dict.fromkeys(("k", "rows", "columns", "stride", "blocks"), "i32")
+    constants = {"WIDE": tl.float32, "BLOCK": ties.BLOCK}
+    return Compiled(f"{name} of {dtype}", kernel, types, constants, 4, ties.BLOCK // 128, ENCODED, multiplied)
+
+
 # The first-level cache hands over 128 bytes a cycle to 128 lanes: an instruction for each byte of an element.
 # Of those for bfloat16, half make it float32, so there it is twice that.
 CACHE = {"fp32": 4.0, "bf16": 2 * 2.0}
 # The memory hands over 4.2e12 bytes a second: 8 instructions for each byte. No kernel fills more than two slots in
 # three.
 MEMORY = 33.5 / 4.2 * 2 / 3
+# What the product that a score comes from takes, of width 1024 at 790e12 operations a second.
+ENCODED = 33.5e12 * 2 * 1024 / 790e12
 
 KERNELS = (
     _sum("fp32", True, 128, CACHE["fp32"]),
@@ -131,6 +142,8 @@ KERNELS = (
         4 * MEMORY,
         2,
     ),
+    _ties("count", ties.count_kernel, "bf16", 4),
+    _ties("place", ties.place_kernel, "fp32", 6),
 )
 
 
@@ -145,7 +158,7 @@ def test_machine_code_of_sm_90(of: Compiled, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 120])
-@pytest.mark.parametrize("of", [KERNELS[0], KERNELS[5]], ids=lambda of: of.name)
+@pytest.mark.parametrize("of", [KERNELS[0], KERNELS[5], KERNELS[-1]], ids=lambda of: of.name)
 def test_machine_code_of_others(of: Compiled, capability: int, tmp_path: Path) -> None:
     _check(compiled(of.kernel, of.types, of.constants, of.warps, capability, tmp_path), of)
 

@@ -278,7 +278,7 @@ MUTANTS = {
 }
 
 
-def _mutated(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
+def mutated(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
     source = Path(module.__file__).read_text()
     assert source.count(old) >= 1, f"the source no longer has {old!r}"
     path = folder / f"{module.__name__.rsplit('.', 1)[1]}_mutant.py"
@@ -293,7 +293,7 @@ def _mutated(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_rejected(name: str, tmp_path: Path) -> None:
     module, old, new = MUTANTS[name]
-    mutant = _mutated(module, old, new, tmp_path)
+    mutant = mutated(module, old, new, tmp_path)
     with pytest.raises(AssertionError):
         if module in (gather, counting_sort):
             _check_rows(

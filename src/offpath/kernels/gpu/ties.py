@@ -89,10 +89,13 @@ def place_kernel(
         larger, equal = _compared(scores, row, first, columns, stride, least, WIDE, BLOCK)
         larger_before = tl.load(ends + program) - tl.sum(larger.to(tl.int32), 0)
         equal_before = tl.load(ends + rows.to(tl.int64) * blocks + program) - tl.sum(equal.to(tl.int32), 0)
-        wanted = k - tl.load(ends + row * blocks + blocks - 1)  # of the equal ones, in the whole row
-        chosen = larger | (equal & (equal_before + tl.cumsum(equal.to(tl.int32), 0) <= wanted))
-        before = larger_before + tl.minimum(equal_before, wanted)
+        wanted = tl.maximum(k - tl.load(ends + row * blocks + blocks - 1), 0)  # of the equal ones, in the whole row
+        left = tl.minimum(tl.maximum(wanted - equal_before, 0), BLOCK).to(tl.int32)
+        chosen = larger | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
+        before = (larger_before + tl.minimum(equal_before, wanted)).to(tl.int32)
         position = before + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        # Whoever writes into the scores between the kernels gets other places, but not into other memory.
+        chosen = chosen & (position >= 0) & (position < k)
         tl.store(places + row * k + position, first + tl.arange(0, BLOCK), mask=chosen)
 
 
