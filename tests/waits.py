@@ -1,8 +1,8 @@
 """Catches whoever waits for the device: no GPU is needed to see what would stop the host there.
 
-What a kernel of a GPU computes is not there yet when Python goes on. Every op that has to know a number of it - how many
-entries are live, whether any is - stops until all that was launched has been computed, and cannot be captured in a CUDA
-graph.
+What a kernel of a GPU computes is not there yet when Python goes on. Every op that has to know a number of it - how
+many entries are live, whether any is - stops until all that was launched has been computed, and cannot be captured in a
+CUDA graph.
 """
 
 from __future__ import annotations
