@@ -138,9 +138,14 @@ def _steps() -> dict[str, Callable[[], object]]:
         rows.detach().add_weight_gradient(torch.randn(11, 5), torch.zeros(12, 5))
         rows.counts()
 
+    def densely() -> None:
+        with ops.forced_dense_rows(True):
+            SparseInputLinear(12, 8)(TopK(4)(x)).sum().backward()
+
     return {
         "TopK": lambda: SparseInputLinear(12, 8)(TopK(4)(x)).sum().backward(),
         "BatchTopK": lambda: SparseInputLinear(12, 8)(BatchTopK(4)(x)).sum().backward(),
+        "TopK with its zeros": densely,
         "encode_topk": lambda: ops.encode_topk(x, dense, None, 3).matmul(dense).sum().backward(),
         "autoencoder": lambda: sae.decode(sae.encode(x)).sum().backward(),
         "add_weight_gradient": added,

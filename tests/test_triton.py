@@ -16,7 +16,7 @@ import triton.language as tl
 
 from machine_code import MachineCode, compiled
 from offpath.kernels import KernelError
-from offpath.kernels.gpu import counting_sort, expand, few_tokens, gather, sparse_weight, ties
+from offpath.kernels.gpu import counting_sort, densely, expand, few_tokens, gather, sparse_weight, ties
 
 
 def test_every_kernel_in_python() -> None:
@@ -159,6 +159,18 @@ KERNELS = (
     _few("few tokens", few_tokens.few_tokens_kernel, 1),
     _few("few tokens", few_tokens.few_tokens_kernel, 8),
     _few("few dots", few_tokens.few_dots_kernel, 8),
+    Compiled(
+        "rows with their zeros",
+        densely.write_kernel,
+        {"places": "*i64", "entries": "*i64", "indices": "*i32", "values": "*bf16", "dense": "*bf16"}
+        | dict.fromkeys(("nnz", "columns"), "i32"),
+        {"ACCUMULATOR": tl.float32, "BLOCK": densely.BLOCK},
+        4,
+        densely.BLOCK // 128,
+        # Of an entry: its place twice, itself, its index, its value, and what is written.
+        (2 * 8 + 8 + 4 + 2 + 2) * MEMORY,
+        0,
+    ),
     _ties("count", ties.count_kernel, "bf16", 4),
     _ties("place", ties.place_kernel, "fp32", 6),
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from offpath import kernels
-from offpath.kernels import KernelError
+from offpath.kernels import Backend, KernelError
 from offpath.kernels.operands import row_numbers
 from offpath.kernels.reference_rows import check_rows as check_contents
 from offpath.kernels.row_calibration import dense_dots
@@ -25,7 +25,7 @@ def _matmul(values: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tenso
     check_matrix("weight", weight, values.dtype)
     backend, rows = kernels.select(values.device.type, values.dtype), crow_indices.shape[0] - 1
     if pays_densely("matmul", backend, values.dtype, indices.shape[0], rows, *weight.shape):
-        return written_out(crow_indices, indices, values, weight.shape[0]) @ weight
+        return written_out(backend, crow_indices, indices, values, weight.shape[0]) @ weight
     return backend.rows.matmul(crow_indices, indices, values, weight)
 
 
@@ -35,6 +35,8 @@ def _dots(dy: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> 
     check_matrix("weight", weight, dy.dtype, width=dy.shape[1])
     backend = kernels.select(dy.device.type, dy.dtype)
     if pays_densely("dots", backend, dy.dtype, indices.shape[0], dy.shape[0], *weight.shape):
+        if backend.rows.dense_dots is not None:
+            return backend.rows.dense_dots(crow_indices, indices, dy, weight)
         check_contents(crow_indices, indices, weight.shape[0])
         return dense_dots(dy, weight, row_numbers(crow_indices), indices)
     return backend.rows.dots(crow_indices, indices, dy, weight)
@@ -47,7 +49,7 @@ def _weight_gradient(values: Tensor, crow_indices: Tensor, indices: Tensor, dy: 
         raise KernelError(f"expected at most 2^31 - 1 columns, which int32 indices can name, got {columns}")
     backend = kernels.select(dy.device.type, dy.dtype)
     if pays_densely("weight_gradient", backend, dy.dtype, indices.shape[0], dy.shape[0], columns, dy.shape[1]):
-        return written_out(crow_indices, indices, values, columns).t() @ dy
+        return written_out(backend, crow_indices, indices, values, columns).t() @ dy
     return backend.rows.weight_gradient(crow_indices, indices, values, dy, columns)
 
 
@@ -66,8 +68,10 @@ def _gradients(
     return backend.rows.gradients(crow_indices, indices, values, dy, weight)
 
 
-def written_out(crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int) -> Tensor:
+def written_out(backend: Backend, crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int) -> Tensor:
     """The rows with their zeros, [rows, columns], once they are checked."""
+    if backend.rows.written_out is not None:
+        return backend.rows.written_out(crow_indices, indices, values, columns)
     check_contents(crow_indices, indices, columns)
     return to_dense(crow_indices, indices, values, columns)
 

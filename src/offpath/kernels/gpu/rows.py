@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from offpath.kernels.gpu import gather, selection
+from offpath.kernels.gpu import densely, gather, selection
 from offpath.kernels.gpu.counting_sort import add_weight_gradient, counts, row_gradients, weight_gradient
 from offpath.kernels.operands import row_numbers
 from offpath.kernels.row_products import RowProducts
@@ -64,4 +64,6 @@ ROWS = RowProducts(
     selection.above,
     selection.encode_topk,
     row_gradients,
+    densely.written_out,
+    densely.dense_dots,
 )
