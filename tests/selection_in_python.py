@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
-from offpath import kernels, ops
+from offpath import SparseLinear, kernels, ops
 from offpath.kernels import KernelError
 from offpath.kernels.gpu import launch, selection, ties
 from offpath.kernels.gpu.selection import batch_topk, encode_topk, topk
 from offpath.kernels.reference_rows import ROWS as DEFINITION
 from offpath.nn import BatchTopK, SparseAutoencoder, SparseInputLinear, TopK, autoencoder, row_blocks
+from offpath.ops import library
 from triton_in_python import every_dtype, mutated
-from waits import Waited, Waits
+from waits import Counts, Waited, Waits
 
 NAN, INF = torch.nan, torch.inf
 SCORES = {
@@ -229,3 +231,27 @@ def test_what_waits_is_known(wait: Callable[[Tensor], object]) -> None:
     with Waits():
         x.long().abs().repeat_interleave(x.long().abs(), output_size=9)
         x[x.argsort()], x.masked_fill(x > 0, 0), torch.where(x > 0, x, 0)
+
+
+def test_a_step_with_the_weight_written_out_launches_two_kernels_more_than_a_dense_one(
+    on_device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weight is written out once for two products; modes would keep the layer from that, so they are hidden."""
+    monkeypatch.setattr(library, "_count_of_modes", lambda: 0)
+    launched: list[str] = []
+    run = interpreter.GridExecutor.__call__
+
+    def launch_counted(kernel: interpreter.GridExecutor, *operands: object, **options: object) -> object:
+        launched.append(kernel.fn.__name__)
+        return run(kernel, *operands, **options)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_counted)
+    layer = SparseLinear(12, 8, sparsity=0.5)
+    for one, kernels_of_triton in ((layer, ["expand_kernel", "compress_kernel"]), (layer.to_dense(), [])):
+        x, dy = _x(), torch.randn(11, 8)
+        with ops.forced_methods(forward="dense", dx="dense", dvalues="dense"):
+            one(x)  # the first call finds out what is known of the connections
+            launched.clear()
+            with Counts("addmm", "mm", "sum") as counts:
+                one(x).backward(dy)
+        assert launched == kernels_of_triton and counts.found == {"addmm": 1, "mm": 2, "sum": 1}

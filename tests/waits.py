@@ -57,6 +57,20 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Counts(TorchDispatchMode):
+    """Counts the calls of some ops of torch by name."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.found = dict.fromkeys(names, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.found:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def _waits(func: Any, args: tuple, kwargs: dict) -> str | None:
     op = func.overloadpacket
     if op in WAITING or (op is _ATEN.repeat_interleave and kwargs.get("output_size") is None):

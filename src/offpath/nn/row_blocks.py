@@ -1,7 +1,7 @@
-"""Encoders that choose among the pre-activations of a few rows at a time, so that all of them are never stored.
+"""Encoders that choose among the pre-activations of some rows at a time: a large batch never has all of its stored.
 
-A GPU takes many rows at a time, and is asked as little as possible: `encode_above` waits for the device once for each
-block, as it has to know how many entries there are, and `encode_batch_topk` once in all.
+On a CPU these are few rows. A GPU takes many, and is asked as little as possible: `encode_above` waits for the device
+once for each block, as it has to know how many entries there are, and `encode_batch_topk` once in all.
 """
 
 from __future__ import annotations
