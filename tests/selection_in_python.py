@@ -80,7 +80,7 @@ MUTANTS = {
     "a next NaN is not seen": ("(spare == least) | (spare != spare)", "spare == least"),
     "one too few": ("<= left)", "< left)"),
     "any of the equals": ("<= left)", ">= 0)"),
-    "the wrong block of counts": ("ends + row * blocks + blocks - 1", "ends + row * blocks"),
+    "the wrong block of counts": ("larger_ends + row * blocks + blocks - 1", "larger_ends + row * blocks"),
     "what is behind the last column": ("return inside & larger, inside & equal", "return larger, equal"),
     "the wrong row": ("scores + row * stride", "scores + row // 2 * stride"),
     "equals before are forgotten": ("larger_before + tl.minimum(equal_before, wanted)", "larger_before"),

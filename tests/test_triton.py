@@ -96,8 +96,11 @@ def _bits(name: str, kernel: Any, limit: float) -> Compiled:
 
 def _ties(name: str, kernel: Any, dtype: str, multiplied: int) -> Compiled:
     types = {"scores": f"*{dtype}", "best": f"*{dtype}"}
-    types |= {"counts": "*i32"} if name == "count" else {"ends": "*i64", "places": "*i64"}
-    types |= dict.fromkeys(("k", "rows", "columns", "stride", "blocks"), "i32")
+    if name == "count":
+        types |= dict.fromkeys(("larger_counts", "equal_counts"), "*i32")
+    else:
+        types |= dict.fromkeys(("larger_ends", "equal_ends", "places"), "*i64")
+    types |= dict.fromkeys(("k", "columns", "stride", "blocks"), "i32")
     constants = {"WIDE": tl.float32, "BLOCK": ties.BLOCK}
     return Compiled(f"{name} of {dtype}", kernel, types, constants, 4, ties.BLOCK // 128, ENCODED, multiplied)
 
@@ -171,8 +174,8 @@ KERNELS = (
         (2 * 8 + 8 + 4 + 2 + 2) * MEMORY,
         0,
     ),
-    _ties("count", ties.count_kernel, "bf16", 4),
-    _ties("place", ties.place_kernel, "fp32", 6),
+    _ties("count", ties.count_kernel, "bf16", 3),
+    _ties("place", ties.place_kernel, "fp32", 5),
 )
 
 
@@ -190,6 +193,14 @@ def test_machine_code_of_sm_90(of: Compiled, tmp_path: Path) -> None:
 @pytest.mark.parametrize("of", [KERNELS[0], KERNELS[5], KERNELS[-1]], ids=lambda of: of.name)
 def test_machine_code_of_others(of: Compiled, capability: int, tmp_path: Path) -> None:
     _check(compiled(of.kernel, of.types, of.constants, of.warps, capability, tmp_path), of)
+
+
+@pytest.mark.parametrize("of", KERNELS, ids=lambda of: of.name)
+def test_sizes_of_one_are_compiled_in(of: Compiled, tmp_path: Path) -> None:
+    """Triton makes constants of them, which are no tensors: they have no methods."""
+    types = {name: kind for name, kind in of.types.items() if kind.startswith("*")}
+    ones = dict.fromkeys(of.types.keys() - types.keys(), 1)
+    assert compiled(of.kernel, types, of.constants | ones, of.warps, 90, tmp_path).instructions
 
 
 def _check(code: MachineCode, of: Compiled) -> None:

@@ -40,16 +40,16 @@ def _compared(scores, row, first, columns, stride, least, WIDE: tl.constexpr, BL
 def count_kernel(
     scores,
     best,
-    counts,
+    larger_counts,
+    equal_counts,
     k,
-    rows,
     columns,
     stride,
     blocks,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """counts[0, row, block]: how many scores are larger than the least chosen one; counts[1, ...]: how many equal it.
+    """How many scores of each block are larger than the least chosen one of its row, and how many equal it.
 
     Grid (rows * blocks). Of a row without ties, nothing is written.
     """
@@ -59,25 +59,25 @@ def count_kernel(
     if tied:
         first = program % blocks * BLOCK
         larger, equal = _compared(scores, row, first, columns, stride, least, WIDE, BLOCK)
-        tl.store(counts + program, tl.sum(larger.to(tl.int32), 0))
-        tl.store(counts + rows.to(tl.int64) * blocks + program, tl.sum(equal.to(tl.int32), 0))
+        tl.store(larger_counts + program, tl.sum(larger.to(tl.int32), 0))
+        tl.store(equal_counts + program, tl.sum(equal.to(tl.int32), 0))
 
 
 @triton.jit
 def place_kernel(
     scores,
     best,
-    ends,
+    larger_ends,
+    equal_ends,
     places,
     k,
-    rows,
     columns,
     stride,
     blocks,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """places[row]: those of the larger scores and of the first equal ones, ascending; `ends` are sums of the counts.
+    """places[row]: those of the larger scores and of the first equal ones, ascending; the ends are sums of the counts.
 
     Grid (rows * blocks). Of a row without ties, nothing is written.
     """
@@ -87,9 +87,10 @@ def place_kernel(
     if tied:
         first = program % blocks * BLOCK
         larger, equal = _compared(scores, row, first, columns, stride, least, WIDE, BLOCK)
-        larger_before = tl.load(ends + program) - tl.sum(larger.to(tl.int32), 0)
-        equal_before = tl.load(ends + rows.to(tl.int64) * blocks + program) - tl.sum(equal.to(tl.int32), 0)
-        wanted = tl.maximum(k - tl.load(ends + row * blocks + blocks - 1), 0)  # of the equal ones, in the whole row
+        larger_before = tl.load(larger_ends + program) - tl.sum(larger.to(tl.int32), 0)
+        equal_before = tl.load(equal_ends + program) - tl.sum(equal.to(tl.int32), 0)
+        # Of the equal ones, in the whole row.
+        wanted = tl.maximum(k - tl.load(larger_ends + row * blocks + blocks - 1), 0)
         left = tl.minimum(tl.maximum(wanted - equal_before, 0), BLOCK).to(tl.int32)
         chosen = larger | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
         before = (larger_before + tl.minimum(equal_before, wanted)).to(tl.int32)
@@ -112,8 +113,8 @@ def take_first_of_equals(scores: Tensor, best: Tensor, places: Tensor) -> None:
     block = block_of(columns, BLOCK)
     blocks = triton.cdiv(columns, block)
     counts = torch.empty(2, rows, blocks, dtype=torch.int32, device=scores.device)
-    sizes = k, rows, columns, scores.stride(0), blocks
+    sizes = k, columns, scores.stride(0), blocks
     options = {"WIDE": accumulator(scores.dtype), "BLOCK": block, "num_warps": 4, "num_stages": 1}
     with device_of(scores):
-        count_kernel[(rows * blocks,)](scores, best, counts, *sizes, **options)
-        place_kernel[(rows * blocks,)](scores, best, counts.cumsum(2), places, *sizes, **options)
+        count_kernel[(rows * blocks,)](scores, best, *counts, *sizes, **options)
+        place_kernel[(rows * blocks,)](scores, best, *counts.cumsum(2), places, *sizes, **options)
