@@ -176,7 +176,10 @@ def test_where_launches_take_longer_than_the_work_the_fewest_are_chosen() -> Non
     slow_host = replace(FLOAT32, launch_seconds=25e-6)
     assert _cheapest(FLOAT32, "dx", 1024, 0.95, 512) == "row-wise"
     assert _cheapest(slow_host, "dx", 1024, 0.95, 512) == "dense"
-    assert _cheapest(slow_host, "forward", 512, 0.9, 1) == "row-wise"
+    for product in ("forward", "dvalues"):
+        assert _cheapest(slow_host, product, 512, 0.9, 1) == "row-wise"
+    # The transposed order of the values is one of torch's launches.
+    assert layer_seconds(slow_host, "dx", "row-wise", 512, 512, 26_000, 1) == 1.5 * slow_host.launch_seconds
     assert _cheapest(slow_host, "forward", 4096, 0.98, 4096) == "row-wise"
 
 

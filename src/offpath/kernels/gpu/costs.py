@@ -15,8 +15,8 @@ from offpath.kernels.gpu.rates import Rates, rates_here
 
 # Kernels of a call beside the one that multiplies: activations to their features and back.
 TURNS = 2
-# One of Triton's, and one of torch's at half its price.
-DENSE_LAUNCHES = 1.5
+# One of Triton's, and one of torch's at half its price: such a one also puts values into the transposed order.
+DENSE_LAUNCHES, TRANSPOSED_LAUNCHES = 1.5, 0.5
 # What a counting sort of the entries moves for each of them, in about so many kernels.
 SORT_BYTES, SORT_KERNELS = 48, 8
 WRITE_OUT_KERNELS = 4
@@ -45,7 +45,9 @@ def layer_seconds(rates: Rates, product: str, method: str, rows: int, columns: i
     The device's, or the host's where launching takes longer: both work at the same time.
     """
     few = method == "row-wise" and batch < FEW_TOKENS
-    launches = 1 if few else DENSE_LAUNCHES if method == "dense" else 1 + TURNS
+    launches = DENSE_LAUNCHES if method == "dense" else 1 if few else 1 + TURNS
+    if method == "row-wise" and product == "dx":
+        launches += TRANSPOSED_LAUNCHES
     device = _device_seconds(rates, product, method, rows, columns, nnz, batch)
     return max(device, launches * rates.launch_seconds)
 
