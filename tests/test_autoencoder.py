@@ -14,6 +14,7 @@ from dense_autoencoder import dense_loss
 from offpath.cost.bounds import gamma
 from offpath.nn import SparseAutoencoder, row_blocks
 from offpath.nn.autoencoder import ACTIVATIONS
+from offpath.nn.autoencoder_loss import expect_variance
 from offpath.ops import SparseRows
 
 D_MODEL, LATENTS, K, ROWS = 12, 40, 3, 24
@@ -178,6 +179,26 @@ def test_rows_that_are_all_the_same_have_no_variance_to_explain(activation: str)
     for rows in (7, 1000):
         with pytest.raises(ValueError, match=f"expected rows that differ, got {rows} that are all the same"):
             sae.loss(torch.full((rows, D_MODEL), 0.1))
+
+
+def test_a_refused_batch_leaves_everything_as_it_was(activation: str) -> None:
+    sae = _sae(activation)
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    with pytest.raises(ValueError, match="expected rows that differ"):
+        sae.loss(torch.full((7, D_MODEL), 0.1, dtype=torch.float64))
+    assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
+
+
+def test_nobody_looks_at_the_variance_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    capturing = [True]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", capturing.pop)
+    expect_variance(torch.zeros(()).as_subclass(OnGpu), 3)
+    capturing.append(False)
+    with pytest.raises(ValueError, match="expected rows that differ"):
+        expect_variance(torch.zeros(()).as_subclass(OnGpu), 3)
 
 
 def test_a_threshold_cannot_be_calibrated_where_there_is_none() -> None:

@@ -18,7 +18,6 @@ from offpath import SparseLinear, kernels
 from offpath.kernels import KernelError
 from offpath.kernels.gpu import availability
 from offpath.kernels.gpu.availability import Part
-from offpath.kernels.gpu.selection import batch_topk, encode_topk, topk
 from offpath.kernels.reference_rows import ROWS as DEFINITION
 from offpath.ops import forced_methods, topk_rows
 
@@ -87,45 +86,6 @@ def test_info_lists_every_part() -> None:
     finished = _run("from offpath_cli import main; import sys; sys.argv[1:] = ['info']; main()", COLUMNS="400")
     for name in ("(Triton)", "(NVRTC)", "CUDA build of torch", "NVIDIA driver", "device"):
         assert name in finished.stdout
-
-
-SCORES = {
-    "ties": torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0, 2.0]]),
-    "zeros of both signs": torch.tensor([[0.0, -0.0, 0.0, -0.0, -1.0], [-0.0, 0.0, 5.0, -0.0, 0.0]]),
-    "NaN": torch.tensor([[torch.nan, 1.0, torch.nan, torch.nan, 2.0], [1.0, torch.nan, torch.inf, 0.0, 1.0]]),
-    "infinities": torch.tensor([[-torch.inf, torch.inf, torch.inf, -torch.inf, 0.0]]),
-    "no rows": torch.empty(0, 5),
-}
-
-
-@pytest.mark.parametrize("name", SCORES)
-@pytest.mark.parametrize("k", range(6))
-def test_selection_chooses_what_the_definition_does(name: str, k: int) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        x = SCORES[name].to(dtype)
-        for got, right in zip(topk(x, k), DEFINITION.topk(x, k), strict=True):
-            torch.testing.assert_close(got, right, rtol=0, atol=0, equal_nan=True)
-        count = min(2 * k, x.numel())
-        for got, right in zip(batch_topk(x, count), DEFINITION.batch_topk(x, count), strict=True):
-            torch.testing.assert_close(got, right, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("crowded", [False, True], ids=["in many rows", "one row has them all"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_best_of_a_batch_with_many_equals(dtype: torch.dtype, crowded: bool) -> None:
-    x = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)).mul(2).round().div(2).to(dtype)
-    x[3] += 100 * crowded
-    for got, right in zip(batch_topk(x, 120), DEFINITION.batch_topk(x, 120), strict=True):
-        assert torch.equal(got, right)
-
-
-def test_an_encoder_takes_its_rows_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offpath.kernels.gpu.selection.BLOCK_ENTRIES", 50)
-    generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randint(-3, 4, s, generator=generator).float() for s in ((11, 6), (20, 6), (20,)))
-    for some in (None, bias):
-        for got, right in zip(encode_topk(x, weight, some, 3), DEFINITION.encode_topk(x, weight, some, 3), strict=True):
-            assert torch.equal(got, right)
 
 
 def test_a_forced_method_that_a_backend_lacks_is_refused() -> None:

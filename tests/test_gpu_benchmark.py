@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 import gpu.__main__ as command
-from gpu import timing
+from gpu import autoencoder, timing
 from gpu.check import Case, exactly, judge, sums
 from gpu.jobs import Job, Raced, Sides, Wanted, filled, work_through
 from gpu.page import show
@@ -26,8 +27,10 @@ from gpu.sanitizer import joined, sanitize, summary
 from gpu.sheet import WAITED_OUT, Check, Sheet, judged, report_text
 from gpu.timing import Deadline, Effort, clone
 from measure import Timing, WrongResult
+from offpath import nn
 from offpath.kernels import KernelError
 from offpath.kernels.gpu import formats
+from offpath.ops import SparseRows
 from verdicts import Figure
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -48,7 +51,10 @@ def test_the_interpreter_runs_every_triton_kernel_through_the_checks(tmp_path: P
     assert sheet["finished"]
     assert [check for check in sheet["checks"] if check["problems"]] == []
     gathers = {"gather_sum", "gather_dot", "weight_gradient", "add_weight_gradient", "row_gradients", "counts"}
-    assert {check["kernel"] for check in sheet["checks"]} == gathers | {"spmm", "sddmm", "bitmap", "expand", "compress"}
+    gathers |= {"written_out"}
+    selections = {"topk", "batch_topk", "above", "encode_topk"}
+    weights = {"spmm", "sddmm", "bitmap", "expand", "compress"}
+    assert {check["kernel"] for check in sheet["checks"]} == gathers | selections | weights
 
 
 def _case(call: Callable[[], Tensor], whole: bool = False) -> Case:
@@ -236,6 +242,45 @@ def test_every_bar_of_the_gpu_is_set_once() -> None:
     assert sum(figure.bar is not None for figure in figures) == topk + expand + decode + tiles + live + step + layers
     # What the table of the docs shows are figures of the run.
     assert {row.place for row in rows()} <= set(places)
+
+
+SMALL_AUTOENCODER = (40, 3, 12, 24)
+
+
+@pytest.fixture(params=["topk", "batch_topk"])
+def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> autoencoder.Step:
+    monkeypatch.setattr(autoencoder, "DTYPE", torch.float64)
+    monkeypatch.setattr(autoencoder, "waits_refused", nullcontext)
+    autoencoder.drawn.cache_clear()
+    torch.manual_seed(0)
+    yield autoencoder.drawn(SMALL_AUTOENCODER, request.param, torch.device("cpu"))
+    autoencoder.drawn.cache_clear()
+
+
+def test_both_autoencoders_of_the_race_are_one_function(step: autoencoder.Step) -> None:
+    autoencoder.check(step)
+    counted = step.sae.tokens_since_fired.clone()
+    step.sae.tokens_since_fired.zero_()
+    for ours, dense in zip(step.ours(), step.dense(), strict=True):
+        torch.testing.assert_close(ours, dense, rtol=1e-9, atol=1e-12)
+    assert torch.equal(step.sae.tokens_since_fired, 2 * counted) and bool(counted.any())
+
+
+@pytest.mark.parametrize("mistake", ["forgets the bias", "one fewer", "another value"])
+def test_a_wrong_autoencoder_is_not_timed(
+    step: autoencoder.Step, mistake: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = {"topk": "encode_topk", "batch_topk": "encode_batch_topk"}[step.sae.activation]
+    encode = getattr(nn.autoencoder, name)
+
+    def wrong(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> SparseRows:
+        bias = bias + (0.5 * torch.arange(len(bias)).sin() if mistake == "forgets the bias" else 0)
+        rows = encode(x, weight, bias, k - (mistake == "one fewer"))
+        return rows.with_values(rows.values * (1 + 1e-9)) if mistake == "another value" else rows
+
+    monkeypatch.setattr(nn.autoencoder, name, wrong)
+    with pytest.raises(WrongResult):
+        autoencoder.check(step)
 
 
 def _content() -> dict:

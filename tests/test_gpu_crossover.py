@@ -126,8 +126,8 @@ def test_what_stands_beside_offpath_is_told_below_its_table() -> None:
 
 
 # The model of a device's costs: an H200, as far as its data sheet and the shapes of the kernels tell.
-BFLOAT16 = Rates(2, 60_000_000, 2e-6, 4.0e12, 7.0e14, 1.0e13, 8.0e12, 1.5e12, 0.5, 1.8e12, 1e-9)
-FLOAT32 = Rates(4, 60_000_000, 2e-6, 4.0e12, 5.0e13, 5.0e12, 4.0e12, 7.0e11, 0.5, 0.9e12, 1e-9)
+BFLOAT16 = Rates(2, 60_000_000, 2e-6, 4.0e12, 7.0e14, 1.0e13, 8.0e12, 1.5e12, 1.5e12, 0.5, 1.8e12, 1e-9)
+FLOAT32 = Rates(4, 60_000_000, 2e-6, 4.0e12, 5.0e13, 5.0e12, 4.0e12, 7.0e11, 7.0e11, 0.5, 0.9e12, 1e-9)
 
 
 def _cheapest(rates: Rates, product: str, size: int, sparsity: float, batch: int) -> str:
@@ -143,7 +143,17 @@ def test_gathers_are_chosen_only_where_the_roofline_lets_them_win(product: str) 
         assert _cheapest(BFLOAT16, product, size, 0.995, 4096) == "row-wise"
         assert _cheapest(FLOAT32, product, size, 0.5, 4096) == "dense"
         assert _cheapest(FLOAT32, product, size, 0.95, 4096) == "row-wise"
-    assert _cheapest(FLOAT32, "forward", 4096, 0.9, 1) == "row-wise"
+    for product in ("forward", "dx", "dvalues"):
+        assert _cheapest(FLOAT32, product, 4096, 0.9, 1) == "row-wise"
+
+
+def test_few_tokens_share_what_is_read_of_the_weight() -> None:
+    shared = replace(BFLOAT16, few_share=0.1)
+    for product in ("forward", "dx", "dvalues"):
+        one, eight = (layer_seconds(shared, product, "row-wise", 4096, 4096, 2_000_000, batch) for batch in (1, 8))
+        assert one < eight < 2 * one
+        slower = layer_seconds(replace(shared, few_share=1.0), product, "row-wise", 4096, 4096, 2_000_000, 8)
+        assert slower > 1.5 * eight
 
 
 def test_top_k_rows_are_gathered_from_wide_dictionaries_and_multiplied_densely_from_narrow_ones() -> None:
@@ -166,7 +176,10 @@ def test_where_launches_take_longer_than_the_work_the_fewest_are_chosen() -> Non
     slow_host = replace(FLOAT32, launch_seconds=25e-6)
     assert _cheapest(FLOAT32, "dx", 1024, 0.95, 512) == "row-wise"
     assert _cheapest(slow_host, "dx", 1024, 0.95, 512) == "dense"
-    assert _cheapest(slow_host, "forward", 512, 0.9, 1) == "row-wise"
+    for product in ("forward", "dvalues"):
+        assert _cheapest(slow_host, product, 512, 0.9, 1) == "row-wise"
+    # The transposed order of the values is one of torch's launches.
+    assert layer_seconds(slow_host, "dx", "row-wise", 512, 512, 26_000, 1) == 1.5 * slow_host.launch_seconds
     assert _cheapest(slow_host, "forward", 4096, 0.98, 4096) == "row-wise"
 
 

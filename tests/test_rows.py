@@ -70,6 +70,10 @@ def _indices_of(p: RowProblem) -> tuple[Tensor, Tensor]:
     return p.weight.crow_indices, p.weight.col_indices
 
 
+def _together(*results: Tensor) -> Tensor:
+    return torch.cat([result.flatten() for result in results])
+
+
 OPERATIONS = (
     Op(
         "rows_sparse_matmul",
@@ -108,6 +112,12 @@ OPERATIONS = (
         lambda p: [p.indices.shape, (p.rows, p.width)],
         lambda p, values, dy: OPS.rows_weight_gradient(values, p.crow_indices, p.indices, dy, p.columns),
         lambda p, values, dy: _dense(p, values).t() @ dy,
+    ),
+    Op(
+        "rows_gradients",
+        lambda p: [(p.rows, p.width), p.indices.shape, (p.columns, p.width)],
+        lambda p, dy, values, weight: _together(*OPS.rows_gradients(dy, values, p.crow_indices, p.indices, weight)),
+        lambda p, dy, values, weight: _together(_at_entries(p, dy @ weight.t()), _dense(p, values).t() @ dy),
     ),
     Op(
         "topk_rows",
@@ -208,6 +218,7 @@ def test_opcheck(problem: RowProblem) -> None:
     opcheck(OPS.rows_matmul.default, (values, *rows, weight))
     opcheck(OPS.rows_dots.default, (dy, *rows, weight))
     opcheck(OPS.rows_weight_gradient.default, (values, *rows, dy, p.columns))
+    opcheck(OPS.rows_gradients.default, (dy, values, *rows, weight))
     w_values = draw((p.weight.nnz,)).requires_grad_()
     opcheck(OPS.rows_sparse_matmul.default, (values, *rows, w_values, *_indices_of(p), p.width))
     opcheck(OPS.rows_sparse_dots.default, (dy, *rows, w_values, *_indices_of(p)))

@@ -16,14 +16,15 @@ import triton.language as tl
 
 from machine_code import MachineCode, compiled
 from offpath.kernels import KernelError
-from offpath.kernels.gpu import counting_sort, expand, gather, sparse_weight
+from offpath.kernels.gpu import counting_sort, densely, expand, few_tokens, gather, sparse_weight, ties
 
 
 def test_every_kernel_in_python() -> None:
     """In a process of its own, as Triton decides when it is imported how kernels run."""
     tests = Path(__file__).parent
+    files = [str(tests / name) for name in ("triton_in_python.py", "selection_in_python.py")]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests / "triton_in_python.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=tests.parent,
         check=False,
@@ -93,12 +94,39 @@ def _bits(name: str, kernel: Any, limit: float) -> Compiled:
     return Compiled(name, kernel, types, constants, 4, 2 * 512 * 8 // 128, limit, 2)
 
 
+def _ties(name: str, kernel: Any, dtype: str, multiplied: int) -> Compiled:
+    types = {"scores": f"*{dtype}", "best": f"*{dtype}"}
+    if name == "count":
+        types |= dict.fromkeys(("larger_counts", "equal_counts"), "*i32")
+    else:
+        types |= dict.fromkeys(("larger_ends", "equal_ends", "places"), "*i64")
+    types |= dict.fromkeys(("k", "columns", "stride", "blocks"), "i32")
+    constants = {"WIDE": tl.float32, "BLOCK": ties.BLOCK}
+    return Compiled(f"{name} of {dtype}", kernel, types, constants, 4, ties.BLOCK // 128, ENCODED, multiplied)
+
+
+def _few(name: str, kernel: Any, tokens: int) -> Compiled:
+    types = {"crow_indices": "*i32", "indices": "*i32"}
+    operands = ("values", "x", "bias", "y") if name == "few tokens" else ("dy", "x", "dvalues")
+    sizes = ("columns", "rows", "tokens", "x_stride") if name == "few tokens" else ("columns", "tokens", "dy_stride")
+    types |= dict.fromkeys(operands, "*bf16") | dict.fromkeys((*sizes, "x_stride"), "i32")
+    constants = {"ACCUMULATOR": tl.float32, "TOKENS": tokens, "BLOCK": few_tokens.BLOCK}
+    constants |= {"HAS_BIAS": False} if name == "few tokens" else {}
+    elements = few_tokens.BLOCK // 32 * tokens
+    # Six bytes of a connection, which all tokens share, and a gather from a cache for each of them.
+    return Compiled(f"{name} of {tokens}", kernel, types, constants, 1, elements, 6 * MEMORY / tokens + GATHER, 2)
+
+
 # The first-level cache hands over 128 bytes a cycle to 128 lanes: an instruction for each byte of an element.
 # Of those for bfloat16, half make it float32, so there it is twice that.
 CACHE = {"fp32": 4.0, "bf16": 2 * 2.0}
 # The memory hands over 4.2e12 bytes a second: 8 instructions for each byte. No kernel fills more than two slots in
 # three.
 MEMORY = 33.5 / 4.2 * 2 / 3
+# A single element: its mask, an address of 64 bits, the load, float32 of it, the multiply-add.
+GATHER = 10.0
+# What the product that a score comes from takes, of width 1024 at 790e12 operations a second.
+ENCODED = 33.5e12 * 2 * 1024 / 790e12
 
 KERNELS = (
     _sum("fp32", True, 128, CACHE["fp32"]),
@@ -131,6 +159,23 @@ KERNELS = (
         4 * MEMORY,
         2,
     ),
+    _few("few tokens", few_tokens.few_tokens_kernel, 1),
+    _few("few tokens", few_tokens.few_tokens_kernel, 8),
+    _few("few dots", few_tokens.few_dots_kernel, 8),
+    Compiled(
+        "rows with their zeros",
+        densely.write_kernel,
+        {"places": "*i64", "entries": "*i64", "indices": "*i32", "values": "*bf16", "dense": "*bf16"}
+        | dict.fromkeys(("nnz", "columns"), "i32"),
+        {"ACCUMULATOR": tl.float32, "BLOCK": densely.BLOCK},
+        4,
+        densely.BLOCK // 128,
+        # Of an entry: its place twice, itself, its index, its value, and what is written.
+        (2 * 8 + 8 + 4 + 2 + 2) * MEMORY,
+        0,
+    ),
+    _ties("count", ties.count_kernel, "bf16", 3),
+    _ties("place", ties.place_kernel, "fp32", 5),
 )
 
 
@@ -145,13 +190,23 @@ def test_machine_code_of_sm_90(of: Compiled, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 120])
-@pytest.mark.parametrize("of", [KERNELS[0], KERNELS[5]], ids=lambda of: of.name)
+@pytest.mark.parametrize("of", [KERNELS[0], KERNELS[5], KERNELS[-1]], ids=lambda of: of.name)
 def test_machine_code_of_others(of: Compiled, capability: int, tmp_path: Path) -> None:
     _check(compiled(of.kernel, of.types, of.constants, of.warps, capability, tmp_path), of)
 
 
+@pytest.mark.parametrize("of", KERNELS, ids=lambda of: of.name)
+def test_sizes_of_one_are_compiled_in(of: Compiled, tmp_path: Path) -> None:
+    """Triton makes constants of them, which are no tensors: they have no methods."""
+    types = {name: kind for name, kind in of.types.items() if kind.startswith("*")}
+    ones = dict.fromkeys(of.types.keys() - types.keys(), 1)
+    assert compiled(of.kernel, types, of.constants | ones, of.warps, 90, tmp_path).instructions
+
+
 def _check(code: MachineCode, of: Compiled) -> None:
     assert code.stack_bytes == 0 and code.count("LDL") == code.count("STL") == 0, "registers are spilt"
+    if of.name.startswith("few"):
+        return  # a row begins where it begins: nothing there is aligned
     wide, what = (code.count("STG.E.128"), "stores") if of.name == "expand" else (code.count("LDG.E.128"), "loads")
     assert wide, f"no {what} of 16 bytes"
 

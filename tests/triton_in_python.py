@@ -24,10 +24,17 @@ import row_checkers
 from cases import PROBLEMS, PRODUCTS, WIDTHS, Problem
 from offpath import pattern as patterns
 from offpath.kernels import Backend, KernelError, reference, reference_rows
-from offpath.kernels.gpu import counting_sort, expand, gather, launch, sparse_weight
+from offpath.kernels.gpu import counting_sort, densely, expand, few_tokens, gather, launch, sparse_weight
 from offpath.kernels.gpu.gather import named_row
 from offpath.kernels.row_products import RowProducts
-from row_cases import BAD_ROWS, PRODUCTS as ROW_PRODUCTS, PRODUCTS_OF_VIEWS, RowProduct, _problem
+from row_cases import (
+    BAD_ROWS,
+    PROBLEMS as ROW_CASES,
+    PRODUCTS as ROW_PRODUCTS,
+    PRODUCTS_OF_VIEWS,
+    RowProduct,
+    _problem,
+)
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, of a NaN
@@ -55,6 +62,10 @@ PATTERNS = {problem.name: problem for problem in (*PROBLEMS, *WIDTHS)}
 SMALL = [
     PATTERNS[name]
     for name in ("rows of one to eight connections", "batch of 5", "batch of 16", "one row", "one column")
+]
+FEW = [
+    *(replace(SMALL[0], name=f"{batch} tokens", batch=batch) for batch in (1, 2, 9, 15)),
+    Problem("rows of more slots than a block", lambda: patterns.full((2, 150)), 3),
 ]
 EMPTY = [PATTERNS[name] for name in ("no connections", "no rows", "no columns", "empty batch")]
 WIDE = Problem("columns in several words, the last one cut", lambda: patterns.from_mask(torch.eye(70)[:3] > 0), 1)
@@ -121,7 +132,7 @@ def test_kernels_run_in_python() -> None:
 def test_products(dtype: torch.dtype) -> None:
     for product in PRODUCTS:
         if product.name.split()[0] in OURS:
-            for problem in (*SMALL, *EMPTY, WIDE) if dtype is torch.float32 else (*SMALL[:2], EMPTY[-1]):
+            for problem in (*SMALL, *FEW, *EMPTY, WIDE) if dtype is torch.float32 else (*SMALL[:2], FEW[2], EMPTY[-1]):
                 checkers.check_exact(product, BACKEND, problem, dtype)
             checkers.check_bounded(product, BACKEND, SMALL[0], dtype)
 
@@ -167,9 +178,35 @@ def test_both_gradients_at_once_are_those_of_each(dtype: torch.dtype) -> None:
         assert torch.equal(gradient, expected), problem.name
 
 
+def _check_densely(module: ModuleType) -> None:
+    several_times = next(case for case in ROW_CASES if case.name == "in any order, several times")
+    for problem in (*ROW_PROBLEMS, *EMPTY_ROWS, several_times):
+        draw = row_checkers.small_integers(4, torch.float32)
+        rows, values = (problem.crow_indices, problem.indices), draw(problem.indices.shape)
+        weight, dy = draw((problem.columns, problem.width)), draw((problem.rows, problem.width))
+        with checkers.poisoned_memory():
+            dense, dots = module.written_out(*rows, values, problem.columns), module.dense_dots(*rows, dy, weight)
+        place = _row_of_each(problem.crow_indices), problem.indices.long()
+        right = torch.zeros(problem.rows, problem.columns).index_put_(place, values, accumulate=True)
+        assert torch.equal(dense, right) and torch.equal(dots, reference_rows.dots(*rows, dy, weight)), problem.name
+
+
+def _row_of_each(crow_indices: torch.Tensor) -> torch.Tensor:
+    return torch.arange(crow_indices.shape[0] - 1).repeat_interleave(crow_indices.diff())
+
+
+@pytest.mark.parametrize("block", [32, densely.BLOCK])
+def test_rows_with_their_zeros(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(densely, "BLOCK", block)
+    _check_densely(densely)
+    half = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([1, 0, 1], dtype=torch.int32)
+    one = torch.tensor([1.0, 3.0, 2**-8], dtype=torch.bfloat16)  # in bfloat16, 1 + 2^-8 would be 1: it is rounded once
+    assert densely.written_out(*half, torch.cat([one[:2], 3 * one[2:]]), 2).tolist() == [[3.0, 1 + 2**-7]]
+
+
 def test_an_index_out_of_range_becomes_nan_where_nobody_looked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where looking would mean to wait."""
-    for module in (gather, counting_sort):
+    for module in (gather, counting_sort, sparse_weight, densely):
         monkeypatch.setattr(module, "expect_rows", lambda *_: None)
     crow_indices = torch.tensor([0, 2, 4], dtype=torch.int32)
     indices = torch.tensor([0, 1, 2**31 - 1, -5], dtype=torch.int32)
@@ -177,8 +214,18 @@ def test_an_index_out_of_range_becomes_nan_where_nobody_looked(monkeypatch: pyte
     y = gather.matmul(crow_indices, indices, ones, weight)
     assert torch.equal(y[0], torch.full((8,), 2.0)) and bool(y[1].isnan().all())
     both, _ = counting_sort.row_gradients(crow_indices, indices, ones, dy, weight)
-    for dots in (gather.dots(crow_indices, indices, dy, weight), both):
+    dense = densely.written_out(crow_indices, indices, ones, 3)
+    assert dense[0].tolist() == [1, 1, 0] and bool((dense[1:] @ weight).isnan().all())
+    for dots in (
+        gather.dots(crow_indices, indices, dy, weight),
+        densely.dense_dots(crow_indices, indices, dy, weight),
+        both,
+    ):
         assert dots[:2].tolist() == [8, 8] and bool(dots[2:].isnan().all())
+    few = torch.ones(3, 2)
+    assert sparse_weight.spmm(crow_indices, indices, ones, few).isnan().tolist() == [[False, True]] * 3
+    dots = sparse_weight.sddmm(crow_indices, indices, few, few)
+    assert dots[:2].tolist() == [3, 3] and bool(dots[2:].isnan().all())
 
 
 @triton.jit
@@ -256,12 +303,20 @@ MUTANTS = {
         "torch.arange(columns + 1, dtype=torch.int32, device=indices.device)\n    return",
         "torch.arange(columns + 1, dtype=torch.int32, device=indices.device).clamp(max=columns - 1)\n    return",
     ),
-    "weight: bias forgotten": (sparse_weight, "HAS_BIAS=bias is not None", "HAS_BIAS=False"),
+    "weight: bias forgotten": (sparse_weight, "y, bias, trusted=True", "y, None, trusted=True"),
     "weight: padding in the way": (
         sparse_weight,
         "transpose(y[:, :batch], target)",
         "transpose(y[:, -batch:], target)",
     ),
+    "few: forgets the last slot": (few_tokens, "live = slot < end\n", "live = slot < end - 1\n"),
+    "few: one block of tokens": (few_tokens, "tl.program_id(1) * TOKENS + ", ""),
+    "few: of the dots, one block of tokens": (few_tokens, "range(0, tokens, TOKENS)", "range(0, TOKENS, TOKENS)"),
+    "few: of the dots, the wrong output": (few_tokens, "* dy_stride + row", "* dy_stride + row // 2"),
+    "few: forgets the bias": (few_tokens, "HAS_BIAS=bias is not None", "HAS_BIAS=False"),
+    "densely: neighbours at one place": (densely, "position += 1", "position += nnz"),
+    "densely: every entry writes": (densely, "inside & (place != before)", "inside"),
+    "densely: in the wrong order": (densely, "values + entry,", "values + position,"),
     "transpose: padding not written": (sparse_weight, "mask=written", "mask=written & (row < rows)[None, :]"),
     "bits: counts itself": (expand, "earlier = spread * 0x11111111 - spread", "earlier = spread * 0x11111111"),
     "bits: forgets lower bytes": (expand, "before += ((lower", "before += 0 * ((lower"),
@@ -278,7 +333,7 @@ MUTANTS = {
 }
 
 
-def _mutated(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
+def mutated(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
     source = Path(module.__file__).read_text()
     assert source.count(old) >= 1, f"the source no longer has {old!r}"
     path = folder / f"{module.__name__.rsplit('.', 1)[1]}_mutant.py"
@@ -291,11 +346,16 @@ def _mutated(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_is_rejected(name: str, tmp_path: Path) -> None:
+def test_a_mutant_is_rejected(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, old, new = MUTANTS[name]
-    mutant = _mutated(module, old, new, tmp_path)
+    mutant = mutated(module, old, new, tmp_path)
+    if module is few_tokens:
+        for function in ("spmm_of_few", "sddmm_of_few"):
+            monkeypatch.setattr(sparse_weight, function, getattr(mutant, function))
     with pytest.raises(AssertionError):
-        if module in (gather, counting_sort):
+        if module is densely:
+            _check_densely(mutant)
+        elif module in (gather, counting_sort):
             _check_rows(
                 rows_of(mutant if module is gather else gather, mutant if module is counting_sort else counting_sort)
             )
@@ -317,10 +377,11 @@ def _check_rows(rows: RowProducts) -> None:
 def _check_weights(backend: Backend) -> None:
     for product in PRODUCTS:
         if product.name.split()[0] in OURS:
-            for problem in (SMALL[0], SMALL[1], WIDE):
+            for problem in (SMALL[0], SMALL[1], FEW[2], WIDE):
                 checkers.check_bounded(product, backend, problem, torch.float32)
 
 
 def test_what_is_not_mutated_is_accepted() -> None:
     _check_rows(ROWS)
     _check_weights(BACKEND)
+    _check_densely(densely)

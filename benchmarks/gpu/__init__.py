@@ -10,9 +10,10 @@ tables, and docs/update_gpu.py puts both into docs/.
   that of `offpath.cost.bounds`. No time is reported of a kernel that fails.
 - sanitizer: the same checks on small shapes under memcheck and racecheck, where compute-sanitizer is installed. Both
   tools first have to find a mistake made on purpose.
-- topk, decode, tiles, expand, live, step, layers: times. Sides are timed in turns, each from a CUDA graph of many calls
-  where all of them can be captured, over copies of their operands that are together larger than twice the L2 cache:
-  medians of many rounds. Above 1, offpath is faster.
+- topk, autoencoder, decode, tiles, expand, live, step, layers: times. Sides are timed in turns, each from a CUDA graph
+  of many calls where all of them can be captured, over copies of their operands that are together larger than twice the
+  L2 cache: medians of many rounds. Above 1, offpath is faster. The autoencoders run as they do for a user, and once
+  more from graphs; before that, what must not wait for the device runs where torch refuses every wait.
 
 With TRITON_INTERPRET=1 and without a GPU, `--parts checks` runs the Triton kernels on tiny shapes in Triton's
 interpreter, and times nothing.

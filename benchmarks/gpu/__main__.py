@@ -29,6 +29,7 @@ BUDGETS = {
     "checks": 120,
     "sanitizer": 120,
     "topk": 60,
+    "autoencoder": 25,
     "decode": 110,
     "tiles": 60,
     "expand": 50,

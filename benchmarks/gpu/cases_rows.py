@@ -13,7 +13,8 @@ from gpu.check import Case, exactly, sums
 from gpu.draws import numbers, ragged_rows
 from offpath.cost.bounds import Expected
 from offpath.kernels import reference_rows
-from offpath.kernels.gpu import counting_sort, gather
+from offpath.kernels.gpu import counting_sort, densely, gather
+from offpath.ops.selection import to_dense
 
 Shape = tuple[int, int, int, int]  # rows, columns, the most entries of a row, width
 # The width is also more than a block of neighbours, and no multiple of one.
@@ -86,6 +87,13 @@ def gathers(scale: str, device: torch.device) -> Iterator[Case]:
             lambda of=of: (of.dots(),),
             (of.dy,),
         )
+        yield Case(
+            "written_out",
+            of.name,
+            partial(densely.written_out, *operands, of.values, of.weight.shape[0]),
+            partial(_written_out, of),
+            (of.values,),
+        )
     if _far_fits(scale, device):
         yield from _far_gathers(device)
 
@@ -142,6 +150,15 @@ def _rows(scale: str, device: torch.device) -> Iterator[Rows]:
             )
             of.weight[of.named() == 0] = torch.nan  # nobody may read these
             yield of
+
+
+def _written_out(of: Rows) -> tuple[Expected]:
+    columns = of.weight.shape[0]
+
+    def product(crow_indices: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+        return to_dense(crow_indices, indices, values, columns)
+
+    return (of.right(product, of.crow_indices.diff()[:, None], of.values),)
 
 
 def _added(operands: tuple[Tensor, ...], buffer: Tensor) -> Tensor:

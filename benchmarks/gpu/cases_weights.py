@@ -20,7 +20,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "small": ((5, 33, 0.5), (16, 128, 0.2)),
     "full": ((1, 1, 1.0), (65, 33, 0.5), (40, 64, 0.0), (24, 96, 1.0), (256, 1000, 0.1)),
 }
-TOKENS = {"tiny": (1, 17), "small": (1, 17), "full": (1, 16, 130)}
+TOKENS = {"tiny": (1, 17), "small": (1, 17), "full": (1, 7, 16, 130)}
 
 
 def cases(scale: str, device: torch.device) -> Iterator[Case]:

@@ -19,11 +19,12 @@ from gpu.jobs import work_through
 from gpu.sheet import Check, Sheet
 from gpu.timing import QUICK, Deadline, Effort
 
-TIMED = ("topk", "decode", "tiles", "expand", "live", "step", "layers")
+TIMED = ("topk", "autoencoder", "decode", "tiles", "expand", "live", "step", "layers")
 # Groups of kernels that are checked side by side, each in a process: most of their time is compiling.
 GROUPS = {
     "gathers": ("cases_rows", "gathers"),
     "sums by name": ("cases_rows", "by_name"),
+    "selections": ("cases_selection", "cases"),
     "sparse weights": ("cases_weights", "cases"),
     "packed weights": ("cases_decode", "cases"),
     "tiled weights": ("cases_tiles", "cases"),

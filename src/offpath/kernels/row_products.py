@@ -23,6 +23,9 @@ class RowProducts:
     value * dy[row of the entry].
     `add_weight_gradient(crow_indices, indices, values, dy, buffer)`: the same added to `buffer` [columns, width], whose
     rows without an entry are not touched.
+    `gradients(crow_indices, indices, values, dy, weight)`: (`dots`, `weight_gradient`), where both at once are faster.
+    `written_out(crow_indices, indices, values, columns)`: the rows with their zeros, [rows, columns], and `dense_dots`,
+    `dots` from all products of two rows: for rows that are nearly full, where torch's own ways are not good enough.
     `sparse_matmul(crow_indices, indices, values, w_crow_indices, w_indices, w_values, width)`: `matmul` with a sparse
     weight of that many columns, whose row for each place holds `w_indices` and `w_values`.
     `sparse_dots(crow_indices, indices, dy, w_crow_indices, w_indices, w_values)`: `dots` with a sparse weight.
@@ -54,3 +57,6 @@ class RowProducts:
     batch_topk: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
     above: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
     encode_topk: Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
+    gradients: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    written_out: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
+    dense_dots: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from offpath.nn.autocast import under_autocast
-from offpath.nn.autoencoder_loss import SAELoss, share_of_variance
+from offpath.nn.autoencoder_loss import SAELoss, expect_variance, variance_of
 from offpath.nn.row_blocks import encode_above, encode_batch_topk
 from offpath.nn.statistics import KeepsStatistics
 from offpath.nn.straight_through import jump, step
@@ -151,19 +151,22 @@ class SparseAutoencoder(KeepsStatistics):
         which a part could be explained.
         """
         x = x.reshape(-1, x.shape[-1]) if x.dim() else x
-        rows, thresholds = self._scores(self._centered(x))
+        centered, variance = self._centered(x), variance_of(x)
+        expect_variance(variance, x.shape[0])  # before all else: a GPU is waited for while it has little to do
+        rows, thresholds = self._scores(centered)
         live = rows if thresholds is None else self._jumped(rows, thresholds)
         if self.training:
             self._count(live)
         residual = x - self.decode(live)
-        fvu = share_of_variance(residual, x, "expected rows that differ")
+        fvu = residual.square().sum() / variance if x.shape[0] else residual.sum() * 0
         zero = fvu.new_zeros(())
         aux, l0_loss = zero, zero
         if thresholds is not None and x.shape[0]:
             l0_loss = (step(rows.values, thresholds, self.bandwidth).sum() / x.shape[0] / self.k - 1).square()
-        dead = (self.tokens_since_fired >= self.dead_after).nonzero()[:, 0]
-        if len(dead) and self.k_aux and self.aux_coefficient and self.training:
-            aux = self._auxiliary_loss(x, residual.detach(), dead)
+        dead = self.tokens_since_fired >= self.dead_after
+        if self.k_aux and self.aux_coefficient and self.training:  # or nobody has to wait for the number of them
+            places = dead.nonzero()[:, 0]
+            aux = self._auxiliary_loss(x, residual.detach(), places) if len(places) else zero
         return SAELoss(
             total=fvu + self.aux_coefficient * aux + self.l0_coefficient * l0_loss,
             fvu=fvu,
@@ -171,7 +174,7 @@ class SparseAutoencoder(KeepsStatistics):
             l0_loss=l0_loss,
             mse=residual.detach().square().sum() / max(1, residual.numel()),
             l0=(live.values > 0).to(fvu.dtype).sum() / max(1, x.shape[0]),
-            dead=len(dead),
+            dead_latents=dead,
         )
 
     @torch.no_grad()
@@ -260,14 +263,17 @@ class SparseAutoencoder(KeepsStatistics):
         centered, weight, bias = self._encoder(self._centered(x))
         rows = encode_topk(centered, weight[dead], bias[dead], min(self.k_aux, len(dead))).relu()
         _, decoder, _ = under_autocast(rows.values, self.decoder_weight[dead], None)
-        return share_of_variance(residual - rows.to(decoder.dtype).matmul(decoder), residual)
+        error, variance = residual - rows.to(decoder.dtype).matmul(decoder), variance_of(residual)
+        return error.sum() * 0 if variance == 0 else error.square().sum() / variance
 
     @torch.no_grad()
     def _count(self, live: SparseRows) -> None:
         self.tokens_since_fired += live.shape[0]
-        self.tokens_since_fired[live.indices[live.values > 0].long()] = 0
+        # As a minimum, since to look for those that fired would wait for a GPU.
+        counts = torch.where(live.values > 0, 0, torch.iinfo(torch.int64).max)
+        self.tokens_since_fired.scatter_reduce_(0, live.indices.long(), counts, "amin")
         if self.activation == "batch_topk" and live.nnz:
             least = live.values.min().to(self.threshold.dtype)
-            if least.isfinite():
-                first = self.threshold.isnan()
-                self.threshold.copy_(least if first else self.threshold.lerp(least, 1 / THRESHOLD_STEPS))
+            followed = self.threshold.lerp(least, 1 / THRESHOLD_STEPS)
+            followed = torch.where(self.threshold.isnan(), least, followed)
+            self.threshold.copy_(torch.where(least.isfinite(), followed, self.threshold))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -14,7 +15,8 @@ class SAELoss:
     `total` = `fvu` + aux_coefficient * `aux` + l0_coefficient * `l0_loss`. `fvu` is the fraction of the variance that
     is left unexplained, sum |x - reconstruction|^2 / sum |x - mean of the batch|^2; `aux` the same for the residual, of
     which the dead latents explain a part (0 where none is dead); `l0_loss` is 0 but for JumpReLU. `mse` is the mean
-    over all entries, `l0` the mean number of live latents of a row, `dead` the number of dead latents.
+    over all entries, `l0` the mean number of live latents of a row, `dead_latents` (bool [latents]) says which are
+    dead, `dead` how many, which waits for a GPU.
     """
 
     total: Tensor
@@ -23,19 +25,25 @@ class SAELoss:
     l0_loss: Tensor
     mse: Tensor
     l0: Tensor
-    dead: int
+    dead_latents: Tensor = field(repr=False)
+
+    @property
+    def dead(self) -> int:
+        """The number of dead latents."""
+        return int(self.dead_latents.sum())
 
 
-def share_of_variance(error: Tensor, of: Tensor, refusal: str = "") -> Tensor:
-    """sum error^2 / sum (of - its mean over rows)^2.
+def variance_of(rows: Tensor) -> Tensor:
+    """sum (rows - their mean)^2: exactly 0 for rows that are all the same, and where there are none."""
+    # Their mean is rounded, their differences to the first one are not.
+    apart = rows - rows[:1]
+    return (apart - apart.mean(0)).square().sum() if rows.shape[0] else rows.new_zeros(())
 
-    Of a batch without variance it is 0 if the batch is empty, else refused where there is a `refusal`, else 0.
+
+def expect_variance(variance: Tensor, rows: int) -> None:
+    """Raises `ValueError` for rows without variance, unless there are none.
+
+    While a CUDA graph is captured, nobody can look: such rows then have a loss that is not finite.
     """
-    # Rows that are all the same have exactly no variance so; their mean is rounded.
-    apart = of - of[:1]
-    variance = (apart - apart.mean(0)).square().sum() if of.shape[0] else of.new_zeros(())
-    if variance == 0:
-        if refusal and of.shape[0]:
-            raise ValueError(f"{refusal}, got {of.shape[0]} that are all the same; give a larger batch")
-        return error.sum() * 0
-    return error.square().sum() / variance
+    if rows and not (variance.is_cuda and torch.cuda.is_current_stream_capturing()) and variance == 0:
+        raise ValueError(f"expected rows that differ, got {rows} that are all the same; give a larger batch")

@@ -85,7 +85,7 @@ class SparseLinear(CsrWeightModule):
         The first call on a machine measures its kernels, which takes seconds.
 
         >>> layer = SparseLinear(64, 64)
-        >>> layer.explain(256).chosen["forward"] in ("bucketed", "row-wise", "bitmap", "dense")
+        >>> layer.explain(256).chosen["forward"] in ("bucketed", "row-wise", "bitmap", "filled", "dense")
         True
         """
         return explain(self.values, (self.out_features, self.in_features), batch, self.prefer)

@@ -1,4 +1,8 @@
-"""Encoders that choose among the pre-activations of a few rows at a time, so that all of them are never stored."""
+"""Encoders that choose among the pre-activations of some rows at a time: a large batch never has all of its stored.
+
+On a CPU these are few rows. A GPU takes many, and is asked as little as possible: `encode_above` waits for the device
+once for each block, as it has to know how many entries there are, and `encode_batch_topk` once in all.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from offpath.ops import SparseRows, above, batch_topk
 _ops = torch.ops.offpath
 # Pre-activations of one block: few enough for 16 MiB in float32, enough for a product at full speed.
 BLOCK_ENTRIES = 2**22
+# On a GPU, whose caches hold no block that is worth a wait: 1 GiB in float32.
+DEVICE_BLOCK_ENTRIES = 2**28
 
 
 def encode_above(x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor) -> SparseRows:
@@ -24,12 +30,12 @@ def encode_above(x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor) -> 
     >>> encode_above(torch.tensor([[2.0]]), torch.tensor([[1.0], [-1.0]]), torch.zeros(2), torch.zeros(2)).values
     tensor([2.])
     """
-    found = [above(scores.to(threshold.dtype), threshold) for _, scores in _blocks(x, weight, bias)]
+    found = [above(scores, threshold) for _, scores in _blocks(x, weight, bias)]
     if not found:
-        found = [above(threshold.new_empty(0, weight.shape[0]), threshold)]
+        found = [above(x.new_empty(0, weight.shape[0]), threshold)]
     crow_indices = functional.pad(torch.cat([rows.crow_indices.diff() for rows in found]).cumsum(0), (1, 0)).int()
     indices, values = (torch.cat([getattr(rows, part) for rows in found]) for part in ("indices", "values"))
-    return _with_gradient(x, weight, bias, crow_indices, indices, values.to(x.dtype))
+    return _with_gradient(x, weight, bias, crow_indices, indices, values)
 
 
 def encode_batch_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> SparseRows:
@@ -43,26 +49,58 @@ def encode_batch_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Sparse
     tensor([[ 0.,  0.],
             [ 5., 15.]])
     """
+    choose = _best_on_device if _is_on_device(x) else _best_of_small_blocks
+    row_numbers, indices, values = choose(x, weight, bias, k)
+    bounds = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device)
+    crow_indices = torch.searchsorted(row_numbers, bounds, out_int32=True)
+    return _with_gradient(x, weight, bias, crow_indices, indices, values)
+
+
+def _best_of_small_blocks(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row numbers, indices, values) of the best: of a block, those are looked at that may be among them."""
     row_numbers, indices = (x.new_empty(0, dtype=torch.int32) for _ in range(2))
     values, floor = x.new_empty(0), 0.0
     for first, scores in _blocks(x, weight, bias):
         found = above(scores, floor)
-        numbers = torch.arange(first, first + scores.shape[0], dtype=torch.int32, device=x.device)
-        numbers = numbers.repeat_interleave(found.crow_indices.diff(), output_size=found.nnz)
-        row_numbers = torch.cat([row_numbers, numbers])
+        row_numbers = torch.cat([row_numbers, _row_numbers(found, first)])
         indices, values = torch.cat([indices, found.indices]), torch.cat([values, found.values])
         if len(values) > k:
             # Later entries have to be larger than the least of these: an equal one comes after it in row-major order.
             best = batch_topk(values[None], k).indices.long()
             row_numbers, indices, values = row_numbers[best], indices[best], values[best]
             floor = float(values.nan_to_num(nan=torch.inf).min()) if k else torch.inf
-    per_row = torch.bincount(row_numbers, minlength=x.shape[0])
-    return _with_gradient(x, weight, bias, functional.pad(per_row.cumsum(0), (1, 0)).int(), indices, values)
+    return row_numbers, indices, values
+
+
+def _best_on_device(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same: as many of each block as there may be in all, so that only the end has to be waited for."""
+    row_numbers, indices = (x.new_empty(0, dtype=torch.int32) for _ in range(2))
+    values = x.new_empty(0)
+    for first, scores in _blocks(x, weight, bias):
+        found = batch_topk(scores, min(k, scores.numel()))
+        row_numbers = torch.cat([row_numbers, _row_numbers(found, first)])
+        indices, values = torch.cat([indices, found.indices]), torch.cat([values, found.values])
+        if len(values) > k:
+            best = batch_topk(values[None], k).indices.long()
+            row_numbers, indices, values = row_numbers[best], indices[best], values[best]
+    live = (~(values <= 0)).nonzero()[:, 0]
+    return row_numbers[live], indices[live], values[live]
+
+
+def _row_numbers(found: SparseRows, first: int) -> Tensor:
+    numbers = torch.arange(first, first + found.shape[0], dtype=torch.int32, device=found.device)
+    return numbers.repeat_interleave(found.crow_indices.diff(), output_size=found.nnz)
+
+
+def _is_on_device(x: Tensor) -> bool:
+    """Whether what computes works on while Python goes on, and is slowed down by whoever asks for a result."""
+    return not x.is_cpu
 
 
 def _blocks(x: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(first row, pre-activations) of each block of rows; the next block overwrites them."""
-    rows = max(1, BLOCK_ENTRIES // max(1, weight.shape[0]))
+    entries = DEVICE_BLOCK_ENTRIES if _is_on_device(x) else BLOCK_ENTRIES
+    rows = max(1, entries // max(1, weight.shape[0]))
     # One buffer for all blocks: what is kept of a block would lie between a buffer of its own and the next one's, and
     # the memory that is freed so need not be large enough for it.
     scores = x.new_empty(min(rows, x.shape[0]), weight.shape[0])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from offpath import kernels
-from offpath.kernels import KernelError
+from offpath.kernels import Backend, KernelError
 from offpath.kernels.operands import row_numbers
 from offpath.kernels.reference_rows import check_rows as check_contents
 from offpath.kernels.row_calibration import dense_dots
@@ -25,7 +25,7 @@ def _matmul(values: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tenso
     check_matrix("weight", weight, values.dtype)
     backend, rows = kernels.select(values.device.type, values.dtype), crow_indices.shape[0] - 1
     if pays_densely("matmul", backend, values.dtype, indices.shape[0], rows, *weight.shape):
-        return written_out(crow_indices, indices, values, weight.shape[0]) @ weight
+        return written_out(backend, crow_indices, indices, values, weight.shape[0]) @ weight
     return backend.rows.matmul(crow_indices, indices, values, weight)
 
 
@@ -35,6 +35,8 @@ def _dots(dy: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> 
     check_matrix("weight", weight, dy.dtype, width=dy.shape[1])
     backend = kernels.select(dy.device.type, dy.dtype)
     if pays_densely("dots", backend, dy.dtype, indices.shape[0], dy.shape[0], *weight.shape):
+        if backend.rows.dense_dots is not None:
+            return backend.rows.dense_dots(crow_indices, indices, dy, weight)
         check_contents(crow_indices, indices, weight.shape[0])
         return dense_dots(dy, weight, row_numbers(crow_indices), indices)
     return backend.rows.dots(crow_indices, indices, dy, weight)
@@ -47,12 +49,29 @@ def _weight_gradient(values: Tensor, crow_indices: Tensor, indices: Tensor, dy: 
         raise KernelError(f"expected at most 2^31 - 1 columns, which int32 indices can name, got {columns}")
     backend = kernels.select(dy.device.type, dy.dtype)
     if pays_densely("weight_gradient", backend, dy.dtype, indices.shape[0], dy.shape[0], columns, dy.shape[1]):
-        return written_out(crow_indices, indices, values, columns).t() @ dy
+        return written_out(backend, crow_indices, indices, values, columns).t() @ dy
     return backend.rows.weight_gradient(crow_indices, indices, values, dy, columns)
 
 
-def written_out(crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int) -> Tensor:
+def _gradients(
+    dy: Tensor, values: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both gradients of a product, of the values and of the weight."""
+    backend = kernels.select(dy.device.type, dy.dtype)
+    sizes = backend, dy.dtype, indices.shape[0], dy.shape[0], *weight.shape
+    if backend.rows.gradients is None or pays_densely("dots", *sizes) or pays_densely("weight_gradient", *sizes):
+        dots = _dots(dy, crow_indices, indices, weight)
+        return dots, _weight_gradient(values, crow_indices, indices, dy, weight.shape[0])
+    check_rows(crow_indices, indices, values)
+    check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
+    check_matrix("weight", weight, values.dtype, width=dy.shape[1])
+    return backend.rows.gradients(crow_indices, indices, values, dy, weight)
+
+
+def written_out(backend: Backend, crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int) -> Tensor:
     """The rows with their zeros, [rows, columns], once they are checked."""
+    if backend.rows.written_out is not None:
+        return backend.rows.written_out(crow_indices, indices, values, columns)
     check_contents(crow_indices, indices, columns)
     return to_dense(crow_indices, indices, values, columns)
 
@@ -104,6 +123,10 @@ def _fake_dots(dy, crow_indices, indices, weight):
     return dy.new_empty(indices.shape[0])
 
 
+def _fake_gradients(dy, values, crow_indices, indices, weight):
+    return dy.new_empty(indices.shape[0]), weight.new_empty(weight.shape)
+
+
 def _fake_weight_gradient(values, crow_indices, indices, dy, columns):
     return values.new_empty(columns, dy.shape[1])
 
@@ -119,11 +142,33 @@ def _backward_of_matmul(ctx, dy):
     values, crow_indices, indices, weight = ctx.saved_tensors
     wants_values, _, _, wants_weight = ctx.needs_input_grad
     dy = dy.contiguous()
-    dvalues = _ops.rows_dots(dy, crow_indices, indices, weight) if wants_values else None
-    dweight = None
-    if wants_weight:
+    dvalues = dweight = None
+    if wants_values and wants_weight:
+        dvalues, dweight = _ops.rows_gradients(dy, values, crow_indices, indices, weight)
+    elif wants_values:
+        dvalues = _ops.rows_dots(dy, crow_indices, indices, weight)
+    elif wants_weight:
         dweight = _ops.rows_weight_gradient(values, crow_indices, indices, dy, ctx.columns)
     return dvalues, None, None, dweight
+
+
+def _save_gradients(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_of_gradients(ctx, ddvalues, ddweight):
+    dy, values, crow_indices, indices, weight = ctx.saved_tensors
+    wants_dy, wants_values, _, _, wants_weight = ctx.needs_input_grad
+    rows = crow_indices, indices
+    ddvalues, ddweight = ddvalues.contiguous(), ddweight.contiguous()
+    ddy = dvalues = dweight = None
+    if wants_dy:
+        ddy = _ops.rows_matmul(ddvalues, *rows, weight) + _ops.rows_matmul(values, *rows, ddweight)
+    if wants_values:
+        dvalues = _ops.rows_dots(dy, *rows, ddweight)
+    if wants_weight:
+        dweight = _ops.rows_weight_gradient(ddvalues, *rows, dy, weight.shape[0])
+    return ddy, dvalues, None, None, dweight
 
 
 def _save_dots(ctx, inputs, output):
@@ -175,6 +220,12 @@ define(
     _weight_gradient,
     _fake_weight_gradient,
     (_save_weight_gradient, _backward_of_weight_gradient),
+)
+define(
+    "rows_gradients(Tensor dy, Tensor values, Tensor crow_indices, Tensor indices, Tensor weight) -> (Tensor, Tensor)",
+    _gradients,
+    _fake_gradients,
+    (_save_gradients, _backward_of_gradients),
 )
 define(
     "add_rows_weight_gradient(Tensor(a!) buffer, Tensor values, Tensor crow_indices, Tensor indices, Tensor dy) -> ()",

@@ -70,7 +70,9 @@ def _matmul(
     backend, prepared = prepared_weight(values, w_crow_indices, w_indices, width)
     weight = prepared.pattern
     if _over_all("sparse_matmul", backend, crow_indices, indices, values, weight):
-        return prepared.dx(backend, w_values, written_out(crow_indices, indices, values, weight.shape[0]), "speed")
+        return prepared.dx(
+            backend, w_values, written_out(backend, crow_indices, indices, values, weight.shape[0]), "speed"
+        )
     return backend.rows.sparse_matmul(
         crow_indices, indices, values, weight.crow_indices, weight.col_indices, w_values, width
     )
@@ -99,7 +101,7 @@ def _weight_gradient(
     backend, prepared = prepared_weight(dy, w_crow_indices, w_indices, dy.shape[1])
     weight = prepared.pattern
     if _over_all("sparse_weight_gradient", backend, crow_indices, indices, dy, weight):
-        rows = written_out(crow_indices, indices, values, weight.shape[0])
+        rows = written_out(backend, crow_indices, indices, values, weight.shape[0])
         return prepared.dvalues(backend, rows, dy, "speed")
     return backend.rows.sparse_weight_gradient(
         crow_indices, indices, values, dy, weight.crow_indices, weight.col_indices

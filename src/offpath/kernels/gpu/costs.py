@@ -1,7 +1,7 @@
 """Seconds that the methods take on a device: by a model of what each reads, writes and multiplies, at measured rates.
 
 The grid that tells of the CPU's methods would miss what a GPU has: thousands of tokens at once. Its products are simple
-enough to be calculated from eight rates, which `rates.py` measures once on each kind of device.
+enough to be calculated from nine rates, which `rates.py` measures once on each kind of device.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from functools import cache
 
 import torch
 
+from offpath.kernels.gpu.few_tokens import FEW_TOKENS
 from offpath.kernels.gpu.rates import Rates, rates_here
-from offpath.kernels.gpu.sparse_weight import FEW_TOKENS
 
 # No GPU has run these yet: they are checked on the CPU, and computed with where they are forced.
 UNKNOWN = ("bucketed", "tiled")
 # Kernels of a call beside the one that multiplies: activations to their features and back.
 TURNS = 2
-# One of Triton's, and one of torch's at half its price.
-DENSE_LAUNCHES = 1.5
+# One of Triton's, and one of torch's at half its price: such a one also puts values into the transposed order.
+DENSE_LAUNCHES, TRANSPOSED_LAUNCHES = 1.5, 0.5
 # What a counting sort of the entries moves for each of them, in about so many kernels.
 SORT_BYTES, SORT_KERNELS = 48, 8
 WRITE_OUT_KERNELS = 4
@@ -49,8 +49,10 @@ def layer_seconds(rates: Rates, product: str, method: str, rows: int, columns: i
 
     The device's, or the host's where launching takes longer: both work at the same time.
     """
-    few = method == "row-wise" and batch < FEW_TOKENS and product != "dvalues"
-    launches = 1 if few else DENSE_LAUNCHES if method == "dense" else 1 + TURNS
+    few = method == "row-wise" and batch < FEW_TOKENS
+    launches = DENSE_LAUNCHES if method == "dense" else 1 if few else 1 + TURNS
+    if method == "row-wise" and product == "dx":
+        launches += TRANSPOSED_LAUNCHES
     device = _device_seconds(rates, product, method, rows, columns, nnz, batch)
     return max(device, launches * rates.launch_seconds)
 
@@ -59,12 +61,14 @@ def _device_seconds(rates: Rates, product: str, method: str, rows: int, columns:
     if method == "dense":
         written = rates.call_seconds + rows * columns / rates.expanded_positions + _moving(rates, nnz)
         return dense_seconds(rates, rows, columns, batch) + written
+    values = rates.call_seconds + _moving(rates, 3 * nnz) if product == "dx" else 0.0  # in the transposed order
+    if batch < FEW_TOKENS:
+        connections = nnz * (1 + (batch - 1) * rates.few_share)
+        rate = rates.few_dots if product == "dvalues" else rates.few_connections
+        return rates.call_seconds + values + connections / rate
     turned = TURNS * rates.call_seconds + _moving(rates, 2 * batch * (rows + columns))
     if product == "dvalues":
         return rates.call_seconds + nnz * batch / rates.dotted_elements + turned
-    values = rates.call_seconds + _moving(rates, 3 * nnz) if product == "dx" else 0.0  # in the transposed order
-    if batch < FEW_TOKENS:
-        return rates.call_seconds + values + nnz * (1 + (batch - 1) * rates.few_share) / rates.few_connections
     return rates.call_seconds + values + nnz * batch / rates.gathered_elements + turned
 
 

@@ -36,6 +36,7 @@ _CLOCK, _MEMORY_CLOCK, _BUS_WIDTH = 13, 36, 37
 class Rates:
     """Seconds of a kernel that does nothing, and what goes through a device in a second, in one dtype.
 
+    `few_connections` and `few_dots` are connections of one token, in the product and in the gradient of the values;
     `few_share` is what one more token costs beside the first, where there are few. `launch_seconds` is what a launch
     of Triton's takes the host: of a product that is done sooner, nothing else matters.
     """
@@ -48,6 +49,7 @@ class Rates:
     gathered_elements: float
     dotted_elements: float
     few_connections: float
+    few_dots: float
     few_share: float
     expanded_positions: float
     launch_seconds: float
@@ -103,6 +105,7 @@ def calculated(device: int, dtype: torch.dtype, precision: str = "highest") -> R
     if dtype is torch.float32 and precision != "highest":
         multiply_adds = tensor_cores // 2
     gathered = REACHED / 2 * cycles * 128 / dtype.itemsize  # half of what a first-level cache could give
+    few = REACHED * min(bandwidth / (4 + dtype.itemsize), cycles * lanes / 24)
     return Rates(
         element_bytes=dtype.itemsize,
         cache_bytes=properties.L2_cache_size,
@@ -111,7 +114,8 @@ def calculated(device: int, dtype: torch.dtype, precision: str = "highest") -> R
         dense_flops=2 * REACHED * cycles * multiply_adds,
         gathered_elements=gathered,
         dotted_elements=gathered,
-        few_connections=REACHED * min(bandwidth / (4 + dtype.itemsize), cycles * lanes / 24),
+        few_connections=few,
+        few_dots=few,
         few_share=0.5,
         expanded_positions=REACHED * bandwidth / (dtype.itemsize + 0.25),
         launch_seconds=25e-6,
@@ -144,6 +148,7 @@ def measure(device: int, dtype: torch.dtype) -> Rates:
             "gather": lambda: sparse_weight.spmm(*csr, x),
             "dot": lambda: sparse_weight.sddmm(crow_indices, col_indices, x, x),
             "one": lambda: sparse_weight.spmm(*csr, x[:1]),
+            "one dot": lambda: sparse_weight.sddmm(crow_indices, col_indices, x[:1], x[:1]),
             "few": lambda: sparse_weight.spmm(*csr, x[:FEW]),
             "expand": lambda: expand.expand(bitmap, values),
         }
@@ -163,6 +168,7 @@ def measure(device: int, dtype: torch.dtype) -> Rates:
         gathered_elements=rate(nnz * TOKENS, "gather"),
         dotted_elements=rate(nnz * TOKENS, "dot"),
         few_connections=nnz / one,
+        few_dots=rate(nnz, "one dot"),
         few_share=max((best["few"] - best["one"]) / one / (FEW - 1), 1e-3),
         expanded_positions=rate(SIZE * SIZE, "expand"),
         launch_seconds=_host_seconds(lambda: sparse_weight.spmm(*csr, x[:1])),

@@ -1,7 +1,8 @@
 """Which entries live, by torch's selections: with the ties and the NaN that `RowProducts` promises.
 
 torch finds the k largest, but says nothing of which among equal ones: so it is asked for the least of them, and where
-more entries equal that than can be chosen, the first ones are taken.
+more entries equal that than can be chosen, the first ones are taken. Nothing here waits for the device but `above`,
+which has to know how many entries there are.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from offpath.kernels.errors import KernelError
+from offpath.kernels.gpu.ties import take_first_of_equals
 from offpath.kernels.operands import wide
 from offpath.kernels.reference_rows import check_k
 
@@ -71,23 +73,11 @@ def _places_of_largest(x: Tensor, k: int) -> Tensor:
     if k == 0 or x.shape[0] == 0:
         return x.new_empty(x.shape[0], k, dtype=torch.int64)
     # One more than is wanted says where equal ones were left out, without another pass over the scores.
-    values, places = x.topk(min(k + 1, x.shape[1]), dim=1)
-    least, places = values[:, k - 1 : k], places[:, :k].sort(dim=1).values
-    if values.shape[1] > k:
-        next_best = values[:, k]
-        several = (next_best == least[:, 0]) | next_best.isnan()
-        if bool(several.any()):
-            places[several] = _first_of_equals(x[several], least[several], k)
+    best, places = x.topk(min(k + 1, x.shape[1]), dim=1)
+    places = places[:, :k].sort(dim=1).values
+    if k < x.shape[1]:
+        take_first_of_equals(x, best, places)
     return places
-
-
-def _first_of_equals(x: Tensor, least: Tensor, k: int) -> Tensor:
-    """The places [rows, k] of the k largest, where `least` is the least of them."""
-    equal = (x == least) | (x.isnan() & least.isnan())
-    larger = (x > least) | (x.isnan() & ~least.isnan())
-    wanted = k - larger.sum(1, keepdim=True)
-    chosen = larger | (equal & (equal.cumsum(1) <= wanted))
-    return chosen.nonzero()[:, 1].view(-1, k)
 
 
 def _scores(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

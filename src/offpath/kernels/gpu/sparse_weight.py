@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from offpath.kernels.gpu.few_tokens import FEW_TOKENS, sddmm_of_few, spmm_of_few
 from offpath.kernels.gpu.gather import gather_dot, gather_sum
 from offpath.kernels.gpu.launch import (
-    accumulator,
     blocks_of,
     contiguous_rows,
     device_of,
@@ -21,8 +21,6 @@ from offpath.kernels.gpu.launch import (
     expect_shapes,
 )
 
-# Under this many tokens, a warp has too few neighbours to load.
-FEW_TOKENS = 16
 # Rows of activations begin at multiples of this many tokens, so that they are loaded 16 bytes a lane.
 _ALIGNMENT = 16
 
@@ -47,7 +45,7 @@ def spmm(
     expect_shapes(fit, crow_indices=crow_indices, col_indices=col_indices, values=values, x=x, **optional)
     expect_rows(crow_indices, col_indices, x.shape[1])
     if x.shape[0] < FEW_TOKENS and not feature_major:
-        return _spmm_of_few(crow_indices, col_indices, values, contiguous_rows(x), bias)
+        return spmm_of_few(crow_indices, col_indices, values, contiguous_rows(x), bias)
     batch = x.shape[0]
     by_feature = features_of(x)
     y = values.new_empty(rows, by_feature.shape[1])
@@ -62,6 +60,8 @@ def sddmm(crow_indices: Tensor, col_indices: Tensor, dy: Tensor, x: Tensor) -> T
     fit = dy.dim() == x.dim() == 2 and dy.shape == (x.shape[0], crow_indices.shape[0] - 1)
     expect_shapes(fit, crow_indices=crow_indices, dy=dy, x=x)
     expect_rows(crow_indices, col_indices, x.shape[1])
+    if x.shape[0] < FEW_TOKENS:
+        return sddmm_of_few(crow_indices, col_indices, contiguous_rows(dy), contiguous_rows(x))
     return gather_dot(crow_indices, col_indices, features_of(dy), features_of(x), trusted=True)
 
 
@@ -130,63 +130,3 @@ def transpose(source: Tensor, target: Tensor) -> None:
             BLOCK=block,
             num_warps=4,
         )
-
-
-@triton.jit
-def few_tokens_kernel(
-    crow_indices,
-    indices,
-    values,
-    x,
-    bias,
-    y,
-    columns,
-    rows,
-    x_stride,
-    HAS_BIAS: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """y[token, row] for one token and row; grid (rows, tokens)."""
-    row = tl.program_id(0)
-    token = tl.program_id(1).to(tl.int64)
-    begin = tl.load(crow_indices + row)
-    end = tl.load(crow_indices + row + 1)
-    total = tl.zeros([BLOCK], ACCUMULATOR)
-    for first in range(begin, end, BLOCK):
-        slot = first + tl.arange(0, BLOCK)
-        live = slot < end
-        index = tl.load(indices + slot, mask=live, other=0)
-        known = (index >= 0) & (index < columns)
-        value = tl.load(values + slot, mask=live, other=0.0).to(ACCUMULATOR)
-        value = tl.where(known, value, float("nan"))
-        source = x + token * x_stride + tl.where(known, index, 0)
-        total += value * tl.load(source, mask=live, other=0.0).to(ACCUMULATOR)
-    result = tl.sum(total, 0)
-    if HAS_BIAS:
-        result += tl.load(bias + row).to(ACCUMULATOR)
-    tl.store(y + token * rows + row, result.to(y.dtype.element_ty))
-
-
-def _spmm_of_few(crow_indices: Tensor, col_indices: Tensor, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    y = values.new_empty(x.shape[0], crow_indices.shape[0] - 1)
-    if y.numel() == 0:
-        return y
-    with device_of(y):
-        few_tokens_kernel[(y.shape[1], y.shape[0])](
-            crow_indices.contiguous(),
-            col_indices.contiguous(),
-            values.contiguous(),
-            x,
-            values if bias is None else bias.contiguous(),
-            y,
-            x.shape[1],
-            y.shape[1],
-            x.stride(0),
-            HAS_BIAS=bias is not None,
-            ACCUMULATOR=accumulator(y.dtype),
-            BLOCK=128,
-            num_warps=1,
-            num_stages=1,
-        )
-    return y

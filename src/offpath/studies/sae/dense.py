@@ -36,7 +36,7 @@ class DenseAutoencoder(SparseAutoencoder):
             l0_loss=fvu.new_zeros(()),
             mse=residual.detach().square().mean(),
             l0=(latents > 0).to(fvu.dtype).sum(1).mean(),
-            dead=int(dead.sum()),
+            dead_latents=dead,
         )
 
     @staticmethod
