@@ -9,24 +9,26 @@ namespace offpath {
 // What one round of the weight gradient may hold of x and dy in blocks.
 constexpr int64_t round_bytes = 4 << 20;
 
-// y over a plan of it, or dx from dy. A task packs the panel that it multiplies; where there are few of them, several
-// tasks pack the same one and share the groups.
+// y over a plan of it, or dx from dy. A task packs the panel that it multiplies. A few panels are made as many as all
+// threads take equally often, each a little narrower; where there are still too few, several tasks pack the same one
+// and share the groups.
 template <class T> class ConvolutionProduct {
   public:
     ConvolutionProduct(const Kernels<T> &kernels, const ConvolutionPlan &plan, const OrderedValues<T> &values,
                        const T *bias, const T *x, const Images &source, T *y, const Images &result, int64_t images,
                        int threads)
-        : kernel(kernels.convolve), args{plan.plan.view(),
-                                         values.data(),
-                                         bias,
-                                         x,
-                                         plan.shifts.source(source),
-                                         y,
-                                         plan.shifts.result(result),
-                                         plan.shifts.positions,
-                                         ceil_div(plan.shifts.positions.count, kernels.layout.panel_width),
-                                         plan.block_stride,
-                                         nullptr},
+        : kernel(kernels.convolve),
+          args{plan.plan.view(),
+               values.data(),
+               bias,
+               x,
+               plan.shifts.source(source),
+               y,
+               plan.shifts.result(result),
+               plan.shifts.positions,
+               panels_for(plan.shifts.positions.count, kernels.layout.panel_width, images, threads),
+               plan.block_stride,
+               nullptr},
           block_bytes((args.from.phase_count * source.channels + 1) * plan.block_stride *
                       kernels.layout.panel_entry_bytes),
           panels(images * args.panels), groups_per_task(groups_for(panels, args.plan.groups, threads)),
@@ -42,10 +44,19 @@ template <class T> class ConvolutionProduct {
     }
 
   private:
-    // All of them, or where there are few panels, whole tiles of a part.
+    // Of an image.
+    static int64_t panels_for(int64_t positions, int64_t panel_width, int64_t images, int threads) {
+        constexpr int64_t few_per_thread = 8;
+        const int64_t least = ceil_div(positions, panel_width), all = images * least;
+        if (all == 0 || all >= few_per_thread * threads)
+            return least;
+        const int64_t even = ceil_div(ceil_div(all, threads) * threads, images);
+        return even * panel_width <= 2 * positions ? even : least;
+    }
+
+    // All of them, or where there are fewer panels than threads, whole tiles of a part.
     static int64_t groups_for(int64_t panels, int64_t groups, int threads) {
-        constexpr int64_t tasks_per_thread = 4;
-        const int64_t chunks = ceil_div(tasks_per_thread * threads, std::max<int64_t>(panels, 1));
+        const int64_t chunks = ceil_div(threads, std::max<int64_t>(panels, 1));
         return std::max<int64_t>(ceil_div(ceil_div(groups, chunks), tile_groups), 1) * tile_groups;
     }
 
@@ -58,7 +69,8 @@ template <class T>
 void convolve(const Kernels<T> &kernels, const ConvolutionPlan &plan, const T *values, const T *bias, const T *x,
               const Images &source, T *y, const Images &result, int64_t images, int threads) {
     const OrderedValues<T> ordered(kernels, plan.plan, values);
-    run_together(threads_for(plan.plan.nnz(), threads), ordered);
+    // A connection is fetched from anywhere in the values, which takes longer than to multiply it.
+    run_together(threads_for(2 * plan.plan.nnz(), threads), ordered);
     const ConvolutionProduct<T> product(kernels, plan, ordered, bias, x, source, y, result, images, threads);
     run_together(threads_for((plan.plan.nnz() + plan.plan.rows) * plan.shifts.positions.count * images, threads),
                  product);

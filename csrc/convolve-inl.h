@@ -23,7 +23,8 @@ template <class T> void order_sums([[maybe_unused]] offpath::Sum<T> *tile, [[may
 
 // The groups of the block times one panel of an image, which is packed already.
 template <class T, int vectors>
-void convolve_panel(const offpath::convolve_args<T> &args, const offpath::Block &block, int64_t image, int64_t begin) {
+void convolve_panel(const offpath::convolve_args<T> &args, const offpath::Block &block, int64_t image, int64_t begin,
+                    int64_t count) {
     constexpr int64_t width = vectors * Simd<offpath::Sum<T>>::lanes;
     alignas(64) offpath::Sum<T> tile[tile_rows * width];
     for (int64_t group = block.row_begin; group < block.row_end; group += offpath::tile_groups) {
@@ -37,9 +38,15 @@ void convolve_panel(const offpath::convolve_args<T> &args, const offpath::Block 
             order_sums<T>(sums, offpath::group_rows * width);
         }
         write_planes<T>(tile, width, group * offpath::group_rows, smaller_of(args.plan.rows, end * offpath::group_rows),
-                        args.y + image * args.to.images.image_stride, args.to, args.positions, begin,
-                        smaller_of(width, args.positions.count - begin));
+                        args.y + image * args.to.images.image_stride, args.to, args.positions, begin, count);
     }
+}
+
+// Where a panel of an image begins: panels are about as wide as one another.
+template <class T> int64_t panel_begin(const offpath::convolve_args<T> &args, int64_t panel) {
+    constexpr int64_t granule = Format<T>::granule;
+    return smaller_of(args.positions.count,
+                      (panel * args.positions.count + args.panels * granule - 1) / (args.panels * granule) * granule);
 }
 
 // Block: rows count groups, batch counts the panels of all images.
@@ -50,14 +57,15 @@ template <class T> void convolve(const offpath::convolve_args<T> &args, const of
     if (in_pairs<T>)
         Entries<T>::clear(packed + planes * args.block_stride, args.block_stride);
     for (int64_t panel = block.batch_begin; panel < block.batch_end; ++panel) {
-        const int64_t image = panel / args.panels, begin = panel % args.panels * panel_width<T>;
-        pack_planes<T>(args.x + image * args.from.images.image_stride, args.from, args.positions.pitch, begin,
-                       args.block_stride, args.block_stride, packed);
+        const int64_t image = panel / args.panels, of_image = panel % args.panels;
+        const int64_t begin = panel_begin<T>(args, of_image), count = panel_begin<T>(args, of_image + 1) - begin;
         // Zipped columns need both halves of their last register.
-        const int64_t tokens = width_of_panel<T>(begin, args.positions.count);
-        with_vectors_of_panel<T>(begin, begin + tokens, [&]<int vectors>(Vectors<vectors>) {
+        const int64_t width = width_of_panel<T>(0, count);
+        pack_planes<T>(args.x + image * args.from.images.image_stride, args.from, args.positions.pitch, begin,
+                       width + args.block_stride - panel_width<T>, args.block_stride, packed);
+        with_vectors_of_panel<T>(0, width, [&]<int vectors>(Vectors<vectors>) {
             if constexpr (!in_pairs<T> || vectors % 2 == 0)
-                convolve_panel<T, vectors>(args, block, image, begin);
+                convolve_panel<T, vectors>(args, block, image, begin, count);
         });
     }
 }
