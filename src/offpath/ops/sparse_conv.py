@@ -13,6 +13,8 @@ from torch import Tensor
 from offpath import kernels
 from offpath.kernels import KernelError
 from offpath.kernels.convolution import Convolution
+from offpath.ops.choice import Explanation
+from offpath.ops.convolution_choice import explain_convolution
 from offpath.ops.library import define
 from offpath.ops.prepared import prepare
 from offpath.ops.prepared_convolutions import PreparedConvolutions, is_channels_last
@@ -54,6 +56,23 @@ def sparse_conv2d(
     return _ops.sparse_conv2d.default(
         x, values, bias, crow_indices, col_indices, kernel, stride, padding, dilation, groups, prefer
     )
+
+
+def explain_conv2d(
+    shape: Sequence[int],
+    values: Tensor,
+    crow_indices: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+    prefer: str,
+) -> Explanation:
+    """How `sparse_conv2d` and its gradients are computed for images of `shape`, and what they would cost."""
+    convolution = _convolution(shape[2:], shape[1], crow_indices, kernel, stride, padding, dilation, groups)
+    return explain_convolution(convolution, values, shape[0], channels_last, prefer)
 
 
 def _convolution(size, in_channels, crow_indices, kernel, stride, padding, dilation, groups) -> Convolution:
