@@ -169,7 +169,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 
 def test_the_faster_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever is said to be faster computes; `prefer="memory"` and the definition go over planes always."""
-    layer, x = SparseConv2d(3, 4, 3), torch.randn(1, 3, 6, 6)
+    x = torch.randn(1, 3, 6, 6)
     asked, said = [], {}
 
     def seconds(backend, convolution, nnz, images, dtype, channels_last):
@@ -186,11 +186,68 @@ def test_the_faster_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for seconds_of_dense, prefer, expected in ((0.5, "speed", ["dense"]), (0.95, "speed", []), (0.5, "memory", [])):
         calls.clear()
         said["dense"] = seconds_of_dense
-        layer.prefer = prefer
-        layer(x)
-        assert calls == expected
-    assert asked == [1, 1]
+        layer = SparseConv2d(3, 4, 3, prefer=prefer)
+        layer(x), layer(x)
+        assert calls == 2 * expected
+    assert asked == [1, 1], "asked in every call"
     with kernels.forced("reference"):
         layer.prefer = "speed"
         layer(x)
     assert asked == [1, 1]
+    # In inference, the way to the kernel is another one, and the result the same.
+    layer = SparseConv2d(3, 4, 3, prefer="memory")
+    y = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        layer.requires_grad_(False)(x.detach())
+    with pytest.raises(kernels.KernelError, match="two sizes in kernel"):
+        ops.sparse_conv2d(x, layer.values, None, layer.crow_indices, layer.col_indices, (3,))
+
+
+def test_explain_tells_what_is_chosen_and_what_each_way_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = {"forward": 0.5, "dx": 2.0, "dvalues": 0.95}
+    asked = []
+
+    def seconds(backend, convolution, nnz, images, dtype, channels_last):
+        asked.append((convolution.size, convolution.stride, images, channels_last))
+        return {p: {"planes": 1.0, "dense": dense[p]} for p in dense}
+
+    monkeypatch.setattr(convolution_choice, "_seconds", seconds)
+    layer = SparseConv2d(256, 512, 3, stride=2, padding=1, sparsity=0.8)
+    explanation = layer.explain(32, (12, 12), channels_last=True)
+    assert explanation.chosen == {"forward": "dense", "dx": "planes", "dvalues": "planes"}
+    # 6 x 6 pixels of 256 x 512 x 9 multiply-adds each: 23 images are measured instead of 32.
+    assert set(asked) == {((12, 12), (2, 2), 23, True)}
+    told = {(o.product, o.method): o.seconds for o in explanation.options}
+    assert told == pytest.approx(
+        {(p, m): 32 / 23 * s for p in dense for m, s in (("planes", 1.0), ("dense", dense[p]))}
+    )
+    assert "* forward  dense" in str(explanation) and "* dx       planes" in str(explanation)
+    with ops.forced_methods(forward="bucketed"):
+        forced = layer.explain(1, 12)
+    assert forced.chosen["forward"] == "planes" and "except where forced: forward=bucketed" in forced.reason
+    layer.prefer = "memory"
+    assert {(o.method, o.seconds is None) for o in layer.explain(1, 12).options} == {("planes", False)}
+    with kernels.forced("reference"):
+        assert {(o.method, o.seconds) for o in layer.explain(1, 12).options} == {("planes", None)}
+
+
+def test_explain_answers_as_the_layer_computes() -> None:
+    for layer, shape, channels_last in (
+        (SparseConv2d(6, 9, 3, padding=1), (2, 6, 8, 8), False),
+        (SparseConv2d(6, 9, 1), (2, 6, 8, 8), True),
+        (SparseConv1d(6, 9, 3), (2, 6, 8), False),
+    ):
+        images, _, *size = shape
+        explanation = layer.explain(images, tuple(size), channels_last)
+        pointwise = layer.kernel_size == (1, 1)
+        assert explanation.chosen.keys() == {"forward", "dx", "dvalues"}
+        assert ({o.method for o in explanation.options} == {"planes", "dense"}) is not pointwise
+        assert all(option.seconds > 0 for option in explanation.options)
+    with pytest.raises(ValueError, match="at least one image, got 0"):
+        SparseConv2d(6, 9, 3).explain(0, 8)
+    with pytest.raises(ValueError, match="expected size as a number or 2"):
+        SparseConv2d(6, 9, 3).explain(1, (8, 8, 8))
+    with pytest.raises(ValueError, match="kernel fits"):
+        SparseConv2d(6, 9, 3).explain(1, 2)

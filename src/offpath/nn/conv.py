@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from offpath import pattern as patterns
 from offpath.nn.autocast import under_autocast
 from offpath.nn.sparse_weight import CsrWeightModule
-from offpath.ops import PREFERENCES, sparse_conv2d, sparse_linear
+from offpath.ops import PREFERENCES, Explanation, explain, explain_conv2d, sparse_conv2d, sparse_linear
 from offpath.pattern import Pattern
 
 Ints = int | tuple[int, ...]
@@ -102,23 +102,44 @@ class _SparseConv(CsrWeightModule):
             # Channels-last, this is a linear layer: all of its methods are there to choose from.
             y = sparse_linear(x.permute(0, 2, 3, 1), values, bias, *topology, self.prefer).permute(0, 3, 1, 2)
         else:
-            y = sparse_conv2d(
-                x,
-                values,
-                bias,
-                *topology,
-                _pair(self.kernel_size, 1),
-                _pair(self.stride, 1),
-                (*_pair(self._pads[0], 0), *_pair(self._pads[1], 0)),
-                _pair(self.dilation, 1),
-                self.groups,
-                self.prefer,
-            )
+            kernel, stride, padding, dilation, groups = self._geometry
+            y = sparse_conv2d(x, values, bias, *topology, kernel, stride, padding, dilation, groups, self.prefer)
         return y.squeeze(2) if one_dimensional else y
+
+    def explain(self, images: int, size: Ints, channels_last: bool = False) -> Explanation:
+        """How this layer computes its products for so many images of `size`, and what the alternatives cost.
+
+        `planes` follows the pattern, `dense` is torch's convolution with the weight written out. A pointwise layer on
+        channels-last images is a linear layer of all their pixels and has its methods. The first call for a kind of
+        layer and image measures it, which takes a second; costs are of images of about this size. Raises `ValueError`
+        for less than one image and `KernelError` for a size that the kernel does not fit into.
+
+        >>> layer = SparseConv2d(16, 32, 3, padding=1, sparsity=0.9)
+        >>> layer.explain(2, (8, 8)).chosen["forward"] in ("planes", "dense")
+        True
+        """
+        if images < 1:
+            raise ValueError(f"expected at least one image, got {images}")
+        size = self._sizes("size", size, 1)
+        if self._is_pointwise and channels_last:
+            return explain(self.values, self.pattern.shape, images * math.prod(size), self.prefer)
+        shape = images, self.in_channels, *_pair(size, 1)
+        crow_indices = self._connections.crow_indices
+        kernel, stride, padding, dilation, groups = self._geometry
+        return explain_conv2d(
+            shape, self.values, crow_indices, kernel, stride, padding, dilation, groups, channels_last, self.prefer
+        )
 
     @property
     def dense_shape(self) -> tuple[int, ...]:
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    @property
+    def _geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]:
+        """Kernel, stride, zeros around the image, dilation and groups in two dimensions."""
+        before, after = (_pair(pads, 0) for pads in self._pads)
+        kernel, stride, dilation = (_pair(sizes, 1) for sizes in (self.kernel_size, self.stride, self.dilation))
+        return kernel, stride, (*before, *after), dilation, self.groups
 
     @property
     def _is_pointwise(self) -> bool:

@@ -130,10 +130,16 @@ def explain(values: Tensor, shape: tuple[int, int], batch: int, prefer: str = "s
         for p in PRODUCTS
         for m in _allowed(backend, p, prefer)
     )
-    reason = f'the cheapest for prefer="{prefer}"' if seconds else "nothing is known of its methods' costs"
+    chosen = {p: choose(backend, p, *size, dtype, prefer) for p in PRODUCTS}
+    return Explanation(backend.name, reason(seconds is not None, prefer), chosen, options)
+
+
+def reason(known: bool, prefer: str) -> str:
+    """Why methods are chosen as they are: their costs are `known` or not, and some may be forced."""
+    said = f'the cheapest for prefer="{prefer}"' if known else "nothing is known of its methods' costs"
     if _forced:
-        reason = f"{reason}, except where forced: {', '.join(f'{p}={m}' for f in _forced for p, m in f.items())}"
-    return Explanation(backend.name, reason, {p: choose(backend, p, *size, dtype, prefer) for p in PRODUCTS}, options)
+        said = f"{said}, except where forced: {', '.join(f'{p}={m}' for f in _forced for p, m in f.items())}"
+    return said
 
 
 def _measured(seconds: float) -> float | None:

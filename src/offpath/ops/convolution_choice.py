@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offpath import kernels
 from offpath.kernels import Backend, KernelError
 from offpath.kernels.convolution import Convolution
 from offpath.kernels.measured import measured_once
-from offpath.ops.choice import forced_method
+from offpath.ops.choice import Explanation, Option, forced_method, reason
 from offpath.ops.dense_convolution import DenseConvolution
 from offpath.pattern import random
 
@@ -46,12 +47,38 @@ def pays_densely(
         return forced == "dense"
     if prefer == "memory" or not backend.native or nnz == 0 or like.shape[0] == 0:
         return False
-    per_image = math.prod((*convolution.weight_shape, *convolution.outputs))
-    images = min(like.shape[0], max(1, int(MEASURED_MULTIPLY_ADDS / per_image)))
-    seconds = _seconds(
-        backend, _rounded(convolution), _rounded_nnz(convolution, nnz), images, like.dtype, channels_last
-    )
+    seconds = _predicted(backend, convolution, nnz, like.shape[0], like.dtype, channels_last)
     return seconds[product]["dense"] * MARGIN < seconds[product]["planes"]
+
+
+def explain_convolution(
+    convolution: Convolution, values: Tensor, images: int, channels_last: bool, prefer: str
+) -> Explanation:
+    """How the products of a convolution with these `values` are computed for so many images, and what they cost."""
+    backend = kernels.select(values.device.type, values.dtype)
+    nnz, like = values.numel(), values.new_empty(images, device="meta")
+    known = _predicted(backend, convolution, nnz, images, values.dtype, channels_last) if backend.native else None
+    if backend.convolutions is None:
+        methods: tuple[str, ...] = ("dense",)
+    else:
+        methods = ("planes", "dense") if backend.native and prefer == "speed" else ("planes",)
+    options = tuple(Option(p, m, known[p][m] if known else None) for p in PRODUCTS for m in methods)
+    chosen = {
+        p: "dense" if pays_densely(backend, p, convolution, nnz, like, channels_last, prefer) else "planes"
+        for p in PRODUCTS
+    }
+    return Explanation(backend.name, reason(known is not None, prefer), chosen, options)
+
+
+def _predicted(
+    backend: Backend, convolution: Convolution, nnz: int, images: int, dtype: torch.dtype, channels_last: bool
+) -> dict[str, dict[str, float]]:
+    """Seconds of each product by each method, from those of a similar layer that is measured once."""
+    per_image = math.prod((*convolution.weight_shape, *convolution.outputs))
+    measured, similar = min(images, max(1, int(MEASURED_MULTIPLY_ADDS / per_image))), _rounded(convolution)
+    seconds = _seconds(backend, similar, _rounded_nnz(convolution, nnz), measured, dtype, channels_last)
+    more = images * math.prod(convolution.outputs) / (measured * math.prod(similar.outputs))
+    return {product: {method: more * s for method, s in of.items()} for product, of in seconds.items()}
 
 
 def _rounded(convolution: Convolution) -> Convolution:

@@ -75,13 +75,15 @@ def as_rows(x: Tensor) -> Tensor:
 def nobody_listens(x: Tensor, *operands: Tensor | None) -> bool:
     """Whether the dispatcher would do nothing but call the kernel; the trip through it costs as much as a small layer.
 
-    The meta device, negative views, modes, functorch, tracers, profilers and subclasses of tensors want more.
+    The meta device, negative views, modes, functorch, tracers, forward-mode differentiation, profilers and subclasses
+    of tensors want more.
     """
     if (
         x.is_meta
         or _count_of_modes() > 0
         or _functorch_interpreter() is not None
         or _tracing_state() is not None
+        or forward_ad._current_level >= 0
         or autograd_profiler._is_profiler_enabled
     ):
         return False

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offpath.kernels import Backend
 from offpath.kernels.convolution import Convolution, ConvolutionProducts
+from offpath.ops.choice import any_forced
 from offpath.ops.convolution_choice import pays_densely
 from offpath.ops.dense_convolution import DenseConvolution
 from offpath.pattern import Pattern
@@ -25,6 +26,7 @@ class PreparedConvolutions:
     def __init__(self, pattern: Pattern) -> None:
         self._pattern = pattern
         self._made: OrderedDict[Hashable, Any] = OrderedDict()
+        self._pays_densely: dict[Hashable, bool] = {}
 
     def forward(
         self,
@@ -37,7 +39,7 @@ class PreparedConvolutions:
         prefer: str,
     ) -> Tensor:
         """y, contiguous or channels-last."""
-        if pays_densely(backend, "forward", convolution, values.numel(), x, channels_last, prefer):
+        if self._densely(backend, "forward", convolution, values.numel(), x, channels_last, prefer):
             y = self._dense(backend, convolution).forward(values, x, bias)
             return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         return _products(backend).forward(self._plans(backend, convolution, x.dtype), values, x, bias, channels_last)
@@ -52,14 +54,14 @@ class PreparedConvolutions:
         prefer: str,
     ) -> Tensor:
         """The gradient of x, contiguous or channels-last."""
-        if pays_densely(backend, "dx", convolution, values.numel(), dy, channels_last, prefer):
+        if self._densely(backend, "dx", convolution, values.numel(), dy, channels_last, prefer):
             shape = torch.Size((dy.shape[0], convolution.in_channels, *convolution.size))
             return self._dense(backend, convolution).dx(values, dy, shape, channels_last)
         return _products(backend).dx(self._plans(backend, convolution, dy.dtype), values, dy, channels_last)
 
     def dvalues(self, backend: Backend, convolution: Convolution, dy: Tensor, x: Tensor, prefer: str) -> Tensor:
         """The gradient of the values."""
-        if pays_densely(backend, "dvalues", convolution, self._pattern.nnz, x, is_channels_last(x), prefer):
+        if self._densely(backend, "dvalues", convolution, self._pattern.nnz, x, is_channels_last(x), prefer):
             return self._dense(backend, convolution).dvalues(dy, x)
         return _products(backend).dvalues(self._plans(backend, convolution, x.dtype), dy, x)
 
@@ -67,6 +69,25 @@ class PreparedConvolutions:
     def bytes(self) -> int:
         """Bytes of the plans and bitmaps."""
         return sum(made.bytes for made in self._made.values())
+
+    def _densely(
+        self,
+        backend: Backend,
+        product: str,
+        convolution: Convolution,
+        nnz: int,
+        like: Tensor,
+        channels_last: bool,
+        prefer: str,
+    ) -> bool:
+        """`pays_densely`, remembered as long as no method is forced."""
+        if any_forced():
+            return pays_densely(backend, product, convolution, nnz, like, channels_last, prefer)
+        key = backend.name, product, convolution, like.dtype, like.shape[0], channels_last, prefer
+        if key not in self._pays_densely:
+            found = pays_densely(backend, product, convolution, nnz, like, channels_last, prefer)
+            self._pays_densely[key] = found
+        return self._pays_densely[key]
 
     def _plans(self, backend: Backend, convolution: Convolution, dtype: torch.dtype) -> Any:
         own = self._pattern

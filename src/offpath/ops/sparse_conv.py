@@ -5,7 +5,8 @@ Each gradient is one of the three ops again, so they can be differentiated as of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from torch import Tensor
 from offpath import kernels
 from offpath.kernels import KernelError
 from offpath.kernels.convolution import Convolution
-from offpath.ops.library import define
+from offpath.ops.choice import Explanation
+from offpath.ops.convolution_choice import explain_convolution
+from offpath.ops.library import define, nobody_listens
 from offpath.ops.prepared import prepare
 from offpath.ops.prepared_convolutions import PreparedConvolutions, is_channels_last
 
@@ -51,13 +54,46 @@ def sparse_conv2d(
     tensor([[[[ 8., 11.],
               [17., 20.]]]])
     """
-    return _ops.sparse_conv2d.default(
-        x, values, bias, crow_indices, col_indices, kernel, stride, padding, dilation, groups, prefer
-    )
+    if not (len(kernel) == len(stride) == len(dilation) == 2 and len(padding) == 4):
+        raise KernelError(
+            "expected two sizes in kernel, stride and dilation and four in padding, got "
+            f"{kernel}, {stride}, {dilation} and {padding}"
+        )
+    operands = x, values, bias, crow_indices, col_indices, kernel, stride, padding, dilation, groups, prefer
+    if not torch.compiler.is_compiling() and nobody_listens(x, values, bias) and not _wants_gradient(x, values, bias):
+        return _forward(*operands)
+    return _ops.sparse_conv2d.default(*operands)
 
 
-def _convolution(size, in_channels, crow_indices, kernel, stride, padding, dilation, groups) -> Convolution:
-    return Convolution(
+def explain_conv2d(
+    shape: Sequence[int],
+    values: Tensor,
+    crow_indices: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+    prefer: str,
+) -> Explanation:
+    """How `sparse_conv2d` and its gradients are computed for images of `shape`, and what they would cost."""
+    convolution = _convolution(shape[2:], shape[1], crow_indices, kernel, stride, padding, dilation, groups)
+    return explain_convolution(convolution, values, shape[0], channels_last, prefer)
+
+
+def _wants_gradient(*operands: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in operands)
+
+
+# Making one takes as long as the call of a small layer.
+_kept = lru_cache(maxsize=256)(Convolution)
+
+
+def _convolution(
+    size, in_channels, crow_indices, kernel, stride, padding, dilation, groups, make: Callable[..., Convolution] = _kept
+) -> Convolution:
+    return make(
         in_channels,
         crow_indices.shape[0] - 1,
         groups,
@@ -147,7 +183,8 @@ def _empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
 def _fake_forward(
     x, values, bias, crow_indices, col_indices, kernel, stride, padding, dilation, groups, prefer="speed"
 ):
-    convolution = _convolution(x.shape[2:], x.shape[1], crow_indices, kernel, stride, padding, dilation, groups)
+    sizes = kernel, stride, padding, dilation, groups
+    convolution = _convolution(x.shape[2:], x.shape[1], crow_indices, *sizes, make=Convolution)  # of symbols, maybe
     return _empty(x, (x.shape[0], convolution.out_channels, *convolution.outputs), is_channels_last(x))
 
 
