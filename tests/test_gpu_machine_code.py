@@ -94,7 +94,10 @@ def test_machine_code_of_tiles(cache, capability: tuple[int, int], tmp_path: Pat
     assembly = disassembled(source, capability, options, tmp_path)
     assert not re.search(r"\b(LDL|STL)\b", assembly), "registers are spilled"
     assert re.search(r"LDG\.E\S*\.128", assembly), "no 16-byte loads of the weight"
-    tile = max((body for body in loops(assembly) if any("HMMA" in text for text in body)), key=len)
+    bodies = loops(assembly)
+    tile = max((body for body in bodies if any("HMMA" in text for text in body)), key=len)
+    # The loop inside, for what is more than a thread has in flight, does not run for a tile that is half empty.
+    more = min((body for body in bodies if sum("STS.U16" in text for text in body)), key=len)
     found = {name: sum(name in text for text in tile) for name in ("HMMA", "STS.U16", "LDS.128", "STS.128", "LDGSTS")}
     # A warp multiplies 32 rows and 64 columns by 16 tokens. The groups that a thread has in flight are written out in a
     # loop, for tiles that are fuller than usual, and behind it.
@@ -103,7 +106,8 @@ def test_machine_code_of_tiles(cache, capability: tuple[int, int], tmp_path: Pat
     # While an H200 reads a dense weight of bfloat16, a lane has time for 15.6 instructions a position; half of that is
     # left for a tile that is multiplied twice as fast.
     positions = options["TILE_ROWS"] * options["TILE_COLUMNS"] / (options["WARPS"] * 32)
-    assert len(tile) / positions <= 7.8, f"{len(tile)} instructions for {positions:.0f} positions"
+    count = len(tile) - len(more)
+    assert len(more) < len(tile) and count / positions <= 7.8, f"{count} instructions for {positions:.0f} positions"
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
@@ -134,7 +138,7 @@ def test_the_largest_kernels_do_not_spill(cache, tmp_path: Path) -> None:
 
 def test_waits_for_the_kernel_before(cache, tmp_path: Path) -> None:
     """On Hopper, nothing is read or written before the wait."""
-    for name in ("tiles-16", "reduce-bf16", "live-1-bf16"):
+    for name in ("tiles-16", "sum-bf16", "dots-bf16", "reduce-bf16", "live-1-bf16"):
         source, options = shipped()[name]
         before, _, after = disassembled(source, (9, 0), options, tmp_path).partition("ACQBULK")
         assert after and not re.search(r"\b(LDG|STG|LD|ST)\b\.", before) and "PREEXIT" not in before, name

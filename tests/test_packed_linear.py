@@ -145,7 +145,7 @@ def test_tokens_are_those_up_to_which_decoding_wins(monkeypatch: pytest.MonkeyPa
     """Of 1, 2, 4 and 8; a win behind a loss does not count, nor one within the margin."""
     packed = PackedSparseLinear.from_sparse(_layer(), tokens=0).packed
     times = iter(seconds)
-    monkeypatch.setattr(contest, "cold_seconds", lambda calls: _expecting(next(times), calls))
+    monkeypatch.setattr(contest, "cold_seconds", lambda calls, device: _expecting(next(times), calls))
     weight = ops.written_out(packed).as_subclass(OnGpu)
     assert contest.tokens_that_pay(packed, None, weight, None) == expected
     assert next(times, None) is None
@@ -164,7 +164,7 @@ def test_tiles_follow_where_they_win(monkeypatch: pytest.MonkeyPatch, seconds, e
     """Once they do, decoding is not asked again: each has its run of tokens, and none is computed by a loser."""
     layer = PackedSparseLinear.from_sparse(_layer(dtype=torch.bfloat16), tokens=64)
     times = iter(seconds)
-    monkeypatch.setattr(contest, "cold_seconds", lambda calls: _expecting(next(times), calls))
+    monkeypatch.setattr(contest, "cold_seconds", lambda calls, device: _expecting(next(times), calls))
     weight = ops.written_out(layer.packed).as_subclass(OnGpu)
     assert contest.tokens_that_pay(layer.packed, layer.tiles, weight, None) == expected
     assert next(times, None) is None

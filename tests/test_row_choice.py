@@ -28,6 +28,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     row_calibration.break_evens.cache_clear()
 
 
+def test_an_autocast_rounds_neither_way() -> None:
+    """Which way is taken depends on the density: the dtype and the numbers must not."""
+    values, indices = torch.randn(5, 4, requires_grad=True), torch.randint(0, 7, (5, 4))
+    weight = torch.randn(7, 9, requires_grad=True)
+    found = []
+    for dense in (False, True):
+        with forced_dense_rows(dense), torch.autocast("cpu", torch.bfloat16):
+            y = SparseRows.from_topk(values, indices, 7).matmul(weight)
+            found.append((y, *torch.autograd.grad(y.square().sum(), [values, weight])))
+    for sparse, written_out in zip(*found, strict=True):
+        assert sparse.dtype is written_out.dtype is torch.float32
+        torch.testing.assert_close(sparse, written_out)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_dense_and_sparse_give_the_same(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -103,32 +103,41 @@ class Layer:
         return replace(self, **{name: getattr(self, name).to(dtype) for name in ("values", "x", "dy")})
 
 
+ROW_WISE = (
+    (OURS_FP32, FP32),
+    (OURS_FP32, TF32),
+    (TURNED_FP32, FP32),
+    (OURS_BF16, BF16),
+    (TURNED_BF16, BF16),
+    (OURS_EXPANDED, BF16),
+    (CSR, FP32),
+)
+OVER_PLANS = (BUCKETED_FP32, FP32), (BUCKETED_BF16, BF16)
+ROW_WISE_KERNELS = "spmm", "sddmm", "bitmap", "expand", "compress"
+KERNELS_OVER_PLANS = "planned_spmm", "tiled_sddmm"
+
+
 def jobs(quick: bool, effort: Effort, device: torch.device) -> Iterator[Job]:
+    """Those over plans last: what goes wrong in a kernel that no GPU has run yet ends nothing but them."""
     size = QUICK_SIZE if quick else SIZE
-    for sparsity in SPARSITIES[1:2] if quick else SPARSITIES:
-        wanted = tuple(
-            Wanted(
-                Figure(SECTION, f"{ours} over {over}", f"{sparsity:.0%}", BARS.get((ours, over), {}).get(sparsity)),
-                ours,
-                (over,),
+    for measure, pairs, kernels in (
+        (_row_wise, ROW_WISE, ROW_WISE_KERNELS),
+        (_over_plans, OVER_PLANS, KERNELS_OVER_PLANS),
+    ):
+        for sparsity in SPARSITIES[1:2] if quick else SPARSITIES:
+            wanted = tuple(
+                Wanted(
+                    Figure(SECTION, f"{ours} over {over}", f"{sparsity:.0%}", BARS.get((ours, over), {}).get(sparsity)),
+                    ours,
+                    (over,),
+                )
+                for ours, over in pairs
             )
-            for ours, over in (
-                (OURS_FP32, FP32),
-                (OURS_FP32, TF32),
-                (BUCKETED_FP32, FP32),
-                (TURNED_FP32, FP32),
-                (OURS_BF16, BF16),
-                (BUCKETED_BF16, BF16),
-                (TURNED_BF16, BF16),
-                (OURS_EXPANDED, BF16),
-                (CSR, FP32),
-            )
-        )
-        kernels = "spmm", "sddmm", "planned_spmm", "tiled_sddmm", "bitmap", "expand", "compress"
-        yield Job(wanted, kernels, partial(_step, size, sparsity, effort, device))
+            yield Job(wanted, kernels, partial(measure, size, sparsity, effort, device))
 
 
-def _step(size: Size, sparsity: float, effort: Effort, device: torch.device) -> Raced:
+def _drawn(size: Size, sparsity: float, device: torch.device) -> tuple[Layer, Layer]:
+    """A layer in float32, and the same in bfloat16."""
     width, tokens = size
     crow_indices, col_indices = pattern(width, width, 1 - sparsity, device)
     draw = partial(numbers, dtype=torch.float32, device=device)
@@ -140,19 +149,28 @@ def _step(size: Size, sparsity: float, effort: Effort, device: torch.device) -> 
         draw(width, tokens),
         draw(width, tokens),
     )
-    half = layer.cast(torch.bfloat16)
-    for one, name in ((layer, "float32"), (half, "bfloat16")):
-        for way, results in (("row-wise", one.step()), ("bucketed", one.bucketed_step(one.plans()))):
-            for part, result, right in zip(("y", "dx", "dvalues"), results, _right(one), strict=True):
-                require(f"{part} in {name}, {way}", result, right)
-    operands = (
-        dense(crow_indices, col_indices, layer.values, width),
-        layer.x.t().contiguous(),
-        layer.dy.t().contiguous(),
-    )
-    wide = copies(operands, sum(one.nbytes for one in operands))
+    return layer, layer.cast(torch.bfloat16)
+
+
+def _require_step(layer: Layer, results: tuple[Tensor, Tensor, Tensor]) -> None:
+    for part, result, right in zip(("y", "dx", "dvalues"), results, _right(layer), strict=True):
+        require(f"{part} in {layer.values.dtype}", result, right)
+
+
+def _dense_operands(layer: Layer) -> list[tuple[Tensor, ...]]:
+    width = layer.x.shape[0]
+    weight = dense(layer.crow_indices, layer.col_indices, layer.values, width)
+    operands = weight, layer.x.t().contiguous(), layer.dy.t().contiguous()
+    return copies(operands, sum(one.nbytes for one in operands))
+
+
+def _row_wise(size: Size, sparsity: float, effort: Effort, device: torch.device) -> Raced:
+    layer, half = _drawn(size, sparsity, device)
+    for one in (layer, half):
+        _require_step(one, one.step())
+    wide = _dense_operands(layer)
     halves = [tuple(one.bfloat16() for one in each) for each in wide]
-    prepared = bitmap(crow_indices, col_indices, width)
+    prepared = bitmap(layer.crow_indices, layer.col_indices, size[0])
     sides = Sides(
         {
             FP32: [_with_tf32(False, partial(dense_step, *each)) for each in wide],
@@ -160,8 +178,6 @@ def _step(size: Size, sparsity: float, effort: Effort, device: torch.device) -> 
             BF16: [partial(dense_step, *each) for each in halves],
             OURS_FP32: [one.step for one in copies(layer, layer.read_bytes)],
             OURS_BF16: [one.step for one in copies(half, half.read_bytes)],
-            BUCKETED_FP32: _bucketed(layer),
-            BUCKETED_BF16: _bucketed(half),
             TURNED_FP32: _turned(layer),
             TURNED_BF16: _turned(half),
             OURS_EXPANDED: [partial(_written_out, prepared, half.values, *each[1:]) for each in halves],
@@ -169,10 +185,24 @@ def _step(size: Size, sparsity: float, effort: Effort, device: torch.device) -> 
     )
     raced = sides.race(effort)
     rival = Sides({FP32: sides.calls[FP32]}, raced.refused)
-    rival.offer(CSR, lambda: [_csr_step(layer, width)])
+    rival.offer(CSR, lambda: [_csr_step(layer, size[0])])
     if CSR in rival.calls:
         raced.times[CSR] = rival.race(effort, graphs=False).times[CSR]
     return raced
+
+
+def _over_plans(size: Size, sparsity: float, effort: Effort, device: torch.device) -> Raced:
+    layer, half = _drawn(size, sparsity, device)
+    for one in (layer, half):
+        _require_step(one, one.bucketed_step(one.plans()))
+    wide = _dense_operands(layer)
+    sides = {
+        FP32: [_with_tf32(False, partial(dense_step, *each)) for each in wide],
+        BF16: [partial(dense_step, *(one.bfloat16() for one in each)) for each in wide],
+        BUCKETED_FP32: _bucketed(layer),
+        BUCKETED_BF16: _bucketed(half),
+    }
+    return Sides(sides).race(effort)
 
 
 def dense_step(weight: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:

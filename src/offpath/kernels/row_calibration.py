@@ -22,7 +22,9 @@ PRODUCTS = ("matmul", "dots", "weight_gradient")
 
 def dense_dots(dy: Tensor, weight: Tensor, samples: Tensor, indices: Tensor) -> Tensor:
     """All products of a sample with a row of the weight, and of these the ones that are wanted."""
-    return (dy @ weight.t())[samples, indices.long()]
+    with torch.autocast(dy.device.type, enabled=False):  # sparse products have the dtype of their operands
+        products = dy @ weight.t()
+    return products[samples, indices.long()]
 
 
 @cache

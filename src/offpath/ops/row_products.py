@@ -25,7 +25,7 @@ def _matmul(values: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tenso
     check_matrix("weight", weight, values.dtype)
     backend, rows = kernels.select(values.device.type, values.dtype), crow_indices.shape[0] - 1
     if pays_densely("matmul", backend, values.dtype, indices.shape[0], rows, *weight.shape):
-        return written_out(backend, crow_indices, indices, values, weight.shape[0]) @ weight
+        return _product(written_out(backend, crow_indices, indices, values, weight.shape[0]), weight)
     return backend.rows.matmul(crow_indices, indices, values, weight)
 
 
@@ -49,8 +49,14 @@ def _weight_gradient(values: Tensor, crow_indices: Tensor, indices: Tensor, dy: 
         raise KernelError(f"expected at most 2^31 - 1 columns, which int32 indices can name, got {columns}")
     backend = kernels.select(dy.device.type, dy.dtype)
     if pays_densely("weight_gradient", backend, dy.dtype, indices.shape[0], dy.shape[0], columns, dy.shape[1]):
-        return written_out(backend, crow_indices, indices, values, columns).t() @ dy
+        return _product(written_out(backend, crow_indices, indices, values, columns).t(), dy)
     return backend.rows.weight_gradient(crow_indices, indices, values, dy, columns)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """In the dtype of the operands, as sparse products are, also where an autocast would have another."""
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
 
 
 def _gradients(

@@ -8,7 +8,7 @@ from torch import Tensor
 from offpath.kernels.errors import KernelError
 from offpath.kernels.gpu.buckets import DTYPES, ROWS, TOKENS, WARPS, Buckets, make_buckets
 from offpath.kernels.gpu.driver import load, shared_bytes_limit
-from offpath.kernels.gpu.launch import expect_operands, expect_shapes
+from offpath.kernels.gpu.launch import blocks_of, expect_operands, expect_shapes
 from offpath.kernels.gpu.regions import TWOS, WARPS as DOT_WARPS, Regions, make_regions
 from offpath.kernels.gpu.sparse_weight import features_of, tokens_of
 
@@ -42,13 +42,15 @@ def planned_spmm(
     width = by_feature.shape[1]
     y = values.new_empty(rows, width)
     if y.numel():
+        # Both stay until the kernel is launched: what is freed before that may be taken, and written, by others.
+        entries, bias = buckets.with_values(values), None if bias is None else bias.contiguous()
         kernel = load("bucketed_sum.cu", "bucketed_sum", y.device, **defines_of(buckets.dtype))
         kernel.launch(
-            (buckets.row_order.numel() // ROWS, -(-width // TOKENS)),
+            (buckets.row_order.numel() // ROWS, blocks_of(width, TOKENS)),
             WARPS * 32,
             buckets.shared_bytes,
-            *(buckets.with_values(values).data_ptr(), buckets.pair_offsets.data_ptr(), buckets.row_order.data_ptr()),
-            *(by_feature.data_ptr(), 0 if bias is None else bias.contiguous().data_ptr(), y.data_ptr()),
+            *(entries.data_ptr(), buckets.pair_offsets.data_ptr(), buckets.row_order.data_ptr()),
+            *(by_feature.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()),
             *(columns, buckets.chunk_columns, buckets.most_pairs, width),
         )
     return y[:, :batch].t() if feature_major else tokens_of(y, batch)
@@ -63,6 +65,8 @@ def tiled_sddmm(regions: Regions, dy: Tensor, x: Tensor, /) -> Tensor:
     _expect_narrow(dy.dtype)
     dy_by_feature, x_by_feature = _whole(features_of(dy)), _whole(features_of(x))
     dvalues = dy.new_empty(regions.nnz)
+    if not dy.shape[0]:
+        return dvalues.zero_()
     if dvalues.numel():
         kernel = load("bucketed_dots.cu", "bucketed_dots", dy.device, **dots_defines_of(dy.dtype))
         kernel.launch(
@@ -92,9 +96,8 @@ def backward(
         raise KernelError(
             "expected both gradients over plans, got one that fills in zeros; there is no kernel for that"
         )
-    dy_by_feature = features_of(dy)[:, : dy.shape[0]].t()  # turned once for both
-    dx = planned_spmm(buckets, values, dy_by_feature, feature_major=feature_major)
-    return dx, tiled_sddmm(regions, dy_by_feature, x), dy.sum(0)
+    dx = planned_spmm(buckets, values, dy, feature_major=feature_major)
+    return dx, tiled_sddmm(regions, dy, x), dy.sum(0)
 
 
 def _whole(by_feature: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from offpath.kernels.operands import row_numbers
 ROWS, WARPS = 256, 16  # of a block
 TOKENS = 128  # of a block
 DTYPES = (torch.float32, torch.bfloat16)
+MAX_PAIRS = 2**31 - 1
 _LEAST_COLUMNS = 8
 _PAIR_BYTES = 16
 
@@ -103,12 +104,15 @@ def make_buckets(
     else:
         raise KernelError(f"expected a GPU whose blocks have more than {shared_bytes:,} bytes of shared memory")
     pair_offsets = offsets(pairs)
+    n_pairs = int(pair_offsets[-1])
+    if n_pairs > MAX_PAIRS:
+        raise KernelError(f"expected at most {MAX_PAIRS:,} pairs of connections, got {n_pairs:,}. Split it by rows")
     in_order = runs.argsort(stable=True)
     sorted_runs = runs[in_order]
     nth = torch.arange(runs.numel(), device=runs.device) - offsets(run_counts)[sorted_runs]
     entry_places = 2 * pair_offsets[sorted_runs] + nth
     row_bytes = TOKENS * dtype.itemsize
-    entries = torch.zeros(2 * int(pair_offsets[-1]), 2, dtype=torch.int32, device=runs.device)
+    entries = torch.zeros(2 * n_pairs, 2, dtype=torch.int32, device=runs.device)
     entries[:, 0] = chunk_columns * row_bytes
     entries[entry_places, 0] = (col_indices[in_order] % chunk_columns) * row_bytes
     places_of_slots = entry_places[inverse(in_order)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
 import torch
@@ -49,7 +49,7 @@ def tokens_that_pay(packed: Packed, tiles: Tiles | None, weight: Tensor, bias: T
             calls["tiled"] = partial(multiply_tiles, tiles, x, bias)
         if len(calls) == 1:
             break
-        seconds = dict(zip(calls, cold_seconds(list(calls.values())), strict=True))
+        seconds = dict(zip(calls, cold_seconds(list(calls.values()), weight.device), strict=True))
         limit = seconds.pop("dense") / MARGIN
         best = min(seconds, key=lambda name: seconds[name])
         if seconds[best] > limit:
@@ -83,22 +83,24 @@ _pays: dict[Hashable, bool] = {}
 
 def _live_wins(tokens: int, weight: Tensor, bias: Tensor | None) -> bool:
     x = torch.ones(tokens, weight.shape[0], dtype=weight.dtype, device=weight.device)
-    dense, live = cold_seconds([partial(linear, x, weight.t(), bias), partial(live_matmul, x, weight, bias)])
+    calls = [partial(linear, x, weight.t(), bias), partial(live_matmul, x, weight, bias)]
+    dense, live = cold_seconds(calls, weight.device)
     return live <= MARGIN * dense
 
 
-def cold_seconds(calls: list[Callable[[], object]]) -> list[float]:
+def cold_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
     """The median seconds of each call on the device, in turns, of which none finds its operands in the cache."""
-    cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    other = torch.empty(CACHES * cache_bytes, dtype=torch.uint8, device="cuda")
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(1 + ROUNDS):
-        for call, found in zip(calls, seconds, strict=True):
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            other.zero_()
-            before.record()
-            call()
-            after.record()
-            after.synchronize()
-            found.append(before.elapsed_time(after) / 1e3)
+    with torch.cuda.device(device):  # the events are those of its stream
+        other = torch.empty(CACHES * cache_bytes, dtype=torch.uint8, device=device)
+        for _ in range(1 + ROUNDS):
+            for call, found in zip(calls, seconds, strict=True):
+                before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                other.zero_()
+                before.record()
+                call()
+                after.record()
+                after.synchronize()
+                found.append(before.elapsed_time(after) / 1e3)
     return [statistics.median(found[1:]) for found in seconds]  # the first one compiles

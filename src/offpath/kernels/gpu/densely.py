@@ -84,4 +84,6 @@ def dense_dots(crow_indices: Tensor, indices: Tensor, dy: Tensor, weight: Tensor
         return dy.new_zeros(0)
     places = row_numbers(crow_indices, indices.shape[0]), indices.clamp(0, weight.shape[0] - 1).long()
     known = (indices >= 0) & (indices < weight.shape[0])
-    return torch.where(known, (dy @ weight.t())[places], torch.nan)
+    with torch.autocast(dy.device.type, enabled=False):
+        products = dy @ weight.t()
+    return torch.where(known, products[places], torch.nan)

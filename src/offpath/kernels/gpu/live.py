@@ -39,7 +39,7 @@ def live_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     plan = _plan(x.dtype, 1 << (tokens - 1).bit_length(), x.device)
     strips = -(-n_outputs // (_LANES * _WORD_BYTES // x.element_size()))
     parts = max(1, min(plan.resident_blocks // strips, n_inputs // _LEAST_INPUTS))
-    partial = torch.empty(parts, tokens, n_outputs, device=x.device)
+    partial = torch.empty(parts, tokens, n_outputs, dtype=torch.float32, device=x.device)
     plan.sum_rows.launch(
         (strips, parts),
         plan.threads,

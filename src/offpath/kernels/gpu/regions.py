@@ -1,6 +1,6 @@
 """The connections of a sparse weight by regions, a few rows and columns: for the gradient of its values.
 
-A region is as many rows as columns, up to 222 of them: their tokens wait in shared memory while every connection
+A region is as many rows as columns, no more than fit: their tokens wait in shared memory while every connection
 between them is multiplied. It is smaller where the weight is denser, so that a block can keep all of its sums in
 registers; a region with more connections than that has several blocks. Connections come in twos of one row; of an odd
 number, the last one stands twice, and its double has no place in the result.

@@ -17,7 +17,7 @@ from offpath.kernels.gpu.tiles import STRIDE, TILE_COLUMNS, TILE_ROWS, Tiles
 
 MAX_TILED_TOKENS = 64
 # Tokens: warps of a block, blocks that should fit on a multiprocessor, groups that each thread has in flight.
-LAUNCHES = {8: (8, 3, 2), 16: (8, 2, 3), 32: (8, 2, 3), 64: (16, 1, 1)}
+LAUNCHES = {8: (8, 3, 4), 16: (8, 2, 5), 32: (8, 2, 4), 64: (8, 1, 5)}
 _CHUNK = 8  # columns in 16 bytes
 
 
@@ -35,6 +35,8 @@ def multiply_tiles(tiles: Tiles, x: Tensor, bias: Tensor | None = None) -> Tenso
     y = x.new_empty(tokens, rows)
     if not y.numel():
         return y
+    if columns == 0:
+        return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     if columns % _CHUNK or x.data_ptr() % 16:
         x = functional.pad(x, (0, -columns % _CHUNK)).clone()
     plan = _plan(1 << max(tokens - 1, 7).bit_length(), x.device)
@@ -43,7 +45,7 @@ def multiply_tiles(tiles: Tiles, x: Tensor, bias: Tensor | None = None) -> Tenso
     for first in range(0, tokens, plan.batch):
         some = slice(first, first + plan.batch)
         count = min(plan.batch, tokens - first)
-        partial = torch.empty(parts, count, rows, device=x.device)
+        partial = torch.empty(parts, count, rows, dtype=torch.float32, device=x.device)
         plan.kernel.launch(
             (blocks, parts),
             plan.threads,

@@ -83,18 +83,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     // Each warp has as many twos, an even number; `mine` is not above zero where there are none left.
     const int share = (count + 2 * WARPS - 1) / (2 * WARPS) * 2, mine = min(share, count - warp * share);
 
-    // First the columns of x, then the rows of dy.
+    // A thread copies the same tokens of every feature: first of the columns of x, then of the rows of dy.
+    static_assert(THREADS % PIECES == 0, "as many features in each turn");
+    const int own_token = threadIdx.x % PIECES * PIECE_TOKENS, own_feature = threadIdx.x / PIECES;
     const auto stage = [&](int first_token) {
-        unsigned char *const to = staged + first_token / TOKENS % 2 * buffer_bytes;
-        for (int i = threadIdx.x; i < 2 * side * PIECES; i += THREADS) {
-            const int token = first_token + i % PIECES * PIECE_TOKENS, feature = i / PIECES;
-            const bool of_x = feature < side;
-            const int number = of_x ? first_column + feature : first_row + feature - side;
-            if (number < (of_x ? n_columns : n_rows)) {
-                const bool there = token < width;
-                start_copy(to + i * 16, (of_x ? x : dy) + (long long)number * width + (there ? token : 0), there);
+        const int token = first_token + own_token;
+        const bool there = token < width;
+        unsigned char *const staged_x = staged + first_token / TOKENS % 2 * buffer_bytes + threadIdx.x * 16;
+        const auto copy = [&](unsigned char *to, const Element *from, int first, int count) {
+            from += (long long)(first + own_feature) * width + (there ? token : 0);
+            for (int feature = own_feature; feature < count; feature += THREADS / PIECES) {
+                start_copy(to, from, there);
+                to += THREADS * 16, from += (long long)(THREADS / PIECES) * width;
             }
-        }
+        };
+        copy(staged_x, x, first_column, min(side, n_columns - first_column));
+        copy(staged_x + side * ROW_BYTES, dy, first_row, min(side, n_rows - first_row));
     };
     stage(0);
     for (int i = threadIdx.x; i < share * WARPS; i += THREADS)

@@ -87,13 +87,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     uint4 *const staged_pairs = (uint4 *)(staged + 2 * x_bytes);
     const int *const offsets = pair_offsets + (long long)blockIdx.x * n_chunks * ROWS;
 
+    // A thread copies the same tokens of every column.
+    static_assert(THREADS % PIECES == 0, "as many columns in each turn");
+    const int own_token = first_token + threadIdx.x % PIECES * PIECE_TOKENS, own_column = threadIdx.x / PIECES;
+    const bool there = own_token < width;
+    const Element *const own_x = x + (long long)own_column * width + (there ? own_token : 0);
     const auto stage = [&](int chunk) {
         const int first = chunk * chunk_columns, count = min(chunk_columns, n_columns - first);
-        unsigned char *const to = staged + chunk % 2 * x_bytes;
-        for (int i = threadIdx.x; i < count * PIECES; i += THREADS) {
-            const int token = first_token + i % PIECES * PIECE_TOKENS;
-            const bool there = token < width;
-            start_copy(to + i * 16, x + (long long)(first + i / PIECES) * width + (there ? token : 0), there);
+        unsigned char *to = staged + chunk % 2 * x_bytes + threadIdx.x * 16;
+        const Element *from = own_x + (long long)first * width;
+        for (int column = own_column; column < count; column += THREADS / PIECES) {
+            start_copy(to, from, there);
+            to += THREADS * 16, from += (long long)(THREADS / PIECES) * width;
         }
         const int begin = offsets[chunk * ROWS], end = offsets[chunk * ROWS + ROWS];
         for (int i = threadIdx.x; i < end - begin; i += THREADS)

@@ -169,6 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     wait_for_previous_kernel();
     start_next_kernel();
     int begin = group_offsets[tiles_above + first], end = group_offsets[tiles_above + first + 1];
+    int after = first + 1 < last ? group_offsets[tiles_above + first + 2] : end;
     Group waiting[DEPTH];
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i) {
@@ -184,12 +185,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int tile = first - 1; tile < last; ++tile) {
         const int next = tile + 1;
         if (next < last) {
-            const int next_end = next + 1 < last ? group_offsets[tiles_above + next + 2] : end;
+            if (next > first)
+                stage(staged + (next - first) % 2 * X_BYTES, x, next, n_chunks, tokens);
+            const int next_end = after;
+            after = next + 2 < last ? group_offsets[tiles_above + next + 3] : next_end;
             write_out_tile(tiles + (next - first) % 2 * BUFFER_BYTES, waiting, values, places, gaps, begin, end,
                            next_end);
             begin = end, end = next_end;
-            if (next > first)
-                stage(staged + (next - first) % 2 * X_BYTES, x, next, n_chunks, tokens);
         }
         if (tile >= first)
             multiply(sums, tiles + (tile - first) % 2 * BUFFER_BYTES, staged + (tile - first) % 2 * X_BYTES);
