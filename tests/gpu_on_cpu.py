@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import subprocess
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,18 +99,20 @@ class Programs:
 
 
 class Launcher:
-    """In the place of `driver.load`: kernels whose launches run on the CPU, with the tensors at their addresses.
+    """In the place of `driver.load`: kernels whose launches run on the CPU, with the tensors at their addresses, which
+    must still be there.
 
     `launches` has (kernel, grid, threads) of each.
     """
 
     def __init__(self, programs: Programs, patch: pytest.MonkeyPatch) -> None:
         self.programs, self.launches = programs, list[tuple[str, tuple[int, int], int]]()
-        self.tensors: dict[int, Tensor] = {}
+        self.seen: dict[int, tuple[weakref.ref[Tensor], tuple[object, ...]]] = {}
         address = Tensor.data_ptr
 
         def data_ptr(tensor: Tensor) -> int:
-            self.tensors[address(tensor)] = tensor
+            whole = tensor if tensor._base is None else tensor._base
+            self.seen[address(tensor)] = weakref.ref(whole), (tensor.shape, tensor.stride(), tensor.storage_offset())
             return address(tensor)
 
         patch.setattr(Tensor, "data_ptr", data_ptr)
@@ -123,12 +126,18 @@ class Launcher:
             self.launches.append((name, grid, threads))
             parameters = re.search(rf"\b{name}\(([^)]*)\)", variant.code("_"))[1].split(",")
             operands = [
-                (self.tensors[argument] if argument else None) if "*" in parameter else argument
+                (self._at(argument) if argument else None) if "*" in parameter else argument
                 for parameter, argument in zip(parameters, arguments, strict=True)
             ]
             self.programs.run(variant, grid, shared_bytes, *operands)
 
         return SimpleNamespace(launch=run, resident_blocks=lambda threads, shared_bytes: 4)
+
+    def _at(self, address: int) -> Tensor:
+        whole, view = self.seen[address]
+        memory = whole()
+        assert memory is not None, "a tensor whose address was taken is gone before the launch"
+        return memory.as_strided(*view)
 
 
 def decode_variant(
