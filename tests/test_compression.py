@@ -290,6 +290,38 @@ def test_checkpoint_that_is_mostly_zero_needs_no_pruning(checkpoints: dict[str, 
     assert report["prune"] is None and len(report["compress"]["layers"]) == 14
 
 
+@pytest.mark.parametrize(
+    ("stored", "options", "saved"),
+    [
+        (torch.bfloat16, [], torch.bfloat16),
+        (torch.bfloat16, ["--dtype", "float32"], torch.float32),
+        (torch.float16, [], torch.float32),
+    ],
+    ids=("kept", "asked for", "no kernel"),
+)
+def test_dtype_of_the_checkpoint_is_kept_where_a_kernel_computes_in_it(
+    checkpoints: dict[str, Path], tmp_path: Path, stored: torch.dtype, options: list[str], saved: torch.dtype
+) -> None:
+    source, out = tmp_path / "stored", tmp_path / "out"
+    shutil.copytree(checkpoints["llama"], source)
+    dense = open_pretrained(str(source))
+    dense.model.to(stored).save_pretrained(source)
+    assert open_pretrained(str(source)).dtype == str(stored).removeprefix("torch.")
+    made = CliRunner().invoke(app, ["compress", str(source), "--sparsity", "0.9", "--out", str(out), *options])
+    assert made.exit_code == 0, made.output
+    report = json.loads((out / "report.json").read_text())
+    assert report["dtype"] == {k: str(v)[len("torch.") :] for k, v in (("checkpoint", stored), ("saved", saved))}
+    assert report["bytes"]["checkpoint"] == 2 * sum(p.numel() for p in dense.model.parameters())
+    model = offpath.load(out)
+    assert {p.dtype for p in model.parameters()} == {saved}
+    offpath.densify(model)
+    weight, own = (m.model.layers[0].mlp.up_proj.weight for m in (model, dense.model))
+    assert torch.equal(weight[weight != 0], own[weight != 0].to(saved))
+    assert ("no kernel computes in the checkpoint's float16: saved in float32" in made.output) == (
+        not options and stored != saved
+    )
+
+
 def test_int8_embeddings_where_asked_for(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     config = CompressConfig(str(checkpoints["bert"]), SPARSITY, dtype="bfloat16", embeddings="int8")
     compress_checkpoint(config, tmp_path / "out", _unwatched)
