@@ -24,7 +24,7 @@ help:
 	@echo "make study      train every arm of docs/studies/topology.md with three seeds (hours; stop it, and it goes on):"
 	@echo "                make study DATA='--data cifar10=cifar-10-python.tar.gz --data tinyshakespeare=input.txt'"
 	@echo "make minilm     prune MiniLM, train it a little and measure it, for docs/studies/minilm.md (half an hour; it can be stopped)"
-	@echo "make test       lint, types and all tests (20 minutes the first time)"
+	@echo "make test       lint, types and all tests, a worker on each core (15 minutes the first time)"
 	@echo "make lint       formatting, lint and types alone"
 	@echo "make sanitize   the C++ core under AddressSanitizer, UBSan and ThreadSanitizer (10 minutes)"
 	@echo "make bars       every bar of speed beside what this machine reaches (under 12 minutes)"
@@ -57,7 +57,7 @@ minilm: $(VENV)/.installed
 	$(BIN)/python docs/update_minilm.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

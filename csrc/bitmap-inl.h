@@ -17,15 +17,7 @@ template <class T> struct ColumnVector {
     using V = typename S::V;
     static constexpr bool stored_as_summed = sizeof(T) == sizeof(offpath::Sum<T>);
     static V load(const T *p) { return S::load_first(p, columns); }
-    static V load_where(const T *p, uint32_t bits) {
-        if constexpr (stored_as_summed) {
-            return S::load_where(p, bits);
-        } else {
-            offpath::Sum<T> selected[columns];
-            load_lanes_where(p, bits, columns, selected);
-            return S::load(selected);
-        }
-    }
+    static V load_where(const T *p, uint32_t bits) { return S::keep_where(load(p), bits); }
     static V expand(const T *packed, uint32_t bits, bool whole) {
         if constexpr (stored_as_summed) {
             return S::expand(packed, bits, whole);
@@ -57,7 +49,7 @@ template <> struct ColumnVector<bfloat16> : BfloatPairs {
 template <class T, class Value, class Body>
 [[gnu::always_inline]] inline void each_part_of_word(uint64_t word, Value *values, const Body &body) {
     constexpr int columns = ColumnVector<T>::columns;
-#pragma GCC unroll 32
+#pragma GCC unroll 16
     for (int part = 0; part < 64 / columns; ++part) {
         // Counted from the start of the word, so that the parts do not wait for one another.
         const uint64_t before = word & ((uint64_t{1} << part * columns) - 1);

@@ -26,15 +26,6 @@ template <class T> struct ColumnSums {
     }
 };
 
-// The lanes of a whose bit is set, zero elsewhere.
-template <class T> typename Simd<offpath::Sum<T>>::V only_where(typename Simd<offpath::Sum<T>>::V a, uint32_t bits) {
-    using S = Simd<offpath::Sum<T>>;
-    offpath::Sum<T> lanes[S::lanes], selected[S::lanes];
-    S::store(lanes, a);
-    load_lanes_where(lanes, bits, S::lanes, selected);
-    return S::load(selected);
-}
-
 template <class T, bool finite>
 void bitmap_dx_rows(const offpath::bitmap_dx_args<T> &args, const offpath::Block &block) {
     using S = Simd<offpath::Sum<T>>;
@@ -55,7 +46,7 @@ void bitmap_dx_rows(const offpath::bitmap_dx_args<T> &args, const offpath::Block
                             S::store(sums, S::fma(dy, spread.v[i], S::load(sums)));
                         else // an infinite gradient would meet a missing weight's zero
                             S::store(sums,
-                                     S::add(only_where<T>(S::fma(dy, spread.v[i], S::zero()), bits >> i * S::lanes),
+                                     S::add(S::keep_where(S::fma(dy, spread.v[i], S::zero()), bits >> i * S::lanes),
                                             S::load(sums)));
                     }
                 }

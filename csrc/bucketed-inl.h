@@ -31,8 +31,20 @@ template <class T, int vectors, int stride, int mask>
             if (mask >> row & 1)
                 step.multiply(*at.values++, acc[row]);
     }
-    if constexpr (mask + 1 < offpath::group_masks)
-        bucket<T, vectors, stride, mask + 1>(acc, at, panel);
+}
+
+// The buckets of the masks from `first` to `last`, by halves: a compiler's time grows with the depth of what it
+// inlines.
+template <class T, int vectors, int stride, int first, int last>
+[[gnu::always_inline]] inline void buckets(Accumulators<T, vectors> &acc, Cursor<T> &at,
+                                           const typename Format<T>::Panel *panel) {
+    if constexpr (first == last) {
+        bucket<T, vectors, stride, first>(acc, at, panel);
+    } else {
+        constexpr int middle = (first + last) / 2;
+        buckets<T, vectors, stride, first, middle>(acc, at, panel);
+        buckets<T, vectors, stride, middle + 1, last>(acc, at, panel);
+    }
 }
 
 // One group times one panel of `vectors` vectors, whose columns lie `stride` entries apart: known to the compiler,
@@ -46,7 +58,7 @@ template <class T, int vectors, int stride = Step<T, vectors>::panel_stride>
     Cursor<T> at = {plan.mask_counts + group * offpath::group_masks, plan.column_order + plan.column_begin[group],
                     static_cast<const typename Format<T>::Value *>(values) +
                         plan.slot_begin[group] / Format<T>::columns_per_step};
-    bucket<T, vectors, stride, 1>(acc, at, panel);
+    buckets<T, vectors, stride, 1, offpath::group_masks - 1>(acc, at, panel);
     store_group<T, vectors>(acc, tile);
 }
 

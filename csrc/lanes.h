@@ -34,10 +34,6 @@ template <class T> void expand_lanes(const T *packed, uint32_t bits, int lanes, 
     for (int i = 0; i < lanes; ++i)
         spread[i] = bits >> i & 1 ? *packed++ : T{};
 }
-template <class T, class To> void load_lanes_where(const T *source, uint32_t bits, int lanes, To *selected) {
-    for (int i = 0; i < lanes; ++i)
-        selected[i] = bits >> i & 1 ? compute(source[i]) : To{};
-}
 template <class T> void compress_lanes(const T *spread, uint32_t bits, int lanes, T *packed) {
     for (int i = 0; i < lanes; ++i)
         if (bits >> i & 1)

@@ -49,10 +49,10 @@ template <> struct Simd<float> {
         expand_lanes(packed, bits, lanes, spread);
         return load(spread);
     }
-    static V load_where(const float *p, uint32_t bits) {
-        float selected[lanes];
-        load_lanes_where(p, bits, lanes, selected);
-        return load(selected);
+    static V keep_where(V a, uint32_t bits) {
+        const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        const __m256i mine = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each);
+        return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(mine, each)));
     }
     static void compress(const float *spread, uint32_t bits, float *packed) {
         compress_lanes(spread, bits, lanes, packed);
@@ -113,10 +113,10 @@ template <> struct Simd<double> {
         expand_lanes(packed, bits, lanes, spread);
         return load(spread);
     }
-    static V load_where(const double *p, uint32_t bits) {
-        double selected[lanes];
-        load_lanes_where(p, bits, lanes, selected);
-        return load(selected);
+    static V keep_where(V a, uint32_t bits) {
+        const __m256i each = _mm256_setr_epi64x(1, 2, 4, 8);
+        const __m256i mine = _mm256_and_si256(_mm256_set1_epi64x(bits), each);
+        return _mm256_and_pd(a, _mm256_castsi256_pd(_mm256_cmpeq_epi64(mine, each)));
     }
     static void compress(const double *spread, uint32_t bits, double *packed) {
         compress_lanes(spread, bits, lanes, packed);

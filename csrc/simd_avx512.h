@@ -53,9 +53,7 @@ template <> struct Simd<float> {
         store_first(packed, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), load(spread)),
                     __builtin_popcount(bits));
     }
-    static V load_where(const float *p, uint32_t bits) {
-        return _mm512_maskz_loadu_ps(static_cast<__mmask16>(bits), p);
-    }
+    static V keep_where(V a, uint32_t bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), a); }
     static V load_first(const bfloat16 *p, int64_t n) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask(n), p)), 16));
     }
@@ -108,9 +106,7 @@ template <> struct Simd<double> {
         return _mm512_maskz_expand_pd(static_cast<__mmask8>(bits),
                                       whole ? load(packed) : load_first(packed, __builtin_popcount(bits)));
     }
-    static V load_where(const double *p, uint32_t bits) {
-        return _mm512_maskz_loadu_pd(static_cast<__mmask8>(bits), p);
-    }
+    static V keep_where(V a, uint32_t bits) { return _mm512_maskz_mov_pd(static_cast<__mmask8>(bits), a); }
     static void compress(const double *spread, uint32_t bits, double *packed) {
         store_first(packed, _mm512_maskz_compress_pd(static_cast<__mmask8>(bits), load(spread)),
                     __builtin_popcount(bits));

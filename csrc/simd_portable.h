@@ -51,10 +51,12 @@ template <class T> struct Simd {
         expand_lanes(packed, bits, lanes, spread);
         return load(spread);
     }
-    static V load_where(const T *p, uint32_t bits) {
-        T selected[lanes];
-        load_lanes_where(p, bits, lanes, selected);
-        return load(selected);
+    static V keep_where(V a, uint32_t bits) {
+        using Mask = decltype(V{} == V{});
+        Mask each = {1, 2};
+        if constexpr (lanes == 4)
+            each = Mask{1, 2, 4, 8};
+        return ((Mask{} + bits) & each) == each ? a : zero();
     }
     static void compress(const T *spread, uint32_t bits, T *packed) { compress_lanes(spread, bits, lanes, packed); }
     static V load_first(const bfloat16 *p, int64_t n) {

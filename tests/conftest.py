@@ -7,6 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import waiting_threads  # noqa: F401 (before torch)
+
+# isort: split
 import pytest
 import torch
 from hypothesis import settings
@@ -27,14 +30,17 @@ settings.load_profile("offpath")
 
 @pytest.fixture(scope="session", autouse=True)
 def measured_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One cost table for all tests and the processes they start, and none left in the user's cache.
+    """One cost table for all tests, their workers and the processes they start, and none left in the user's cache.
 
     Measured in one round: no test depends on how well times are known.
     """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the workers' own folders lie in it
     with pytest.MonkeyPatch.context() as patch:
         for rounds in ("SMALL_ROUNDS", "LARGE_ROUNDS"):
             patch.setattr(calibration, rounds, 1)
-        patch.setenv("OFFPATH_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OFFPATH_CACHE_DIR", str(folder / "cache"))
         yield
 
 

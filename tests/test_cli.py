@@ -69,10 +69,10 @@ def test_train_prints_writes_and_resumes(tmp_path: Path) -> None:
 
 def test_paths_are_shown_as_they_are_and_can_be_pasted_and_what_contradicts_the_run_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "a [bold] [/b] :smile: folder"
-    finished = _offpath("train", *SMALL, "--out", out)
-    assert finished.returncode == 0 and f"the run is in {out}" in finished.stdout
-    again = _offpath("train", *SMALL, "--out", out)
-    assert again.returncode == 1 and f"{out} already holds a run" in again.stderr
+    finished = run_offpath("train", *SMALL, "--out", out)
+    assert finished.exit_code == 0 and f"the run is in {out}" in finished.stdout
+    again = run_offpath("train", *SMALL, "--out", out)
+    assert again.exit_code == 1 and f"{out} already holds a run" in again.stderr
     for options, message in (
         (["--sparsity", "0.5"], "go on with sparsity=0.9 as the run was started, got 0.5"),
         (["--epochs", "1"], "at least the 2 epochs"),
@@ -93,14 +93,14 @@ def test_version() -> None:
 
 
 def test_quick_caps_the_epochs(tmp_path: Path) -> None:
-    finished = _offpath("train", "--data", "digits", "--model", "mlp-small", "--quick", "--out", tmp_path / "run")
-    assert finished.returncode == 0
+    finished = run_offpath("train", "--data", "digits", "--model", "mlp-small", "--quick", "--out", tmp_path / "run")
+    assert finished.exit_code == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 2
 
 
 def test_race_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:
-    finished = _offpath("race", *SMALL, "--out", tmp_path / "race")
-    assert finished.returncode == 0, finished.stderr
+    finished = run_offpath("race", *SMALL, "--out", tmp_path / "race")
+    assert finished.exit_code == 0, finished.stderr
     for text in ("test accuracy", "time a training step", "optimizer bytes", "peak memory", "report.html"):
         assert text in finished.stdout
     assert {p.name for p in (tmp_path / "race").iterdir()} == {

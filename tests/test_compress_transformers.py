@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 from pathlib import Path
 
@@ -12,18 +11,12 @@ import torch
 from torch import nn
 
 import offpath
+from compress_cases import few_rounds as few_rounds
 from offpath import SparseLinear
 from offpath.nn import Int8Embedding, Int8SparseLinear
 
 transformers = pytest.importorskip("transformers")
-CONTEST, FINISH = (importlib.import_module(f"offpath.convert.compress.{m}") for m in ("contest", "finish"))
 WIDTH, VOCABULARY = 96, 60
-
-
-@pytest.fixture(autouse=True)
-def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CONTEST, "BUDGET_SECONDS", 0.0)
-    monkeypatch.setattr(FINISH, "ROUNDS", 1)
 
 
 def _bert() -> nn.Module:

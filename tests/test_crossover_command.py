@@ -203,10 +203,9 @@ MAIN = "from offpath_cli import main\nmain()"
 
 
 def _offpath(*arguments: object, code: str = MAIN) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", code, "crossover", *map(str, arguments)],
-        env=os.environ | {"COLUMNS": "80", "NO_COLOR": "1", "PYTHONPATH": path},
+        env=os.environ | {"COLUMNS": "80", "NO_COLOR": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -229,18 +228,17 @@ def test_command_prints_the_table_and_writes_everything(tmp_path: Path) -> None:
 
 
 def test_quick_takes_options_as_well(tmp_path: Path) -> None:
-    done = _offpath("--quick", *ONE, "--seed", "7", "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
+    done = run_offpath("crossover", "--quick", *ONE, "--seed", "7", "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.stderr
     config = _read(tmp_path / "run").config
     assert config.shapes == ((24, 17),) and config.seed == 7
     assert config.budget_seconds < CrossoverConfig().budget_seconds
 
 
 def test_wrong_kernel_fails_the_command(tmp_path: Path) -> None:
-    code = "from offpath import kernels\nfrom test_crossover import wrong_backend\n"
-    code += "with kernels.forced(wrong_backend('shifts the gradient')):\n " + MAIN.replace("\n", "\n ")
-    done = _offpath(*ONE, "--out", tmp_path / "run", code=code)
-    assert done.returncode == 1
+    with kernels.forced(wrong_backend("shifts the gradient")):
+        done = run_offpath("crossover", *ONE, "--out", tmp_path / "run")
+    assert done.exit_code == 1
     assert "WRONG RESULT, so no speed: weight gradient, 24 → 17, float32, batch 5, 50% sparse" in done.stdout
     assert len(_read(tmp_path / "run").wrong) == 2
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,16 @@ from offpath.studies.folder import RunFolder
 from offpath.studies.report import write_report
 from offpath.studies.tables import race_rows
 from run_checks import SMALL, Watcher, assert_same, state
+
+RACE = import_module("offpath.studies.race")  # by its full name: `offpath.studies.race` is the function
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_is_measured_once() -> Iterator[None]:
+    """For each run, in the process of its own that takes seconds to start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RACE, "training_memory", cache(RACE.training_memory))
+        yield
 
 
 def test_race_measures_both_twins_and_writes_a_page(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from commands import run_offpath
 from offpath import SparseLinear
 from offpath.studies import RunConfig, RunError, race, train
 from offpath.studies.checkpoint import load_checkpoint, save_checkpoint
@@ -239,14 +240,11 @@ def test_what_cannot_be_run_is_refused(change: dict[str, Any], message: str) -> 
         Run(replace(SMALL, **change), load("digits"))
 
 
-def test_the_command_writes_a_page_and_resumes(tmp_path: Path) -> None:
-    def offpath(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from offpath_cli import main; main()", "train", *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-
+def test_the_command_writes_a_page_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     options = ("--method", "set", "--update-freq", 5, "--drop-fraction", 0.2, "--epochs", 2)
-    first = offpath("--data", "digits", "--model", "mlp-small", *options)
-    assert first.returncode == 0 and "moved" in first.stdout, first.stderr
+    first = run_offpath("train", "--data", "digits", "--model", "mlp-small", *options)
+    assert first.exit_code == 0 and "moved" in first.stdout, first.stderr
     out = tmp_path / "runs" / "train-digits-mlp-small-set-s0.9-seed0"
     config = json.loads((out / "config.json").read_text())
     assert (config["method"], config["update_freq"], config["drop_fraction"]) == ("set", 5, 0.2)
@@ -254,9 +252,9 @@ def test_the_command_writes_a_page_and_resumes(tmp_path: Path) -> None:
     assert page.count("<svg") == 5 and "src=" not in page and "http-equiv" not in page
     for text in ("layer densities over epochs", "connections that have moved", "positions explored", "dead units"):
         assert text in page
-    refused = offpath("--out", out, "--resume", "--method", "rigl")
-    assert refused.returncode == 1 and "go on with method='set'" in refused.stderr
-    assert offpath("--out", out, "--resume", "--epochs", 3).returncode == 0
+    refused = run_offpath("train", "--out", out, "--resume", "--method", "rigl")
+    assert refused.exit_code == 1 and "go on with method='set'" in refused.stderr
+    assert run_offpath("train", "--out", out, "--resume", "--epochs", 3).exit_code == 0
     assert json.loads((out / "config.json").read_text())["end_step"] == config["end_step"]
 
 

@@ -27,7 +27,9 @@ ForBatch = Annotated[
     int | None, typer.Option("--batch", help="Texts of a call to be made fast for (default: 32; of a decoder 1).")
 ]
 ForTokens = Annotated[int | None, typer.Option("--tokens", help="Tokens of each (default: 64; of a decoder 1).")]
-Dtype = Annotated[str, typer.Option(help="Of the saved weights: float32 or bfloat16.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Of the saved weights: float32 or bfloat16 (default: that of the checkpoint).")
+]
 Precision = Annotated[str | None, typer.Option(help="int8: of the sparse layers' values, a scale for each row.")]
 Embeddings = Annotated[str | None, typer.Option(help="int8: of the embeddings' rows, a scale for each.")]
 Seed = Annotated[int, typer.Option(help="Seed of the method random.")]
@@ -55,7 +57,7 @@ def compress(
     distribution: Distribution = "uniform",
     batch: ForBatch = None,
     tokens: ForTokens = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = None,
     precision: Precision = None,
     embeddings: Embeddings = None,
     out: CompressOut = None,
@@ -86,6 +88,11 @@ def compress(
     with WatchDisplay() as display:
         report = compress_checkpoint(config, out, display.watch)
     print_tables([summary(report)], display)
+    read, saved = report["dtype"]["checkpoint"], report["dtype"]["saved"]
+    if dtype is None and read != saved:
+        display.say(
+            f"no kernel computes in the checkpoint's {read}: saved in {saved}; --dtype bfloat16 takes half of it"
+        )
     if not report["compress"]["layers"]:
         display.say("no layer is mostly zero: name the share that is to become zero with --sparsity")
     if embeddings and not report["compress"]["embeddings"]:

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from offpath.convert import compress, prune
 from offpath.convert.compress.compress import PRECISIONS
 from offpath.convert.prune.prune import CALIBRATED, METHODS
@@ -35,7 +37,8 @@ Watch = Callable[[str, int, int], None]
 class CompressConfig:
     """What is asked of a checkpoint. `sparsity` None prunes nothing: most weights are zero already.
 
-    `batch` texts of `tokens` are what it is made fast for. `precision` and `embeddings` may be "int8".
+    `batch` texts of `tokens` are what it is made fast for. `dtype` None keeps that of the checkpoint, or float32 where
+    no kernel computes in it. `precision` and `embeddings` may be "int8".
     Raises `RunError` for what contradicts itself.
     """
 
@@ -47,7 +50,7 @@ class CompressConfig:
     distribution: str = "uniform"
     batch: int | None = None
     tokens: int | None = None
-    dtype: str = "float32"
+    dtype: str | None = None
     precision: str | None = None
     embeddings: str | None = None
     seed: int = 0
@@ -55,7 +58,7 @@ class CompressConfig:
 
     def __post_init__(self) -> None:
         for name, choice, known in (("method", self.method, METHODS), ("dtype", self.dtype, DTYPES)):
-            if choice not in known:
+            if choice is not None and choice not in known:
                 raise RunError(f"expected {name} to be one of {', '.join(known)}, got {choice!r}")
         for name, kept in (("precision", self.precision), ("embeddings", self.embeddings)):
             if kept not in PRECISIONS:
@@ -87,13 +90,14 @@ def compress_checkpoint(config: CompressConfig, out: Path, watch: Watch) -> dict
         watch("loading", 0, 1)
         pretrained = open_pretrained(config.model)
         model = pretrained.model
-        dense_bytes = sum(p.numel() * 4 for p in model.parameters())
+        dtype = config.dtype or (pretrained.dtype if pretrained.dtype in DTYPES else "float32")
+        dense_bytes = sum(p.numel() for p in model.parameters()) * getattr(torch, pretrained.dtype).itemsize
         example = _example(config, pretrained)
         with mendable():
             pruned = None
             if config.sparsity is not None:
                 pruned = _prune(config, config.sparsity, pretrained, lines, watch)
-            model.to(DTYPES[config.dtype])
+            model.to(DTYPES[dtype])
             compressed = compress(
                 model,
                 example=example,
@@ -110,7 +114,8 @@ def compress_checkpoint(config: CompressConfig, out: Path, watch: Watch) -> dict
             "source": str(pretrained.folder),
             "decoder": pretrained.decoder,
             "example": list(example["input_ids"].shape),
-            "bytes": {"dense_float32": dense_bytes, "file": (folder / MODEL_FILE).stat().st_size},
+            "dtype": {"checkpoint": pretrained.dtype, "saved": dtype},
+            "bytes": {"checkpoint": dense_bytes, "file": (folder / MODEL_FILE).stat().st_size},
             "prune": pruned,
             "compress": compressed.to_dict(),
             "machine": asdict(this_machine()),

@@ -21,7 +21,8 @@ def summary(report: dict[str, Any]) -> Table:
     swapped = sum(layer["swapped"] for layer in done["layers"])
     rows: list[Row] = [
         ("mostly zero layers made sparse", "", f"{swapped} of {len(done['layers'])}", ""),
-        _megabytes("file, before in float32", sizes["dense_float32"], sizes["file"]),
+        ("dtype of the weights", report["dtype"]["checkpoint"], report["dtype"]["saved"], ""),
+        _megabytes("file", sizes["checkpoint"], sizes["file"]),
         _megabytes("memory", done["model_bytes_before"], done["model_bytes_after"]),
     ]
     whole = done["end_to_end"]

@@ -25,12 +25,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model in evaluation mode with its tokenizer; a `decoder` predicts the next token, another makes embeddings."""
+    """A model in evaluation mode with its tokenizer; a `decoder` predicts the next token, another makes embeddings.
+
+    `dtype` is that of the weights in the checkpoint, as `float16`; `model` has them in float32.
+    """
 
     model: nn.Module
     tokenizer: Any
     decoder: bool
     folder: Path
+    dtype: str = "float32"
 
 
 def find(place: str) -> Path:
@@ -92,13 +96,16 @@ def open_pretrained(place: str) -> Pretrained:
             output_loading_info=True,
         )
         tokenizer = open_tokenizer(folder)
+    # Older versions of transformers load float32 whatever there is; the configuration says what it was saved in.
+    own = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or model.dtype
+    dtype = str(own).removeprefix("torch.")
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise RunError(
             f"expected all weights of a {kind.__name__} in {folder}, but {len(missing)} are missing: "
             f"{', '.join(missing[:3])}...; a folder that `offpath compress` made is for `offpath bench`"
         )
-    return Pretrained(model.float().eval(), tokenizer, kind.__name__.endswith(DECODERS), folder)
+    return Pretrained(model.float().eval(), tokenizer, kind.__name__.endswith(DECODERS), folder, dtype)
 
 
 def _bitmask_state(folder: Path) -> dict[str, Tensor] | None:
