@@ -49,7 +49,7 @@ template <> struct ColumnVector<bfloat16> : BfloatPairs {
 template <class T, class Value, class Body>
 [[gnu::always_inline]] inline void each_part_of_word(uint64_t word, Value *values, const Body &body) {
     constexpr int columns = ColumnVector<T>::columns;
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int part = 0; part < 64 / columns; ++part) {
         // Counted from the start of the word, so that the parts do not wait for one another.
         const uint64_t before = word & ((uint64_t{1} << part * columns) - 1);

@@ -47,7 +47,7 @@ template <class T, int tokens, bool finite>
         __builtin_prefetch(values + prefetched_bytes);
         const WidenedWord<T> widened{spread_bytes(values, word)};
         values += __builtin_popcountll(word);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
         for (int part = 0; part < parts; ++part) {
             const typename C::V spread = widened.part(part);
             const uint32_t bits = static_cast<uint32_t>(word >> part * C::columns);
