@@ -40,7 +40,7 @@ class Variant:
     edit: tuple[str, str] | None = None
 
     def code(self, namespace: str) -> str:
-        code = (nvrtc.SOURCES / self.source).read_text()
+        code = nvrtc.text_of(self.source)
         if self.edit is not None:
             assert self.edit[0] in code, f"{self.source} does not contain {self.edit[0]!r}"
             code = code.replace(*self.edit)

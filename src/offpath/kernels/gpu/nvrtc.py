@@ -31,7 +31,7 @@ def cubin(source: str, capability: tuple[int, int], defines: dict[str, int]) -> 
     these options were compiled before. Raises `KernelError` when NVRTC is missing or refuses, with its log.
     """
     nvrtc = library()
-    code = (SOURCES / source).read_text()
+    code = text_of(source)
     options = [
         f"--gpu-architecture=sm_{nvrtc.architecture(capability)}",
         "--std=c++17",
@@ -44,6 +44,11 @@ def cubin(source: str, capability: tuple[int, int], defines: dict[str, int]) -> 
         found = nvrtc.compile(code, source, options)
         _write(path, found)
     return found
+
+
+def text_of(source: str) -> str:
+    """A file in cuda/ behind what all of them begin with; messages name its own lines."""
+    return f'{(SOURCES / "common.cu").read_text()}\n#line 1 "{source}"\n{(SOURCES / source).read_text()}'
 
 
 @lru_cache(maxsize=1)

@@ -93,7 +93,7 @@ def defines_of(tokens: int) -> dict[str, int]:
     """The options that the source is compiled with for 8, 16, 32 or 64 tokens."""
     warps, blocks, depth = LAUNCHES[tokens]
     tile = {"TILE_ROWS": TILE_ROWS, "TILE_COLUMNS": TILE_COLUMNS, "STRIDE": STRIDE}
-    return {"TOKENS": tokens, "WARPS": warps, "BLOCKS": blocks, "DEPTH": depth, **tile}
+    return {"BF16": 1, "TOKENS": tokens, "WARPS": warps, "BLOCKS": blocks, "DEPTH": depth, **tile}
 
 
 def _check(tiles: Tiles, x: Tensor, bias: Tensor | None) -> None:

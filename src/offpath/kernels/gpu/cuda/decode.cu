@@ -7,36 +7,17 @@
 // DEPTH  groups that each lane has in flight
 // WARPS  per block; BLOCKS: that many blocks should fit on a multiprocessor
 // PREFETCH groups of a row that are fetched before the kernel before has ended
-//
-// Nothing is __restrict__: what is read may have been written by a kernel that still ran when this one started, so it
-// must not come from the read-only cache.
-//
-// No header is included: nothing has to be found where this is compiled.
-
-typedef unsigned int u32;
-typedef unsigned short u16;
 
 constexpr int GROUP = 8;
 constexpr int THREADS = WARPS * 32;
 
 #if BF16
-typedef u16 Element;
 constexpr int VALUE_WORDS = 4;
 constexpr int X_WORDS = BATCH == 1 ? 1 : BATCH / 2; // one token waits as float32, two share a word
-__device__ __forceinline__ float widen(u16 value) { return __uint_as_float(u32(value) << 16); }
-__device__ __forceinline__ u16 narrow(float value) {
-    u32 bits = __float_as_uint(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u)
-        return u16(bits >> 16 | 0x40u);
-    return u16((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16); // to nearest, ties to even
-}
 __device__ __forceinline__ bool is_finite(u16 value) { return (value & 0x7f80u) != 0x7f80u; }
 #else
-typedef float Element;
 constexpr int VALUE_WORDS = 8;
 constexpr int X_WORDS = BATCH;
-__device__ __forceinline__ float widen(float value) { return value; }
-__device__ __forceinline__ float narrow(float value) { return value; }
 __device__ __forceinline__ bool is_finite(float value) { return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u; }
 #endif
 
@@ -46,19 +27,6 @@ constexpr int COLUMN_WORDS = N4 ? 2 : 4;
 
 // Neighbouring rows go to different blocks, so that all blocks have about as many.
 __device__ __forceinline__ int first_row() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
-
-// From compute capability 9.0 on, a kernel may start while the one before it in the stream still runs. What that one
-// writes may be read, and what it reads may be written, only after the wait.
-__device__ __forceinline__ void start_next_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void prefetch_bytes(const void *array, long long begin, int size) {

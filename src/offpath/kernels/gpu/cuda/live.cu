@@ -5,42 +5,17 @@
 // BATCH tokens: 1, 2 or 4; fewer may come, and the rest counts as zeros
 // BF16  1: bfloat16 operands; 0: float32. Sums are float32 in both.
 // DEPTH rows that each warp has in flight; WARPS per block; BLOCKS: that many should fit on a multiprocessor
-//
-// Nothing is __restrict__: what is read may have been written by a kernel that still ran when this one started, so it
-// must not come from the read-only cache.
-//
-// No header is included: nothing has to be found where this is compiled.
-
-typedef unsigned int u32;
-typedef unsigned short u16;
 
 constexpr int THREADS = WARPS * 32;
 constexpr int LIST = THREADS * 2; // inputs that are looked at before the rows of the live ones are read
 
 #if BF16
-typedef u16 Element;
 constexpr int WIDTH = 8; // outputs in 16 bytes
-__device__ __forceinline__ float widen(u16 value) { return __uint_as_float(u32(value) << 16); }
 #else
-typedef float Element;
 constexpr int WIDTH = 4;
-__device__ __forceinline__ float widen(float value) { return value; }
 #endif
 
 constexpr int STRIP = 32 * WIDTH; // outputs of a block
-
-// From compute capability 9.0 on, a kernel may start while the one before it in the stream still runs. What that one
-// writes may be read, and what it reads may be written, only after the wait.
-__device__ __forceinline__ void start_next_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 __device__ __forceinline__ void add_row(float (*sums)[WIDTH], const uint4 &row, const float *x) {
     const u32 words[4] = {row.x, row.y, row.z, row.w};

@@ -3,18 +3,11 @@
 // memory. tiles.py describes W, and where in shared memory its connections are written. A block sums some tiles of 64
 // rows into `partial` [parts][tokens][n_rows]; reduce.cu adds the parts up.
 //
+// BF16   1
 // TOKENS 8, 16, 32 or 64; fewer may come
 // TILE_ROWS, TILE_COLUMNS, STRIDE as in tiles.py
 // DEPTH  groups that each thread has in flight
 // WARPS  per block, an even number; BLOCKS: that many blocks should fit on a multiprocessor
-//
-// Nothing is __restrict__: what is read may have been written by a kernel that still ran when this one started, so it
-// must not come from the read-only cache.
-//
-// No header is included: nothing has to be found where this is compiled.
-
-typedef unsigned int u32;
-typedef unsigned short u16;
 
 constexpr int GROUP = 8;
 constexpr int THREADS = WARPS * 32;
@@ -27,19 +20,6 @@ constexpr int PARTS = WARPS / 2;                              // half of the war
 constexpr int GAP_SHIFT = 7;                                  // log2 of the bytes of a unit
 static_assert(STRIDE * 2 == 1 << GAP_SHIFT && TILE_ROWS == 64 && RUNS % PARTS == 0, "see tiles.py");
 
-// From compute capability 9.0 on, a kernel may start while the one before it in the stream still runs. What that one
-// writes may be read, and what it reads may be written, only after the wait.
-__device__ __forceinline__ void start_next_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 #ifdef __CUDA_ARCH__
 // sums [16][8] += a [16][16] b [16][8], of which each lane has some.
 __device__ __forceinline__ void multiply_on_tensor_cores(float *sums, const u32 *a, const u32 *b) {
@@ -48,14 +28,6 @@ __device__ __forceinline__ void multiply_on_tensor_cores(float *sums, const u32 
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-
-// 16 bytes into shared memory, on their way until this thread waits for all of its copies; zeros where `there` is none.
-__device__ __forceinline__ void start_copy(void *to, const uint4 *from, bool there) {
-    const u32 place = (u32)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(there ? 16 : 0)
-                 : "memory");
-}
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
 
 struct Group {
