@@ -26,9 +26,8 @@ def multiply_tiles(tiles: Tiles, x: Tensor, bias: Tensor | None = None) -> Tenso
 
     `x` and `bias` [rows] are bfloat16; sums are float32, as tensor cores add, and rounded once, after the bias is
     added. As in a dense product, what is not finite in `x` reaches every output of its token. Equal calls give equal
-    bits.
-    May be captured in a CUDA graph once it has run. Raises `KernelError` for other shapes, dtypes, strides or devices,
-    and for what `driver.load` needs.
+    bits. May be captured in a CUDA graph once it has run. Raises `KernelError` for other shapes, dtypes, strides or
+    devices, and for what `driver.load` needs.
     """
     _check(tiles, x, bias)
     (rows, columns), tokens = tiles.shape, x.shape[0]
