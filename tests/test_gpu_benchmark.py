@@ -1,11 +1,10 @@
-"""The run on a GPU, as far as it goes without one: what it checks, refuses, reports and keeps."""
+"""The run on a GPU, as far as it goes without one: what it checks, times and refuses."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
-import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,10 +20,8 @@ import gpu.__main__ as command
 from gpu import autoencoder, timing
 from gpu.check import Case, exactly, judge, sums
 from gpu.jobs import Job, Raced, Sides, Wanted, filled, work_through
-from gpu.page import show
-from gpu.pays import block, committed, rows, slug
-from gpu.sanitizer import joined, sanitize, summary
-from gpu.sheet import WAITED_OUT, Check, Sheet, judged, report_text
+from gpu.pays import rows
+from gpu.sheet import WAITED_OUT, Check, Sheet, judged
 from gpu.timing import Deadline, Effort, clone
 from measure import Timing, WrongResult
 from offpath import nn
@@ -36,8 +33,6 @@ from verdicts import Figure
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 FIGURE = Figure("Decoding", "8192 x 8192", "50%", bar=1.5)
 WANTED = Wanted(FIGURE, "ours", ("dense", "other dense"))
-CARD = {"name": "NVIDIA H200", "capability": "9.0", "multiprocessors": 132, "memory_bytes": 2**37, "l2_bytes": 2**26,
-        "torch": "2.11.0", "triton": "3.6.0", "nvrtc": "13.0"}  # fmt: skip
 
 
 def test_the_interpreter_runs_every_triton_kernel_through_the_checks(tmp_path: Path) -> None:
@@ -281,132 +276,3 @@ def test_a_wrong_autoencoder_is_not_timed(
     monkeypatch.setattr(nn.autoencoder, name, wrong)
     with pytest.raises(WrongResult):
         autoencoder.check(step)
-
-
-def _content() -> dict:
-    figure = replace(FIGURE, section="Decoding, 1 token, over the best dense bf16", value=1.6, spread=0.01)
-    missed = replace(figure, column="60%", value=1.2)
-    times = [{"section": "s", "row": "r", "column": "c", "side": "copy", "median_seconds": 5e-4}]
-    ran = {"ran": True, "clean": True, "cases": 3, "finished": True, "found_planted": True, "planted": "", "lines": []}
-    return {
-        "card": CARD,
-        "seed": 1,
-        "quick": False,
-        "parts": {"checks": {"status": "finished"}, "step": {"status": "its time ran out", "said": ["last words"]}},
-        "sanitizer": {"memcheck": ran, "racecheck": {"ran": False, "reason": "not installed"}},
-        "checks": [asdict(Check("decode_n4", "one", 1e-7)), asdict(Check("live", "two", 0.5, ("it is off",)))],
-        "figures": [asdict(figure), asdict(missed)],
-        "times": times,
-    }
-
-
-def test_the_page_has_everything() -> None:
-    content = _content()
-    page = show(content, [Figure(**figure) for figure in content["figures"]])
-    for words in (
-        "NVIDIA H200", "seed 1", "4.29 TB/s", "decode_n4: 1 of 1 cases right", "live: 0 of 1", "live, two: it is off",
-        "memcheck: nothing found in 3 cases; it found the planted mistake", "racecheck: not run: not installed",
-        "step: its time ran out", "last words", "1.60x ±1%", "bar 1.5 met", "bar 1.5 missed", "2 bars: 1 met, 1 missed",
-    ):  # fmt: skip
-        assert words in page, words
-    assert json.loads(report_text(content)) == json.loads(json.dumps(content))
-
-
-def test_where_it_pays_says_what_is_measured_and_what_is_calculated() -> None:
-    nothing = block({})
-    assert "Nothing has been measured" in nothing
-    assert "calculated: at best on an H200 |\n" in nothing
-    found = block({slug(CARD): _content()})
-    assert "| measured on NVIDIA H200 |" in found
-    assert "| 8192 x 8192, 50% sparse, 1 token | 1.45x | 1.60x |" in found
-    assert "| 8192 x 8192, 95% sparse, 1 token | 10.00x | not measured |" in found
-    assert "bars/gpu-nvidia-h200.txt" in found
-
-
-def test_the_table_of_the_page_is_that_of_the_committed_reports() -> None:
-    docs = BENCHMARKS.parent / "docs"
-    table = block({path.stem: json.loads(path.read_text()) for path in committed(docs / "bars")})
-    assert f"<!-- gpu -->\n{table}\n<!-- /gpu -->" in (docs / "gpu.md").read_text()
-
-
-def test_a_sanitizer_is_believed_only_when_it_ran_and_finds_a_mistake() -> None:
-    clean = {"ran": True, "clean": True, "status": 0, "cases": 2, "finished": True, "lines": []}
-    planted = {"found_planted": True, "planted": ""}
-    assert joined([clean, clean])["cases"] == 4
-    assert "nothing found in 4 cases; it found" in summary(planted | joined([clean, clean]))
-    assert "then its time ran out" in summary(planted | joined([clean, clean | {"finished": False}]))
-    assert "exit status 99" in summary(
-        planted | joined([{"ran": False, "reason": "x"}, clean | {"clean": False, "status": 99}])
-    )
-    assert "not run: x" in summary(planted | joined([clean, {"ran": False, "reason": "x"}]))
-    assert "BUT NOT" in summary(planted | {"found_planted": False} | joined([clean, clean]))
-
-
-FAKE_SANITIZER = """#!/bin/sh
-if [ "$1" = --help ]; then echo "--kernel-name-exclude filter"; exit 0; fi
-case "$*" in
-*gpu.planted*) exit 99 ;;
-*--kernel-name-exclude*) echo "unknown option"; exit 1 ;;
-*racecheck*) echo "========= hazard"; status=99 ;;
-*) echo "========= ERROR SUMMARY: 0 errors"; status=0 ;;
-esac
-while [ "$1" != checks ]; do shift; done
-echo '{"checks": [{}, {}], "finished": true}' > "$2"
-exit $status
-"""
-
-
-def test_both_tools_run_over_all_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "compute-sanitizer"
-    program.write_text(FAKE_SANITIZER)
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    found = sanitize(0, 20, dict(os.environ))
-    assert summary(found["memcheck"]) == "nothing found in 4 cases; it found the planted mistake"
-    assert summary(found["racecheck"]) == "exit status 99, after 2 cases"
-    assert found["racecheck"]["lines"][0] == "========= hazard"
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "empty"))
-    assert summary(sanitize(0, 20, {})["memcheck"]) == "not run: compute-sanitizer is not installed"
-
-
-def _fake_python(tmp_path: Path, then: str) -> str:
-    """A program in the place of Python that writes what a part has written so far, and then fails in its own way."""
-    written = {"finished": False, "facts": {}, "checks": [], "times": [],
-               "figures": [asdict(replace(FIGURE, value=2.0)) | {"kernels": []}]}  # fmt: skip
-    program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\ncat > \"$4\" <<'END'\n{json.dumps(written)}\nEND\n{then}\n")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    return str(program)
-
-
-@pytest.mark.parametrize(
-    ("then", "status"),
-    [
-        ("echo 'CUDA error' >&2; exit 7", "ended with status 7"),
-        ("exec sleep 60", "its time ran out"),
-        ("exit 0", "its time ran out"),
-    ],
-)
-def test_what_a_part_wrote_before_it_failed_stays(
-    then: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "executable", _fake_python(tmp_path, then))
-    monkeypatch.setattr(command, "missing", lambda: None)
-    monkeypatch.setattr(command, "describe", lambda: CARD)
-    monkeypatch.setattr(command, "START_SECONDS", 0.5 if "sleep" in then else 20)
-    monkeypatch.setitem(command.BUDGETS, "decode", 0.1)
-    report = tmp_path / "out" / "gpu.json"
-    assert command.main(["--parts", "decode", "--json", str(report)]) == 1
-    content = json.loads(report.read_text())
-    assert content["parts"]["decode"]["status"] == status
-    assert [figure["value"] for figure in content["figures"]] == [2.0]
-    assert "2.00x" in report.with_suffix(".txt").read_text()
-
-
-def test_without_a_gpu_the_command_says_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(command, "missing", lambda: "device: torch sees none")
-    assert command.main(["--quick"]) == 2
-    assert "needs an NVIDIA GPU: device: torch sees none" in capsys.readouterr().err

@@ -96,7 +96,8 @@ class PackedSparseLinear(nn.Module):
                 f"expected prefer='speed' with tiles, which are a second copy of the weight, got {prefer!r}; take at "
                 f"most {MAX_TOKENS} tokens"
             )
-        connections = layer.pattern.crow_indices, layer.pattern.col_indices, layer.values.detach(), layer.in_features
+        pattern = layer.pattern
+        connections = pattern.crow_indices, pattern.col_indices, layer.values.detach(), layer.in_features
         packed = pack(*connections)
         tiled = pack_tiles(*connections) if tiles else None
         bias = None if layer.bias is None else layer.bias.detach().clone()

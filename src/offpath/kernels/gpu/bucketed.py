@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from offpath.kernels.errors import KernelError
-from offpath.kernels.gpu.buckets import DTYPES, ROWS, TOKENS, WARPS, Buckets, make_buckets
+from offpath.kernels.gpu.buckets import ROWS, TOKENS, WARPS, Buckets, expect_narrow, make_buckets
 from offpath.kernels.gpu.driver import load, shared_bytes_limit
 from offpath.kernels.gpu.launch import blocks_of, expect_operands, expect_shapes
 from offpath.kernels.gpu.regions import TWOS, WARPS as DOT_WARPS, Regions, make_regions
@@ -62,7 +62,7 @@ def tiled_sddmm(regions: Regions, dy: Tensor, x: Tensor, /) -> Tensor:
     rows, columns = regions.shape
     fits = dy.dim() == x.dim() == 2 and dy.shape == (x.shape[0], rows) and x.shape[1] == columns
     expect_shapes(fits, dy=dy, x=x)
-    _expect_narrow(dy.dtype)
+    expect_narrow(dy.dtype)
     dy_by_feature, x_by_feature = _whole(features_of(dy)), _whole(features_of(x))
     dvalues = dy.new_empty(regions.nnz)
     if not dy.shape[0]:
@@ -103,11 +103,6 @@ def backward(
 def _whole(by_feature: Tensor) -> Tensor:
     """Where features lie behind one another, with nothing between them."""
     return by_feature if by_feature.is_contiguous() else by_feature.contiguous()
-
-
-def _expect_narrow(dtype: torch.dtype) -> None:
-    if dtype not in DTYPES:
-        raise KernelError(f"expected float32 or bfloat16, got {dtype}. Cast the module, or force another method")
 
 
 def dots_defines_of(dtype: torch.dtype) -> dict[str, int]:

@@ -63,6 +63,12 @@ class Buckets:
         return entries
 
 
+def expect_narrow(dtype: torch.dtype) -> None:
+    """Raises `KernelError` for a dtype without products over plans."""
+    if dtype not in DTYPES:
+        raise KernelError(f"expected float32 or bfloat16, got {dtype}. Cast the module, or force another method")
+
+
 def shared_bytes_of(chunk_columns: int, most_pairs: int, dtype: torch.dtype) -> int:
     """Two buffers of a chunk of x, with a column of zeros, and of a bucket."""
     return 2 * ((chunk_columns + 1) * TOKENS * dtype.itemsize + most_pairs * _PAIR_BYTES)
@@ -81,8 +87,7 @@ def make_buckets(
     `crow_indices`, `col_indices` int32; with a `permutation` [nnz], slot s has the value `values[permutation[s]]`.
     Raises `KernelError` for a dtype other than float32 and bfloat16.
     """
-    if dtype not in DTYPES:
-        raise KernelError(f"expected float32 or bfloat16, got {dtype}. Cast the module, or force another method")
+    expect_narrow(dtype)
     counts = crow_indices.long().diff()
     blocks = -(-counts.numel() // ROWS)
     order = counts.argsort(descending=True, stable=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from offpath.kernels.errors import KernelError
-from offpath.kernels.gpu.driver import Kernel, load, shared_bytes_limit
+from offpath.kernels.gpu.driver import load, shared_bytes_limit
+from offpath.kernels.gpu.few_calls import Launches, expect_tokens, launches
 from offpath.kernels.gpu.formats import STRIDE, Kind, Packed
 from offpath.kernels.gpu.n4 import GROUP
 
@@ -28,7 +27,7 @@ def decode(packed: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
     equal bits. May be captured in a CUDA graph once it has run. Raises `KernelError` for other shapes, dtypes, strides
     or devices, and for what `driver.load` needs.
     """
-    _check(packed, x, bias)
+    expect_tokens(packed.values, packed.shape, x, bias, MAX_TOKENS)
     rows, columns = packed.shape
     y = x.new_empty(x.shape[0], rows)
     if not y.numel():
@@ -54,17 +53,6 @@ def decode(packed: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How calls of one kind are launched, `batch` tokens at a time."""
-
-    kernel: Kernel
-    batch: int
-    threads: int
-    shared_bytes: int
-    resident_blocks: int
-
-
 def shared_bytes_of(columns: int, batch: int, dtype: torch.dtype) -> int:
     """How much shared memory `batch` tokens take while they wait for the weight."""
     # One token of bfloat16 waits as float32.
@@ -72,7 +60,7 @@ def shared_bytes_of(columns: int, batch: int, dtype: torch.dtype) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _plan(kind: Kind, dtype: torch.dtype, columns: int, tokens: int, device: torch.device) -> _Plan:
+def _plan(kind: Kind, dtype: torch.dtype, columns: int, tokens: int, device: torch.device) -> Launches:
     batch, most = tokens, shared_bytes_limit(device)
     while shared_bytes_of(columns, batch, dtype) > most and batch > 1:
         batch //= 2
@@ -95,28 +83,4 @@ def _plan(kind: Kind, dtype: torch.dtype, columns: int, tokens: int, device: tor
         DEPTH=depth,
         PREFETCH=PREFETCH,
     )
-    return _Plan(kernel, batch, warps * 32, shared_bytes, kernel.resident_blocks(warps * 32, shared_bytes))
-
-
-def _check(packed: Packed, x: Tensor, bias: Tensor | None) -> None:
-    rows, columns = packed.shape
-    fits = (
-        x.dim() == 2
-        and x.shape[0] <= MAX_TOKENS
-        and x.shape[1] == columns
-        and x.is_contiguous()
-        and (bias is None or (bias.shape == (rows,) and bias.is_contiguous()))
-    )
-    alike = all(
-        tensor.dtype is packed.values.dtype and tensor.device == packed.values.device
-        for tensor in [x, *([] if bias is None else [bias])]
-    )
-    if not fits or not alike:
-        got = f"x {x.dtype} {tuple(x.shape)} on {x.device}" + (" (not contiguous)" if not x.is_contiguous() else "")
-        if bias is not None:
-            got += f", bias {bias.dtype} {tuple(bias.shape)} on {bias.device}"
-        raise KernelError(
-            f"expected contiguous x [at most {MAX_TOKENS}, {columns}] and bias [{rows}] of {packed.values.dtype} on "
-            f"{packed.values.device}, where the weight is; got {got}. Cast or move them, or take another product for "
-            "more tokens"
-        )
+    return launches(kernel, batch, warps, shared_bytes)

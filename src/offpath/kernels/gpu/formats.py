@@ -28,6 +28,8 @@ from offpath.kernels.errors import KernelError
 from offpath.kernels.gpu.n4 import (
     GROUP,
     count_groups,
+    expect_slots,
+    expect_values,
     groups_of,
     in_turn,
     inverse,
@@ -43,7 +45,6 @@ STRIDE = 16  # columns in a unit
 BANKS = 32
 LANES = 32
 MAX_COLUMNS = 2**16
-MAX_SLOTS = 2**31 - 1
 # c16 is quicker to decode: n4 is taken where it has at most this part of its bytes (measured on an H200).
 _N4_BELOW = 0.85
 DTYPES = (torch.float32, torch.bfloat16)
@@ -88,8 +89,7 @@ def pack(crow_indices: Tensor, col_indices: Tensor, values: Tensor, columns: int
     group_counts, slots, packed_columns, gaps = pack_kind(counts, rows, col_indices.long())
     group_offsets = offsets(group_counts)
     n_slots = int(group_offsets[-1]) * GROUP
-    if n_slots > MAX_SLOTS:
-        raise KernelError(f"expected at most {MAX_SLOTS:,} slots in a weight, got {n_slots:,}. Split it by rows")
+    expect_slots(n_slots)
     packed = Packed(
         kind,
         (counts.numel(), columns),
@@ -135,11 +135,7 @@ def _check(col_indices: Tensor, values: Tensor, columns: int) -> None:
             f"expected at most {MAX_COLUMNS:,} columns, which 16 bits can name, got {columns:,}. "
             "Split the weight by columns, or use a product over the CSR indices"
         )
-    if col_indices.shape != values.shape or col_indices.device != values.device:
-        raise KernelError(
-            f"expected as many values as column indices, on one device, got {tuple(values.shape)} on {values.device} "
-            f"and {tuple(col_indices.shape)} on {col_indices.device}"
-        )
+    expect_values(col_indices, values)
 
 
 def _quicker(counts: Tensor, rows: Tensor, col_indices: Tensor, value_bytes: int) -> Kind:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from offpath.kernels.errors import KernelError
-from offpath.kernels.gpu.driver import Kernel, load
+from offpath.kernels.gpu.driver import load
+from offpath.kernels.gpu.few_calls import Launches, launches
 from offpath.kernels.gpu.reduce import sum_parts
 
 MAX_TOKENS = 4
@@ -40,7 +40,7 @@ def live_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     strips = -(-n_outputs // (_LANES * _WORD_BYTES // x.element_size()))
     parts = max(1, min(plan.resident_blocks // strips, n_inputs // _LEAST_INPUTS))
     partial = torch.empty(parts, tokens, n_outputs, dtype=torch.float32, device=x.device)
-    plan.sum_rows.launch(
+    plan.kernel.launch(
         (strips, parts),
         plan.threads,
         0,
@@ -51,21 +51,12 @@ def live_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return y
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How calls of one kind are launched."""
-
-    sum_rows: Kernel
-    threads: int
-    resident_blocks: int
-
-
 @lru_cache(maxsize=64)
-def _plan(dtype: torch.dtype, batch: int, device: torch.device) -> _Plan:
+def _plan(dtype: torch.dtype, batch: int, device: torch.device) -> Launches:
     warps, blocks, depth = TILES[batch]
     bf16 = int(dtype is torch.bfloat16)
-    sum_rows = load("live.cu", "live", device, BATCH=batch, BF16=bf16, DEPTH=depth, WARPS=warps, BLOCKS=blocks)
-    return _Plan(sum_rows, warps * 32, sum_rows.resident_blocks(warps * 32, 0))
+    kernel = load("live.cu", "live", device, BATCH=batch, BF16=bf16, DEPTH=depth, WARPS=warps, BLOCKS=blocks)
+    return launches(kernel, batch, warps, 0)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offpath.kernels.errors import KernelError
+
 GROUP = 8  # slots
 MAX_GAP = 16  # units, what 4 bits hold
+MAX_SLOTS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,21 @@ class Columns:
     slots: Tensor
     first_columns: Tensor
     gaps: Tensor
+
+
+def expect_values(col_indices: Tensor, values: Tensor) -> None:
+    """Raises `KernelError` unless each connection has a value, on one device."""
+    if col_indices.shape != values.shape or col_indices.device != values.device:
+        raise KernelError(
+            f"expected as many values as column indices, on one device, got {tuple(values.shape)} on {values.device} "
+            f"and {tuple(col_indices.shape)} on {col_indices.device}"
+        )
+
+
+def expect_slots(n_slots: int) -> None:
+    """Raises `KernelError` for more slots than a kernel counts."""
+    if n_slots > MAX_SLOTS:
+        raise KernelError(f"expected at most {MAX_SLOTS:,} slots in a weight, got {n_slots:,}. Split it by rows")
 
 
 def pack_columns(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from offpath.kernels.gpu.driver import load
+from offpath.kernels.gpu.driver import Kernel, load
 
 _WARPS = 8
 
@@ -15,7 +17,7 @@ def sum_parts(partial: Tensor, bias: Tensor | None, y: Tensor) -> None:
 
     `y` and `bias` are float32 or bfloat16; everything contiguous, on one device, which the caller has checked.
     """
-    kernel = load("reduce.cu", "reduce", y.device, BF16=int(y.dtype is torch.bfloat16), WARPS=_WARPS)
+    kernel = _kernel(y.dtype, y.device)
     parts, tokens, n_outputs = partial.shape
     kernel.launch(
         (-(-tokens * n_outputs // (_WARPS * 32)), 1),
@@ -24,3 +26,8 @@ def sum_parts(partial: Tensor, bias: Tensor | None, y: Tensor) -> None:
         *(partial.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()),
         *(n_outputs, tokens, parts),
     )
+
+
+@lru_cache(maxsize=64)
+def _kernel(dtype: torch.dtype, device: torch.device) -> Kernel:
+    return load("reduce.cu", "reduce", device, BF16=int(dtype is torch.bfloat16), WARPS=_WARPS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from offpath.kernels.errors import KernelError
-from offpath.kernels.gpu.driver import Kernel, load, shared_bytes_limit
+from offpath.kernels.gpu.driver import load, shared_bytes_limit
+from offpath.kernels.gpu.few_calls import Launches, expect_tokens, launches
 from offpath.kernels.gpu.n4 import GROUP
 from offpath.kernels.gpu.reduce import sum_parts
 from offpath.kernels.gpu.tiles import STRIDE, TILE_COLUMNS, TILE_ROWS, Tiles
@@ -29,7 +29,7 @@ def multiply_tiles(tiles: Tiles, x: Tensor, bias: Tensor | None = None) -> Tenso
     bits. May be captured in a CUDA graph once it has run. Raises `KernelError` for other shapes, dtypes, strides or
     devices, and for what `driver.load` needs.
     """
-    _check(tiles, x, bias)
+    expect_tokens(tiles.values, tiles.shape, x, bias, MAX_TILED_TOKENS)
     (rows, columns), tokens = tiles.shape, x.shape[0]
     y = x.new_empty(tokens, rows)
     if not y.numel():
@@ -61,19 +61,8 @@ def shared_bytes_of(tokens: int) -> int:
     return 2 * (TILE_ROWS * TILE_COLUMNS + GROUP * STRIDE) * 2 + 2 * tokens * (TILE_COLUMNS * 2 + 64)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How calls of one kind are launched, `batch` tokens at a time."""
-
-    kernel: Kernel
-    batch: int
-    threads: int
-    shared_bytes: int
-    resident_blocks: int
-
-
 @lru_cache(maxsize=64)
-def _plan(tokens: int, device: torch.device) -> _Plan:
+def _plan(tokens: int, device: torch.device) -> Launches:
     most = shared_bytes_limit(device)
     while shared_bytes_of(tokens) > most and tokens > min(LAUNCHES):
         tokens //= 2
@@ -83,9 +72,8 @@ def _plan(tokens: int, device: torch.device) -> _Plan:
             f"expected a GPU with {shared_bytes:,} bytes of shared memory for a block, got one with {most:,}; take the "
             "dense weight for more than 8 tokens"
         )
-    warps = LAUNCHES[tokens][0]
     kernel = load("tiles.cu", "multiply_tiles", device, **defines_of(tokens))
-    return _Plan(kernel, tokens, warps * 32, shared_bytes, kernel.resident_blocks(warps * 32, shared_bytes))
+    return launches(kernel, tokens, LAUNCHES[tokens][0], shared_bytes)
 
 
 def defines_of(tokens: int) -> dict[str, int]:
@@ -93,27 +81,3 @@ def defines_of(tokens: int) -> dict[str, int]:
     warps, blocks, depth = LAUNCHES[tokens]
     tile = {"TILE_ROWS": TILE_ROWS, "TILE_COLUMNS": TILE_COLUMNS, "STRIDE": STRIDE}
     return {"BF16": 1, "TOKENS": tokens, "WARPS": warps, "BLOCKS": blocks, "DEPTH": depth, **tile}
-
-
-def _check(tiles: Tiles, x: Tensor, bias: Tensor | None) -> None:
-    rows, columns = tiles.shape
-    fits = (
-        x.dim() == 2
-        and x.shape[0] <= MAX_TILED_TOKENS
-        and x.shape[1] == columns
-        and x.is_contiguous()
-        and (bias is None or (bias.shape == (rows,) and bias.is_contiguous()))
-    )
-    alike = all(
-        tensor.dtype is torch.bfloat16 and tensor.device == tiles.values.device
-        for tensor in [x, *([] if bias is None else [bias])]
-    )
-    if not fits or not alike:
-        got = f"x {x.dtype} {tuple(x.shape)} on {x.device}" + (" (not contiguous)" if not x.is_contiguous() else "")
-        if bias is not None:
-            got += f", bias {bias.dtype} {tuple(bias.shape)} on {bias.device}"
-        raise KernelError(
-            f"expected contiguous x [at most {MAX_TILED_TOKENS}, {columns}] and bias [{rows}] of bfloat16 on "
-            f"{tiles.values.device}, where the weight is; got {got}. Cast or move them, or take another product for "
-            "more tokens"
-        )

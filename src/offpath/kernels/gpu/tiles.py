@@ -17,14 +17,21 @@ import torch
 from torch import Tensor
 
 from offpath.kernels.errors import KernelError
-from offpath.kernels.gpu.n4 import GROUP, low_16_bits, offsets, pack_columns, unpack_columns
+from offpath.kernels.gpu.n4 import (
+    GROUP,
+    expect_slots,
+    expect_values,
+    low_16_bits,
+    offsets,
+    pack_columns,
+    unpack_columns,
+)
 from offpath.kernels.operands import row_numbers
 
 TILE_ROWS, TILE_COLUMNS = 64, 256
 PLACES = TILE_ROWS * TILE_COLUMNS
 STRIDE = 64  # places in a unit
 _BANKS = 32
-MAX_SLOTS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,7 @@ def pack_tiles(crow_indices: Tensor, col_indices: Tensor, values: Tensor, column
         raise KernelError(
             f"expected values of bfloat16, which tensor cores multiply, got {values.dtype}. Cast the module"
         )
-    if col_indices.shape != values.shape or col_indices.device != values.device:
-        raise KernelError(
-            f"expected as many values as column indices, on one device, got {tuple(values.shape)} on {values.device} "
-            f"and {tuple(col_indices.shape)} on {col_indices.device}"
-        )
+    expect_values(col_indices, values)
     shape = crow_indices.shape[0] - 1, columns
     rows = row_numbers(crow_indices, col_indices.shape[0]).long()
     tiles, places = _places(rows, col_indices.long(), columns)
@@ -70,8 +73,7 @@ def pack_tiles(crow_indices: Tensor, col_indices: Tensor, values: Tensor, column
     counts = torch.bincount(tiles, minlength=-(-shape[0] // TILE_ROWS) * _tiles_across(columns))
     packed = pack_columns(counts, tiles[order], places[order], STRIDE, _turns)
     n_slots = packed.gaps.numel() * GROUP
-    if n_slots > MAX_SLOTS:
-        raise KernelError(f"expected at most {MAX_SLOTS:,} slots in a weight, got {n_slots:,}. Split it by rows")
+    expect_slots(n_slots)
     slot_values = torch.full((n_slots,), -0.0, dtype=values.dtype, device=values.device)
     slot_values[packed.slots] = values[order] + 0.0  # -0.0 becomes +0.0
     group_offsets = offsets(packed.group_counts).int()

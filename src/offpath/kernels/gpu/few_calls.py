@@ -1,0 +1,52 @@
+"""What the CUDA kernels of a few tokens share: how they are launched, and what is asked of the operands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from offpath.kernels.errors import KernelError
+from offpath.kernels.gpu.driver import Kernel
+
+
+@dataclass(frozen=True)
+class Launches:
+    """How calls of one kind are launched, `batch` tokens at a time."""
+
+    kernel: Kernel
+    batch: int
+    threads: int
+    shared_bytes: int
+    resident_blocks: int
+
+
+def launches(kernel: Kernel, batch: int, warps: int, shared_bytes: int) -> Launches:
+    """Those of blocks of so many warps."""
+    threads = warps * 32
+    return Launches(kernel, batch, threads, shared_bytes, kernel.resident_blocks(threads, shared_bytes))
+
+
+def expect_tokens(values: Tensor, shape: tuple[int, int], x: Tensor, bias: Tensor | None, most: int) -> None:
+    """Raises `KernelError` unless `x` and `bias` fit a weight of `shape` (rows, columns), packed into `values`."""
+    rows, columns = shape
+    fits = (
+        x.dim() == 2
+        and x.shape[0] <= most
+        and x.shape[1] == columns
+        and x.is_contiguous()
+        and (bias is None or (bias.shape == (rows,) and bias.is_contiguous()))
+    )
+    alike = all(
+        tensor.dtype is values.dtype and tensor.device == values.device
+        for tensor in [x, *([] if bias is None else [bias])]
+    )
+    if not fits or not alike:
+        got = f"x {x.dtype} {tuple(x.shape)} on {x.device}" + (" (not contiguous)" if not x.is_contiguous() else "")
+        if bias is not None:
+            got += f", bias {bias.dtype} {tuple(bias.shape)} on {bias.device}"
+        raise KernelError(
+            f"expected contiguous x [at most {most}, {columns}] and bias [{rows}] of {values.dtype} on "
+            f"{values.device}, where the weight is; got {got}. Cast or move them, or take another product for "
+            "more tokens"
+        )
