@@ -253,6 +253,25 @@ def test_every_method_of_every_backend_gives_the_same_layer(
     check(dvalues, exact, size, batch)
 
 
+@pytest.mark.parametrize("method", METHODS["forward"])
+def test_an_autocast_changes_no_op(method: str) -> None:
+    """Layers cast their operands in an autocast; an op computes in the dtype of those that it is given, by any way."""
+    layer, x = SparseLinear(70, 50, sparsity=0.6), torch.randn(5, 70, requires_grad=True)
+    indices = layer.crow_indices, layer.col_indices
+    results = []
+    for enabled in (False, True):
+        with (
+            forced_methods(forward=method, dx=method, dvalues="tiled" if method == "bucketed" else method),
+            torch.autocast("cpu", torch.bfloat16, enabled=enabled),
+        ):
+            with torch.no_grad():
+                inferred = sparse_linear(x, layer.values, layer.bias, *indices)
+            y = sparse_linear(x, layer.values, layer.bias, *indices)
+            results.append((inferred, y, *torch.autograd.grad(y.sum(), (x, layer.values, layer.bias))))
+    for outside, inside in zip(*results, strict=True):
+        assert inside.dtype is torch.float32 and torch.equal(outside, inside)
+
+
 def test_forced_methods_are_the_ones_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = SparseLinear(64, 64), torch.randn(4, 64)
     with forced_methods(forward="bitmap"):

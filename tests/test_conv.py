@@ -136,6 +136,19 @@ def test_autocast_and_bfloat16() -> None:
     assert y.dtype is torch.bfloat16 and torch.equal(y, layer.bfloat16()(x.bfloat16()))
 
 
+def test_an_autocast_changes_no_op() -> None:
+    layer, x = SparseConv2d(3, 4, 3), torch.randn(1, 3, 6, 6, requires_grad=True)
+    operands = layer.values, layer.bias, layer.crow_indices, layer.col_indices, (3, 3)
+    for methods in METHODS:
+        results = []
+        for enabled in (False, True):
+            with ops.forced_methods(**methods), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                y = ops.sparse_conv2d(x, *operands)
+                results.append((y, *torch.autograd.grad(y.sum(), (x, layer.values, layer.bias))))
+        for outside, inside in zip(*results, strict=True):
+            assert inside.dtype is torch.float32 and torch.equal(outside, inside)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

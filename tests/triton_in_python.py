@@ -26,6 +26,7 @@ from offpath import pattern as patterns
 from offpath.kernels import Backend, KernelError, reference, reference_rows
 from offpath.kernels.gpu import counting_sort, densely, expand, few_tokens, gather, launch, sparse_weight
 from offpath.kernels.gpu.gather import named_row
+from offpath.kernels.methods import PreparedMatrix, PreparedWeight
 from offpath.kernels.row_products import RowProducts
 from row_cases import (
     BAD_ROWS,
@@ -176,6 +177,23 @@ def test_both_gradients_at_once_are_those_of_each(dtype: torch.dtype) -> None:
         assert torch.equal(dots, reference_rows.dots(*rows, dy, weight)), problem.name
         expected = reference_rows.weight_gradient(*rows, values, dy, problem.columns)
         assert torch.equal(gradient, expected), problem.name
+
+
+@pytest.mark.parametrize(("tokens", "transposes"), [(3, 0), (16, 3), (18, 4)])
+def test_both_gradients_of_a_layer_turn_dy_once(tokens: int, transposes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dy, x, and dx back; without a multiple of 16 tokens, each gradient pads dy for itself."""
+    turned = []
+    transpose = sparse_weight.transpose
+    monkeypatch.setattr(sparse_weight, "transpose", lambda *both: (turned.append(both), transpose(*both)))
+    crow_indices, col_indices = _rows()
+    transposed = torch.tensor([0, 1, 1, 2], dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    weight = PreparedWeight(PreparedMatrix(crow_indices, col_indices, 3), lambda: PreparedMatrix(*transposed, 1))
+    draw = checkers.small_integers(5, torch.float32)
+    values, dy, x = draw((2,)), draw((tokens, 1)), draw((tokens, 3))
+    backend = replace(BACKEND, lay_by_feature=sparse_weight.lay_by_feature)
+    got = weight.backward(backend, "row-wise", "row-wise", values, dy, x)
+    right = weight.backward(reference.BACKEND, "row-wise", "row-wise", values, dy, x)
+    assert all(map(torch.equal, got, right)) and len(turned) == transposes
 
 
 def _check_densely(module: ModuleType) -> None:

@@ -149,8 +149,10 @@ class Backend:
     own (a 127th of its largest magnitude).
     `expand` writes the values of a bitmap's connections into a dense [rows, columns], zero elsewhere; `compress` picks
     them out of one. `rows` are the products on sparse activations, `convolutions` those on images: None where there are
-    only torch's, with the weight written out. What the methods of a `native` backend cost is measured on the machine,
-    `costs` says it of another one; without either, products are computed row by row.
+    only torch's, with the weight written out. `lay_by_feature` gives an operand the layout in which several row-wise
+    products can read it, so that not each of them turns it; None where they read any. What the methods of a `native`
+    backend cost is measured on the machine, `costs` says it of another one; without either, products are computed row
+    by row.
     """
 
     name: str
@@ -180,3 +182,4 @@ class Backend:
     native: bool = False
     methods: frozenset[str] = EVERY_METHOD
     costs: Costs | None = None
+    lay_by_feature: Callable[[Tensor], Tensor] | None = None

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from offpath.kernels.backend import Backend
+from offpath.kernels.operands import in_own_dtype
 
 # Products of a layer: y = x W^T, the gradient of x, the gradient of the values.
 PRODUCTS = ("forward", "dx", "dvalues")
@@ -66,7 +67,9 @@ class PreparedMatrix:
             return backend.bitmap_spmm(self.bitmap(backend), values, x, bias)
         if method == "filled":
             return backend.filled_spmm(self.bitmap(backend), values, x, bias, feature_major=feature_major)
-        return linear(x, self.dense(backend, values) if dense is None else dense, bias)
+        weight = self.dense(backend, values) if dense is None else dense
+        with in_own_dtype(x):
+            return linear(x, weight, bias)
 
     def int8_spmm(
         self, backend: Backend, method: str, values: Tensor, scales: Tensor, x: Tensor, bias: Tensor | None = None
@@ -85,7 +88,9 @@ class PreparedMatrix:
     def sddmm(self, backend: Backend, method: str, dy: Tensor, x: Tensor) -> Tensor:
         """The gradient of the values for dy [batch, rows] and x [batch, columns], by one of METHODS."""
         if method == "dense":
-            return backend.compress(self.bitmap(backend), dy.t() @ x)
+            with in_own_dtype(x):
+                gradient = dy.t() @ x
+            return backend.compress(self.bitmap(backend), gradient)
         if method == "bitmap":
             return backend.bitmap_dvalues(self.bitmap(backend), dy, x)
         if method == "filled":
@@ -156,7 +161,9 @@ class PreparedWeight:
     def dx(self, backend: Backend, method: str, values: Tensor, dy: Tensor, dense: Tensor | None = None) -> Tensor:
         """dx [batch, columns] = dy @ W."""
         if method == "dense":
-            return dy @ (self.matrix.dense(backend, values) if dense is None else dense)
+            weight = self.matrix.dense(backend, values) if dense is None else dense
+            with in_own_dtype(dy):
+                return dy @ weight
         if method == "bitmap":
             return backend.bitmap_dx(self.matrix.bitmap(backend), values, dy)
         if method == "filled":
@@ -180,7 +187,10 @@ class PreparedWeight:
             tiles = self.matrix.tiles(backend) if dvalues_method == "tiled" else None
             bitmap = self.matrix.bitmap(backend) if "filled" in (dx_method, dvalues_method) else None
             return backend.backward(transpose, tiles, bitmap, values, dy, x, feature_major=feature_major)
-        return self.dx(backend, dx_method, values, dy, dense), self.dvalues(backend, dvalues_method, dy, x), dy.sum(0)
+        dbias = dy.sum(0)
+        if backend.lay_by_feature is not None and dx_method == dvalues_method == "row-wise":
+            dy = backend.lay_by_feature(dy)
+        return self.dx(backend, dx_method, values, dy, dense), self.dvalues(backend, dvalues_method, dy, x), dbias
 
     def dvalues(self, backend: Backend, method: str, dy: Tensor, x: Tensor) -> Tensor:
         """dvalues [nnz] = the entries of dy.T @ x that are connections."""

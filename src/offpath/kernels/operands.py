@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 import torch
@@ -10,6 +11,16 @@ from torch import Tensor
 from offpath.kernels.backend import KernelError
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+_NOTHING = nullcontext()
+
+
+def in_own_dtype(operand: Tensor) -> AbstractContextManager[object]:
+    """A block in which torch multiplies in the dtype of the operands, as kernels do, also inside of an autocast."""
+    # Asked in every product that is left to torch: turning off what is off would take as long as a small one.
+    if not torch._C._is_any_autocast_enabled():
+        return _NOTHING
+    return torch.autocast(operand.device.type, enabled=False)
 
 
 def address(tensor: Tensor) -> int:

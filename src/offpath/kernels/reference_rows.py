@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from offpath.kernels.backend import KernelError
-from offpath.kernels.operands import row_numbers, wide
+from offpath.kernels.operands import in_own_dtype, row_numbers, wide
 from offpath.kernels.row_products import RowProducts
 
 
@@ -125,7 +125,8 @@ def above(x: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """`topk(x @ weight.T + bias, k)`, the scores in the type of the sums."""
-    scores = torch.nn.functional.linear(wide(x), wide(weight), None if bias is None else wide(bias))
+    with in_own_dtype(x):
+        scores = torch.nn.functional.linear(wide(x), wide(weight), None if bias is None else wide(bias))
     values, indices = topk(scores, k)
     return values.to(x.dtype), indices
 

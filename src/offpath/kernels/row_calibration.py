@@ -13,6 +13,7 @@ from torch import Tensor
 
 from offpath.kernels.backend import Backend
 from offpath.kernels.measured import measured_once
+from offpath.kernels.operands import in_own_dtype
 
 # A batch and a weight that are large enough for the threads, and of which the rows still find the weight in the cache.
 ROWS, COLUMNS, WIDTH, K = 256, 1024, 1024, 128
@@ -22,7 +23,7 @@ PRODUCTS = ("matmul", "dots", "weight_gradient")
 
 def dense_dots(dy: Tensor, weight: Tensor, samples: Tensor, indices: Tensor) -> Tensor:
     """All products of a sample with a row of the weight, and of these the ones that are wanted."""
-    with torch.autocast(dy.device.type, enabled=False):  # sparse products have the dtype of their operands
+    with in_own_dtype(dy):
         products = dy @ weight.t()
     return products[samples, indices.long()]
 

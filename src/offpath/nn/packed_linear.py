@@ -21,6 +21,9 @@ from offpath.ops.packed_linear import (
 )
 from offpath.pattern import Pattern
 
+_PACKED = ("values", "columns", "gaps", "group_offsets", "slots")
+_TILES = ("tile_values", "tile_places", "tile_gaps", "tile_offsets")
+
 
 class PackedSparseLinear(nn.Module):
     """A sparse linear layer whose weight lies in memory as a GPU decodes it: less is read than of a dense one.
@@ -64,7 +67,7 @@ class PackedSparseLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = packed.shape
         self.tokens, self.tiled_tokens = tokens, tiled_tokens
-        for name in ("values", "columns", "gaps", "group_offsets", "slots"):
+        for name in _PACKED:
             self.register_buffer(name, getattr(packed, name))
         for name in ("values", "places", "gaps"):
             self.register_buffer(f"tile_{name}", getattr(tiles, name, None))
@@ -122,23 +125,25 @@ class PackedSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x @ W.T + bias for `x` [..., in_features]."""
-        return packed_linear(x, self.packed, self.bias, self.tokens, self.weight, self.tiles, self.tiled_tokens)
+        own = self._buffers
+        return packed_linear(x, self.packed, own["bias"], self.tokens, own["weight"], self.tiles, self.tiled_tokens)
 
     @property
     def packed(self) -> Packed:
         """The weight as the kernel reads it."""
-        shape = self.out_features, self.in_features
-        kind: Kind = "c16" if self.gaps is None else "n4"
-        return Packed(kind, shape, self.group_offsets, self.values, self.columns, self.gaps, self.slots)
+        # As attributes, nn.Module would look for each in three places, in Python: together as long as a launch.
+        values, columns, gaps, group_offsets, slots = map(self._buffers.__getitem__, _PACKED)
+        assert group_offsets is not None and values is not None and columns is not None and slots is not None
+        kind: Kind = "c16" if gaps is None else "n4"
+        return Packed(kind, (self.out_features, self.in_features), group_offsets, values, columns, gaps, slots)
 
     @property
     def tiles(self) -> Tiles | None:
         """The weight as tensor cores read it."""
-        if self.tile_values is None:
+        values, places, gaps, offsets = map(self._buffers.__getitem__, _TILES)
+        if offsets is None or values is None or places is None or gaps is None:
             return None
-        assert self.tile_offsets is not None and self.tile_places is not None and self.tile_gaps is not None
-        shape = self.out_features, self.in_features
-        return Tiles(shape, self.tile_offsets, self.tile_values, self.tile_places, self.tile_gaps)
+        return Tiles((self.out_features, self.in_features), offsets, values, places, gaps)
 
     def extra_repr(self) -> str:
         tiled = f", tiled_tokens={self.tiled_tokens}" if self.tiled_tokens else ""

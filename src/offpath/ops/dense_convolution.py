@@ -11,6 +11,7 @@ from torch.nn.functional import conv2d, pad
 
 from offpath.kernels import Backend
 from offpath.kernels.convolution import Convolution
+from offpath.kernels.operands import in_own_dtype
 from offpath.pattern import Pattern
 
 
@@ -31,7 +32,9 @@ class DenseConvolution:
 
     def forward(self, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         c = self._convolution
-        return conv2d(self._padded(x), self._weight(values), bias, c.stride, self._padding, c.dilation, c.groups)
+        x, weight = self._padded(x), self._weight(values)
+        with in_own_dtype(x):
+            return conv2d(x, weight, bias, c.stride, self._padding, c.dilation, c.groups)
 
     def dx(self, values: Tensor, dy: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from offpath.kernels.gpu.contest import live_pays
 from offpath.kernels.gpu.live import MAX_TOKENS, live_matmul
-from offpath.ops.library import as_rows, define
+from offpath.ops.library import as_rows, define, nobody_listens
 
 
 def live_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -16,6 +16,8 @@ def live_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Only those rows of the weight are read whose input is not zero in every token. Raises `KernelError` for operands
     that do not fit or kernels that cannot run here.
     """
+    if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and nobody_listens(x, weight, bias):
+        return _forward(x, weight, bias)
     return torch.ops.offpath.live_linear.default(x, weight, bias)
 
 
@@ -37,7 +39,7 @@ def reads_live_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = live_matmul(as_rows(x).contiguous(), weight, bias)
-    return y.view(*x.shape[:-1], weight.shape[1])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[1])
 
 
 def _fake(x, weight, bias):

@@ -12,7 +12,8 @@ from offpath.kernels.gpu.decode import MAX_TOKENS as MAX_TOKENS, decode
 from offpath.kernels.gpu.formats import Kind as Kind, Packed as Packed, pack as pack, unpack as unpack
 from offpath.kernels.gpu.tensor_cores import MAX_TILED_TOKENS as MAX_TILED_TOKENS, multiply_tiles
 from offpath.kernels.gpu.tiles import Tiles as Tiles, pack_tiles as pack_tiles
-from offpath.ops.library import as_rows, define, library
+from offpath.kernels.operands import in_own_dtype
+from offpath.ops.library import as_rows, define, library, nobody_listens
 from offpath.pattern import Pattern
 
 
@@ -36,6 +37,8 @@ def packed_linear(
     >>> packed_linear(torch.tensor([[1.0, 10.0, 100.0]]), packed, None, tokens=0)
     tensor([[201.]])
     """
+    if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and nobody_listens(x, packed.values, bias):
+        return _product(x, packed, bias, tokens, weight, tiles, tiled_tokens)
     parts = packed.values, packed.columns, packed.gaps, packed.group_offsets, packed.slots
     of_tiles = (None,) * 4 if tiles is None else (tiles.values, tiles.places, tiles.gaps, tiles.group_offsets)
     columns = packed.shape[1]
@@ -66,24 +69,40 @@ def _forward(
     tiled_tokens: int,
 ) -> Tensor:
     shape = group_offsets.shape[0] - 1, in_features
-    if x.shape[-1] != in_features or x.dtype is not values.dtype:
-        raise KernelError(
-            f"expected x of {in_features} features in {values.dtype}, got {tuple(x.shape)} in {x.dtype}; cast the "
-            "module or its input"
-        )
     packed = Packed("c16" if gaps is None else "n4", shape, group_offsets, values, columns, gaps, slots)
+    tiles = None
+    if tile_values is not None:
+        assert tile_places is not None and tile_gaps is not None and tile_offsets is not None
+        tiles = Tiles(shape, tile_offsets, tile_values, tile_places, tile_gaps)
+    return _product(x, packed, bias, tokens, weight, tiles, tiled_tokens)
+
+
+def _product(
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    tokens: int,
+    weight: Tensor | None,
+    tiles: Tiles | None,
+    tiled_tokens: int,
+) -> Tensor:
+    out_features, in_features = packed.shape
+    if x.shape[-1] != in_features or x.dtype is not packed.values.dtype:
+        raise KernelError(
+            f"expected x of {in_features} features in {packed.values.dtype}, got {tuple(x.shape)} in {x.dtype}; cast "
+            "the module or its input"
+        )
     rows = as_rows(x)
     if rows.shape[0] <= tokens:
         _expect_gpu(rows)
         y = decode(packed, rows.contiguous(), bias)
-    elif tile_values is not None and rows.shape[0] <= tiled_tokens:
-        assert tile_places is not None and tile_gaps is not None and tile_offsets is not None
+    elif tiles is not None and rows.shape[0] <= tiled_tokens:
         _expect_gpu(rows)
-        y = multiply_tiles(Tiles(shape, tile_offsets, tile_values, tile_places, tile_gaps), rows.contiguous(), bias)
+        y = multiply_tiles(tiles, rows.contiguous(), bias)
     else:
-        with torch.autocast(x.device.type, enabled=False):  # the weight has the dtype that was asked for
+        with in_own_dtype(x):
             y = linear(rows, written_out(packed) if weight is None else weight, bias)
-    return y.view(*x.shape[:-1], shape[0])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
 def _expect_gpu(x: Tensor) -> None:

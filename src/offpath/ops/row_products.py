@@ -10,7 +10,7 @@ from torch import Tensor
 
 from offpath import kernels
 from offpath.kernels import Backend, KernelError
-from offpath.kernels.operands import row_numbers
+from offpath.kernels.operands import in_own_dtype, row_numbers
 from offpath.kernels.reference_rows import check_rows as check_contents
 from offpath.kernels.row_calibration import dense_dots
 from offpath.ops.library import define
@@ -54,8 +54,7 @@ def _weight_gradient(values: Tensor, crow_indices: Tensor, indices: Tensor, dy: 
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """In the dtype of the operands, as sparse products are, also where an autocast would have another."""
-    with torch.autocast(left.device.type, enabled=False):
+    with in_own_dtype(left):
         return left @ right
 
 

@@ -67,6 +67,7 @@ def make_backend() -> Backend:
         digest=digest,
         methods=METHODS if interpreted else METHODS | METHODS_OVER_PLANS,
         costs=None if interpreted else DeviceCosts(),
+        lay_by_feature=sparse_weight.lay_by_feature,
     )
 
 

@@ -61,7 +61,6 @@ def tokens_that_pay(packed: Packed, tiles: Tiles | None, weight: Tensor, bias: T
     return decoded, tiled
 
 
-@torch.inference_mode()
 def live_pays(tokens: int, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `live_matmul` is not slower than torch even where no input is zero; remembered for the shape.
 
@@ -81,6 +80,7 @@ def live_pays(tokens: int, weight: Tensor, bias: Tensor | None) -> bool:
 _pays: dict[Hashable, bool] = {}
 
 
+@torch.inference_mode()
 def _live_wins(tokens: int, weight: Tensor, bias: Tensor | None) -> bool:
     x = torch.ones(tokens, weight.shape[0], dtype=weight.dtype, device=weight.device)
     calls = [partial(linear, x, weight.t(), bias), partial(live_matmul, x, weight, bias)]

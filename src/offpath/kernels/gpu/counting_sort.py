@@ -20,11 +20,11 @@ from offpath.kernels.gpu.launch import (
     blocks_of,
     contiguous_rows,
     described,
-    device_of,
     expect_indices,
     expect_operands,
     expect_rows,
     expect_shapes,
+    launch,
     wide_dtype,
 )
 from offpath.kernels.operands import row_numbers
@@ -173,27 +173,28 @@ def _launch(
     blocks = blocks_of(width, block)
     # An entry that names nothing keeps NaN, as in `dots`.
     parts = values.new_full((blocks, nnz if weight is not None else 0), float("nan"), dtype=wide_dtype(values.dtype))
-    with device_of(values):
-        gather_by_name_kernel[(names, blocks)](
-            by_name.starts,
-            by_name.entries,
-            by_name.rows,
-            values[by_name.entries],
-            dy,
-            gradient if weight is None else weight,
-            gradient,
-            parts,
-            nnz,
-            width,
-            dy.stride(0),
-            0 if weight is None else weight.stride(0),
-            gradient.stride(0),
-            ADD=add,
-            DOTS=weight is not None,
-            ACCUMULATOR=accumulator(values.dtype),
-            WHOLE=width % block == 0,
-            BLOCK=block,
-            num_warps=1,
-            num_stages=1,
-        )
+    launch(
+        gather_by_name_kernel,
+        (names, blocks),
+        by_name.starts,
+        by_name.entries,
+        by_name.rows,
+        values[by_name.entries],
+        dy,
+        gradient if weight is None else weight,
+        gradient,
+        parts,
+        nnz,
+        width,
+        dy.stride(0),
+        0 if weight is None else weight.stride(0),
+        gradient.stride(0),
+        ADD=add,
+        DOTS=weight is not None,
+        ACCUMULATOR=accumulator(values.dtype),
+        WHOLE=width % block == 0,
+        BLOCK=block,
+        num_warps=1,
+        num_stages=1,
+    )
     return parts.sum(0).to(values.dtype)

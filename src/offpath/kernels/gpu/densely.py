@@ -12,13 +12,14 @@ from torch import Tensor
 
 from offpath.kernels.gpu.launch import (
     accumulator,
-    device_of,
     expect_indices,
     expect_operands,
     expect_rows,
     expect_shapes,
+    launch,
+    parts_of,
 )
-from offpath.kernels.operands import row_numbers
+from offpath.kernels.operands import in_own_dtype, row_numbers
 
 BLOCK = 256
 
@@ -58,20 +59,21 @@ def written_out(crow_indices: Tensor, indices: Tensor, values: Tensor, columns: 
     if nnz == 0:
         return dense
     places, entries = (row_numbers(crow_indices, nnz) * columns + indices.clamp(0, columns - 1)).sort(stable=True)
-    with device_of(values):
-        write_kernel[(triton.cdiv(nnz, BLOCK),)](
-            places,
-            entries,
-            indices.contiguous(),
-            values.contiguous(),
-            dense,
-            nnz,
-            columns,
-            ACCUMULATOR=accumulator(values.dtype),
-            BLOCK=BLOCK,
-            num_warps=4,
-            num_stages=1,
-        )
+    launch(
+        write_kernel,
+        (parts_of(nnz, BLOCK),),
+        places,
+        entries,
+        indices.contiguous(),
+        values.contiguous(),
+        dense,
+        nnz,
+        columns,
+        ACCUMULATOR=accumulator(values.dtype),
+        BLOCK=BLOCK,
+        num_warps=4,
+        num_stages=1,
+    )
     return dense
 
 
@@ -84,6 +86,6 @@ def dense_dots(crow_indices: Tensor, indices: Tensor, dy: Tensor, weight: Tensor
         return dy.new_zeros(0)
     places = row_numbers(crow_indices, indices.shape[0]), indices.clamp(0, weight.shape[0] - 1).long()
     known = (indices >= 0) & (indices < weight.shape[0])
-    with torch.autocast(dy.device.type, enabled=False):
+    with in_own_dtype(dy):
         products = dy @ weight.t()
     return torch.where(known, products[places], torch.nan)

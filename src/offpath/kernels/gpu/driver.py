@@ -46,15 +46,18 @@ class Kernel:
 
         `arguments` are addresses, and ints that are not negative.
         """
-        # Each argument lies in 8 bytes of its own: the lower 4 of them are the int, where the kernel takes one.
-        words = (ctypes.c_uint64 * len(arguments))(*arguments)
-        first = ctypes.addressof(words)
-        places = (ctypes.c_void_p * len(arguments))(*range(first, first + 8 * len(arguments), 8))
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        # Each argument lies in 8 bytes of its own: the lower 4 of them are the int, where the kernel takes one. Behind
+        # them lie their addresses. One buffer for both takes the host half as long as two arrays of ctypes.
+        count = len(arguments)
+        buffer = ctypes.create_string_buffer(16 * count)
+        first = ctypes.addressof(buffer)
+        places = first + 8 * count
+        _words(2 * count).pack_into(buffer, 0, *arguments, *range(first, places, 8))
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
         attributes = ctypes.addressof(_OVERLAP)
         config = _CONFIG.pack(*grid, 1, threads, 1, 1, shared_bytes, stream, attributes, self.overlaps)
         with _current(self.context):
-            _call("cuLaunchKernelEx", config, self.function, places, None)
+            _call("cuLaunchKernelEx", config, self.function, ctypes.c_void_p(places), None)
 
     def resident_blocks(self, threads: int, shared_bytes: int) -> int:
         """How many blocks the whole GPU holds at a time."""
@@ -68,6 +71,11 @@ class Kernel:
                 ctypes.c_size_t(shared_bytes),
             )
         return max(blocks.value, 1) * self.multiprocessors
+
+
+@cache
+def _words(count: int) -> struct.Struct:
+    return struct.Struct(f"{count}Q")
 
 
 def load(source: str, name: str, device: torch.device, **defines: int) -> Kernel:

@@ -17,11 +17,12 @@ from torch import Tensor
 from offpath.kernels.gpu.launch import (
     block_of,
     blocks_of,
-    device_of,
     expect_indices,
     expect_operands,
     expect_rows,
     expect_shapes,
+    launch,
+    parts_of,
 )
 from offpath.kernels.operands import row_numbers
 
@@ -51,7 +52,7 @@ def bitmap(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Bitmap:
     expect_indices(col_indices, crow_indices=crow_indices, col_indices=col_indices)
     expect_rows(crow_indices, col_indices, columns)
     rows, nnz = crow_indices.shape[0] - 1, col_indices.shape[0]
-    words_of_row = triton.cdiv(columns, _WORD)
+    words_of_row = parts_of(columns, _WORD)
     word_of_slot = row_numbers(crow_indices, nnz) * words_of_row + (col_indices >> 5)  # ascends, as slots do
     bounds = torch.arange(rows * words_of_row + 1, device=col_indices.device)
     offsets = torch.searchsorted(word_of_slot, bounds, out_int32=True)[:-1]
@@ -171,19 +172,20 @@ def _launch(kernel: Any, prepared: Bitmap, values: Tensor, dense: Tensor, stride
         return
     block = block_of(4 * words_of_row, 1024)
     rows_at_once = min(1024 // block, 4)  # a program of narrow rows needs several to keep enough loads under way
-    with device_of(values):
-        kernel[(triton.cdiv(rows, rows_at_once), blocks_of(4 * words_of_row, block))](
-            prepared.words,
-            prepared.offsets,
-            values,
-            dense,
-            rows,
-            words_of_row,
-            prepared.columns,
-            *strides,
-            ALIGNED=prepared.columns % 8 == 0,
-            ROWS=rows_at_once,
-            BLOCK=block,
-            num_warps=max(block // 128, 1),
-            num_stages=1,
-        )
+    launch(
+        kernel,
+        (parts_of(rows, rows_at_once), blocks_of(4 * words_of_row, block)),
+        prepared.words,
+        prepared.offsets,
+        values,
+        dense,
+        rows,
+        words_of_row,
+        prepared.columns,
+        *strides,
+        ALIGNED=prepared.columns % 8 == 0,
+        ROWS=rows_at_once,
+        BLOCK=block,
+        num_warps=max(block // 128, 1),
+        num_stages=1,
+    )

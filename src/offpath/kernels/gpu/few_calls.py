@@ -35,13 +35,10 @@ def expect_tokens(values: Tensor, shape: tuple[int, int], x: Tensor, bias: Tenso
         and x.shape[0] <= most
         and x.shape[1] == columns
         and x.is_contiguous()
-        and (bias is None or (bias.shape == (rows,) and bias.is_contiguous()))
+        and _is_like(x, values)
+        and (bias is None or (bias.shape == (rows,) and bias.is_contiguous() and _is_like(bias, values)))
     )
-    alike = all(
-        tensor.dtype is values.dtype and tensor.device == values.device
-        for tensor in [x, *([] if bias is None else [bias])]
-    )
-    if not fits or not alike:
+    if not fits:
         got = f"x {x.dtype} {tuple(x.shape)} on {x.device}" + (" (not contiguous)" if not x.is_contiguous() else "")
         if bias is not None:
             got += f", bias {bias.dtype} {tuple(bias.shape)} on {bias.device}"
@@ -50,3 +47,7 @@ def expect_tokens(values: Tensor, shape: tuple[int, int], x: Tensor, bias: Tenso
             f"{values.device}, where the weight is; got {got}. Cast or move them, or take another product for "
             "more tokens"
         )
+
+
+def _is_like(tensor: Tensor, values: Tensor) -> bool:
+    return tensor.dtype is values.dtype and tensor.device == values.device

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offpath.kernels.gpu.launch import accumulator, device_of
+from offpath.kernels.gpu.launch import accumulator, launch, parts_of, power_of_two_from
 
 # Under this many tokens, a warp has too few neighbours to load where activations lie by feature.
 FEW_TOKENS = 16
@@ -102,25 +102,26 @@ def spmm_of_few(crow_indices: Tensor, col_indices: Tensor, values: Tensor, x: Te
     if y.numel() == 0:
         return y
     at_once = _at_once(tokens)
-    with device_of(y):
-        few_tokens_kernel[(rows, triton.cdiv(tokens, at_once))](
-            crow_indices.contiguous(),
-            col_indices.contiguous(),
-            values.contiguous(),
-            x,
-            values if bias is None else bias.contiguous(),
-            y,
-            columns,
-            rows,
-            tokens,
-            x.stride(0),
-            HAS_BIAS=bias is not None,
-            ACCUMULATOR=accumulator(y.dtype),
-            TOKENS=at_once,
-            BLOCK=BLOCK,
-            num_warps=1,
-            num_stages=1,
-        )
+    launch(
+        few_tokens_kernel,
+        (rows, parts_of(tokens, at_once)),
+        crow_indices.contiguous(),
+        col_indices.contiguous(),
+        values.contiguous(),
+        x,
+        values if bias is None else bias.contiguous(),
+        y,
+        columns,
+        rows,
+        tokens,
+        x.stride(0),
+        HAS_BIAS=bias is not None,
+        ACCUMULATOR=accumulator(y.dtype),
+        TOKENS=at_once,
+        BLOCK=BLOCK,
+        num_warps=1,
+        num_stages=1,
+    )
     return y
 
 
@@ -130,25 +131,26 @@ def sddmm_of_few(crow_indices: Tensor, col_indices: Tensor, dy: Tensor, x: Tenso
     if tokens == 0 or nnz == 0:
         return dy.new_zeros(nnz)
     dvalues = dy.new_empty(nnz)
-    with device_of(dy):
-        few_dots_kernel[(rows,)](
-            crow_indices.contiguous(),
-            col_indices.contiguous(),
-            dy,
-            x,
-            dvalues,
-            x.shape[1],
-            tokens,
-            dy.stride(0),
-            x.stride(0),
-            ACCUMULATOR=accumulator(dy.dtype),
-            TOKENS=_at_once(tokens),
-            BLOCK=BLOCK,
-            num_warps=1,
-            num_stages=1,
-        )
+    launch(
+        few_dots_kernel,
+        (rows,),
+        crow_indices.contiguous(),
+        col_indices.contiguous(),
+        dy,
+        x,
+        dvalues,
+        x.shape[1],
+        tokens,
+        dy.stride(0),
+        x.stride(0),
+        ACCUMULATOR=accumulator(dy.dtype),
+        TOKENS=_at_once(tokens),
+        BLOCK=BLOCK,
+        num_warps=1,
+        num_stages=1,
+    )
     return dvalues
 
 
 def _at_once(tokens: int) -> int:
-    return min(int(triton.next_power_of_2(tokens)), MOST_AT_ONCE)
+    return min(power_of_two_from(tokens), MOST_AT_ONCE)

@@ -15,11 +15,11 @@ from offpath.kernels.gpu.launch import (
     block_of,
     blocks_of,
     contiguous_rows,
-    device_of,
     expect_indices,
     expect_operands,
     expect_rows,
     expect_shapes,
+    launch,
     wide_dtype,
 )
 
@@ -175,27 +175,28 @@ def gather_sum(
     # One load of 16 bytes for each lane of one warp: as the second-level cache then holds more of a narrow strip of a
     # large weight, this beat every wider block.
     block = block_of(width, 512 // y.element_size())
-    with device_of(y):
-        gather_sum_kernel[(rows, blocks_of(width, block))](
-            crow_indices.contiguous(),
-            indices.contiguous(),
-            values.contiguous(),
-            weight,
-            values if bias is None else bias.contiguous(),
-            y,
-            weight.shape[0],
-            width,
-            weight.stride(0),
-            y.stride(0),
-            HAS_BIAS=bias is not None,
-            ACCUMULATOR=accumulator(y.dtype),
-            TRUSTED=trusted,
-            WHOLE=width % block == 0,
-            UNROLL=8,
-            BLOCK=block,
-            num_warps=1,
-            num_stages=1,
-        )
+    launch(
+        gather_sum_kernel,
+        (rows, blocks_of(width, block)),
+        crow_indices.contiguous(),
+        indices.contiguous(),
+        values.contiguous(),
+        weight,
+        values if bias is None else bias.contiguous(),
+        y,
+        weight.shape[0],
+        width,
+        weight.stride(0),
+        y.stride(0),
+        HAS_BIAS=bias is not None,
+        ACCUMULATOR=accumulator(y.dtype),
+        TRUSTED=trusted,
+        WHOLE=width % block == 0,
+        UNROLL=8,
+        BLOCK=block,
+        num_warps=1,
+        num_stages=1,
+    )
 
 
 def gather_dot(crow_indices: Tensor, indices: Tensor, dy: Tensor, weight: Tensor, trusted: bool = False) -> Tensor:
@@ -207,24 +208,25 @@ def gather_dot(crow_indices: Tensor, indices: Tensor, dy: Tensor, weight: Tensor
     blocks = blocks_of(width, block)
     # Parts of a dot product are summed in a fixed order, and rounded once.
     parts = dy.new_empty(blocks, nnz, dtype=dy.dtype if blocks == 1 else wide_dtype(dy.dtype))
-    with device_of(dy):
-        gather_dot_kernel[(rows, blocks)](
-            crow_indices.contiguous(),
-            indices.contiguous(),
-            dy,
-            weight,
-            parts,
-            nnz,
-            weight.shape[0],
-            width,
-            dy.stride(0),
-            weight.stride(0),
-            ACCUMULATOR=accumulator(dy.dtype),
-            TRUSTED=trusted,
-            WHOLE=width % block == 0,
-            UNROLL=4,
-            BLOCK=block,
-            num_warps=1,
-            num_stages=1,
-        )
+    launch(
+        gather_dot_kernel,
+        (rows, blocks),
+        crow_indices.contiguous(),
+        indices.contiguous(),
+        dy,
+        weight,
+        parts,
+        nnz,
+        weight.shape[0],
+        width,
+        dy.stride(0),
+        weight.stride(0),
+        ACCUMULATOR=accumulator(dy.dtype),
+        TRUSTED=trusted,
+        WHOLE=width % block == 0,
+        UNROLL=4,
+        BLOCK=block,
+        num_warps=1,
+        num_stages=1,
+    )
     return parts[0] if blocks == 1 else parts.sum(0).to(dy.dtype)

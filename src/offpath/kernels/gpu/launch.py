@@ -1,14 +1,14 @@
-"""What every Triton kernel's launcher asks of its tensors, and where it runs."""
+"""What every Triton kernel's launcher asks of its tensors, and how it is launched, where its tensors are."""
 
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from offpath.kernels.errors import KernelError
 from offpath.kernels.reference_rows import check_rows
@@ -18,16 +18,66 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DEBUG = os.environ.get("TRITON_DEBUG") == "1"
 _LANES = 32
+_MOST_INT32 = 2**31 - 1
+# Keyed by all that Triton makes another kernel for: its own look-up costs the host more than most products do a GPU.
+_compiled: dict[tuple[object, ...], CompiledKernel] = {}
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, num_warps: int, num_stages: int = 1, **constants: Any
+) -> None:
+    """Run a Triton kernel on the device of its first argument, a tensor; `constants` stand in the kernel's order.
+
+    Returns at once, and may be captured in a graph once it has run with such arguments.
+    """
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    device = arguments[0].get_device()  # type: ignore[union-attr]
+    if device < 0:
+        _launch_by_triton(kernel, grid, arguments, constants, options)  # in its interpreter
+        return
+    if device != torch.cuda.current_device():  # where Triton launches, whatever its arguments say
+        with torch.cuda.device(device):
+            launch(kernel, grid, *arguments, **options, **constants)
+        return
+    key: list[object] = [kernel.fn, device, num_warps, num_stages, *constants.values()]
+    values = []
+    for argument in arguments:
+        value = argument
+        if not isinstance(argument, int):
+            key.append(argument.dtype)
+            value = argument.data_ptr()
+        values.append(value)
+        key.append(2 if value == 1 else (value & 15 == 0) + (value > _MOST_INT32) * 4)
+    found = _compiled.get(tuple(key))
+    if found is not None:
+        found[(*grid, 1, 1)[:3]](*values, *constants.values())
+        return
+    made = _launch_by_triton(kernel, grid, arguments, constants, options)
+    if isinstance(made, CompiledKernel):  # and not what Triton returns instead where one of its hooks says so
+        _compiled[tuple(key)] = made
+
+
+def _launch_by_triton(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Tensor | int, ...],
+    constants: dict[str, Any],
+    options: dict[str, int],
+) -> object:
+    assert kernel.arg_names[len(arguments) :] == list(constants), "a compiled kernel takes its arguments by place"
+    return kernel[grid](*arguments, **constants, **options)
 
 
 def expect_operands(**given: Tensor) -> None:
     """Raises `KernelError` unless all are dense, of one supported dtype, and on one device that runs the kernels."""
     first = next(iter(given.values()))
-    if all(
-        t.dtype is first.dtype and t.dtype in DTYPES and t.device == first.device and t.layout is torch.strided
-        for t in given.values()
-    ) and (first.is_cuda or (INTERPRETED and first.is_cpu)):
-        return
+    dtype, device = first.dtype, first.device
+    for one in given.values():  # a generator expression would take the host twice as long
+        if one.dtype is not dtype or one.device != device or one.layout is not torch.strided:
+            break
+    else:
+        if dtype in DTYPES and (first.is_cuda or (INTERPRETED and first.is_cpu)):
+            return
     raise KernelError(
         "expected dense operands of one dtype among float32, float64 and bfloat16 on one CUDA device "
         f"(CPU tensors where TRITON_INTERPRET=1 was set before Triton was imported); got {described(**given)}. "
@@ -37,8 +87,10 @@ def expect_operands(**given: Tensor) -> None:
 
 def expect_indices(like: Tensor, **given: Tensor) -> None:
     """Raises `KernelError` unless all are int32 vectors on the device of `like`."""
-    if any(t.dtype is not torch.int32 or t.dim() != 1 or t.device != like.device for t in given.values()):
-        raise KernelError(f"expected int32 vectors on {like.device}, got {described(**given)}")
+    device = like.device
+    for one in given.values():
+        if one.dtype is not torch.int32 or one.dim() != 1 or one.device != device:
+            raise KernelError(f"expected int32 vectors on {device}, got {described(**given)}")
 
 
 def expect_shapes(fit: bool, **given: Tensor) -> None:
@@ -68,11 +120,6 @@ def described(**given: Tensor) -> str:
     return ", ".join(f"{name} {t.dtype} {tuple(t.shape)} on {t.device}" for name, t in given.items())
 
 
-def device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whatever its arguments say."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype is torch.float64 else tl.float32
 
@@ -88,14 +135,24 @@ def contiguous_rows(matrix: Tensor) -> Tensor:
 
 def block_of(width: int, most: int) -> int:
     """How many of `width` neighbours one program takes: a power of two up to `most`, at least one for each lane."""
-    return max(min(triton.next_power_of_2(width), most), _LANES)
+    return max(min(power_of_two_from(width), most), _LANES)
 
 
 def blocks_of(width: int, block: int) -> int:
     """How many blocks cover `width`; raises `KernelError` where a grid cannot have so many in its second dimension."""
-    blocks = triton.cdiv(width, block)
+    blocks = parts_of(width, block)
     if blocks > 65535:
         raise KernelError(
             f"expected at most {65535 * block} neighbours (tokens, or the width), got {width}; split them"
         )
-    return int(blocks)
+    return blocks
+
+
+def parts_of(whole: int, part: int) -> int:
+    """How many parts cover the whole; `triton.cdiv` is for kernels, and costs the host as much as a launch."""
+    return -(-whole // part)
+
+
+def power_of_two_from(number: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << max(number - 1, 0).bit_length()

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from offpath.kernels.errors import KernelError
 from offpath.kernels.gpu.ties import take_first_of_equals
-from offpath.kernels.operands import wide
+from offpath.kernels.operands import in_own_dtype, wide
 from offpath.kernels.reference_rows import check_k
 
 # Scores of one block of rows: few enough to be forgotten soon, enough to keep the device busy.
@@ -81,7 +81,7 @@ def _places_of_largest(x: Tensor, k: int) -> Tensor:
 
 
 def _scores(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):  # which would round what is to be compared
+    with in_own_dtype(x):  # an autocast would round what is to be compared
         if x.is_cuda and x.element_size() == 2 and _HAS_OUT_DTYPE:
             scores = torch.mm(x, weight.t(), out_dtype=torch.float32)
             return scores if bias is None else scores.add_(bias)

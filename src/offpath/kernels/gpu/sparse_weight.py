@@ -14,11 +14,12 @@ from offpath.kernels.gpu.gather import gather_dot, gather_sum
 from offpath.kernels.gpu.launch import (
     blocks_of,
     contiguous_rows,
-    device_of,
     expect_indices,
     expect_operands,
     expect_rows,
     expect_shapes,
+    launch,
+    parts_of,
 )
 
 # Rows of activations begin at multiples of this many tokens, so that they are loaded 16 bytes a lane.
@@ -95,7 +96,7 @@ def features_of(x: Tensor) -> Tensor:
     `x` itself where it lies so already.
     """
     batch, features = x.shape
-    padded = triton.cdiv(batch, _ALIGNMENT) * _ALIGNMENT
+    padded = parts_of(batch, _ALIGNMENT) * _ALIGNMENT
     by_feature = x.t()
     lies_so = by_feature.stride(1) == 1 and by_feature.stride(0) >= batch and by_feature.stride(0) % _ALIGNMENT == 0
     if lies_so and batch == padded and x.data_ptr() % 16 == 0:
@@ -103,6 +104,12 @@ def features_of(x: Tensor) -> Tensor:
     target = x.new_empty(features, padded)
     transpose(x, target)
     return target
+
+
+def lay_by_feature(x: Tensor) -> Tensor:
+    """`x` [batch, features], lying so that `features_of` need not copy it, where products of so many tokens do."""
+    batch = x.shape[0]
+    return x if batch < FEW_TOKENS or batch % _ALIGNMENT else features_of(x).t()
 
 
 def tokens_of(y: Tensor, batch: int) -> Tensor:
@@ -118,15 +125,16 @@ def transpose(source: Tensor, target: Tensor) -> None:
     if columns == 0 or padded == 0:
         return
     block = 64
-    with device_of(source):
-        transpose_kernel[(triton.cdiv(padded, block), blocks_of(columns, block))](
-            source,
-            target,
-            rows,
-            columns,
-            padded,
-            *source.stride(),
-            target.stride(0),
-            BLOCK=block,
-            num_warps=4,
-        )
+    launch(
+        transpose_kernel,
+        (parts_of(padded, block), blocks_of(columns, block)),
+        source,
+        target,
+        rows,
+        columns,
+        padded,
+        *source.stride(),
+        target.stride(0),
+        BLOCK=block,
+        num_warps=4,
+    )

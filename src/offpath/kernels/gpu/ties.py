@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offpath.kernels.gpu.launch import accumulator, block_of, contiguous_rows, device_of, expect_operands
+from offpath.kernels.gpu.launch import accumulator, block_of, contiguous_rows, expect_operands, launch, parts_of
 
 BLOCK = 2048
 
@@ -111,10 +111,9 @@ def take_first_of_equals(scores: Tensor, best: Tensor, places: Tensor) -> None:
         return
     scores, best = contiguous_rows(scores), best.contiguous()
     block = block_of(columns, BLOCK)
-    blocks = triton.cdiv(columns, block)
+    blocks = parts_of(columns, block)
     counts = torch.empty(2, rows, blocks, dtype=torch.int32, device=scores.device)
     sizes = k, columns, scores.stride(0), blocks
     options = {"WIDE": accumulator(scores.dtype), "BLOCK": block, "num_warps": 4, "num_stages": 1}
-    with device_of(scores):
-        count_kernel[(rows * blocks,)](scores, best, *counts, *sizes, **options)
-        place_kernel[(rows * blocks,)](scores, best, *counts.cumsum(2), places, *sizes, **options)
+    launch(count_kernel, (rows * blocks,), scores, best, *counts, *sizes, **options)
+    launch(place_kernel, (rows * blocks,), scores, best, *counts.cumsum(2), places, *sizes, **options)
