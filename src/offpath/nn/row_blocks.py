@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from offpath.ops import SparseRows, above, batch_topk
+from offpath.ops.library import direct
 
-_ops = torch.ops.offpath
 # Pre-activations of one block: few enough for 16 MiB in float32, enough for a product at full speed.
 BLOCK_ENTRIES = 2**22
 # On a GPU, whose caches hold no block that is worth a wait: 1 GiB in float32.
@@ -133,10 +133,10 @@ class _Encoded(torch.autograd.Function):
         dvalues = dvalues.contiguous()
         dx = dweight = dbias = None
         if wants_x:
-            dx = _ops.rows_matmul(dvalues, crow_indices, indices, weight)
+            dx = direct.rows_matmul(dvalues, crow_indices, indices, weight)
         if wants_weight:
-            dweight = _ops.rows_weight_gradient(dvalues, crow_indices, indices, x, weight.shape[0])
+            dweight = direct.rows_weight_gradient(dvalues, crow_indices, indices, x, weight.shape[0])
         if wants_bias:
             ones = dvalues.new_ones(x.shape[0], 1)
-            dbias = _ops.rows_weight_gradient(dvalues, crow_indices, indices, ones, weight.shape[0])[:, 0]
+            dbias = direct.rows_weight_gradient(dvalues, crow_indices, indices, ones, weight.shape[0])[:, 0]
         return None, None, None, dx, dweight, dbias

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from offpath import kernels
 from offpath.kernels import KernelError
-from offpath.ops.library import as_rows, define, library, nobody_listens
+from offpath.ops.library import as_rows, define, direct, library
 from offpath.ops.prepared import prepare
 
 ACTIVATIONS = ("float", "int8")
@@ -38,11 +38,7 @@ def int8_linear(
     >>> int8_linear(x, values, torch.tensor([1.0, 0.5]), None, crow_indices, col_indices)
     tensor([[201.,  15.]])
     """
-    operands = x, values, scales, bias, crow_indices, col_indices, prefer, activations
-    if torch.compiler.is_compiling() or not nobody_listens(x, values, scales, bias):
-        return torch.ops.offpath.int8_linear.default(*operands)
-    _refuse_gradients(x, scales, bias)
-    return _forward(*operands)
+    return direct.int8_linear(x, values, scales, bias, crow_indices, col_indices, prefer, activations)
 
 
 def _forward(

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad, profiler as autograd_profiler
+from torch.autograd import Function, forward_ad, profiler as autograd_profiler
 from torch.nn import Parameter
 
 from offpath.kernels import KernelError
 
 library = torch.library.Library("offpath", "DEF")
+# The ops of `define` by name, without the way through the dispatcher where nobody listens. In eager training that way
+# takes as long as several small kernels, in forward and in backward.
+direct = SimpleNamespace()
 _PLAIN = (Tensor, Parameter)
 _count_of_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 _functorch_interpreter = torch._C._functorch.peek_interpreter_stack
@@ -25,7 +29,10 @@ def define(
     fake: Callable[..., Any],
     autograd: tuple[Callable[..., None], Callable[..., Any]] | None = None,
 ) -> None:
-    """Add `offpath::<schema>`: what computes it, what its result looks like, and (what to save, the gradient)."""
+    """Add `offpath::<schema>`: what computes it, what its result looks like, and (what to save, the gradient).
+
+    Also to `direct`, if it writes into no operand.
+    """
     library.define(schema)
     name = schema[: schema.index("(")]
     library.impl(name, _without_forward_mode(name, kernel), "CompositeExplicitAutograd")
@@ -33,6 +40,37 @@ def define(
     if autograd is not None:
         save, backward = autograd
         torch.library.register_autograd(f"offpath::{name}", backward, setup_context=save, lib=library)
+    if "!" not in schema:  # such an op counts what it writes, for autograd
+        setattr(direct, name, _directly(name, kernel, autograd))
+
+
+def _directly(
+    name: str, kernel: Callable[..., Any], autograd: tuple[Callable[..., None], Callable[..., Any]] | None
+) -> Callable[..., Any]:
+    op = getattr(torch.ops.offpath, name).default
+    differentiable = None if autograd is None else _function(name, kernel, *autograd)
+
+    def call(*operands: Any) -> Any:
+        if torch.compiler.is_compiling() or not nobody_listens(*operands):
+            return op(*operands)
+        if torch.is_grad_enabled():
+            for operand in operands:
+                if isinstance(operand, Tensor) and operand.requires_grad:
+                    return op(*operands) if differentiable is None else differentiable.apply(*operands)
+        return kernel(*operands)
+
+    return call
+
+
+def _function(
+    name: str, kernel: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
+) -> type[Function]:
+    def forward(ctx, *operands):
+        output = kernel(*operands)
+        save(ctx, operands, output)
+        return output
+
+    return type(name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
 
 
 def of_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,22 +110,24 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def nobody_listens(x: Tensor, *operands: Tensor | None) -> bool:
+def nobody_listens(*operands: Any) -> bool:
     """Whether the dispatcher would do nothing but call the kernel; the trip through it costs as much as a small layer.
 
     The meta device, negative views, modes, functorch, tracers, forward-mode differentiation, profilers and subclasses
     of tensors want more.
     """
     if (
-        x.is_meta
-        or _count_of_modes() > 0
+        _count_of_modes() > 0
         or _functorch_interpreter() is not None
         or _tracing_state() is not None
         or forward_ad._current_level >= 0
         or autograd_profiler._is_profiler_enabled
     ):
         return False
-    for operand in (x, *operands):  # a generator expression would take as long as all the rest
-        if operand is not None and (type(operand) not in _PLAIN or operand.is_neg()):
+    for operand in operands:  # a generator expression would take as long as all the rest
+        if type(operand) in _PLAIN:
+            if operand.is_meta or operand.is_neg():
+                return False
+        elif isinstance(operand, Tensor):
             return False
     return True

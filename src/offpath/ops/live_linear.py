@@ -7,7 +7,7 @@ from torch import Tensor
 
 from offpath.kernels.gpu.contest import live_pays
 from offpath.kernels.gpu.live import MAX_TOKENS, live_matmul
-from offpath.ops.library import as_rows, define, nobody_listens
+from offpath.ops.library import as_rows, define, direct
 
 
 def live_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -16,9 +16,7 @@ def live_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Only those rows of the weight are read whose input is not zero in every token. Raises `KernelError` for operands
     that do not fit or kernels that cannot run here.
     """
-    if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and nobody_listens(x, weight, bias):
-        return _forward(x, weight, bias)
-    return torch.ops.offpath.live_linear.default(x, weight, bias)
+    return direct.live_linear(x, weight, bias)
 
 
 def reads_live_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from offpath.ops.library import direct
 from offpath.ops.row_choice import finding_pays
 from offpath.ops.sparse_row_products import prepared_weight, sparse_matmul
 from offpath.ops.sparse_rows import SparseRows
-
-_ops = torch.ops.offpath
 
 
 def sparse_matmul_of_nonzeros(
@@ -57,9 +56,9 @@ class _OfNonzeros(torch.autograd.Function):
             rows = SparseRows.from_dense(x)
             parts = rows.crow_indices, rows.indices
             if wants_x:
-                dx = rows.with_values(_ops.rows_sparse_dots(dy, *parts, w_values, *weight)).to_dense()
+                dx = rows.with_values(direct.rows_sparse_dots(dy, *parts, w_values, *weight)).to_dense()
             if wants_weight:
-                dweight = _ops.rows_sparse_weight_gradient(rows.values, *parts, dy, *weight)
+                dweight = direct.rows_sparse_weight_gradient(rows.values, *parts, dy, *weight)
             return dx, dweight, None, None, None
         backend, prepared = prepared_weight(dy, w_crow_indices, w_indices, dy.shape[1])
         if wants_x:

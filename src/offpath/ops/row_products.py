@@ -13,11 +13,9 @@ from offpath.kernels import Backend, KernelError
 from offpath.kernels.operands import in_own_dtype, row_numbers
 from offpath.kernels.reference_rows import check_rows as check_contents
 from offpath.kernels.row_calibration import dense_dots
-from offpath.ops.library import define
+from offpath.ops.library import define, direct
 from offpath.ops.row_choice import pays_densely
 from offpath.ops.selection import to_dense
-
-_ops = torch.ops.offpath
 
 
 def _matmul(values: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
@@ -149,11 +147,11 @@ def _backward_of_matmul(ctx, dy):
     dy = dy.contiguous()
     dvalues = dweight = None
     if wants_values and wants_weight:
-        dvalues, dweight = _ops.rows_gradients(dy, values, crow_indices, indices, weight)
+        dvalues, dweight = direct.rows_gradients(dy, values, crow_indices, indices, weight)
     elif wants_values:
-        dvalues = _ops.rows_dots(dy, crow_indices, indices, weight)
+        dvalues = direct.rows_dots(dy, crow_indices, indices, weight)
     elif wants_weight:
-        dweight = _ops.rows_weight_gradient(values, crow_indices, indices, dy, ctx.columns)
+        dweight = direct.rows_weight_gradient(values, crow_indices, indices, dy, ctx.columns)
     return dvalues, None, None, dweight
 
 
@@ -168,11 +166,11 @@ def _backward_of_gradients(ctx, ddvalues, ddweight):
     ddvalues, ddweight = ddvalues.contiguous(), ddweight.contiguous()
     ddy = dvalues = dweight = None
     if wants_dy:
-        ddy = _ops.rows_matmul(ddvalues, *rows, weight) + _ops.rows_matmul(values, *rows, ddweight)
+        ddy = direct.rows_matmul(ddvalues, *rows, weight) + direct.rows_matmul(values, *rows, ddweight)
     if wants_values:
-        dvalues = _ops.rows_dots(dy, *rows, ddweight)
+        dvalues = direct.rows_dots(dy, *rows, ddweight)
     if wants_weight:
-        dweight = _ops.rows_weight_gradient(ddvalues, *rows, dy, weight.shape[0])
+        dweight = direct.rows_weight_gradient(ddvalues, *rows, dy, weight.shape[0])
     return ddy, dvalues, None, None, dweight
 
 
@@ -186,10 +184,10 @@ def _save_dots(ctx, inputs, output):
 def _backward_of_dots(ctx, gradient):
     dy, crow_indices, indices, weight = ctx.saved_tensors
     wants_dy, _, _, wants_weight = ctx.needs_input_grad
-    ddy = _ops.rows_matmul(gradient, crow_indices, indices, weight) if wants_dy else None
+    ddy = direct.rows_matmul(gradient, crow_indices, indices, weight) if wants_dy else None
     dweight = None
     if wants_weight:
-        dweight = _ops.rows_weight_gradient(gradient, crow_indices, indices, dy, ctx.columns)
+        dweight = direct.rows_weight_gradient(gradient, crow_indices, indices, dy, ctx.columns)
     return ddy, None, None, dweight
 
 
@@ -203,8 +201,8 @@ def _backward_of_weight_gradient(ctx, gradient):
     values, crow_indices, indices, dy = ctx.saved_tensors
     wants_values, _, _, wants_dy, _ = ctx.needs_input_grad
     gradient = gradient.contiguous()
-    dvalues = _ops.rows_dots(dy, crow_indices, indices, gradient) if wants_values else None
-    ddy = _ops.rows_matmul(values, crow_indices, indices, gradient) if wants_dy else None
+    dvalues = direct.rows_dots(dy, crow_indices, indices, gradient) if wants_values else None
+    ddy = direct.rows_matmul(values, crow_indices, indices, gradient) if wants_dy else None
     return dvalues, None, None, ddy, None
 
 

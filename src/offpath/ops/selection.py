@@ -11,9 +11,7 @@ from torch import Tensor
 from offpath import kernels
 from offpath.kernels import KernelError
 from offpath.kernels.operands import row_numbers
-from offpath.ops.library import define
-
-_ops = torch.ops.offpath
+from offpath.ops.library import define, direct
 
 
 def row_pointer(rows: int, k: int, device: torch.device) -> Tensor:
@@ -149,12 +147,12 @@ def _backward_of_encode(ctx, dvalues, _):
     dvalues, flat = dvalues.flatten(), indices.flatten()
     dx = dweight = dbias = None
     if wants_x:
-        dx = _ops.rows_matmul(dvalues, crow_indices, flat, weight)
+        dx = direct.rows_matmul(dvalues, crow_indices, flat, weight)
     if wants_weight:
-        dweight = _ops.rows_weight_gradient(dvalues, crow_indices, flat, x, ctx.columns)
+        dweight = direct.rows_weight_gradient(dvalues, crow_indices, flat, x, ctx.columns)
     if ctx.has_bias and wants_bias:
         ones = dvalues.new_ones(indices.shape[0], 1)
-        dbias = _ops.rows_weight_gradient(dvalues, crow_indices, flat, ones, ctx.columns)[:, 0]
+        dbias = direct.rows_weight_gradient(dvalues, crow_indices, flat, ones, ctx.columns)[:, 0]
     return dx, dweight, dbias, None
 
 

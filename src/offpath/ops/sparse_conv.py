@@ -16,11 +16,10 @@ from offpath.kernels import KernelError
 from offpath.kernels.convolution import Convolution
 from offpath.ops.choice import Explanation
 from offpath.ops.convolution_choice import explain_convolution
-from offpath.ops.library import define, nobody_listens
+from offpath.ops.library import define, direct
 from offpath.ops.prepared import prepare
 from offpath.ops.prepared_convolutions import PreparedConvolutions, is_channels_last
 
-_ops = torch.ops.offpath
 # Pairs are (height, width); `padding` is top, left, bottom, right.
 _SIZES = "SymInt[2] kernel, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, str prefer='speed'"
 _TOPOLOGY = "Tensor crow_indices, Tensor col_indices"
@@ -60,9 +59,7 @@ def sparse_conv2d(
             f"{kernel}, {stride}, {dilation} and {padding}"
         )
     operands = x, values, bias, crow_indices, col_indices, kernel, stride, padding, dilation, groups, prefer
-    if not torch.compiler.is_compiling() and nobody_listens(x, values, bias) and not _wants_gradient(x, values, bias):
-        return _forward(*operands)
-    return _ops.sparse_conv2d.default(*operands)
+    return direct.sparse_conv2d(*operands)
 
 
 def explain_conv2d(
@@ -80,10 +77,6 @@ def explain_conv2d(
     """How `sparse_conv2d` and its gradients are computed for images of `shape`, and what they would cost."""
     convolution = _convolution(shape[2:], shape[1], crow_indices, kernel, stride, padding, dilation, groups)
     return explain_convolution(convolution, values, shape[0], channels_last, prefer)
-
-
-def _wants_gradient(*operands: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in operands)
 
 
 # Making one takes as long as the call of a small layer.
@@ -206,9 +199,9 @@ def _gradients(ctx, dy):
     dx = dvalues = dbias = None
     if ctx.needs_input_grad[0]:
         topology = crow_indices, col_indices
-        dx = _ops.sparse_conv2d_dx.default(dy, values, *topology, x.shape, is_channels_last(x), *ctx.sizes)
+        dx = direct.sparse_conv2d_dx(dy, values, *topology, x.shape, is_channels_last(x), *ctx.sizes)
     if ctx.needs_input_grad[1]:
-        dvalues = _ops.sparse_conv2d_dvalues.default(dy, x, crow_indices, col_indices, *ctx.sizes)
+        dvalues = direct.sparse_conv2d_dvalues(dy, x, crow_indices, col_indices, *ctx.sizes)
     if ctx.needs_input_grad[2]:
         dbias = dy.sum((0, 2, 3))
     return dx, dvalues, dbias, *(None,) * (2 + len(ctx.sizes))
@@ -223,9 +216,9 @@ def _gradients_of_dx(ctx, g):
     dy, values, crow_indices, col_indices = ctx.saved_tensors
     of_dy = of_values = None
     if ctx.needs_input_grad[0]:
-        of_dy = _ops.sparse_conv2d.default(g, values, None, crow_indices, col_indices, *ctx.sizes)
+        of_dy = direct.sparse_conv2d(g, values, None, crow_indices, col_indices, *ctx.sizes)
     if ctx.needs_input_grad[1]:
-        of_values = _ops.sparse_conv2d_dvalues.default(dy, g, crow_indices, col_indices, *ctx.sizes)
+        of_values = direct.sparse_conv2d_dvalues(dy, g, crow_indices, col_indices, *ctx.sizes)
     return of_dy, of_values, *(None,) * (4 + len(ctx.sizes))
 
 
@@ -238,10 +231,10 @@ def _gradients_of_dvalues(ctx, g):
     dy, x, crow_indices, col_indices = ctx.saved_tensors
     of_dy = of_x = None
     if ctx.needs_input_grad[0]:
-        of_dy = _ops.sparse_conv2d.default(x, g, None, crow_indices, col_indices, *ctx.sizes)
+        of_dy = direct.sparse_conv2d(x, g, None, crow_indices, col_indices, *ctx.sizes)
     if ctx.needs_input_grad[1]:
         topology = crow_indices, col_indices
-        of_x = _ops.sparse_conv2d_dx.default(dy, g, *topology, x.shape, is_channels_last(x), *ctx.sizes)
+        of_x = direct.sparse_conv2d_dx(dy, g, *topology, x.shape, is_channels_last(x), *ctx.sizes)
     return of_dy, of_x, *(None,) * (2 + len(ctx.sizes))
 
 

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from offpath import kernels
 from offpath.kernels import Backend, KernelError
 from offpath.kernels.operands import row_numbers
 from offpath.kernels.reference_rows import check_rows as check_contents
-from offpath.ops.library import define, nobody_listens
+from offpath.ops.library import define, direct
 from offpath.ops.prepared import Prepared, prepare
 from offpath.ops.row_choice import pays_over_all_connections
 from offpath.ops.row_products import check_matrix, check_rows, written_out
 from offpath.ops.sparse_rows import SparseRows
 from offpath.pattern import Pattern
-
-_ops = torch.ops.offpath
 
 
 def sparse_matmul(
@@ -44,16 +41,8 @@ def sparse_matmul(
         raise KernelError(
             f"expected a weight of {rows.columns} inputs, got w_crow_indices of shape {tuple(w_crow_indices.shape)}"
         )
-    values = rows.values
-    operands = (values, rows.crow_indices, rows.indices, w_values, w_crow_indices, w_indices, out_features)
-    if (
-        not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and (values.requires_grad or w_values.requires_grad))
-        and forward_ad._current_level < 0
-        and nobody_listens(values, w_values)
-    ):
-        return _matmul(*operands)  # what the dispatcher would call: its way there takes as long as a small product
-    return _ops.rows_sparse_matmul(*operands)
+    parts = rows.values, rows.crow_indices, rows.indices
+    return direct.rows_sparse_matmul(*parts, w_values, w_crow_indices, w_indices, out_features)
 
 
 def _matmul(
@@ -161,8 +150,8 @@ def _backward_of_matmul(ctx, dy):
     values, *rows, w_values, w_crow_indices, w_indices = ctx.saved_tensors
     wants_values, _, _, wants_weight, *_ = ctx.needs_input_grad
     weight = w_crow_indices, w_indices
-    dvalues = _ops.rows_sparse_dots(dy, *rows, w_values, *weight) if wants_values else None
-    dweight = _ops.rows_sparse_weight_gradient(values, *rows, dy, *weight) if wants_weight else None
+    dvalues = direct.rows_sparse_dots(dy, *rows, w_values, *weight) if wants_values else None
+    dweight = direct.rows_sparse_weight_gradient(values, *rows, dy, *weight) if wants_weight else None
     return dvalues, None, None, dweight, None, None, None
 
 
@@ -170,8 +159,8 @@ def _backward_of_dots(ctx, gradient):
     dy, *rows, w_values, w_crow_indices, w_indices = ctx.saved_tensors
     wants_dy, _, _, wants_weight, *_ = ctx.needs_input_grad
     weight = w_crow_indices, w_indices
-    ddy = _ops.rows_sparse_matmul(gradient, *rows, w_values, *weight, ctx.width) if wants_dy else None
-    dweight = _ops.rows_sparse_weight_gradient(gradient, *rows, dy, *weight) if wants_weight else None
+    ddy = direct.rows_sparse_matmul(gradient, *rows, w_values, *weight, ctx.width) if wants_dy else None
+    dweight = direct.rows_sparse_weight_gradient(gradient, *rows, dy, *weight) if wants_weight else None
     return ddy, None, None, dweight, None, None
 
 
@@ -179,8 +168,8 @@ def _backward_of_weight_gradient(ctx, gradient):
     values, *rows, dy, w_crow_indices, w_indices = ctx.saved_tensors
     wants_values, _, _, wants_dy, *_ = ctx.needs_input_grad
     weight = gradient, w_crow_indices, w_indices
-    dvalues = _ops.rows_sparse_dots(dy, *rows, *weight) if wants_values else None
-    ddy = _ops.rows_sparse_matmul(values, *rows, *weight, ctx.width) if wants_dy else None
+    dvalues = direct.rows_sparse_dots(dy, *rows, *weight) if wants_values else None
+    ddy = direct.rows_sparse_matmul(values, *rows, *weight, ctx.width) if wants_dy else None
     return dvalues, None, None, ddy, None, None
 
 

@@ -8,9 +8,8 @@ from torch import Tensor
 from offpath import kernels
 from offpath.kernels import KernelError
 from offpath.kernels.reference_rows import check_rows
+from offpath.ops.library import direct
 from offpath.ops.selection import check_scores, row_pointer, to_dense
-
-_ops = torch.ops.offpath
 
 
 class SparseRows:
@@ -55,7 +54,7 @@ class SparseRows:
         tensor([0, 1, 2], dtype=torch.int32)
         """
         check_scores(dense)
-        crow_indices, indices, values = _ops.above(dense, None)
+        crow_indices, indices, values = direct.above(dense, None)
         return cls(crow_indices, indices, values, dense.shape[1])
 
     @classmethod
@@ -138,7 +137,7 @@ class SparseRows:
         """
         if weight.shape[:1] != (self.columns,):
             raise KernelError(f"expected a weight of {self.columns} rows, got shape {tuple(weight.shape)}")
-        return _ops.rows_matmul(self.values, self.crow_indices, self.indices, weight)
+        return direct.rows_matmul(self.values, self.crow_indices, self.indices, weight)
 
     def __matmul__(self, weight: Tensor) -> Tensor:
         return self.matmul(weight)
@@ -158,7 +157,7 @@ class SparseRows:
         if buffer.shape[:1] != (self.columns,):
             raise KernelError(f"expected a buffer of {self.columns} rows, got shape {tuple(buffer.shape)}")
         with torch.no_grad():  # as a decorator it would keep `torch.compile` out
-            _ops.add_rows_weight_gradient(buffer, self.values, self.crow_indices, self.indices, dy)
+            torch.ops.offpath.add_rows_weight_gradient(buffer, self.values, self.crow_indices, self.indices, dy)
 
     def counts(self) -> Tensor:
         """In how many entries each column occurs, int32 [columns].
@@ -195,7 +194,7 @@ def topk_rows(x: Tensor, k: int) -> SparseRows:
     tensor([1, 3], dtype=torch.int32)
     """
     check_scores(x)
-    values, indices = _ops.topk_rows(x, k)
+    values, indices = direct.topk_rows(x, k)
     return SparseRows.from_topk(values, indices, x.shape[1])
 
 
@@ -206,7 +205,7 @@ def batch_topk(x: Tensor, k: int) -> SparseRows:
     tensor([0, 1, 2], dtype=torch.int32)
     """
     check_scores(x)
-    crow_indices, indices, values = _ops.batch_topk(x, k)
+    crow_indices, indices, values = direct.batch_topk(x, k)
     return SparseRows(crow_indices, indices, values, x.shape[1])
 
 
@@ -227,7 +226,7 @@ def above(x: Tensor, threshold: Tensor | float = 0.0) -> SparseRows:
             f"expected one threshold, or one for each of the {x.shape[1]} columns, got shape {tuple(threshold.shape)}"
         )
     threshold = _round_down(threshold.detach(), x.dtype)
-    crow_indices, indices, values = _ops.above(x, threshold.expand(x.shape[1]).contiguous())
+    crow_indices, indices, values = direct.above(x, threshold.expand(x.shape[1]).contiguous())
     return SparseRows(crow_indices, indices, values, x.shape[1])
 
 
@@ -240,7 +239,7 @@ def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Spars
     >>> encode_topk(torch.tensor([[1.0]]), torch.tensor([[1.0], [3.0]]), None, 1).values
     tensor([3.])
     """
-    values, indices = _ops.encode_topk(x, weight, bias, k)
+    values, indices = direct.encode_topk(x, weight, bias, k)
     return SparseRows.from_topk(values, indices, weight.shape[0])
 
 

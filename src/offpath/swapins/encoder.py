@@ -11,10 +11,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from offpath.ops import SparseRows
+from offpath.ops.library import direct
 from offpath.ops.row_choice import SURELY_SPARSE
 from offpath.ops.selection import row_pointer
-
-_ops = torch.ops.offpath
 
 
 def few_live(dense: Tensor) -> bool:
@@ -61,7 +60,7 @@ class _PreActivations(torch.autograd.Function):
         dx = rows @ weight if wants_x else None
         dweight = None
         if wants_weight:
-            dweight = _ops.rows_weight_gradient(rows.values, rows.crow_indices, rows.indices, x, weight.shape[0])
+            dweight = direct.rows_weight_gradient(rows.values, rows.crow_indices, rows.indices, x, weight.shape[0])
         return dx, dweight, dbias
 
 
@@ -73,7 +72,7 @@ def activations_at(indices: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> 
     """
     crow_indices = row_pointer(indices.shape[0], indices.shape[1], indices.device)
     flat = indices.flatten()
-    return (_ops.rows_dots(x, crow_indices, flat, weight) + bias.index_select(0, flat)).view(indices.shape)
+    return (direct.rows_dots(x, crow_indices, flat, weight) + bias.index_select(0, flat)).view(indices.shape)
 
 
 class LazyPreActivations(Tensor):
