@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+import gpu_host
 import standin
 from offpath.kernels.gpu import (
     counting_sort,
@@ -59,6 +60,7 @@ def _call_every_launcher(dtype: torch.dtype) -> None:
     gather.dots(*ROWS, wide, weight)
     counting_sort.weight_gradient(*ROWS, values, wide, 4)
     counting_sort.row_gradients(*ROWS, values, wide, weight)
+    counting_sort.encoder_gradients(*ROWS, values, wide, 4)
     densely.written_out(*ROWS, values, 4)
     ties.take_first_of_equals(wide, weight[:2, :4], torch.zeros(2, 3, dtype=torch.int64))
 
@@ -218,3 +220,14 @@ def test_our_own_launches(driver: standin.Driver) -> None:
     elsewhere = replace(kernel, context=ctypes.c_void_p(kernel.context.value + 16), overlaps=False)
     made = driver.launch_of(lambda: elsewhere.launch((1, 1), 32, 0, *arguments), [8] * 4)
     assert made.attribute_count == 0 and (driver.last.pushed, driver.last.popped) == (1, 1)
+
+
+def test_the_benchmark_of_the_host_runs(driver: standin.Driver) -> None:
+    table = gpu_host.table(driver, rounds=1, sample_seconds=0.0)
+    launches = dict(zip(*(list(column.cells) for column in table.columns[:2]), strict=True))
+    # One product of a few tokens, and two gradients; of more, each turns its operands and its result.
+    assert launches["SparseLinear row-wise, 1 token, step"] == "3"
+    assert launches["SparseLinear row-wise, 16 tokens, step"] == "8"
+    assert launches["SparseLinear dense, 16 tokens, step"] == "2"
+    assert launches["PackedSparseLinear, 1 token, inference"] == "1"
+    assert launches["SparseInputLinear, 1 token, inference"] == "2"

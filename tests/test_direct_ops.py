@@ -26,6 +26,7 @@ OPERANDS = {
     "rows_matmul": lambda: (_drawn(5), *ROWS, _drawn(4, 2)),
     "rows_dots": lambda: (_drawn(3, 2), *ROWS, _drawn(4, 2)),
     "rows_weight_gradient": lambda: (_drawn(5), *ROWS, _drawn(3, 2), 4),
+    "rows_encoder_gradients": lambda: (_drawn(5), *ROWS, _drawn(3, 2), 4),
     "rows_gradients": lambda: (_drawn(3, 2), _drawn(5), *ROWS, _drawn(4, 2)),
     "topk_rows": lambda: (_drawn(3, 6), 2),
     "batch_topk": lambda: (_drawn(3, 6), 7),

@@ -46,7 +46,7 @@ def test_the_interpreter_runs_every_triton_kernel_through_the_checks(tmp_path: P
     assert sheet["finished"]
     assert [check for check in sheet["checks"] if check["problems"]] == []
     gathers = {"gather_sum", "gather_dot", "weight_gradient", "add_weight_gradient", "row_gradients", "counts"}
-    gathers |= {"written_out"}
+    gathers |= {"encoder_gradients", "written_out"}
     selections = {"topk", "batch_topk", "above", "encode_topk"}
     weights = {"spmm", "sddmm", "bitmap", "expand", "compress"}
     assert {check["kernel"] for check in sheet["checks"]} == gathers | selections | weights

@@ -137,13 +137,26 @@ KERNELS = (
         "gradients",
         counting_sort.gather_by_name_kernel,
         {"starts": "*i32", "entries": "*i64", "rows": "*i32", "dots": "*fp32"}
-        | dict.fromkeys(("values", "dy", "weight", "gradient"), "*bf16")
+        | dict.fromkeys(("values", "dy", "weight", "gradient", "totals"), "*bf16")
         | dict.fromkeys(("nnz", "width", "dy_stride", "weight_stride", "gradient_stride"), "i32"),
-        {"ADD": False, "DOTS": True, "ACCUMULATOR": tl.float32, "WHOLE": True, "BLOCK": 512},
+        {"ADD": False, "DOTS": True, "TOTALS": False, "ACCUMULATOR": tl.float32, "WHOLE": True, "BLOCK": 512},
         1,
         512 // 32,
         2 * MEMORY,
         3,
+    ),
+    Compiled(
+        "gradients of an encoder",
+        counting_sort.gather_by_name_kernel,
+        {"starts": "*i32", "entries": "*i64", "rows": "*i32"}
+        | dict.fromkeys(("values", "dy", "weight", "gradient", "dots", "totals"), "*bf16")
+        | dict.fromkeys(("nnz", "width", "dy_stride", "gradient_stride"), "i32"),
+        {"weight_stride": 0, "ADD": False, "DOTS": False, "TOTALS": True, "ACCUMULATOR": tl.float32, "WHOLE": True}
+        | {"BLOCK": 512},
+        1,
+        512 // 32,
+        2 * MEMORY,
+        2,
     ),
     # Of a position, at half of the connections: 2 bytes of the dense weight, 1 of a value, 1/4 of the bits and offsets.
     _bits("expand", expand.expand_kernel, 3.25 * MEMORY),

@@ -33,6 +33,7 @@ from row_cases import (
     PROBLEMS as ROW_CASES,
     PRODUCTS as ROW_PRODUCTS,
     PRODUCTS_OF_VIEWS,
+    RowProblem,
     RowProduct,
     _problem,
 )
@@ -177,6 +178,17 @@ def test_both_gradients_at_once_are_those_of_each(dtype: torch.dtype) -> None:
         assert torch.equal(dots, reference_rows.dots(*rows, dy, weight)), problem.name
         expected = reference_rows.weight_gradient(*rows, values, dy, problem.columns)
         assert torch.equal(gradient, expected), problem.name
+        _check_encoder_gradients(counting_sort, problem, values, dy)
+
+
+def _check_encoder_gradients(module: ModuleType, problem: RowProblem, values: torch.Tensor, dy: torch.Tensor) -> None:
+    rows = problem.crow_indices, problem.indices
+    with checkers.poisoned_memory():
+        gradient, totals = module.encoder_gradients(*rows, values, dy, problem.columns)
+    ones = torch.ones(problem.rows, 1, dtype=dy.dtype)
+    for got, of in ((gradient, dy), (totals[:, None], ones)):
+        right = reference_rows.weight_gradient(*rows, values, of, problem.columns)
+        assert torch.equal(got, right), problem.name
 
 
 @pytest.mark.parametrize(("tokens", "transposes"), [(3, 0), (16, 3), (18, 4)])
@@ -314,8 +326,11 @@ MUTANTS = {
     "dot: forgets blocks": (gather, "parts.sum(0)", "parts[0]"),
     "gradient: forgets names without an entry": (counting_sort, "if begin < end or not ADD:", "if begin < end:"),
     "gradient: touches names without an entry": (counting_sort, "if begin < end or not ADD:", "if begin <= end:"),
-    "gradient: values in the order of the batch": (counting_sort, "values[by_name.entries]", "values"),
+    "gradient: values in the order of the batch": (counting_sort, "values.index_select(0, by_name.entries)", "values"),
     "gradient: writes instead of adding": (counting_sort, "        if ADD:\n", "        if False:\n"),
+    "totals: of one entry": (counting_sort, "total += value", "total = value"),
+    "totals: of another block": (counting_sort, "if TOTALS and block == 0:", "if TOTALS and block == 1:"),
+    "totals: of the wrong place": (counting_sort, "totals + name,", "totals + name // 2,"),
     "counts: of the last place": (
         counting_sort,
         "torch.arange(columns + 1, dtype=torch.int32, device=indices.device)\n    return",
@@ -377,6 +392,11 @@ def test_a_mutant_is_rejected(name: str, tmp_path: Path, monkeypatch: pytest.Mon
             _check_rows(
                 rows_of(mutant if module is gather else gather, mutant if module is counting_sort else counting_sort)
             )
+            if name.startswith("totals"):
+                for problem in ROW_PROBLEMS:
+                    draw = row_checkers.small_integers(3, torch.float32)
+                    operands = draw(problem.indices.shape), draw((problem.rows, problem.width))
+                    _check_encoder_gradients(mutant, problem, *operands)
         else:
             _check_weights(
                 backend_of(mutant if module is sparse_weight else sparse_weight, mutant if module is expand else expand)

@@ -30,7 +30,7 @@ DTYPE = torch.bfloat16
 Size = tuple[int, int, int, int]  # latents, k, width, tokens
 SIZE, QUICK_SIZE = (65536, 64, 4096, 4096), (8192, 32, 512, 512)
 CHECKED = 16  # rows and latents that are compared with float64
-KERNELS = "encode_topk", "batch_topk", "gather_sum", "gather_dot", "weight_gradient", "row_gradients"
+KERNELS = "encode_topk", "batch_topk", "gather_sum", "gather_dot", "encoder_gradients", "row_gradients"
 
 
 @dataclass(frozen=True)

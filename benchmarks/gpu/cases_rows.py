@@ -64,6 +64,15 @@ class Rows:
         columns = self.weight.shape[0]
         return self.right(reference_rows.weight_gradient, self.named()[:, None], self.values, self.dy, columns)
 
+    def totals(self) -> Expected:
+        """The sum of the values at each column."""
+        exact, size = (
+            torch.zeros(self.weight.shape[0], dtype=torch.float64, device=by.device).index_add_(0, self.indices, by)
+            for by in (self.values.double(), self.values.double().abs())
+        )
+        dtype = self.values.dtype
+        return exactly(exact.to(dtype)) if self.whole else sums(exact, size, self.named(), dtype)
+
     def named(self) -> Tensor:
         """How many entries name each column."""
         return torch.bincount(self.indices, minlength=self.weight.shape[0])
@@ -119,6 +128,13 @@ def by_name(scale: str, device: torch.device) -> Iterator[Case]:
             of.name,
             partial(counting_sort.row_gradients, *operands, of.weight),
             lambda of=of: (of.dots(), of.gradient()),
+            inputs,
+        )
+        yield Case(
+            "encoder_gradients",
+            of.name,
+            partial(counting_sort.encoder_gradients, *operands, of.weight.shape[0]),
+            lambda of=of: (of.gradient(), of.totals()),
             inputs,
         )
     indices = torch.randint(0, 300, (1000,), device=device, dtype=torch.int32)

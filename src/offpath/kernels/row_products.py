@@ -24,6 +24,8 @@ class RowProducts:
     `add_weight_gradient(crow_indices, indices, values, dy, buffer)`: the same added to `buffer` [columns, width], whose
     rows without an entry are not touched.
     `gradients(crow_indices, indices, values, dy, weight)`: (`dots`, `weight_gradient`), where both at once are faster.
+    `encoder_gradients(crow_indices, indices, values, dy, columns)`: (`weight_gradient`, the sum of the values at each
+    column), where both at once are faster: of weight and bias of a linear layer of which some outputs were chosen.
     `written_out(crow_indices, indices, values, columns)`: the rows with their zeros, [rows, columns], and `dense_dots`,
     `dots` from all products of two rows: for rows that are nearly full, where torch's own ways are not good enough.
     `sparse_matmul(crow_indices, indices, values, w_crow_indices, w_indices, w_values, width)`: `matmul` with a sparse
@@ -58,5 +60,6 @@ class RowProducts:
     above: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
     encode_topk: Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
     gradients: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    encoder_gradients: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
     written_out: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
     dense_dots: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None

@@ -155,25 +155,30 @@ class SparseAutoencoder(KeepsStatistics):
         expect_variance(variance, x.shape[0])  # before all else: a GPU is waited for while it has little to do
         rows, thresholds = self._scores(centered)
         live = rows if thresholds is None else self._jumped(rows, thresholds)
+        fired = live.values > 0
         if self.training:
-            self._count(live)
+            self._count(live, fired)
         residual = x - self.decode(live)
-        fvu = residual.square().sum() / variance if x.shape[0] else residual.sum() * 0
-        zero = fvu.new_zeros(())
-        aux, l0_loss = zero, zero
-        if thresholds is not None and x.shape[0]:
-            l0_loss = (step(rows.values, thresholds, self.bandwidth).sum() / x.shape[0] / self.k - 1).square()
+        squares = residual.square().sum()
+        fvu = squares / variance if x.shape[0] else residual.sum() * 0
+        total = fvu.clone()  # who scales it in place does not scale what it consists of
+        aux = l0_loss = fvu.new_zeros(())
         dead = self.tokens_since_fired >= self.dead_after
         if self.k_aux and self.aux_coefficient and self.training:  # or nobody has to wait for the number of them
             places = dead.nonzero()[:, 0]
-            aux = self._auxiliary_loss(x, residual.detach(), places) if len(places) else zero
+            if len(places):
+                aux = self._auxiliary_loss(x, residual.detach(), places)
+                total = total + self.aux_coefficient * aux
+        if thresholds is not None and x.shape[0]:
+            l0_loss = (step(rows.values, thresholds, self.bandwidth).sum() / x.shape[0] / self.k - 1).square()
+            total = total + self.l0_coefficient * l0_loss
         return SAELoss(
-            total=fvu + self.aux_coefficient * aux + self.l0_coefficient * l0_loss,
+            total=total,
             fvu=fvu,
             aux=aux,
             l0_loss=l0_loss,
-            mse=residual.detach().square().sum() / max(1, residual.numel()),
-            l0=(live.values > 0).to(fvu.dtype).sum() / max(1, x.shape[0]),
+            mse=squares.detach() / max(1, residual.numel()),
+            l0=fired.sum(dtype=fvu.dtype) / max(1, x.shape[0]),
             dead_latents=dead,
         )
 
@@ -267,10 +272,10 @@ class SparseAutoencoder(KeepsStatistics):
         return error.sum() * 0 if variance == 0 else error.square().sum() / variance
 
     @torch.no_grad()
-    def _count(self, live: SparseRows) -> None:
+    def _count(self, live: SparseRows, fired: Tensor) -> None:
         self.tokens_since_fired += live.shape[0]
         # As a minimum, since to look for those that fired would wait for a GPU.
-        counts = torch.where(live.values > 0, 0, torch.iinfo(torch.int64).max)
+        counts = torch.where(fired, 0, torch.iinfo(torch.int64).max)
         self.tokens_since_fired.scatter_reduce_(0, live.indices.long(), counts, "amin")
         if self.activation == "batch_topk" and live.nnz:
             least = live.values.min().to(self.threshold.dtype)

@@ -134,9 +134,11 @@ class _Encoded(torch.autograd.Function):
         dx = dweight = dbias = None
         if wants_x:
             dx = direct.rows_matmul(dvalues, crow_indices, indices, weight)
-        if wants_weight:
+        if wants_weight and wants_bias:
+            dweight, dbias = direct.rows_encoder_gradients(dvalues, crow_indices, indices, x, weight.shape[0])
+        elif wants_weight:
             dweight = direct.rows_weight_gradient(dvalues, crow_indices, indices, x, weight.shape[0])
-        if wants_bias:
+        elif wants_bias:
             ones = dvalues.new_ones(x.shape[0], 1)
             dbias = direct.rows_weight_gradient(dvalues, crow_indices, indices, ones, weight.shape[0])[:, 0]
         return None, None, None, dx, dweight, dbias

@@ -71,6 +71,21 @@ def _gradients(
     return backend.rows.gradients(crow_indices, indices, values, dy, weight)
 
 
+def _encoder_gradients(
+    values: Tensor, crow_indices: Tensor, indices: Tensor, dy: Tensor, columns: int
+) -> tuple[Tensor, Tensor]:
+    """The gradient of an encoder's weight, and that of its bias."""
+    backend = kernels.select(dy.device.type, dy.dtype)
+    sizes = backend, dy.dtype, indices.shape[0], dy.shape[0], columns, dy.shape[1]
+    if backend.rows.encoder_gradients is None or pays_densely("weight_gradient", *sizes):
+        ones = dy.new_ones(dy.shape[0], 1)
+        of_bias = _weight_gradient(values, crow_indices, indices, ones, columns)[:, 0]
+        return _weight_gradient(values, crow_indices, indices, dy, columns), of_bias
+    check_rows(crow_indices, indices, values)
+    check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
+    return backend.rows.encoder_gradients(crow_indices, indices, values, dy, columns)
+
+
 def written_out(backend: Backend, crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int) -> Tensor:
     """The rows with their zeros, [rows, columns], once they are checked."""
     if backend.rows.written_out is not None:
@@ -132,6 +147,10 @@ def _fake_gradients(dy, values, crow_indices, indices, weight):
 
 def _fake_weight_gradient(values, crow_indices, indices, dy, columns):
     return values.new_empty(columns, dy.shape[1])
+
+
+def _fake_encoder_gradients(values, crow_indices, indices, dy, columns):
+    return values.new_empty(columns, dy.shape[1]), values.new_empty(columns)
 
 
 def _save_matmul(ctx, inputs, output):
@@ -206,6 +225,23 @@ def _backward_of_weight_gradient(ctx, gradient):
     return dvalues, None, None, ddy, None
 
 
+def _save_encoder_gradients(ctx, inputs, output):
+    values, crow_indices, indices, dy, _ = inputs
+    ctx.save_for_backward(values, crow_indices, indices, dy)
+
+
+def _backward_of_encoder_gradients(ctx, of_weight, of_bias):
+    values, crow_indices, indices, dy = ctx.saved_tensors
+    wants_values, _, _, wants_dy, _ = ctx.needs_input_grad
+    of_weight = of_weight.contiguous()
+    dvalues = ddy = None
+    if wants_values:
+        dvalues = direct.rows_dots(dy, crow_indices, indices, of_weight) + of_bias.index_select(0, indices)
+    if wants_dy:
+        ddy = direct.rows_matmul(values, crow_indices, indices, of_weight)
+    return dvalues, None, None, ddy, None
+
+
 define(
     "rows_matmul(Tensor values, Tensor crow_indices, Tensor indices, Tensor weight) -> Tensor",
     _matmul,
@@ -223,6 +259,13 @@ define(
     _weight_gradient,
     _fake_weight_gradient,
     (_save_weight_gradient, _backward_of_weight_gradient),
+)
+define(
+    "rows_encoder_gradients(Tensor values, Tensor crow_indices, Tensor indices, Tensor dy, SymInt columns) -> "
+    "(Tensor, Tensor)",
+    _encoder_gradients,
+    _fake_encoder_gradients,
+    (_save_encoder_gradients, _backward_of_encoder_gradients),
 )
 define(
     "rows_gradients(Tensor dy, Tensor values, Tensor crow_indices, Tensor indices, Tensor weight) -> (Tensor, Tensor)",

@@ -17,7 +17,9 @@ from offpath.ops.library import define, direct
 def row_pointer(rows: int, k: int, device: torch.device) -> Tensor:
     """The `crow_indices` of `rows` rows of k entries each."""
     _check_count(rows, k)
-    return torch.arange(rows + 1, dtype=torch.int32, device=device) * k
+    if k == 0:
+        return torch.zeros(rows + 1, dtype=torch.int32, device=device)
+    return torch.arange(0, rows * k + 1, k, dtype=torch.int32, device=device)
 
 
 def _check_count(rows: int, k: int) -> None:
@@ -148,9 +150,11 @@ def _backward_of_encode(ctx, dvalues, _):
     dx = dweight = dbias = None
     if wants_x:
         dx = direct.rows_matmul(dvalues, crow_indices, flat, weight)
-    if wants_weight:
+    if wants_weight and ctx.has_bias and wants_bias:
+        dweight, dbias = direct.rows_encoder_gradients(dvalues, crow_indices, flat, x, ctx.columns)
+    elif wants_weight:
         dweight = direct.rows_weight_gradient(dvalues, crow_indices, flat, x, ctx.columns)
-    if ctx.has_bias and wants_bias:
+    elif ctx.has_bias and wants_bias:
         ones = dvalues.new_ones(indices.shape[0], 1)
         dbias = direct.rows_weight_gradient(dvalues, crow_indices, flat, ones, ctx.columns)[:, 0]
     return dx, dweight, dbias, None

@@ -27,7 +27,6 @@ from offpath.kernels.gpu.launch import (
     launch,
     wide_dtype,
 )
-from offpath.kernels.operands import row_numbers
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,8 @@ class Named:
 def named(crow_indices: Tensor, indices: Tensor, columns: int) -> Named:
     """Which entries name each place in [0, columns); entries out of that range belong to none."""
     starts, entries = _sorted(indices, columns)
-    rows = row_numbers(crow_indices, indices.shape[0]).int()[entries]
+    # The row of an entry is the number of rows that end before or at it.
+    rows = torch.searchsorted(crow_indices[1:].long(), entries, right=True, out_int32=True)
     return Named(starts, entries, rows)
 
 
@@ -98,6 +98,7 @@ def gather_by_name_kernel(
     weight,
     gradient,
     dots,
+    totals,
     nnz,
     width,
     dy_stride,
@@ -105,14 +106,16 @@ def gather_by_name_kernel(
     gradient_stride,
     ADD: tl.constexpr,
     DOTS: tl.constexpr,
+    TOTALS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """gradient[name] = sum over the entries at it of value * dy[row]; with DOTS, <dy[row], weight[name]> for each too.
 
-    `values` stand in the order of the names, dots in that of the batch. With ADD, the sum is added to the gradient, and
-    rows without an entry are not touched. Grid (names, blocks of the width).
+    `values` stand in the order of the names, dots in that of the batch. With TOTALS, totals[name] is the sum of the
+    values. With ADD, the sum is added to the gradient, and rows without an entry are not touched. Grid (names, blocks
+    of the width).
     """
     name = tl.program_id(0)
     block = tl.program_id(1)
@@ -121,6 +124,7 @@ def gather_by_name_kernel(
     end = tl.load(starts + name + 1)
     if begin < end or not ADD:
         sums = tl.zeros([BLOCK], ACCUMULATOR)
+        total = tl.full([], 0.0, ACCUMULATOR)
         if DOTS:
             # Read once for all its entries, and not at all where there is none.
             source = weight + name.to(tl.int64) * weight_stride + place
@@ -130,6 +134,8 @@ def gather_by_name_kernel(
             row = tl.load(rows + position).to(tl.int64)
             wide_dy = load_part(dy + row * dy_stride, place, width, WHOLE).to(ACCUMULATOR)
             sums += value * wide_dy
+            if TOTALS:
+                total += value
             if DOTS:
                 dot = tl.sum(wide_dy * wide_weight, 0)
                 tl.store(dots + block.to(tl.int64) * nnz + tl.load(entries + position), dot)
@@ -137,6 +143,8 @@ def gather_by_name_kernel(
         if ADD:
             sums += load_part(target, place, width, WHOLE).to(ACCUMULATOR)
         tl.store(target + place, sums.to(gradient.dtype.element_ty), mask=None if WHOLE else place < width)
+        if TOTALS and block == 0:
+            tl.store(totals + name, total.to(totals.dtype.element_ty))
 
 
 def weight_gradient(crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor, columns: int) -> Tensor:
@@ -144,8 +152,22 @@ def weight_gradient(crow_indices: Tensor, indices: Tensor, values: Tensor, dy: T
     _expect(crow_indices, indices, values, dy)
     expect_rows(crow_indices, indices, columns)
     gradient = values.new_empty(columns, dy.shape[1])
-    _launch(named(crow_indices, indices, columns), values, contiguous_rows(dy), gradient, add=False)
+    _launch(named(crow_indices, indices, columns), values, contiguous_rows(dy), gradient)
     return gradient
+
+
+def encoder_gradients(
+    crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor, columns: int
+) -> tuple[Tensor, Tensor]:
+    """(`weight_gradient`, the sum of the values at each column) at once: `RowProducts.encoder_gradients`."""
+    _expect(crow_indices, indices, values, dy)
+    expect_rows(crow_indices, indices, columns)
+    if dy.shape[1] == 0:
+        totals = weight_gradient(crow_indices, indices, values, dy.new_ones(dy.shape[0], 1), columns)[:, 0]
+        return values.new_empty(columns, 0), totals
+    gradient, totals = values.new_empty(columns, dy.shape[1]), values.new_empty(columns)
+    _launch(named(crow_indices, indices, columns), values, contiguous_rows(dy), gradient, totals=totals)
+    return gradient, totals
 
 
 def add_weight_gradient(crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor, buffer: Tensor) -> None:
@@ -175,7 +197,6 @@ def row_gradients(
         values,
         contiguous_rows(dy),
         gradient,
-        add=False,
         weight=contiguous_rows(weight),
     )
     return dots, gradient
@@ -190,27 +211,35 @@ def _expect(crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor) -
 
 
 def _launch(
-    by_name: Named, values: Tensor, dy: Tensor, gradient: Tensor, add: bool, weight: Tensor | None = None
+    by_name: Named,
+    values: Tensor,
+    dy: Tensor,
+    gradient: Tensor,
+    add: bool = False,
+    weight: Tensor | None = None,
+    totals: Tensor | None = None,
 ) -> Tensor:
-    """Fills `gradient`, and returns the dots where a `weight` was given; the operands have been checked."""
+    """Fills `gradient` and `totals`, and returns the dots where there is a `weight`; the operands have been checked."""
     (names, width), nnz = gradient.shape, values.shape[0]
     if names == 0 or width == 0:
         return values.new_zeros(nnz)
     block = block_of(width, 1024 // values.element_size())
     blocks = blocks_of(width, block)
-    # An entry that names nothing keeps NaN, as in `dots`.
-    parts = values.new_full((blocks, nnz if weight is not None else 0), float("nan"), dtype=wide_dtype(values.dtype))
+    parts = gradient  # stands for what is not written
+    if weight is not None:  # an entry that names nothing keeps NaN, as in `dots`
+        parts = values.new_full((blocks, nnz), float("nan"), dtype=wide_dtype(values.dtype))
     launch(
         gather_by_name_kernel,
         (names, blocks),
         by_name.starts,
         by_name.entries,
         by_name.rows,
-        values[by_name.entries],
+        values.index_select(0, by_name.entries),
         dy,
         gradient if weight is None else weight,
         gradient,
         parts,
+        gradient if totals is None else totals,
         nnz,
         width,
         dy.stride(0),
@@ -218,10 +247,11 @@ def _launch(
         gradient.stride(0),
         ADD=add,
         DOTS=weight is not None,
+        TOTALS=totals is not None,
         ACCUMULATOR=accumulator(values.dtype),
         WHOLE=width % block == 0,
         BLOCK=block,
         num_warps=1,
         num_stages=1,
     )
-    return parts.sum(0).to(values.dtype)
+    return parts if weight is None else parts.sum(0).to(values.dtype)

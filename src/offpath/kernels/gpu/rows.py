@@ -5,7 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from offpath.kernels.gpu import densely, gather, selection
-from offpath.kernels.gpu.counting_sort import add_weight_gradient, counts, row_gradients, weight_gradient
+from offpath.kernels.gpu.counting_sort import (
+    add_weight_gradient,
+    counts,
+    encoder_gradients,
+    row_gradients,
+    weight_gradient,
+)
 from offpath.kernels.operands import row_numbers
 from offpath.kernels.row_products import RowProducts
 
@@ -64,6 +70,7 @@ ROWS = RowProducts(
     selection.above,
     selection.encode_topk,
     row_gradients,
+    encoder_gradients,
     densely.written_out,
     densely.dense_dots,
 )

@@ -58,9 +58,12 @@ def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple
     """`topk(x @ weight.T + bias, k)` of scores in the type of their sums, a block of rows at a time."""
     _check_scores(x)
     check_k(k, weight.shape[0])
+    block = max(1, BLOCK_ENTRIES // max(1, weight.shape[0]))
+    if x.shape[0] <= block:
+        found, indices = topk(_scores(x, weight, bias), k)
+        return found.to(x.dtype), indices
     values = x.new_empty(x.shape[0], k)
     indices = x.new_empty(x.shape[0], k, dtype=torch.int32)
-    block = max(1, BLOCK_ENTRIES // max(1, weight.shape[0]))
     for first in range(0, x.shape[0], block):
         some = slice(first, first + block)
         found, indices[some] = topk(_scores(x[some], weight, bias), k)
