@@ -12,7 +12,7 @@ from triton.runtime import interpreter
 
 from offpath import SparseLinear, kernels, ops
 from offpath.kernels import KernelError
-from offpath.kernels.gpu import launch, selection, ties
+from offpath.kernels.gpu import counting_sort, launch, selection, ties
 from offpath.kernels.gpu.selection import batch_topk, encode_topk, topk
 from offpath.kernels.reference_rows import ROWS as DEFINITION
 from offpath.nn import BatchTopK, SparseAutoencoder, SparseInputLinear, TopK, autoencoder, row_blocks
@@ -177,6 +177,28 @@ def test_the_loss_of_an_autoencoder_waits_as_often_as_its_page_says(
     monkeypatch.setattr(autoencoder, "expect_variance", lambda *_: None)
     with Waits(most=waits - 1):
         sae.loss(_x()).total.backward()
+
+
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu"])
+def test_a_step_of_an_autoencoder_sorts_its_entries_once(
+    on_device: None, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sorted_ones, sort = [], counting_sort.sort
+    monkeypatch.setattr(counting_sort, "sort", lambda of, size: (sorted_ones.append(of), sort(of, size))[1])
+    sae = SparseAutoencoder(12, 16, k=3, activation=activation, aux_coefficient=0)
+    x, gradients = _x().detach(), []
+    for backend in ("reference", "gpu:interpreted"):
+        sae.zero_grad()
+        with kernels.forced(backend):
+            sae.loss(x).total.backward()
+        gradients.append([parameter.grad for parameter in sae.parameters()])
+    for right, got in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, right)
+    assert len(sorted_ones) == 1
+    # Who calls the op may be a compiler, which captures graphs: nothing is kept for the next one then.
+    monkeypatch.setattr(library, "nobody_listens", lambda *_: False)
+    sae.loss(x).total.backward()
+    assert len(sorted_ones) == 3
 
 
 @pytest.mark.parametrize("k", [0, 1, 30, 90])

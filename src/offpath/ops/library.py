@@ -13,6 +13,7 @@ from torch.autograd import Function, forward_ad, profiler as autograd_profiler
 from torch.nn import Parameter
 
 from offpath.kernels import KernelError
+from offpath.kernels.one_pass import alone
 
 library = torch.library.Library("offpath", "DEF")
 # The ops of `define` by name, without the way through the dispatcher where nobody listens. In eager training that way
@@ -99,7 +100,8 @@ def _without_forward_mode(name: str, kernel: Callable[..., Any]) -> Callable[...
                 f"expected no forward-mode differentiation, which offpath::{name} does not have, got a call inside of "
                 "it; use reverse mode: backward() or torch.autograd.grad"
             )
-        return kernel(*operands)
+        with alone():
+            return kernel(*operands)
 
     return run
 

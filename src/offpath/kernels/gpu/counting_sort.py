@@ -27,6 +27,7 @@ from offpath.kernels.gpu.launch import (
     launch,
     wide_dtype,
 )
+from offpath.kernels.one_pass import once_in_a_pass
 
 
 @dataclass(frozen=True)
@@ -43,36 +44,14 @@ class Named:
 
 def named(crow_indices: Tensor, indices: Tensor, columns: int) -> Named:
     """Which entries name each place in [0, columns); entries out of that range belong to none."""
-    starts, entries = _sorted(indices, columns)
+    starts, entries = once_in_a_pass(sort, indices, columns)
     # The row of an entry is the number of rows that end before or at it.
     rows = torch.searchsorted(crow_indices[1:].long(), entries, right=True, out_int32=True)
     return Named(starts, entries, rows)
 
 
-# What was sorted last, under what holds in one backward pass: an encoder's weight, its bias and the decoder ask for the
-# gradients of the same entries, one after another. The indices stay with it, so that no others get their memory.
-_last: dict[tuple[int, ...], tuple[Tensor, tuple[Tensor, Tensor]]] = {}
-
-
-def _sorted(indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """(`starts`, `entries`) of `Named`."""
-    backward_pass = torch._C._current_graph_task_id()  # -1 outside of any
-    if backward_pass < 0 or indices.is_inference():
-        return _sort(indices, columns)
-    stream = torch._C._cuda_getCurrentRawStream(indices.get_device()) if indices.is_cuda else 0
-    # A write in place raises the version, through whatever view; a graph that is replayed between two passes does not.
-    memory = indices.data_ptr(), indices.numel(), indices.stride(0), indices._version
-    key = backward_pass, stream, *memory, columns
-    found = _last.get(key)
-    if found is None:
-        found = indices, _sort(indices, columns)
-        _last.clear()
-        _last[key] = found
-        torch.autograd.Variable._execution_engine.queue_callback(_last.clear)
-    return found[1]
-
-
-def _sort(indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+def sort(indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """(`starts`, `entries`) of `Named`: an encoder's gradients and its decoder's are those of the same entries."""
     places, entries = indices.sort(stable=True)
     bounds = torch.arange(columns + 1, dtype=torch.int32, device=indices.device)
     return torch.searchsorted(places, bounds, out_int32=True), entries
