@@ -50,14 +50,23 @@ def _directly(
 ) -> Callable[..., Any]:
     op = getattr(torch.ops.offpath, name).default
     differentiable = None if autograd is None else _function(name, kernel, *autograd)
+    are_tensors = ["Tensor" in str(argument.type) for argument in op._schema.arguments]
+    tensors = sum(are_tensors)
+    assert all(are_tensors[:tensors]), f"expected the tensors of {name} before all else"
 
     def call(*operands: Any) -> Any:
-        if torch.compiler.is_compiling() or not nobody_listens(*operands):
+        if torch.compiler.is_compiling() or _somebody_listens():
             return op(*operands)
-        if torch.is_grad_enabled():
-            for operand in operands:
-                if isinstance(operand, Tensor) and operand.requires_grad:
-                    return op(*operands) if differentiable is None else differentiable.apply(*operands)
+        wants_gradient = False
+        for operand in operands[:tensors]:
+            if type(operand) in _PLAIN:
+                if operand.is_meta or operand.is_neg():
+                    return op(*operands)
+                wants_gradient = wants_gradient or operand.requires_grad
+            elif operand is not None:
+                return op(*operands)
+        if wants_gradient and torch.is_grad_enabled():
+            return op(*operands) if differentiable is None else differentiable.apply(*operands)
         return kernel(*operands)
 
     return call
@@ -118,13 +127,7 @@ def nobody_listens(*operands: Any) -> bool:
     The meta device, negative views, modes, functorch, tracers, forward-mode differentiation, profilers and subclasses
     of tensors want more.
     """
-    if (
-        _count_of_modes() > 0
-        or _functorch_interpreter() is not None
-        or _tracing_state() is not None
-        or forward_ad._current_level >= 0
-        or autograd_profiler._is_profiler_enabled
-    ):
+    if _somebody_listens():
         return False
     for operand in operands:  # a generator expression would take as long as all the rest
         if type(operand) in _PLAIN:
@@ -133,3 +136,14 @@ def nobody_listens(*operands: Any) -> bool:
         elif isinstance(operand, Tensor):
             return False
     return True
+
+
+def _somebody_listens() -> bool:
+    """Whether any call would be heard, whatever its operands are."""
+    return bool(
+        _count_of_modes() > 0
+        or _functorch_interpreter() is not None
+        or _tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or autograd_profiler._is_profiler_enabled
+    )

@@ -84,10 +84,11 @@ class PreparedConvolutions:
         if any_forced():
             return pays_densely(backend, product, convolution, nnz, like, channels_last, prefer)
         key = backend.name, product, convolution, like.dtype, like.shape[0], channels_last, prefer
-        if key not in self._pays_densely:
+        found = self._pays_densely.get(key)  # once: hashing the sizes takes as long as the rest
+        if found is None:
             found = pays_densely(backend, product, convolution, nnz, like, channels_last, prefer)
             self._pays_densely[key] = found
-        return self._pays_densely[key]
+        return found
 
     def _plans(self, backend: Backend, convolution: Convolution, dtype: torch.dtype) -> Any:
         own = self._pattern
@@ -102,12 +103,14 @@ class PreparedConvolutions:
         )
 
     def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        if key not in self._made:
-            self._made[key] = make()
-            if len(self._made) > KEPT:
-                self._made.popitem(last=False)
-        self._made.move_to_end(key)
-        return self._made[key]
+        found = self._made.get(key)
+        if found is not None:
+            self._made.move_to_end(key)
+            return found
+        self._made[key] = made = make()
+        if len(self._made) > KEPT:
+            self._made.popitem(last=False)
+        return made
 
 
 def _products(backend: Backend) -> ConvolutionProducts:
