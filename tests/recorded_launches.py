@@ -190,6 +190,19 @@ def test_a_mutant_is_rejected(driver: standin.Driver, old: str, new: str) -> Non
         _check_what_is_remembered(mutant)
 
 
+def test_another_triton_is_asked_every_time(driver: standin.Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    ask = launching._launch_by_triton
+    monkeypatch.setattr(launching, "_launch_by_triton", lambda *call: (asked.append(call), ask(*call))[1])
+    for remembered, times in ((True, 1), (False, 3)):
+        monkeypatch.setattr(launching, "_REMEMBERED", remembered)
+        monkeypatch.setattr(launching, "_compiled", {})
+        asked.clear()
+        for _ in range(3):
+            sparse_weight.transpose(torch.zeros(4, 16), torch.zeros(16, 16))
+        assert len(asked) == times
+
+
 def test_a_kernel_runs_where_its_tensors_are(driver: standin.Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     current = [1]
     entered = []

@@ -209,6 +209,7 @@ def test_opcheck_and_compile(one_thread: None) -> None:
     with torch.inference_mode():
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), layer(x))
+        assert torch.equal(torch.export.export(layer, (x,)).module()(x), layer(x))
 
 
 def test_a_dense_input_of_few_tokens_reads_only_live_rows_where_that_never_loses(

@@ -67,13 +67,12 @@ class PackedSparseLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = packed.shape
         self.tokens, self.tiled_tokens = tokens, tiled_tokens
-        for name in _PACKED:
-            self.register_buffer(name, getattr(packed, name))
-        for name in ("values", "places", "gaps"):
-            self.register_buffer(f"tile_{name}", getattr(tiles, name, None))
-        self.register_buffer("tile_offsets", None if tiles is None else tiles.group_offsets)
-        self.register_buffer("bias", bias)
-        self.register_buffer("weight", weight, persistent=False)
+        buffers = {name: getattr(packed, name) for name in _PACKED}
+        of_tiles = (None,) * 4 if tiles is None else (tiles.values, tiles.places, tiles.gaps, tiles.group_offsets)
+        buffers |= dict(zip(_TILES, of_tiles, strict=True), bias=bias, weight=weight)
+        # What there is first: torch.export counts the others among it (torch 2.13).
+        for name, buffer in sorted(buffers.items(), key=lambda item: item[1] is None):
+            self.register_buffer(name, buffer, persistent=name != "weight")
 
     @classmethod
     @torch.no_grad()

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
@@ -19,6 +20,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DEBUG = os.environ.get("TRITON_DEBUG") == "1"
 _LANES = 32
 _MOST_INT32 = 2**31 - 1
+# Of Triton, whose rules of what it makes another kernel for are these: others are asked in every launch.
+_REMEMBERED = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
 # Keyed by all that Triton makes another kernel for: its own look-up costs the host more than most products do a GPU.
 _compiled: dict[tuple[object, ...], CompiledKernel] = {}
 
@@ -38,6 +41,9 @@ def launch(
     if device != torch.cuda.current_device():  # where Triton launches, whatever its arguments say
         with torch.cuda.device(device):
             launch(kernel, grid, *arguments, **options, **constants)
+        return
+    if not _REMEMBERED:
+        _launch_by_triton(kernel, grid, arguments, constants, options)
         return
     key: list[object] = [kernel.fn, device, num_warps, num_stages, *constants.values()]
     values = []
