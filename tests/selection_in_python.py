@@ -196,7 +196,7 @@ def test_a_step_of_an_autoencoder_sorts_its_entries_once(
         torch.testing.assert_close(got, right)
     assert len(sorted_ones) == 1
     # Who calls the op may be a compiler, which captures graphs: nothing is kept for the next one then.
-    monkeypatch.setattr(library, "_somebody_listens", lambda: True)
+    monkeypatch.setattr(library, "nobody_listens", lambda *_: False)
     sae.loss(x).total.backward()
     assert len(sorted_ones) == 3
 

@@ -67,7 +67,7 @@ def test_derivatives_are_those_of_the_op(name: str, monkeypatch: pytest.MonkeyPa
     operands = OPERANDS[name]()
     op = getattr(torch.ops.offpath, name)
     got = list(_results(getattr(direct, name), operands))
-    monkeypatch.setattr(library, "_somebody_listens", lambda: True)
+    monkeypatch.setattr(library, "nobody_listens", lambda *_: False)
     for one, right in zip(got, _results(op, operands), strict=True):
         assert torch.equal(one, right) and one.requires_grad == right.requires_grad
     with torch.no_grad():

@@ -26,14 +26,12 @@ from offpath import pattern as patterns
 from offpath.kernels import Backend, KernelError, reference, reference_rows
 from offpath.kernels.gpu import counting_sort, densely, expand, few_tokens, gather, launch, sparse_weight
 from offpath.kernels.gpu.gather import named_row
-from offpath.kernels.methods import PreparedMatrix, PreparedWeight
 from offpath.kernels.row_products import RowProducts
 from row_cases import (
     BAD_ROWS,
     PROBLEMS as ROW_CASES,
     PRODUCTS as ROW_PRODUCTS,
     PRODUCTS_OF_VIEWS,
-    RowProblem,
     RowProduct,
     _problem,
 )
@@ -166,48 +164,6 @@ def test_bad_rows_are_refused(bad: tuple) -> None:
     row_checkers.check_refuses(ROWS, *bad)
 
 
-@every_dtype
-def test_both_gradients_at_once_are_those_of_each(dtype: torch.dtype) -> None:
-    for problem in (ROW_PROBLEMS[0], *ROW_PROBLEMS[2:], *EMPTY_ROWS):
-        draw = row_checkers.small_integers(3, dtype)
-        values, dy = draw(problem.indices.shape), draw((problem.rows, problem.width))
-        weight = draw((problem.columns, problem.width))
-        rows = problem.crow_indices, problem.indices
-        with checkers.poisoned_memory():
-            dots, gradient = counting_sort.row_gradients(*rows, values, dy, weight)
-        assert torch.equal(dots, reference_rows.dots(*rows, dy, weight)), problem.name
-        expected = reference_rows.weight_gradient(*rows, values, dy, problem.columns)
-        assert torch.equal(gradient, expected), problem.name
-        _check_encoder_gradients(counting_sort, problem, values, dy)
-
-
-def _check_encoder_gradients(module: ModuleType, problem: RowProblem, values: torch.Tensor, dy: torch.Tensor) -> None:
-    rows = problem.crow_indices, problem.indices
-    with checkers.poisoned_memory():
-        gradient, totals = module.encoder_gradients(*rows, values, dy, problem.columns)
-    ones = torch.ones(problem.rows, 1, dtype=dy.dtype)
-    for got, of in ((gradient, dy), (totals[:, None], ones)):
-        right = reference_rows.weight_gradient(*rows, values, of, problem.columns)
-        assert torch.equal(got, right), problem.name
-
-
-@pytest.mark.parametrize(("tokens", "transposes"), [(3, 0), (16, 3), (18, 4)])
-def test_both_gradients_of_a_layer_turn_dy_once(tokens: int, transposes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """dy, x, and dx back; without a multiple of 16 tokens, each gradient pads dy for itself."""
-    turned = []
-    transpose = sparse_weight.transpose
-    monkeypatch.setattr(sparse_weight, "transpose", lambda *both: (turned.append(both), transpose(*both)))
-    crow_indices, col_indices = _rows()
-    transposed = torch.tensor([0, 1, 1, 2], dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-    weight = PreparedWeight(PreparedMatrix(crow_indices, col_indices, 3), lambda: PreparedMatrix(*transposed, 1))
-    draw = checkers.small_integers(5, torch.float32)
-    values, dy, x = draw((2,)), draw((tokens, 1)), draw((tokens, 3))
-    backend = replace(BACKEND, lay_by_feature=sparse_weight.lay_by_feature)
-    got = weight.backward(backend, "row-wise", "row-wise", values, dy, x)
-    right = weight.backward(reference.BACKEND, "row-wise", "row-wise", values, dy, x)
-    assert all(map(torch.equal, got, right)) and len(turned) == transposes
-
-
 def _check_densely(module: ModuleType) -> None:
     several_times = next(case for case in ROW_CASES if case.name == "in any order, several times")
     for problem in (*ROW_PROBLEMS, *EMPTY_ROWS, several_times):
@@ -328,9 +284,6 @@ MUTANTS = {
     "gradient: touches names without an entry": (counting_sort, "if begin < end or not ADD:", "if begin <= end:"),
     "gradient: values in the order of the batch": (counting_sort, "values.index_select(0, by_name.entries)", "values"),
     "gradient: writes instead of adding": (counting_sort, "        if ADD:\n", "        if False:\n"),
-    "totals: of one entry": (counting_sort, "total += value", "total = value"),
-    "totals: of another block": (counting_sort, "if TOTALS and block == 0:", "if TOTALS and block == 1:"),
-    "totals: of the wrong place": (counting_sort, "totals + name,", "totals + name // 2,"),
     "counts: of the last place": (
         counting_sort,
         "torch.arange(columns + 1, dtype=torch.int32, device=indices.device)\n    return",
@@ -392,11 +345,6 @@ def test_a_mutant_is_rejected(name: str, tmp_path: Path, monkeypatch: pytest.Mon
             _check_rows(
                 rows_of(mutant if module is gather else gather, mutant if module is counting_sort else counting_sort)
             )
-            if name.startswith("totals"):
-                for problem in ROW_PROBLEMS:
-                    draw = row_checkers.small_integers(3, torch.float32)
-                    operands = draw(problem.indices.shape), draw((problem.rows, problem.width))
-                    _check_encoder_gradients(mutant, problem, *operands)
         else:
             _check_weights(
                 backend_of(mutant if module is sparse_weight else sparse_weight, mutant if module is expand else expand)

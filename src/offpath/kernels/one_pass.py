@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 Made = TypeVar("Made")
 # What was made last, under what holds in one pass. The tensor that it was made of stays with it, so that no other one
 # gets its memory.
-_last: dict[tuple[object, ...], tuple[Tensor, object]] = {}
+_last: dict[tuple[object, ...], tuple[Tensor, Any]] = {}
 
 
 class _Thread(threading.local):
@@ -42,7 +42,8 @@ def once_in_a_pass(make: Callable[[Tensor, int], Made], of: Tensor, size: int) -
         _last.clear()
         _last[key] = found
         torch.autograd.Variable._execution_engine.queue_callback(_last.clear)
-    return found[1]  # type: ignore[return-value]  # made by `make`, which is in the key
+    made: Made = found[1]
+    return made
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from offpath.ops import SparseRows, above, batch_topk
-from offpath.ops.library import direct
+from offpath.ops.selection import gradients_of_encoder
 
 # Pre-activations of one block: few enough for 16 MiB in float32, enough for a product at full speed.
 BLOCK_ENTRIES = 2**22
@@ -129,16 +129,5 @@ class _Encoded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dvalues):
         crow_indices, indices, x, weight = ctx.saved_tensors
-        *_, wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        dvalues = dvalues.contiguous()
-        dx = dweight = dbias = None
-        if wants_x:
-            dx = direct.rows_matmul(dvalues, crow_indices, indices, weight)
-        if wants_weight and wants_bias:
-            dweight, dbias = direct.rows_encoder_gradients(dvalues, crow_indices, indices, x, weight.shape[0])
-        elif wants_weight:
-            dweight = direct.rows_weight_gradient(dvalues, crow_indices, indices, x, weight.shape[0])
-        elif wants_bias:
-            ones = dvalues.new_ones(x.shape[0], 1)
-            dbias = direct.rows_weight_gradient(dvalues, crow_indices, indices, ones, weight.shape[0])[:, 0]
-        return None, None, None, dx, dweight, dbias
+        operands = dvalues.contiguous(), crow_indices, indices, x, weight, weight.shape[0]
+        return None, None, None, *gradients_of_encoder(*operands, ctx.needs_input_grad[3:])

@@ -55,18 +55,12 @@ def _directly(
     assert all(are_tensors[:tensors]), f"expected the tensors of {name} before all else"
 
     def call(*operands: Any) -> Any:
-        if torch.compiler.is_compiling() or _somebody_listens():
+        if torch.compiler.is_compiling() or not nobody_listens(*operands[:tensors]):
             return op(*operands)
-        wants_gradient = False
-        for operand in operands[:tensors]:
-            if type(operand) in _PLAIN:
-                if operand.is_meta or operand.is_neg():
-                    return op(*operands)
-                wants_gradient = wants_gradient or operand.requires_grad
-            elif operand is not None:
-                return op(*operands)
-        if wants_gradient and torch.is_grad_enabled():
-            return op(*operands) if differentiable is None else differentiable.apply(*operands)
+        if torch.is_grad_enabled():
+            for operand in operands[:tensors]:
+                if operand is not None and operand.requires_grad:
+                    return op(*operands) if differentiable is None else differentiable.apply(*operands)
         return kernel(*operands)
 
     return call
@@ -121,29 +115,21 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def nobody_listens(*operands: Any) -> bool:
+def nobody_listens(*operands: Tensor | None) -> bool:
     """Whether the dispatcher would do nothing but call the kernel; the trip through it costs as much as a small layer.
 
     The meta device, negative views, modes, functorch, tracers, forward-mode differentiation, profilers and subclasses
     of tensors want more.
     """
-    if _somebody_listens():
-        return False
-    for operand in operands:  # a generator expression would take as long as all the rest
-        if type(operand) in _PLAIN:
-            if operand.is_meta or operand.is_neg():
-                return False
-        elif isinstance(operand, Tensor):
-            return False
-    return True
-
-
-def _somebody_listens() -> bool:
-    """Whether any call would be heard, whatever its operands are."""
-    return bool(
+    if (
         _count_of_modes() > 0
         or _functorch_interpreter() is not None
         or _tracing_state() is not None
         or forward_ad._current_level >= 0
         or autograd_profiler._is_profiler_enabled
-    )
+    ):
+        return False
+    for operand in operands:  # a generator expression would take as long as all the rest
+        if operand is not None and (type(operand) not in _PLAIN or operand.is_meta or operand.is_neg()):
+            return False
+    return True

@@ -147,17 +147,34 @@ def _backward_of_encode(ctx, dvalues, _):
     wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
     crow_indices = row_pointer(indices.shape[0], indices.shape[1], indices.device)
     dvalues, flat = dvalues.flatten(), indices.flatten()
-    dx = dweight = dbias = None
-    if wants_x:
-        dx = direct.rows_matmul(dvalues, crow_indices, flat, weight)
-    if wants_weight and ctx.has_bias and wants_bias:
-        dweight, dbias = direct.rows_encoder_gradients(dvalues, crow_indices, flat, x, ctx.columns)
-    elif wants_weight:
-        dweight = direct.rows_weight_gradient(dvalues, crow_indices, flat, x, ctx.columns)
-    elif ctx.has_bias and wants_bias:
-        ones = dvalues.new_ones(indices.shape[0], 1)
-        dbias = direct.rows_weight_gradient(dvalues, crow_indices, flat, ones, ctx.columns)[:, 0]
-    return dx, dweight, dbias, None
+    wanted = wants_x, wants_weight, ctx.has_bias and wants_bias
+    return *gradients_of_encoder(dvalues, crow_indices, flat, x, weight, ctx.columns, wanted), None
+
+
+def gradients_of_encoder(
+    dvalues: Tensor,
+    crow_indices: Tensor,
+    indices: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    columns: int,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, weight and bias, those that are `wanted`, for entries of x @ weight.T + bias and their gradients `dvalues`.
+
+    `x` may be None where the weight's is not wanted, `weight` [columns, width] where that of x is not.
+    """
+    wants_x, wants_weight, wants_bias = wanted
+    rows = crow_indices, indices
+    dx = direct.rows_matmul(dvalues, *rows, weight) if wants_x else None
+    if wants_weight and wants_bias:
+        return dx, *direct.rows_encoder_gradients(dvalues, *rows, x, columns)
+    dweight = direct.rows_weight_gradient(dvalues, *rows, x, columns) if wants_weight else None
+    dbias = None
+    if wants_bias:
+        ones = dvalues.new_ones(crow_indices.shape[0] - 1, 1)
+        dbias = direct.rows_weight_gradient(dvalues, *rows, ones, columns)[:, 0]
+    return dx, dweight, dbias
 
 
 define("topk_rows(Tensor x, int k) -> (Tensor, Tensor)", _topk, _fake_topk, (_save_topk, _backward_of_topk))

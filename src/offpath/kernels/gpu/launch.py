@@ -27,29 +27,33 @@ _compiled: dict[tuple[object, ...], CompiledKernel] = {}
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, num_warps: int, num_stages: int = 1, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    first: Tensor,
+    *others: Tensor | int,
+    num_warps: int,
+    num_stages: int = 1,
+    **constants: Any,
 ) -> None:
-    """Run a Triton kernel on the device of its first argument, a tensor; `constants` stand in the kernel's order.
+    """Run a Triton kernel on the device of its first argument; `constants` stand in the kernel's order.
 
     Returns at once, and may be captured in a graph once it has run with such arguments.
     """
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    device = arguments[0].get_device()  # type: ignore[union-attr]
-    if device < 0:
-        _launch_by_triton(kernel, grid, arguments, constants, options)  # in its interpreter
-        return
-    if device != torch.cuda.current_device():  # where Triton launches, whatever its arguments say
+    arguments, options = (first, *others), {"num_warps": num_warps, "num_stages": num_stages}
+    device = first.get_device()  # -1 where Triton interprets
+    if device >= 0 and device != torch.cuda.current_device():  # where Triton launches, whatever its arguments say
         with torch.cuda.device(device):
-            launch(kernel, grid, *arguments, **options, **constants)
+            launch(kernel, grid, first, *others, num_warps=num_warps, num_stages=num_stages, **constants)
         return
-    if not _REMEMBERED:
+    if device < 0 or not _REMEMBERED:
         _launch_by_triton(kernel, grid, arguments, constants, options)
         return
     key: list[object] = [kernel.fn, device, num_warps, num_stages, *constants.values()]
     values = []
     for argument in arguments:
-        value = argument
-        if not isinstance(argument, int):
+        if isinstance(argument, int):
+            value = argument
+        else:
             key.append(argument.dtype)
             value = argument.data_ptr()
         values.append(value)
