@@ -104,7 +104,11 @@ def _options(backend: kernels.Backend):
 
 def test_the_whole_stack_runs_through_the_interpreter() -> None:
     """Layers, both gradients, topology updates, an autoencoder, checkpoints: on the kernels that a GPU runs."""
-    finished = _run("import gpu_stack; gpu_stack.main()", TRITON_INTERPRET="1", OFFPATH_BACKEND="gpu")
+    finished = _run(
+        "import gpu_stack, watched_memory; watched_memory.watch(); gpu_stack.main()",
+        TRITON_INTERPRET="1",
+        OFFPATH_BACKEND="gpu",
+    )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.splitlines()[-1] == "all on gpu:interpreted"
 

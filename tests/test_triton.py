@@ -22,7 +22,7 @@ from offpath.kernels.gpu import counting_sort, densely, expand, few_tokens, gath
 def test_every_kernel_in_python() -> None:
     """In a process of its own, as Triton decides when it is imported how kernels run."""
     tests = Path(__file__).parent
-    files = ("triton_in_python.py", "gradients_in_python.py", "selection_in_python.py")
+    files = [f"{name}_in_python.py" for name in ("triton", "gradients", "selection", "memory")]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(tests / name) for name in files)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

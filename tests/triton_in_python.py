@@ -21,6 +21,7 @@ from triton.runtime import interpreter
 
 import checkers
 import row_checkers
+import watched_memory
 from cases import PROBLEMS, PRODUCTS, WIDTHS, Problem
 from offpath import pattern as patterns
 from offpath.kernels import Backend, KernelError, reference, reference_rows
@@ -53,6 +54,7 @@ def _call_within_a_kernel(function: interpreter.InterpretedFunction, *args: obje
 
 
 interpreter.InterpretedFunction.__call__ = _call_within_a_kernel
+watched_memory.watch()
 
 every_dtype = pytest.mark.parametrize("dtype", launch.DTYPES, ids=str)
 OURS = ("spmm", "sddmm", "expand", "compress")
