@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offpath.kernels.gpu import counting_sort, densely, expand, few_tokens, gather, sparse_weight, ties
+from offpath.kernels import KernelError
+from offpath.kernels.gpu import counting_sort, densely, expand, few_tokens, gather, launch, sparse_weight, ties
+from row_cases import BAD_ROWS
 from triton_in_python import mutated
 
 OUTSIDE, RACE, ORDER, TWICE = "outside of its", "another one has written", "another one has read", "to the same place"
@@ -121,3 +124,52 @@ def test_the_gaps_of_a_view_are_no_operand() -> None:
     gather.gather_sum(*ROWS, _values(), whole[:COLUMNS, :5], torch.empty(2, 8)[:, :5])
     with pytest.raises(AssertionError, match=OUTSIDE):
         gather.gather_sum(*ROWS, _values(), whole[:COLUMNS, ::2], torch.empty(2, 3))
+
+
+UNORDERED = [name for name in BAD_ROWS if not name.startswith("index")]
+
+
+def _check_unordered(name: str, gathering: ModuleType, sorting: ModuleType, writing: ModuleType) -> None:
+    """Some are refused for their shape; of others, the product says NaN."""
+    crow_indices, indices, columns = BAD_ROWS[name]
+    rows = crow_indices, indices
+    values, dy, weight = torch.ones(indices.shape[0]), _dense(crow_indices.shape[0] - 1), _dense(columns)
+    if name in ("an entry, no columns", "entries without rows"):
+        with pytest.raises(KernelError, match="expected crow_indices"):
+            gathering.matmul(*rows, values, weight)
+        return
+    assert gathering.matmul(*rows, values, weight).isnan().any()
+    sorting.encoder_gradients(*rows, values, dy, columns)
+    sorting.row_gradients(*rows, values, dy, weight)
+    writing.written_out(*rows, values, columns)
+    writing.dense_dots(*rows, dy, weight)
+    with pytest.raises(AssertionError, match=RACE) if name == "falls" else nullcontext():  # two rows have one entry
+        gathering.dots(*rows, dy, weight)
+
+
+@pytest.fixture
+def nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "check_rows", lambda *_: None)  # as on a GPU
+
+
+@pytest.mark.parametrize("name", UNORDERED)
+def test_rows_that_do_not_follow_on_lead_to_no_other_memory(nobody_looks: None, name: str) -> None:
+    _check_unordered(name, gather, counting_sort, densely)
+
+
+@pytest.mark.parametrize(
+    ("place", "old", "new"),
+    [
+        (0, "& (end <= nnz)", ""),
+        (0, "(begin >= 0) & ", ""),
+        (1, "row = tl.where(in_row, row, 0)", "row = row * 1"),
+        (2, "clamp_(0, rows - 1)", "clamp_(0, rows)"),
+        (2, "clamp_(0, rows - 1)", "clamp_(-1, rows - 1)"),
+    ],
+)
+def test_a_mutant_that_follows_them_is_seen(nobody_looks: None, place: int, old: str, new: str, tmp_path: Path) -> None:
+    modules = [gather, counting_sort, densely]
+    modules[place] = mutated(modules[place], old, new, tmp_path)
+    with pytest.raises(AssertionError, match=OUTSIDE):
+        for name in UNORDERED:
+            _check_unordered(name, *modules)

@@ -101,9 +101,9 @@ class _Compiled(CompiledKernel):
 
 @dataclass(frozen=True)
 class Call:
-    """Of a kernel with two vectors of indices, four of another dtype, and four whole numbers."""
+    """Of a kernel with two vectors of indices, four of another dtype, and five whole numbers."""
 
-    numbers: tuple[int, ...] = (64, 64, 64, 64)
+    numbers: tuple[int, ...] = (64, 64, 64, 64, 64)
     offsets: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
     dtype: torch.dtype = torch.float32
     has_bias: bool = True
@@ -114,9 +114,9 @@ class Call:
 
 def _calls() -> Iterator[Call]:
     """Each differs in one thing from one before it."""
-    for base in (Call(), Call(numbers=(1, 17, 2**31, 16), offsets=(0, 1, 0, 4, 1, 0), dtype=torch.bfloat16)):
+    for base in (Call(), Call(numbers=(1, 17, 2**31, 16, 64), offsets=(0, 1, 0, 4, 1, 0), dtype=torch.bfloat16)):
         yield base
-        for place in range(4):
+        for place in range(5):
             yield from (replace(base, numbers=_with(base.numbers, place, number)) for number in WHOLE_NUMBERS)
         for place in range(6):
             yield from (replace(base, offsets=_with(base.offsets, place, offset)) for offset in (0, 1, 4))

@@ -63,7 +63,7 @@ INDICES = {"crow_indices": "*i32", "indices": "*i32"}
 
 def _sum(dtype: str, trusted: bool, block: int, limit: float) -> Compiled:
     pointers = dict.fromkeys(("values", "weight", "bias", "y"), f"*{dtype}")
-    sizes = dict.fromkeys(("columns", "width", "weight_stride", "y_stride"), "i32")
+    sizes = dict.fromkeys(("nnz", "columns", "width", "weight_stride", "y_stride"), "i32")
     constants = {"HAS_BIAS": False, "ACCUMULATOR": tl.float32, "TRUSTED": trusted, "WHOLE": True, "UNROLL": 8}
     name = f"sum of {dtype}{', trusted' if trusted else ''}"
     return Compiled(
@@ -136,9 +136,9 @@ KERNELS = (
     Compiled(
         "gradients",
         counting_sort.gather_by_name_kernel,
-        {"starts": "*i32", "entries": "*i64", "rows": "*i32", "dots": "*fp32"}
+        {"starts": "*i32", "entries": "*i64", "begun": "*i32", "dots": "*fp32"}
         | dict.fromkeys(("values", "dy", "weight", "gradient", "totals"), "*bf16")
-        | dict.fromkeys(("nnz", "width", "dy_stride", "weight_stride", "gradient_stride"), "i32"),
+        | dict.fromkeys(("nnz", "rows", "width", "dy_stride", "weight_stride", "gradient_stride"), "i32"),
         {"ADD": False, "DOTS": True, "TOTALS": False, "ACCUMULATOR": tl.float32, "WHOLE": True, "BLOCK": 512},
         1,
         512 // 32,
@@ -148,9 +148,9 @@ KERNELS = (
     Compiled(
         "gradients of an encoder",
         counting_sort.gather_by_name_kernel,
-        {"starts": "*i32", "entries": "*i64", "rows": "*i32"}
+        {"starts": "*i32", "entries": "*i64", "begun": "*i32"}
         | dict.fromkeys(("values", "dy", "weight", "gradient", "dots", "totals"), "*bf16")
-        | dict.fromkeys(("nnz", "width", "dy_stride", "gradient_stride"), "i32"),
+        | dict.fromkeys(("nnz", "rows", "width", "dy_stride", "gradient_stride"), "i32"),
         {"weight_stride": 0, "ADD": False, "DOTS": False, "TOTALS": True, "ACCUMULATOR": tl.float32, "WHOLE": True}
         | {"BLOCK": 512},
         1,
@@ -178,13 +178,13 @@ KERNELS = (
     Compiled(
         "rows with their zeros",
         densely.write_kernel,
-        {"places": "*i64", "entries": "*i64", "indices": "*i32", "values": "*bf16", "dense": "*bf16"}
-        | dict.fromkeys(("nnz", "columns"), "i32"),
+        {"places": "*i64", "entries": "*i64", "indices": "*i32", "begun": "*i32", "values": "*bf16", "dense": "*bf16"}
+        | dict.fromkeys(("nnz", "rows", "columns"), "i32"),
         {"ACCUMULATOR": tl.float32, "BLOCK": densely.BLOCK},
         4,
         densely.BLOCK // 128,
-        # Of an entry: its place twice, itself, its index, its value, and what is written.
-        (2 * 8 + 8 + 4 + 2 + 2) * MEMORY,
+        # Of an entry: its place twice, itself, its index and row, its value, and what is written.
+        (2 * 8 + 8 + 2 * 4 + 2 + 2) * MEMORY,
         0,
     ),
     _ties("count", ties.count_kernel, "bf16", 3),

@@ -34,20 +34,24 @@ from offpath.kernels.one_pass import once_in_a_pass
 class Named:
     """The entries that name each of some places, in their order in the batch.
 
-    Those of place i are `entries[starts[i] : starts[i + 1]]`, and come from the `rows` at the same positions.
+    Those of place i are `entries[starts[i] : starts[i + 1]]`; `begun` has at the same positions how many rows begin
+    before or at each of them, one more than its row.
     """
 
     starts: Tensor  # int32 [columns + 1]
     entries: Tensor  # int64 [nnz]
-    rows: Tensor  # int32 [nnz]
+    begun: Tensor  # int32 [nnz]
 
 
 def named(crow_indices: Tensor, indices: Tensor, columns: int) -> Named:
     """Which entries name each place in [0, columns); entries out of that range belong to none."""
     starts, entries = once_in_a_pass(sort, indices, columns)
-    # The row of an entry is the number of rows that end before or at it.
-    rows = torch.searchsorted(crow_indices[1:].long(), entries, right=True, out_int32=True)
-    return Named(starts, entries, rows)
+    return Named(starts, entries, begun(crow_indices, entries))
+
+
+def begun(crow_indices: Tensor, entries: Tensor) -> Tensor:
+    """How many rows begin before or at each of the entries [nnz], int32; all entries belong to rows that follow on."""
+    return torch.searchsorted(crow_indices.long(), entries, right=True, out_int32=True)
 
 
 def sort(indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +75,7 @@ def counts(indices: Tensor, columns: int) -> Tensor:
 def gather_by_name_kernel(
     starts,
     entries,
-    rows,
+    begun,
     values,
     dy,
     weight,
@@ -79,6 +83,7 @@ def gather_by_name_kernel(
     dots,
     totals,
     nnz,
+    rows,
     width,
     dy_stride,
     weight_stride,
@@ -110,13 +115,16 @@ def gather_by_name_kernel(
             wide_weight = tl.load(source, mask=(place < width) & (begin < end), other=0.0).to(ACCUMULATOR)
         for position in range(begin, end):
             value = tl.load(values + position).to(ACCUMULATOR)
-            row = tl.load(rows + position).to(tl.int64)
+            row = tl.load(begun + position).to(tl.int64) - 1
+            in_row = (row >= 0) & (row < rows)
+            value = tl.where(in_row, value, float("nan"))
+            row = tl.where(in_row, row, 0)
             wide_dy = load_part(dy + row * dy_stride, place, width, WHOLE).to(ACCUMULATOR)
             sums += value * wide_dy
             if TOTALS:
                 total += value
             if DOTS:
-                dot = tl.sum(wide_dy * wide_weight, 0)
+                dot = tl.where(in_row, tl.sum(wide_dy * wide_weight, 0), float("nan"))
                 tl.store(dots + block.to(tl.int64) * nnz + tl.load(entries + position), dot)
         target = gradient + name.to(tl.int64) * gradient_stride
         if ADD:
@@ -212,7 +220,7 @@ def _launch(
         (names, blocks),
         by_name.starts,
         by_name.entries,
-        by_name.rows,
+        by_name.begun,
         values.index_select(0, by_name.entries),
         dy,
         gradient if weight is None else weight,
@@ -220,6 +228,7 @@ def _launch(
         parts,
         gradient if totals is None else totals,
         nnz,
+        dy.shape[0],
         width,
         dy.stride(0),
         0 if weight is None else weight.stride(0),

@@ -43,6 +43,22 @@ def named_row(weight, index, columns, stride, TRUSTED: tl.constexpr):
 
 
 @triton.jit
+def row_bounds(crow_indices, row, nnz, TRUSTED: tl.constexpr):
+    """(whether there is such a row, its first entry, the one after its last); a row that is none has no entries.
+
+    The first row has to begin with the first entry and the last one to end with the last, so that all belong to one.
+    """
+    begin = tl.load(crow_indices + row)
+    end = tl.load(crow_indices + row + 1)
+    known = True
+    if not TRUSTED:
+        known = (begin >= 0) & (begin <= end) & (end <= nnz) & ((begin == 0) | (row > 0))
+        known = known & ((end == nnz) | (row < tl.num_programs(0) - 1))
+        end = tl.where(known, end, begin)
+    return known, begin, end
+
+
+@triton.jit
 def _term(entry, indices, values, weight, columns, weight_stride, place, width, ACCUMULATOR, WHOLE, TRUSTED):
     known, row = named_row(weight, tl.load(indices + entry), columns, weight_stride, TRUSTED)
     value = tl.load(values + entry).to(ACCUMULATOR)
@@ -59,6 +75,7 @@ def gather_sum_kernel(
     weight,
     bias,
     y,
+    nnz,
     columns,
     width,
     weight_stride,
@@ -73,8 +90,7 @@ def gather_sum_kernel(
     """y[row] = bias[row] + sum over the row's entries of value * weight[index]; grid (rows, blocks of the width)."""
     row = tl.program_id(0)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    begin = tl.load(crow_indices + row)
-    end = tl.load(crow_indices + row + 1)
+    known, begin, end = row_bounds(crow_indices, row, nnz, TRUSTED)
     sums = tl.zeros([BLOCK], ACCUMULATOR)
     if HAS_BIAS:
         sums += tl.load(bias + row).to(ACCUMULATOR)
@@ -87,6 +103,8 @@ def gather_sum_kernel(
             )
     for entry in range(unrolled, end):
         sums += _term(entry, indices, values, weight, columns, weight_stride, place, width, ACCUMULATOR, WHOLE, TRUSTED)
+    if not TRUSTED:
+        sums = tl.where(known, sums, float("nan"))
     target = y + row.to(tl.int64) * y_stride + place
     tl.store(target, sums.to(y.dtype.element_ty), mask=None if WHOLE else place < width)
 
@@ -120,8 +138,7 @@ def gather_dot_kernel(
     row = tl.program_id(0)
     block = tl.program_id(1)
     place = block * BLOCK + tl.arange(0, BLOCK)
-    begin = tl.load(crow_indices + row)
-    end = tl.load(crow_indices + row + 1)
+    _, begin, end = row_bounds(crow_indices, row, nnz, TRUSTED)
     wide_dy = load_part(dy + row.to(tl.int64) * dy_stride, place, width, WHOLE).to(ACCUMULATOR)
     result = dots + block.to(tl.int64) * nnz
     unrolled = begin + (end - begin) // UNROLL * UNROLL
@@ -184,6 +201,7 @@ def gather_sum(
         weight,
         values if bias is None else bias.contiguous(),
         y,
+        indices.shape[0],
         weight.shape[0],
         width,
         weight.stride(0),
@@ -206,8 +224,10 @@ def gather_dot(crow_indices: Tensor, indices: Tensor, dy: Tensor, weight: Tensor
         return dy.new_zeros(nnz)
     block = block_of(width, 2048 // dy.element_size())  # more for a lane to sum before lanes are summed
     blocks = blocks_of(width, block)
-    # Parts of a dot product are summed in a fixed order, and rounded once.
+    # Parts of a dot product are summed in a fixed order, and rounded once. An entry that is in no row keeps NaN.
     parts = dy.new_empty(blocks, nnz, dtype=dy.dtype if blocks == 1 else wide_dtype(dy.dtype))
+    if not trusted:
+        parts.fill_(float("nan"))
     launch(
         gather_dot_kernel,
         (rows, blocks),

@@ -113,11 +113,11 @@ def expect_rows(crow_indices: Tensor, indices: Tensor, columns: int) -> None:
     """Raises `KernelError` for rows that no kernel may follow, where looking costs no wait for the device.
 
     On a GPU, the contents are looked at under `TRITON_DEBUG=1` alone; without it, no kernel reads outside its
-    operands: an entry out of range makes what it would add to NaN.
+    operands: an entry out of range, or of a row that does not begin where it should, makes what it would add to NaN.
     """
-    if crow_indices.shape[0] == 0 or (columns == 0 and indices.shape[0] > 0):
+    if crow_indices.shape[0] == 0 or (indices.shape[0] > 0 and (columns == 0 or crow_indices.shape[0] == 1)):
         raise KernelError(
-            f"expected crow_indices [rows + 1] and indices in [0, {columns}), "
+            f"expected crow_indices [rows + 1], a row for entries, and indices in [0, {columns}), "
             f"got {described(crow_indices=crow_indices, indices=indices)}"
         )
     if indices.shape[0] >= 2**31:
