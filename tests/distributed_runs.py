@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from offpath.studies import RunConfig, RunError, train
 from offpath.studies.data import load
@@ -70,7 +72,21 @@ def _run_shares_out_a_batch() -> None:
     torch.testing.assert_close(shared.evaluate(), alone.evaluate())
 
 
+def _run_averages_in_its_own_thread() -> None:
+    """In a thread of gloo's, a process is aborted whose interpreter ends meanwhile, as after another one's death."""
+    model = Ranks(my_rank(), count()).wrap(nn.Linear(3, 2))
+    threads, copy = set(), torch._foreach_copy_
+    torch._foreach_copy_ = lambda *parts: (threads.add(threading.get_ident()), copy(*parts))
+    try:
+        for _ in range(3):
+            model(torch.ones(1, 3)).sum().backward()
+    finally:
+        torch._foreach_copy_ = copy
+    assert threads == {threading.get_ident()}
+
+
 for name in ("rigl", "gmp"):
     check(_run_stops_and_goes_on, name)
 check(_run_that_exists_is_refused)
 check(_run_shares_out_a_batch)
+check(_run_averages_in_its_own_thread)

@@ -113,15 +113,14 @@ def _average_in_order(parameters, bucket):  # no annotations: torch compares the
     gradients = {id(p): g for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)}
     ordered = [gradients[id(p)] for p in parameters]
     together = torch.cat([gradient.flatten() for gradient in ordered]).div_(distributed.get_world_size())
-
-    def write_back(done):
-        torch._foreach_copy_(
-            ordered, [p.view_as(g) for p, g in zip(done.value()[0].split(sizes), ordered, strict=True)]
-        )
-        return bucket.buffer()
-
-    sizes = [gradient.numel() for gradient in ordered]
-    return distributed.all_reduce(together, async_op=True).get_future().then(write_back)
+    # Waited for here, as there is no other bucket to go on with. What is told to run afterwards runs in a thread of
+    # gloo's, which aborts this process where it still holds something of Python's when an interpreter ends.
+    distributed.all_reduce(together)
+    parts = together.split([gradient.numel() for gradient in ordered])
+    torch._foreach_copy_(ordered, [part.view_as(gradient) for part, gradient in zip(parts, ordered, strict=True)])
+    done: torch.futures.Future = torch.futures.Future(devices=[together.device] if together.is_cuda else [])
+    done.set_result(bucket.buffer())
+    return done
 
 
 def _is_about_a_peer(error: RuntimeError) -> bool:
