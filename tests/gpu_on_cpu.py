@@ -1,4 +1,4 @@
-"""Runs the CUDA sources on the CPU: built by the host's compiler on top of gpu_shim/shim.h, under the sanitizers."""
+"""Runs the CUDA sources on the CPU: built by the host's compiler on top of gpu_shim/shim.h, under sanitizers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ from offpath.kernels.gpu.tiles import TILE_ROWS, Tiles
 
 SHIM = Path(__file__).parent / "gpu_shim" / "shim.h"
 COMPILER = shutil.which("c++") or shutil.which("g++")
-OPTIONS = ["-std=c++17", "-O0", "-ffp-contract=off", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+OPTIONS = ["-std=c++17", "-O0", "-ffp-contract=off", "-w"]
+CHECKERS = {"memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], "races": ["-fsanitize=thread"]}
+# What ThreadSanitizers of older compilers cannot map is an address space laid out at random, as newer kernels do.
+_FIXED = ["setarch", "-R"]
+FIXED_LAYOUT = (
+    _FIXED if shutil.which("setarch") and not subprocess.run([*_FIXED, "true"], check=False).returncode else []
+)
 WARPS = 2
 
 
@@ -54,14 +60,14 @@ class Variant:
 class Programs:
     """Variants compiled into one program, since the compiler's start takes longer than a kernel."""
 
-    def __init__(self, path: Path, variants: list[Variant]) -> None:
-        self.path = path
+    def __init__(self, path: Path, variants: list[Variant], checker: str = "memory") -> None:
+        self.command = [*(FIXED_LAYOUT if checker == "races" else ()), str(path)]
         self.numbers = {variant: number for number, variant in enumerate(dict.fromkeys(variants))}
         parts = [f'#include "{SHIM}"\n', *(variant.code(f"variant_{i}") for variant, i in self.numbers.items())]
         cases = [f"case {i}: return shim::launch(variant_{i}::{v.kernel});\n" for v, i in self.numbers.items()]
         parts += ["int main() {\nswitch (shim::take<int>()) {\n", *cases, "}\nreturn 2;\n}\n"]
         assert COMPILER is not None, "no C++ compiler"
-        command = [COMPILER, "-x", "c++", *OPTIONS, "-", "-o", str(path)]
+        command = [COMPILER, "-x", "c++", *OPTIONS, *CHECKERS[checker], "-", "-o", str(path)]
         built = subprocess.run(command, check=False, input="".join(parts), text=True, capture_output=True)
         assert built.returncode == 0, built.stderr
 
@@ -86,7 +92,7 @@ class Programs:
                 tensors.append(tensor)
                 raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
                 told += [struct.pack("Q", len(raw)), raw]
-        ran = subprocess.run([str(self.path)], check=False, input=b"".join(told), capture_output=True, timeout=60)
+        ran = subprocess.run(self.command, check=False, input=b"".join(told), capture_output=True, timeout=60)
         if ran.returncode:
             raise RuntimeError(ran.stderr.decode())
         came = ran.stdout

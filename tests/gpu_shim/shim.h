@@ -1,6 +1,7 @@
 // What the CUDA sources of src/offpath/kernels/gpu/cuda use of CUDA, on one thread of a CPU: each CUDA thread is a
 // fiber, blocks run one after another, and shared memory beyond what a launch asked for is out of bounds. A barrier or
-// a shuffle that not all threads reach ends the program.
+// a shuffle that not all threads reach ends the program, and so do blocks that write to the same place. Under
+// ThreadSanitizer, the threads of a block are ordered by barriers alone: what they do not keep apart is a race.
 //
 // gpu_on_cpu.py puts the sources behind this, each with its options in a namespace of its own, and a main() that reads
 // a launch from stdin and writes the buffers as they are afterwards to stdout.
@@ -16,6 +17,32 @@
 #include <tuple>
 #include <utility>
 #include <vector>
+
+// What the shim itself does to run the threads is nobody's race, and switching between them orders nothing.
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+extern "C" void AnnotateIgnoreReadsBegin(const char *, int);
+extern "C" void AnnotateIgnoreReadsEnd(const char *, int);
+extern "C" void AnnotateIgnoreWritesBegin(const char *, int);
+extern "C" void AnnotateIgnoreWritesEnd(const char *, int);
+extern "C" void __tsan_write_range(void *, size_t);
+struct Unwatched {
+    Unwatched() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__), AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
+    ~Unwatched() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__), AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
+};
+#else
+struct Unwatched {
+    Unwatched() {}
+};
+#define __tsan_acquire(...)
+#define __tsan_release(...)
+#define __tsan_write_range(...)
+#define __tsan_get_current_fiber() nullptr
+#define __tsan_create_fiber(...) nullptr
+#define __tsan_destroy_fiber(...)
+#define __tsan_switch_to_fiber(...)
+#define __tsan_switch_to_fiber_no_sync 0
+#endif
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -45,7 +72,9 @@ struct Index {
 
 constexpr int WARP = 32, STACK_BYTES = 1 << 16, SHARED_BYTES = 227 * 1024;
 alignas(16) uint4 shared[SHARED_BYTES / sizeof(uint4)];
-Index threadIdx, blockIdx, gridDim;
+Index running, blockIdx, gridDim; // running: the thread
+__attribute__((no_sanitize("thread"))) inline Index this_thread() { return running; }
+#define threadIdx this_thread()
 
 [[noreturn]] inline void fail(const char *problem) {
     fprintf(stderr, "shim: %s in block (%u, %u)\n", problem, blockIdx.x, blockIdx.y);
@@ -64,6 +93,7 @@ struct Fiber {
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(STACK_BYTES);
     bool done;
+    void *thread; // what ThreadSanitizer calls it
 };
 
 struct Copy {
@@ -80,19 +110,22 @@ Meeting block;
 bool progress;
 const void *scheduler_stack;
 size_t scheduler_stack_bytes;
+void *scheduler_thread;
 
 inline void yield() {
     Fiber &fiber = fibers[threadIdx.x];
     const unsigned self = threadIdx.x;
     void *fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, scheduler_stack, scheduler_stack_bytes);
+    __tsan_switch_to_fiber(scheduler_thread, __tsan_switch_to_fiber_no_sync);
     swapcontext(&fiber.context, &scheduler);
     __sanitizer_finish_switch_fiber(fake, &scheduler_stack, &scheduler_stack_bytes);
-    threadIdx.x = self;
+    running.x = self;
 }
 
 // The words of all threads of `meeting`, once all have come.
 inline const std::vector<unsigned> &meet(Meeting &meeting, int place, unsigned word) {
+    const Unwatched here;
     const unsigned round = meeting.round;
     meeting.words[round % 2][place] = word;
     if (++meeting.arrived == meeting.size) {
@@ -137,8 +170,12 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
 }
 inline int __syncthreads_or(int vote) {
     unsigned any = 0;
+    // A shuffle or a ballot does not order what is in memory: this does.
+    std::vector<unsigned> *const round = &block.words[block.round % 2];
+    __tsan_release(round);
     for (unsigned word : meet(block, threadIdx.x, vote != 0))
         any |= word;
+    __tsan_acquire(round);
     return any != 0;
 }
 inline void __syncthreads() { __syncthreads_or(0); }
@@ -160,8 +197,13 @@ inline void multiply_on_tensor_cores(float *sums, const unsigned *a, const unsig
     }
 }
 
-// A copy arrives as late as it may: when its thread waits for it.
-inline void start_copy(void *to, const void *from, bool there) { copies[threadIdx.x].push_back({to, from, there}); }
+// A copy arrives as late as it may: when its thread waits for it. As it may also arrive at once, nobody may use the
+// place when it starts.
+inline void start_copy(void *to, const void *from, bool there) {
+    __tsan_write_range(to, 16);
+    const Unwatched here;
+    copies[threadIdx.x].push_back({to, from, there});
+}
 inline void wait_for_copies() {
     for (const Copy &copy : copies[threadIdx.x]) {
         if (copy.there)
@@ -184,6 +226,7 @@ template <class T> T take() {
 struct Buffer {
     size_t bytes = 0;
     void *memory = nullptr;
+    std::vector<char> before, written; // as the last block found it; which bytes a block has changed
 };
 std::vector<Buffer> buffers;
 std::vector<int> numbers;
@@ -209,9 +252,15 @@ void (*body)();
 void enter() {
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
     const unsigned self = threadIdx.x;
+    __tsan_acquire(&running);
     body();
-    fibers[self].done = progress = true;
+    {
+        const Unwatched here;
+        fibers[self].done = progress = true;
+    }
+    __tsan_release(&scheduler);
     __sanitizer_start_switch_fiber(nullptr, scheduler_stack, scheduler_stack_bytes);
+    __tsan_switch_to_fiber(scheduler_thread, __tsan_switch_to_fiber_no_sync);
     setcontext(&scheduler);
 }
 
@@ -219,13 +268,14 @@ void enter() {
 bool run_warp(int warp, bool backwards) {
     bool all_done = true;
     for (int i = 0; i < WARP; ++i) {
-        threadIdx.x = warp * WARP + (backwards ? WARP - 1 - i : i);
-        Fiber &fiber = fibers[threadIdx.x];
+        running.x = warp * WARP + (backwards ? WARP - 1 - i : i);
+        Fiber &fiber = fibers[running.x];
         if (fiber.done)
             continue;
         all_done = false;
         void *fake = nullptr;
         __sanitizer_start_switch_fiber(&fake, fiber.stack.data(), STACK_BYTES);
+        __tsan_switch_to_fiber(fiber.thread, __tsan_switch_to_fiber_no_sync);
         swapcontext(&scheduler, &fiber.context);
         __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
     }
@@ -246,6 +296,7 @@ void run_block(int threads, int shared_bytes, bool backwards) {
         fiber.done = false;
         makecontext(&fiber.context, enter, 0);
     }
+    __tsan_release(&running);
     // A warp runs on until it waits for another one: what is not kept in order by barriers comes out of order here.
     for (bool all_done = false; !all_done;) {
         all_done = true;
@@ -260,10 +311,26 @@ void run_block(int threads, int shared_bytes, bool backwards) {
         if (!all_done && !any_progress)
             fail("a barrier that not all threads reach");
     }
+    __tsan_acquire(&scheduler);
     __asan_unpoison_memory_region(shared, SHARED_BYTES);
     for (const std::vector<Copy> &left : copies) {
         if (!left.empty())
             fail("a copy that its thread does not wait for");
+    }
+}
+
+// Blocks run at the same time, so that no two of them may write to the same place.
+void note_writes() {
+    for (Buffer &buffer : buffers) {
+        const char *now = static_cast<const char *>(buffer.memory);
+        for (size_t i = 0; i < buffer.bytes; ++i) {
+            if (now[i] == buffer.before[i])
+                continue;
+            if (buffer.written[i])
+                fail("a write to where another block has written");
+            buffer.written[i] = 1;
+        }
+        buffer.before.assign(now, now + buffer.bytes);
     }
 }
 
@@ -275,7 +342,15 @@ template <class... Arguments> int launch(void (*kernel)(Arguments...)) {
     arguments = std::tuple<Arguments...>{argument<Arguments>()...};
     function = kernel;
     body = [] { std::apply(function, arguments); };
+    const Unwatched here;
+    for (Buffer &buffer : buffers) {
+        const char *now = static_cast<const char *>(buffer.memory);
+        buffer.before.assign(now, now + buffer.bytes), buffer.written.assign(buffer.bytes, 0);
+    }
+    scheduler_thread = __tsan_get_current_fiber();
     fibers.resize(threads);
+    for (Fiber &fiber : fibers)
+        fiber.thread = __tsan_create_fiber(0);
     copies.resize(threads);
     warps.resize(threads / WARP);
     gridDim = {unsigned(grid_x), unsigned(grid_y)};
@@ -283,7 +358,10 @@ template <class... Arguments> int launch(void (*kernel)(Arguments...)) {
         const int at = backwards ? grid_x * grid_y - 1 - i : i;
         blockIdx = {unsigned(at % grid_x), unsigned(at / grid_x)};
         run_block(threads, shared_bytes, backwards);
+        note_writes();
     }
+    for (const Fiber &fiber : fibers)
+        __tsan_destroy_fiber(fiber.thread);
     for (const Buffer &buffer : buffers) {
         if (buffer.bytes)
             fwrite(buffer.memory, 1, buffer.bytes, stdout);
