@@ -208,6 +208,16 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(quick_measure, monkeypat
     assert "measures its kernels in every process" in caplog.text
 
 
+def test_a_user_without_a_home_is_told_so(quick_measure, monkeypatch, caplog) -> None:
+    for name in ("OFFPATH_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
+    calibration.cost_table.cache_clear()
+    assert calibration.cost_table(BEST, torch.float32, SMALL_SIZES).seconds
+    calibration.cost_table.cache_clear()
+    assert "no home directory for this user; set OFFPATH_CACHE_DIR" in caplog.text
+
+
 def _measure_in_a_process(folder: str) -> dict:
     os.environ["OFFPATH_CACHE_DIR"] = folder
     calibration.SMALL_ROUNDS = 1

@@ -190,6 +190,29 @@ def test_a_digest_on_a_device_is_read_once_after_each_write(monkeypatch: pytest.
         layer(x)
 
 
+def test_what_is_kept_of_connections_is_not_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be there after a replay of that graph, and be read before."""
+
+    class OnDevice(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    layer, x = SparseLinear(8, 8), torch.ones(20, 8, requires_grad=True)
+    for method in ("dense", "row-wise"):
+        prepared = layer._connections._prepared
+        prepared._weight.matrix.crow_indices = prepared._weight.matrix.crow_indices.as_subclass(OnDevice)
+        with kernels.forced("reference"), forced_methods(forward="row-wise", dx=method, dvalues=method):
+            y = layer(x)  # makes nothing
+            with monkeypatch.context() as patch, pytest.raises(KernelError, match="Run it once before"):
+                patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+                y.sum().backward(retain_graph=True)
+            y.sum().backward()
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+                layer(x).sum().backward()
+        layer = SparseLinear(8, 8)
+
+
 def test_a_device_before_ampere_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     class Properties:
         name, major, minor, total_memory, multi_processor_count = "Old GPU", 7, 5, 2**34, 40

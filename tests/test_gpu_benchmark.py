@@ -73,6 +73,14 @@ def _fails() -> Tensor:
     raise KernelError("no such product")
 
 
+class _OutOfResources(Exception):
+    """Triton's errors have no class in common with torch's."""
+
+
+def _fails_in_triton() -> Tensor:
+    raise _OutOfResources("too much shared memory")
+
+
 @pytest.mark.parametrize(
     ("call", "problem"),
     [
@@ -82,8 +90,9 @@ def _fails() -> Tensor:
         (lambda: torch.arange(6).float(), "off by inf"),
         (_changing(), "other bits"),
         (_fails, "no such product"),
+        (_fails_in_triton, "_OutOfResources: too much shared memory"),
     ],
-    ids=["right", "unwritten", "inexact", "shape", "changing", "refused"],
+    ids=["right", "unwritten", "inexact", "shape", "changing", "refused", "failed"],
 )
 def test_a_wrong_kernel_is_caught(call: Callable[[], Tensor], problem: str | None) -> None:
     check = judge(_case(call))
@@ -139,7 +148,8 @@ def test_a_race_takes_turns_and_divides_by_the_calls(graphs: bool, monkeypatch: 
     clock, captured = _Clock(monkeypatch), []
     monkeypatch.setattr(timing, "captured", lambda call: captured.append(call) or call)
     sides = {"a": [clock.call("a", 0.001), clock.call("A", 0.003)], "b": [clock.call("b", 0.05)]}
-    times = timing.race(sides, Effort(rounds=3, burst_seconds=0.008), graphs)
+    times, replayed = timing.race(sides, Effort(rounds=3, burst_seconds=0.008), graphs)
+    assert replayed == graphs
     assert {name: time.seconds for name, time in times.items()} == {
         "a": pytest.approx([0.002] * 3),
         "b": pytest.approx([0.05] * 3),
@@ -160,7 +170,8 @@ def test_where_one_side_cannot_be_captured_none_is(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(timing, "captured", capture)
     sides = {"slow": [clock.call("s", 1)], "fast": [clock.call("f", 0.5)]}
-    assert timing.race(sides, Effort(rounds=2, burst_seconds=0.1))["fast"].seconds == (0.5, 0.5)
+    times, replayed = timing.race(sides, Effort(rounds=2, burst_seconds=0.1))
+    assert times["fast"].seconds == (0.5, 0.5) and not replayed
 
 
 def test_a_figure_is_over_the_fastest_of_the_others() -> None:
@@ -206,8 +217,14 @@ def test_a_side_that_fails_is_left_out_with_its_reason(monkeypatch: pytest.Monke
     sides = Sides()
     sides.offer("works", lambda: [lambda: None])
     sides.offer("fails", lambda: [lambda: torch.zeros(2) @ torch.zeros(3)])
+    sides.offer("is not there", lambda: importlib.import_module("no_such_package"))
+    sides.offer("says nothing", _raises(AttributeError()))
     assert list(sides.calls) == ["works"]
     assert sides.refused["fails"].startswith("fails: ")
+    assert sides.refused["is not there"] == "is not there: No module named 'no_such_package'"
+    assert sides.refused["says nothing"] == "says nothing: AttributeError"
+    with pytest.raises(WrongResult):
+        sides.offer("wrong", _raises(WrongResult("dx")))
 
 
 def test_no_time_is_reported_of_a_kernel_whose_check_failed() -> None:

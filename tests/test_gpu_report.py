@@ -145,6 +145,23 @@ def test_what_a_part_wrote_before_it_failed_stays(
     assert "2.00x" in report.with_suffix(".txt").read_text()
 
 
+def test_a_sanitizer_that_cannot_start_does_not_cost_what_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise PermissionError("compute-sanitizer")
+
+    monkeypatch.setattr(sys, "executable", _fake_python(tmp_path, "exit 0"))
+    monkeypatch.setattr(command, "missing", lambda: None)
+    monkeypatch.setattr(command, "describe", lambda: CARD)
+    monkeypatch.setattr(command, "sanitize", fails)
+    report = tmp_path / "gpu.json"
+    command.main(["--parts", "sanitizer", "decode", "--json", str(report)])
+    content = json.loads(report.read_text())
+    assert [figure["value"] for figure in content["figures"]] == [2.0]
+    assert "racecheck: not run: PermissionError: compute-sanitizer" in report.with_suffix(".txt").read_text()
+
+
 def test_without_a_gpu_the_command_says_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

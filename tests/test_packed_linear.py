@@ -193,6 +193,40 @@ def test_checkpoints_and_copies(decoded: list[int]) -> None:
     assert torch.equal(other(x), layer(x)) and torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
+def test_the_dense_weight_follows_a_checkpoint(decoded: list[int]) -> None:
+    sparse, x = _layer(), torch.randn(5, 70)
+    layer, other = (PackedSparseLinear.from_sparse(sparse, tokens=2) for _ in range(2))
+    with torch.no_grad():
+        sparse.values.mul_(-3.0)
+    changed = PackedSparseLinear.from_sparse(sparse, tokens=2)
+    address = layer.weight.data_ptr()
+    layer.load_state_dict(changed.state_dict())
+    assert layer.weight.data_ptr() == address
+    empty = other.to_empty(device="meta")
+    empty.load_state_dict(changed.state_dict(), assign=True)
+    with torch.no_grad():
+        for one in (layer, empty):
+            assert torch.equal(one(x), changed(x)) and torch.equal(one(x[:2]), changed(x[:2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float32], ids=str)
+def test_a_weight_that_was_cast_is_not_read_as_another_dtype(dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(ops, "_expect_gpu", lambda x: None)
+    sparse = _layer(dtype=torch.bfloat16)
+    layer = PackedSparseLinear.from_sparse(sparse, tokens=16).to(dtype)
+    assert torch.equal(layer.to_sparse().values, sparse.values.to(dtype))
+    x = torch.ones(17, 70, dtype=dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), sparse.to_dense().to(dtype)(x))
+        with pytest.raises(KernelError, match=r"packed in torch\.bfloat16, aligned to 16 bytes, got values"):
+            layer(x[:16])
+        if dtype is not torch.float32:
+            with pytest.raises(
+                KernelError, match=r"packed in torch\.float32 or torch\.bfloat16, aligned .* got values"
+            ):
+                layer(x[:1])
+
+
 def test_autocast_leaves_the_layer_its_dtype() -> None:
     layer, x = PackedSparseLinear.from_sparse(_layer(), tokens=0), torch.randn(3, 70)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -210,6 +244,27 @@ def test_opcheck_and_compile(one_thread: None) -> None:
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), layer(x))
         assert torch.equal(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("error", "remembered"), [(torch.OutOfMemoryError("no room"), False), (KernelError("an old driver"), True)]
+)
+def test_what_cannot_be_measured_does_not_pay(
+    error: Exception, remembered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fails(*_: object) -> bool:
+        asked.append(1)
+        raise error
+
+    monkeypatch.setattr(contest, "_pays", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(contest, "problem", lambda part: None)
+    monkeypatch.setattr(contest, "_live_wins", fails)
+    weight = torch.ones(20, 8)
+    assert not contest.live_pays(2, weight, None) and not contest.live_pays(2, weight, None)
+    assert len(asked) == (1 if remembered else 2)
 
 
 def test_a_dense_input_of_few_tokens_reads_only_live_rows_where_that_never_loses(

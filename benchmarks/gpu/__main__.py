@@ -19,7 +19,7 @@ from gpu.card import describe, missing
 from gpu.check import INTERPRETED
 from gpu.page import show
 from gpu.part import GROUPS, TIMED
-from gpu.sanitizer import sanitize
+from gpu.sanitizer import TOOLS, sanitize
 from gpu.sheet import judged, read_json, report_text, write_text
 from gpu.timing import Deadline
 
@@ -100,7 +100,7 @@ class Run:
                 scale = "tiny" if INTERPRETED else "small" if self.quick else "full"
                 self._part("checks", [["--scale", scale, "--groups", *some] for some in groups])
             if sanitizing is not None:
-                self.content["sanitizer"] = sanitizing.result()
+                self.content["sanitizer"] = _said_by(sanitizing)
         for name in TIMED:
             if name in names:
                 self._part(name, [[]])
@@ -146,7 +146,7 @@ class Run:
         made = self.folder / f"{name}-{number}.json"
         command = [sys.executable, "-m", "gpu.part", name, str(made), "--seconds", str(seconds), *options]
         command += ["--seed", str(self.seed), *(["--quick"] if self.quick else [])]
-        process = subprocess.Popen(command, env=self.environment, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, env=self.environment, stderr=subprocess.PIPE, text=True, errors="replace")
         try:
             _, said = process.communicate(timeout=seconds + START_SECONDS)
         except subprocess.TimeoutExpired:
@@ -155,6 +155,13 @@ class Run:
         if process.returncode:
             return f"ended with status {process.returncode}", said.strip().splitlines()[-LAST_LINES:]
         return None if read_json(made)["finished"] else (TIMED_OUT, [])
+
+
+def _said_by(sanitizing: Future[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return sanitizing.result()
+    except Exception as error:  # a tool that cannot even be started must not cost what is timed
+        return {tool: {"ran": False, "reason": f"{type(error).__name__}: {error}"} for tool in TOOLS}
 
 
 if __name__ == "__main__":

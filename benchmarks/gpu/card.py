@@ -64,7 +64,11 @@ def _smi() -> dict[str, str]:
         return {}
     index = torch.cuda.current_device()
     command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().split(", ")
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    said = run.stdout.strip().split(", ")
     return dict(zip(SMI, said, strict=True)) if len(said) == len(SMI) else {}
 
 

@@ -124,5 +124,5 @@ def best_dense(shape: Shape, tokens: int, effort: Effort, device: torch.device) 
     weights = copies(numbers(*shape, dtype=torch.bfloat16, device=device), 2 * shape[0] * shape[1])
     x = numbers(tokens, shape[1], dtype=torch.bfloat16, device=device)
     forms = DENSE_FORMS if tokens == 1 else DENSE_FORMS[:2]
-    times = race({form: dense_calls(form, weights, x) for form in forms}, effort)
+    times, _ = race({form: dense_calls(form, weights, x) for form in forms}, effort)
     return min(times, key=lambda form: times[form].median_seconds)

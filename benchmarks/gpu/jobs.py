@@ -41,10 +41,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Raced:
-    """The times of every side, and why the others have none."""
+    """The times of every side, why the others have none, and which were replayed from CUDA graphs."""
 
     times: dict[str, Timing]
     refused: dict[str, str]
+    replayed: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -60,13 +61,16 @@ class Sides:
             calls = make()
             calls[0]()
             torch.cuda.synchronize()
-        except (Refused, RuntimeError) as error:
-            self.refused[name] = f"{name}: {str(error).splitlines()[0]}"
+        except WrongResult:
+            raise
+        except Exception as error:  # of whatever kind, in a package that is not ours
+            self.refused[name] = f"{name}: {(str(error).splitlines() or [type(error).__name__])[0]}"
         else:
             self.calls[name] = calls
 
     def race(self, effort: Effort, graphs: bool = True) -> Raced:
-        return Raced(race(self.calls, effort, graphs), self.refused)
+        times, replayed = race(self.calls, effort, graphs)
+        return Raced(times, self.refused, frozenset(times) if replayed else frozenset())
 
 
 def work_through(jobs: Iterable[Job], sheet: Sheet, deadline: Deadline) -> None:
@@ -86,7 +90,7 @@ def work_through(jobs: Iterable[Job], sheet: Sheet, deadline: Deadline) -> None:
         except Exception as error:  # whatever it is: the others may still be measured
             _refuse(job, sheet, f"failed: {type(error).__name__}: {error}".splitlines()[0], wrong=True)
         else:
-            sheet.add_times(job.wanted[0].figure, raced.times)
+            sheet.add_times(job.wanted[0].figure, raced.times, raced.replayed)
             for wanted in job.wanted:
                 sheet.figures.append((filled(wanted, raced), job.kernels))
         sheet.save()

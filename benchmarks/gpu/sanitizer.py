@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ _OPTIONS = ("--error-exitcode", str(FOUND), "--print-limit", "10")
 
 def _without_torch(program: str) -> tuple[str, ...]:
     """Leaves out what was compiled from C++, whose names are mangled: torch's own kernels, most of the time."""
-    text = subprocess.run([program, "--help"], capture_output=True, text=True, check=False).stdout
+    text = subprocess.run([program, "--help"], capture_output=True, text=True, errors="replace", check=False).stdout
     option = next((name for name in ("--kernel-name-exclude", "--kernel-regex-exclude") if re.search(name, text)), None)
     return (option, "kns=_Z") if option else ()
 
@@ -124,12 +125,14 @@ def _run(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",
         start_new_session=True,
     )
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may just have ended
+            os.killpg(process.pid, signal.SIGKILL)
         return None, process.communicate()[0]
     return process.returncode, output
 

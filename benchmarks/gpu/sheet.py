@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,11 @@ class Sheet:
         }
         write_text(self.path, json.dumps(content))
 
-    def add_times(self, figure: Figure, times: Mapping[str, Timing]) -> None:
-        """Medians and quartiles of every side, under the names of the figure that they were taken for."""
+    def add_times(self, figure: Figure, times: Mapping[str, Timing], replayed: Container[str] = ()) -> None:
+        """Medians and quartiles of every side, under the names of the figure that they were taken for.
+
+        `replayed` has the sides that ran from CUDA graphs: of the others, launches are timed as well.
+        """
         for name, timing in times.items():
             several = len(timing.seconds) > 1
             lower, _, upper = (
@@ -62,6 +65,7 @@ class Sheet:
                     "row": figure.row,
                     "column": figure.column,
                     "side": name,
+                    "replayed": name in replayed,
                     "median_seconds": timing.median_seconds,
                     "quartiles_seconds": (lower, upper),
                     "rounds": len(timing.seconds),

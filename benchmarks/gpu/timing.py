@@ -45,11 +45,11 @@ class Effort:
 QUICK = Effort(rounds=5, burst_seconds=5e-4)
 
 
-def race(sides: Mapping[str, Sequence[Call]], effort: Effort, graphs: bool = True) -> dict[str, Timing]:
+def race(sides: Mapping[str, Sequence[Call]], effort: Effort, graphs: bool = True) -> tuple[dict[str, Timing], bool]:
     """Seconds of one call of each side, a median's worth of rounds; the sides take turns in an order that rotates.
 
     A side is its call once for every copy of its operands; a burst goes through all of them, again and again. All sides
-    run from CUDA graphs or, where one of them cannot be captured (or without `graphs`), none.
+    run from CUDA graphs or, where one of them cannot be captured (or without `graphs`), none: the second result.
     """
     tours = {name: _tours(calls, effort.burst_seconds) for name, calls in sides.items()}
     replays = _captured(sides, tours) if graphs else None
@@ -68,10 +68,11 @@ def race(sides: Mapping[str, Sequence[Call]], effort: Effort, graphs: bool = Tru
             end.record()
             marks[name].append((begin, end))
     torch.cuda.synchronize()  # not in between: the queue stays full, so that launches do not show
-    return {
+    times = {
         name: Timing(tuple(b.elapsed_time(e) * 1e-3 / (tours[name] * len(sides[name])) for b, e in pairs))
         for name, pairs in marks.items()
     }
+    return times, replays is not None
 
 
 def copies(operands: Operands, read_bytes: int) -> list[Operands]:
@@ -137,6 +138,15 @@ def captured(call: Call) -> Call:
     """The replay of what `call` launches. Raises `RuntimeError` for a call that waits for the device."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        call()
+    stream = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    finally:
+        torch.cuda.set_stream(stream)  # a capture that fails leaves its own (torch 2.13)
     return graph.replay
+
+
+def is_of_an_earlier_capture(problem: RuntimeError) -> bool:
+    """Whether torch says that it is still capturing, as some versions do once a capture has failed."""
+    return "captures_underway" in str(problem)

@@ -27,9 +27,15 @@ _log = logging.getLogger("offpath")
 
 
 def cache_folder() -> Path:
-    """Where they lie."""
-    chosen = os.environ.get("OFFPATH_CACHE_DIR")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offpath"
+    """Where they lie; raises `OSError` for a user without a home directory, where no other one is chosen."""
+    if chosen := os.environ.get("OFFPATH_CACHE_DIR"):
+        return Path(chosen)
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "offpath"
+    try:
+        return Path.home() / ".cache" / "offpath"
+    except RuntimeError as error:
+        raise FileNotFoundError("no home directory for this user; set OFFPATH_CACHE_DIR to a folder") from error
 
 
 def processor() -> str:
@@ -57,8 +63,8 @@ def measured_once(
     `facts` are all that it depends on besides the machine, the `backend` of that name and `dtype`. A cache that cannot
     be read or written costs the measurement in every process, and a warning.
     """
-    path = cache_folder() / f"{name}-{_fingerprint(backend, dtype, facts)}.json"
     try:
+        path = cache_folder() / f"{name}-{_fingerprint(backend, dtype, facts)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
             found = _read(path)
@@ -67,7 +73,7 @@ def measured_once(
                 _write(path, found)
         return found
     except OSError as error:
-        _log.warning("offpath measures its kernels in every process: cannot use %s (%s)", path.parent, error)
+        _log.warning("offpath measures its kernels in every process: cannot use its cache (%s)", error)
         return measure()
 
 

@@ -104,6 +104,15 @@ def wide(operand: Tensor) -> Tensor:
     return operand.float() if operand.element_size() == 2 else operand
 
 
+def expect_no_capture(indices: Tensor) -> None:
+    """Raises `KernelError` while a graph captures what is made of `indices` once: it would be there after a replay."""
+    if indices.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise KernelError(
+            "expected what a product makes of a layer's connections to be there when a graph is captured, and this is "
+            "its first call. Run it once before, forward and backward, with as many tokens"
+        )
+
+
 def row_numbers(crow_indices: Tensor, nnz: int | None = None) -> Tensor:
     """The row of each entry; a compiler has to be told how many there are."""
     rows = torch.arange(crow_indices.numel() - 1, device=crow_indices.device)

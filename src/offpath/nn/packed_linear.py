@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -143,6 +145,22 @@ class PackedSparseLinear(nn.Module):
         if offsets is None or values is None or places is None or gaps is None:
             return None
         return Tiles((self.out_features, self.in_features), offsets, values, places, gaps)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *keys_and_errors: list[str]
+    ) -> None:
+        errors, known = keys_and_errors[-1], len(keys_and_errors[-1])
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *keys_and_errors)
+        kept, whole = self._buffers["weight"], prefix + "values" in state_dict and len(errors) == known
+        if kept is None or not whole or self.packed.values.is_meta:
+            return
+        # A checkpoint has the packed weight alone.
+        weight = written_out(self.packed)
+        if (kept.device, kept.dtype, kept.shape) == (weight.device, weight.dtype, weight.shape):
+            with torch.no_grad():
+                kept.copy_(weight)  # in its place, where a captured graph reads it
+        else:
+            self.weight = weight
 
     def extra_repr(self) -> str:
         tiled = f", tiled_tokens={self.tiled_tokens}" if self.tiled_tokens else ""

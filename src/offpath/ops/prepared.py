@@ -121,7 +121,10 @@ class Prepared:
             return self._choose(backend, *key[1:])
         method = self._chosen.get(key)
         if method is None:
-            method = self._chosen[key] = self._choose(backend, *key[1:])
+            method = self._choose(backend, *key[1:])
+            # While a graph is captured, costs are calculated where they have not been measured.
+            if not (operand.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self._chosen[key] = method
         return method
 
     def _choose(self, backend: Backend, product: str, batch: int, dtype: torch.dtype, prefer: str) -> str:

@@ -73,7 +73,12 @@ def live_pays(tokens: int, weight: Tensor, bias: Tensor | None) -> bool:
     if key not in _pays:
         if torch.cuda.is_current_stream_capturing():
             return False
-        _pays[key] = problem(nvrtc_part) is None and _live_wins(tokens, weight, bias)
+        try:
+            _pays[key] = problem(nvrtc_part) is None and _live_wins(tokens, weight, bias)
+        except torch.OutOfMemoryError:
+            return False  # of what is measured with; there may be room at another time
+        except KernelError:
+            _pays[key] = False
     return _pays[key]
 
 
@@ -92,7 +97,8 @@ def cold_seconds(calls: Sequence[Callable[[], object]], device: torch.device) ->
     """The median seconds of each call on the device, in turns, of which none finds its operands in the cache."""
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     seconds: list[list[float]] = [[] for _ in calls]
-    with torch.cuda.device(device):  # the events are those of its stream
+    # The events are those of the device's stream; an autocast would time torch in another dtype.
+    with torch.cuda.device(device), torch.autocast("cuda", enabled=False):
         other = torch.empty(CACHES * cache_bytes, dtype=torch.uint8, device=device)
         for _ in range(1 + ROUNDS):
             for call, found in zip(calls, seconds, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from offpath.kernels.errors import KernelError
@@ -27,8 +28,24 @@ def launches(kernel: Kernel, batch: int, warps: int, shared_bytes: int) -> Launc
     return Launches(kernel, batch, threads, shared_bytes, kernel.resident_blocks(threads, shared_bytes))
 
 
-def expect_tokens(values: Tensor, shape: tuple[int, int], x: Tensor, bias: Tensor | None, most: int) -> None:
-    """Raises `KernelError` unless `x` and `bias` fit a weight of `shape` (rows, columns), packed into `values`."""
+def expect_tokens(
+    values: Tensor,
+    shape: tuple[int, int],
+    x: Tensor,
+    bias: Tensor | None,
+    most: int,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
+) -> None:
+    """Raises `KernelError` unless `x` and `bias` fit a weight of `shape` (rows, columns), packed into `values`.
+
+    `dtypes` are those that its kernel reads; values come in 16 bytes at a time.
+    """
+    if values.dtype not in dtypes or values.data_ptr() % 16:  # a module's `to` casts what was packed in another dtype
+        raise KernelError(
+            f"expected a weight that is packed in {' or '.join(map(str, dtypes))}, aligned to 16 bytes, got values of "
+            f"{values.dtype} at an address with a rest of {values.data_ptr() % 16}. Pack the sparse layer again in the "
+            "dtype that it is to have"
+        )
     rows, columns = shape
     fits = (
         x.dim() == 2

@@ -118,7 +118,7 @@ def unpack(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
     columns = packed.columns.long() & 0xFFFF
     if packed.gaps is not None:
         columns = unpack_columns(columns, packed.gaps, STRIDE)
-    bits = packed.values.view(torch.int16 if packed.values.element_size() == 2 else torch.int32)
+    bits = packed.values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[packed.values.element_size()])
     present = bits != torch.iinfo(bits.dtype).min
     group_counts = packed.group_offsets.long().diff()
     rows = torch.arange(group_counts.numel(), device=columns.device).repeat_interleave(group_counts * GROUP)[present]

@@ -20,6 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DEBUG = os.environ.get("TRITON_DEBUG") == "1"
 _LANES = 32
 _MOST_INT32 = 2**31 - 1
+_MOST_ENTRIES = _MOST_INT32 - 2048  # a loop over the last ones, a block at a time, ends behind them
 # Of Triton, whose rules of what it makes another kernel for are these: others are asked in every launch.
 _REMEMBERED = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
 # Keyed by all that Triton makes another kernel for: its own look-up costs the host more than most products do a GPU.
@@ -120,8 +121,8 @@ def expect_rows(crow_indices: Tensor, indices: Tensor, columns: int) -> None:
             f"expected crow_indices [rows + 1], a row for entries, and indices in [0, {columns}), "
             f"got {described(crow_indices=crow_indices, indices=indices)}"
         )
-    if indices.shape[0] >= 2**31:
-        raise KernelError(f"expected fewer than 2^31 entries, got {indices.shape[0]}; split the batch")
+    if indices.shape[0] > _MOST_ENTRIES:
+        raise KernelError(f"expected at most {_MOST_ENTRIES:,} entries, got {indices.shape[0]:,}; split the batch")
     if _DEBUG or not indices.is_cuda:
         check_rows(crow_indices, indices, columns)
 

@@ -38,11 +38,11 @@ def cubin(source: str, capability: tuple[int, int], defines: dict[str, int]) -> 
         *(f"-D{name}={value}" for name, value in sorted(defines.items())),
     ]
     key = json.dumps([code, options, nvrtc.version])
-    path = cache_folder() / "cubin" / f"{Path(source).stem}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
-    found = _read(path)
+    name = f"{Path(source).stem}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
+    found = _read(name)
     if found is None:
         found = nvrtc.compile(code, source, options)
-        _write(path, found)
+        _write(name, found)
     return found
 
 
@@ -134,18 +134,23 @@ def _candidates() -> Iterator[str]:
         yield f"libnvrtc.so.{major}"
 
 
-def _read(path: Path) -> bytes | None:
+def _read(name: str) -> bytes | None:
     try:
-        kept = path.read_bytes()
+        kept = _kept(name).read_bytes()
     except OSError:
         return None
     digest, found = kept[:_DIGEST_BYTES], kept[_DIGEST_BYTES:]
     return found if hashlib.sha256(found).digest() == digest else None
 
 
-def _write(path: Path, found: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+def _kept(name: str) -> Path:
+    return cache_folder() / "cubin" / name
+
+
+def _write(name: str, found: bytes) -> None:
     try:
+        path = _kept(name)
+        beside = path.with_name(f".{name}.{os.getpid()}")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.write_bytes(hashlib.sha256(found).digest() + found)
@@ -153,4 +158,4 @@ def _write(path: Path, found: bytes) -> None:
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
-        _log.warning("offpath compiles its CUDA kernels in every process: cannot use %s (%s)", path.parent, error)
+        _log.warning("offpath compiles its CUDA kernels in every process: cannot use its cache (%s)", error)

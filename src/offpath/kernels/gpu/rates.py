@@ -122,6 +122,7 @@ def calculated(device: int, dtype: torch.dtype, precision: str = "highest") -> R
     )
 
 
+@torch.autocast("cuda", enabled=False)  # or torch's product would be timed in another dtype, and kept
 @torch.inference_mode()
 def measure(device: int, dtype: torch.dtype) -> Rates:
     """Time each kind of work in turns, and keep the best times; takes a few seconds, most of them compiling."""

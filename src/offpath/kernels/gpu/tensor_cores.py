@@ -29,7 +29,7 @@ def multiply_tiles(tiles: Tiles, x: Tensor, bias: Tensor | None = None) -> Tenso
     bits. May be captured in a CUDA graph once it has run. Raises `KernelError` for other shapes, dtypes, strides or
     devices, and for what `driver.load` needs.
     """
-    expect_tokens(tiles.values, tiles.shape, x, bias, MAX_TILED_TOKENS)
+    expect_tokens(tiles.values, tiles.shape, x, bias, MAX_TILED_TOKENS, (torch.bfloat16,))
     (rows, columns), tokens = tiles.shape, x.shape[0]
     y = x.new_empty(tokens, rows)
     if not y.numel():

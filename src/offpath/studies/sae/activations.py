@@ -51,7 +51,10 @@ def load(
         samples, source = _synthetic(), "made here: sums of 8 of 256 random directions of 64 dimensions"
     else:
         text, place = read_text(config.data, Path(config.data_dir) if config.data_dir else None)
-        folder = cache_folder() / "activations" / _fingerprint(text, config.layer)
+        try:
+            folder = cache_folder() / "activations" / _fingerprint(text, config.layer)
+        except FileNotFoundError as error:
+            raise DataError("a folder to keep activations in", str(error), "name one in OFFPATH_CACHE_DIR") from error
         taken = _take(text, config.layer, folder, on_shard, stop or StopRequest())
         if taken is None:
             return None
