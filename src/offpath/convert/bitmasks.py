@@ -64,4 +64,4 @@ def _dense(layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
         )
     # As bytes, where torch cannot scatter the numbers themselves: those of float8.
     stored = values.contiguous().view(torch.uint8) if values.itemsize == 1 else values
-    return torch.zeros(rows, columns, dtype=stored.dtype).masked_scatter_(mask, stored).view(values.dtype)
+    return stored.new_zeros(rows, columns).masked_scatter_(mask, stored).view(values.dtype)

@@ -69,11 +69,22 @@ def measured_once(
         with _locked(path.with_suffix(".lock")):
             found = _read(path)
             if found is None or not is_complete(found):
-                found = measure()
+                found = _made_on_cpu(measure)
                 _write(path, found)
         return found
     except OSError as error:
         _log.warning("offpath measures its kernels in every process: cannot use its cache (%s)", error)
+        return _made_on_cpu(measure)
+
+
+def _made_on_cpu(measure: Callable[[], Any]) -> Any:
+    """What `measure()` gives where tensors are made on the CPU, unless it says otherwise.
+
+    Only where the user's default is another device, as torch then intercepts every call, and takes time for it.
+    """
+    if torch.get_default_device().type == "cpu":
+        return measure()
+    with torch.device("cpu"):
         return measure()
 
 

@@ -140,7 +140,7 @@ class RowVariant:
 
     def counts(self, indices: Tensor, columns: int) -> Tensor:
         indices = indices.contiguous()
-        crow_indices = torch.tensor([0, indices.shape[0]], dtype=torch.int32)
+        crow_indices = torch.tensor([0, indices.shape[0]], dtype=torch.int32, device="cpu")
         check_rows_fit(crow_indices, indices, columns)
         counts = indices.new_empty(columns)
         _native.count_indices(indices.shape[0], columns, address(indices), address(counts))

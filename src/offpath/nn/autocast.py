@@ -33,4 +33,5 @@ def _dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _cast(operand: Tensor, dtype: torch.dtype) -> Tensor:
-    return operand if operand.dtype is torch.float64 else operand.to(dtype)
+    # As torch casts: what is neither a real number nor shorter than float64 stays, and is refused by name.
+    return operand.to(dtype) if operand.is_floating_point() and operand.dtype is not torch.float64 else operand

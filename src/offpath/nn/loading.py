@@ -20,7 +20,7 @@ def load_problem(
     `dense_shape` is that of the layer which the checkpoint was made of, where it says so.
     """
     if not layer.owns_values:
-        return None
+        return _masked_problem(layer, state_dict, prefix) if holds_mask(state_dict, prefix) else None
     names = (*layer.value_names, *layer.index_names)
     missing = [name for name in names if prefix + name not in state_dict]
     if prefix + "weight" in state_dict and missing:
@@ -52,6 +52,28 @@ def load_problem(
     bias = state_dict.get(prefix + "bias")
     if bias is not None and layer.bias is not None and bias.shape != layer.bias.shape:
         return f"expected a bias of shape {tuple(layer.bias.shape)}, got {tuple(bias.shape)}"
+    return _topology_problem(layer, crow_indices, col_indices)
+
+
+def holds_mask(state_dict: dict[str, Any], prefix: str) -> bool:
+    """Whether a checkpoint has what `torch.nn.utils.prune` makes of `values`: the original ones, and a mask."""
+    return all(prefix + name in state_dict for name in ("values_orig", "values_mask"))
+
+
+def _masked_problem(layer: SparseWeightModule, state_dict: dict[str, Any], prefix: str) -> str | None:
+    missing = [name for name in layer.index_names if prefix + name not in state_dict]
+    if missing:
+        return f"expected the topology that the values belong to, but {', '.join(missing)} is missing"
+    crow_indices, col_indices = (state_dict[prefix + name] for name in layer.index_names)
+    if col_indices.numel() != layer.values.numel() or state_dict[prefix + "values_orig"].shape != layer.values.shape:
+        return (
+            f"expected {layer.values.numel()} connections, as many as the mask of torch.nn.utils.prune is for, got "
+            f"{col_indices.numel()}; load the checkpoint into a layer of that many, or call prune.remove on both first"
+        )
+    return _topology_problem(layer, crow_indices, col_indices)
+
+
+def _topology_problem(layer: SparseWeightModule, crow_indices: torch.Tensor, col_indices: torch.Tensor) -> str | None:
     try:
         Pattern(layer.pattern_shape, crow_indices, col_indices)
     except PatternError as error:

@@ -33,7 +33,7 @@ def rewire(layer: SparseLinear, edit: Edit, grown: Tensor | None = None) -> None
     check_rewire(layer, edit, grown)
     values = edit.carry(layer.values)
     if grown is not None:
-        values[edit.grown_slots] = grown
+        values[edit.grown_slots] = grown.to(values.dtype)
     gradient = None if layer.values.grad is None else edit.carry(layer.values.grad)
     layer._set_connections(Connections(edit.pattern))
     if edit.pattern.nnz == layer.nnz:
@@ -48,6 +48,11 @@ def rewire(layer: SparseLinear, edit: Edit, grown: Tensor | None = None) -> None
 
 def check_rewire(layer: SparseLinear, edit: Edit, grown: Tensor | None = None) -> None:
     """Raise `PatternError` unless `edit` was made from the pattern of `layer`; changes nothing."""
+    if not layer.owns_values:
+        raise PatternError(
+            "expected a layer with values of its own, got one whose values are computed from others; call "
+            "torch.nn.utils.prune.remove(layer, 'values') first"
+        )
     source, connections = edit.source, layer.connections
     shape = (layer.out_features, layer.in_features)
     if source.shape != shape or source.nnz != connections.nnz:

@@ -124,7 +124,7 @@ class _Encoded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, crow_indices, indices, x, weight, bias):
         ctx.save_for_backward(crow_indices, indices, x, weight)
-        return values
+        return values.clone()  # what is given back as it came is a view to autograd, and refuses in-place functions
 
     @staticmethod
     def backward(ctx, dvalues):

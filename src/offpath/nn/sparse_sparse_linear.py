@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +65,7 @@ class SparseSparseLinear(SparseWeightModule):
         operand, weight, bias = under_autocast(operand, self.values, self.bias)
         connections = self._connections.crow_indices, self._connections.col_indices, self.out_features
         if isinstance(x, Tensor):
-            rows = operand.reshape(x.shape[:-1].numel(), self.in_features)
+            rows = operand.reshape(math.prod(x.shape[:-1]), self.in_features)
             y = sparse_matmul_of_nonzeros(rows, weight, *connections).view(*x.shape[:-1], self.out_features)
         else:
             y = sparse_matmul(x.with_values(operand), weight, *connections)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from offpath import pattern as patterns
-from offpath.nn.loading import load_problem
+from offpath.nn.loading import holds_mask, load_problem
 from offpath.nn.parameter import replace_values
 from offpath.ops import Connections
 from offpath.pattern import Pattern
@@ -155,6 +155,9 @@ class SparseWeightModule(nn.Module):
         )
 
     def _set_connections(self, connections: Connections) -> None:
+        before = getattr(self, "_connections", None)
+        if before is not None and before is not connections:
+            before.outdate()
         self._connections = connections
         # DistributedDataParallel broadcasts the values of one process to all, AveragedModel averages them, and this
         # number goes along: where the topologies differ it no longer fits, instead of values landing on other
@@ -227,7 +230,7 @@ class SparseWeightModule(nn.Module):
         if crow_indices is None or col_indices is None:
             if strict:
                 missing_keys += [prefix + name for name in self.index_names]
-        elif self.owns_values:
+        elif self.owns_values or holds_mask(state_dict, prefix):
             device = col_indices.device if assign else self.values.device
             pattern = Pattern(self.pattern_shape, crow_indices.detach().to(device), col_indices.detach().to(device))
             self._set_connections(self._connections.same_or_new(pattern))

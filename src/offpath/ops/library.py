@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import wraps
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ library = torch.library.Library("offpath", "DEF")
 # takes as long as several small kernels, in forward and in backward.
 direct = SimpleNamespace()
 _PLAIN = (Tensor, Parameter)
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _count_of_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 _functorch_interpreter = torch._C._functorch.peek_interpreter_stack
 
@@ -41,7 +43,7 @@ def define(
     if autograd is not None:
         save, backward = autograd
         torch.library.register_autograd(f"offpath::{name}", backward, setup_context=save, lib=library)
-    if "!" not in schema:  # such an op counts what it writes, for autograd
+    if "!" not in schema:
         setattr(direct, name, _directly(name, kernel, autograd))
 
 
@@ -70,11 +72,20 @@ def _function(
     name: str, kernel: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
 ) -> type[Function]:
     def forward(ctx, *operands):
-        output = kernel(*operands)
+        with as_no_view():
+            output = kernel(*operands)
         save(ctx, operands, output)
         return output
 
     return type(name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+
+
+def as_no_view() -> AbstractContextManager:
+    """What is made in here is no view to autograd, which would refuse `nn.ReLU(inplace=True)` behind a `Function`.
+
+    For tensors whose memory nobody else is going to see: a view without a base shares no version with it.
+    """
+    return torch._C._ExcludeDispatchKeyGuard(_VIEWS)
 
 
 def of_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,7 +114,7 @@ def _without_forward_mode(name: str, kernel: Callable[..., Any]) -> Callable[...
                 f"expected no forward-mode differentiation, which offpath::{name} does not have, got a call inside of "
                 "it; use reverse mode: backward() or torch.autograd.grad"
             )
-        with alone():
+        with alone(), as_no_view():
             return kernel(*operands)
 
     return run

@@ -94,10 +94,10 @@ def _product(
             "the module or its input"
         )
     rows = as_rows(x)
-    if rows.shape[0] <= tokens:
+    if 0 < rows.shape[0] <= tokens:
         _expect_gpu(rows)
         y = decode(packed, rows.contiguous(), bias)
-    elif tiles is not None and rows.shape[0] <= tiled_tokens:
+    elif tiles is not None and 0 < rows.shape[0] <= tiled_tokens:
         _expect_gpu(rows)
         y = multiply_tiles(tiles, rows.contiguous(), bias)
     else:

@@ -145,10 +145,11 @@ class Connections:
     """
 
     def __init__(self, pattern: Pattern) -> None:
-        own = Pattern(pattern.shape, pattern.crow_indices.clone(), pattern.col_indices.clone())
+        with torch.inference_mode(False):  # or the layer could never be trained
+            own = Pattern(pattern.shape, pattern.crow_indices.clone(), pattern.col_indices.clone())
+            # Other tensor objects over the same memory: what is remembered must not keep its own key alive.
+            self.crow_indices, self.col_indices = own.crow_indices.detach(), own.col_indices.detach()
         self._prepared = Prepared(own)
-        # Other tensor objects over the same memory: what is remembered must not keep its own key alive.
-        self.crow_indices, self.col_indices = own.crow_indices.detach(), own.col_indices.detach()
         _remember(self.col_indices, None, self._prepared)
 
     @property
@@ -177,6 +178,11 @@ class Connections:
             and torch.equal(own.col_indices, pattern.col_indices)
         )
         return self if same else Connections(pattern)
+
+    def outdate(self) -> None:
+        """Say that values no longer belong here: autograd refuses a backward pass of a graph from before."""
+        if not (self.col_indices.is_meta or self.col_indices.is_inference()):
+            torch.autograd.graph.increment_version(self.col_indices)
 
     @property
     def bytes(self) -> int:

@@ -99,6 +99,8 @@ def _add_weight_gradient(buffer: Tensor, values: Tensor, crow_indices: Tensor, i
     check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
     check_matrix("buffer", buffer, values.dtype, width=dy.shape[1])
     kernels.select(dy.device.type, dy.dtype).rows.add_weight_gradient(crow_indices, indices, values, dy, buffer)
+    if not buffer.is_inference():
+        torch.autograd.graph.increment_version(buffer)  # kernels write past autograd
 
 
 def check_rows(crow_indices: Tensor, indices: Tensor, values: Tensor | None = None) -> None:

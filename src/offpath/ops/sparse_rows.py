@@ -212,15 +212,15 @@ def batch_topk(x: Tensor, k: int) -> SparseRows:
 def above(x: Tensor, threshold: Tensor | float = 0.0) -> SparseRows:
     """The entries of `x` [rows, columns] that are larger than a threshold, a number or one for each column (or NaN).
 
-    With 0 these are the ones that ReLU lets through. The threshold gets no gradient. A tensor of a wider dtype than
-    that of `x` is rounded down to it, which lets the same entries through.
+    With 0 these are the ones that ReLU lets through. The threshold gets no gradient. A number, or a
+    tensor of a wider dtype than that of `x`, is rounded down to it, which lets the same entries through.
 
     >>> above(torch.tensor([[1.0, -3.0], [4.0, 0.0]])).values
     tensor([1., 4.])
     """
     check_scores(x)
     if not isinstance(threshold, Tensor):
-        threshold = torch.tensor(threshold, dtype=x.dtype, device=x.device)
+        threshold = torch.tensor(threshold, dtype=torch.float64, device=x.device)
     elif threshold.shape not in ((), (1,), (x.shape[1],)):
         raise KernelError(
             f"expected one threshold, or one for each of the {x.shape[1]} columns, got shape {tuple(threshold.shape)}"

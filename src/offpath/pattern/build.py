@@ -91,6 +91,8 @@ def from_positions(positions: Tensor, shape: tuple[int, int]) -> Pattern:
     rows, columns = shape
     if positions.numel() > INT32_MAX:
         raise PatternError(f"expected fewer than 2^31 connections, got {positions.numel()}; split the layer")
+    if not bool((positions.diff() > 0).all()):
+        raise PatternError("expected ascending positions, each one once, got others; sort them with unique()")
     starts = torch.arange(rows + 1, dtype=torch.int64, device=positions.device) * columns
     crow_indices = torch.searchsorted(positions, starts, out_int32=True)
     return Pattern(shape, crow_indices, (positions % max(columns, 1)).int())

@@ -62,7 +62,7 @@ def decode(encoding: str, tensors: dict[str, Tensor], shape: tuple[int, int], nn
     counts = row_counts.numpy().astype(np.int64)
     if counts.sum() != nnz or (counts.size and counts.min() < 0):
         raise StorageError(f"expected row_counts that add up to {nnz} connections, got {counts.sum()}")
-    crow_indices = torch.zeros(shape[0] + 1, dtype=torch.int32)
+    crow_indices = torch.zeros(shape[0] + 1, dtype=torch.int32, device="cpu")
     crow_indices[1:] = torch.from_numpy(counts.cumsum())
     # A copy even of int32 columns: the file's memory is not the layer's.
     return _checked(shape, crow_indices, col_indices.to(torch.int32, copy=True))
@@ -119,7 +119,7 @@ def _from_bitmap(bitmap: Tensor, shape: tuple[int, int], nnz: int) -> Pattern:
         found += positions.size
     else:
         if found == nnz:
-            crow_indices = torch.zeros(rows + 1, dtype=torch.int32)
+            crow_indices = torch.zeros(rows + 1, dtype=torch.int32, device="cpu")
             crow_indices[1:] = torch.from_numpy(counts.cumsum())
             return _checked(shape, crow_indices, torch.from_numpy(col_indices))
     raise StorageError(f"expected a bitmap of {nnz} connections and no bits behind its end, got others")

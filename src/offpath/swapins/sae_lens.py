@@ -181,13 +181,13 @@ def _from_coo(acts: Tensor) -> SparseRows:
     row = torch.zeros_like(latents)
     for index, size in zip(leading, acts.shape[:-1], strict=True):
         row = row * size + index
-    crow_indices = torch.zeros(acts.shape[:-1].numel() + 1, dtype=torch.int32)
+    crow_indices = torch.zeros(acts.shape[:-1].numel() + 1, dtype=torch.int32, device=acts.device)
     crow_indices[1:] = torch.bincount(row, minlength=crow_indices.numel() - 1).cumsum(0)
     return SparseRows(crow_indices, latents.int(), acts.values(), acts.shape[-1])
 
 
 def _to_coo(rows: SparseRows, shape: tuple[int, ...]) -> Tensor:
-    row = torch.arange(rows.shape[0]).repeat_interleave(rows.crow_indices.diff())
+    row = torch.arange(rows.shape[0], device=rows.device).repeat_interleave(rows.crow_indices.diff())
     indices = torch.stack([*torch.unravel_index(row, shape[:-1]), rows.indices.long()])
     return torch.sparse_coo_tensor(indices, rows.values, shape, is_coalesced=True, check_invariants=False)
 

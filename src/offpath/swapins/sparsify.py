@@ -134,4 +134,5 @@ def _group_maxima(pre: Tensor, k: int) -> Tensor:
     latents = pre.shape[1]
     if k < 1 or latents % k:
         raise KernelError(f"expected k that divides the {latents} latents into groups, got {k}")
-    return (pre.unflatten(1, (k, -1)).argmax(2) + torch.arange(0, latents, latents // k)).int()
+    first = torch.arange(0, latents, latents // k, device=pre.device)
+    return (pre.unflatten(1, (k, -1)).argmax(2) + first).int()

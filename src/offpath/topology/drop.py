@@ -26,7 +26,7 @@ def magnitude(layer: LayerView) -> Tensor:
 def random(layer: LayerView) -> Tensor:
     """Every connection is as likely to go as any other."""
     # In float64, so that ties, which would favour high slots, do not occur in practice.
-    draw = torch.rand(layer.nnz, generator=layer.generator, dtype=torch.float64)
+    draw = torch.rand(layer.nnz, generator=layer.generator, dtype=torch.float64, device="cpu")
     return draw.to(layer.values.device)
 
 

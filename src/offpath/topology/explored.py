@@ -23,7 +23,7 @@ class Explored:
 
     def __init__(self, pattern: Pattern) -> None:
         rows, columns = pattern.shape
-        self._bits = torch.zeros((rows * columns + 7) // 8, dtype=torch.uint8)
+        self._bits = torch.zeros((rows * columns + 7) // 8, dtype=torch.uint8, device="cpu")
         self.count = 0
         self.add(pattern.positions())
 
@@ -43,5 +43,5 @@ class Explored:
     def load(self, bits: Tensor) -> None:
         """Take the bits of `state`."""
         self._bits = bits.cpu().clone()
-        ones = torch.tensor([byte.bit_count() for byte in range(256)])
+        ones = torch.tensor([byte.bit_count() for byte in range(256)], device="cpu")
         self.count = int((torch.bincount(self._bits, minlength=256) * ones).sum())

@@ -102,7 +102,7 @@ class Example:
 
         def move(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             bound = bounds[module](_input(args, kwargs))
-            signs = torch.randint(0, 2, bound.shape, generator=generator) * 2 - 1
+            signs = torch.randint(0, 2, bound.shape, generator=generator, device="cpu") * 2 - 1
             return output + (signs * bound).to(output.dtype)
 
         with _hooks(m.register_forward_hook(move, with_kwargs=True) for m in bounds):

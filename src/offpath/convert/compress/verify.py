@@ -34,7 +34,7 @@ def right_output(dense: Dense, x: Tensor, int8: bool = False) -> Expected:
     terms = terms.view(-1, *(1,) * (dense.weight.dim() - 2))
     right = expected(exact, size, terms, x.dtype)
     if int8 and x.dtype in HALF_PRECISION:
-        return Expected(exact, right.bound + gamma(torch.tensor(2), x.dtype) * (size + right.bound))
+        return Expected(exact, right.bound + gamma(torch.tensor(2, device=x.device), x.dtype) * (size + right.bound))
     return right
 
 
@@ -51,7 +51,7 @@ def check_layer(name: str, dense: Dense, sparse: nn.Module, x: Tensor) -> None:
         most = CHECKED_IMAGES
     else:  # one image without a dimension for it
         x, result = x.unsqueeze(0), result.unsqueeze(0)
-    chosen = torch.linspace(0, max(len(x) - 1, 0), min(most, len(x))).long()
+    chosen = torch.linspace(0, max(len(x) - 1, 0), min(most, len(x)), device=x.device).long()
     times = excess(result[chosen], right_output(dense, x[chosen], isinstance(sparse, Int8SparseLinear)))
     if times is not None:
         raise RuntimeError(
