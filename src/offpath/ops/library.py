@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import wraps
 from types import SimpleNamespace
 from typing import Any
@@ -72,20 +71,24 @@ def _function(
     name: str, kernel: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
 ) -> type[Function]:
     def forward(ctx, *operands):
-        with as_no_view():
-            output = kernel(*operands)
+        output = no_views(kernel(*operands))
         save(ctx, operands, output)
         return output
 
     return type(name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
 
 
-def as_no_view() -> AbstractContextManager:
-    """What is made in here is no view to autograd, which would refuse `nn.ReLU(inplace=True)` behind a `Function`.
+def no_views(output: Any) -> Any:
+    """What a kernel returned, without a base: autograd would refuse `nn.ReLU(inplace=True)` behind a `Function`.
 
-    For tensors whose memory nobody else is going to see: a view without a base shares no version with it.
+    For memory that nobody else is going to see: a view without a base shares no version with it.
     """
-    return torch._C._ExcludeDispatchKeyGuard(_VIEWS)
+    if isinstance(output, tuple):
+        return tuple(map(no_views, output))
+    if output is None or not output._is_view():
+        return output
+    with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+        return output.view_as(output)
 
 
 def of_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,8 +117,8 @@ def _without_forward_mode(name: str, kernel: Callable[..., Any]) -> Callable[...
                 f"expected no forward-mode differentiation, which offpath::{name} does not have, got a call inside of "
                 "it; use reverse mode: backward() or torch.autograd.grad"
             )
-        with alone(), as_no_view():
-            return kernel(*operands)
+        with alone():
+            return no_views(kernel(*operands))
 
     return run
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from offpath.ops.library import as_no_view, direct
+from offpath.ops.library import direct, no_views
 from offpath.ops.row_choice import finding_pays
 from offpath.ops.sparse_row_products import prepared_weight, sparse_matmul
 from offpath.ops.sparse_rows import SparseRows
@@ -44,8 +44,7 @@ class _OfNonzeros(torch.autograd.Function):
     def forward(ctx, x, w_values, w_crow_indices, w_indices, out_features):
         ctx.save_for_backward(x, w_values, w_crow_indices, w_indices)
         backend, prepared = prepared_weight(x, w_crow_indices, w_indices, out_features)
-        with as_no_view():
-            return prepared.dx(backend, w_values, x, "speed")
+        return no_views(prepared.dx(backend, w_values, x, "speed"))
 
     @staticmethod
     def backward(ctx, dy):

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from offpath import kernels
 from offpath.kernels import KernelError
-from offpath.ops.library import as_no_view, as_rows, library, nobody_listens, of_one_device
+from offpath.ops.library import as_rows, library, no_views, nobody_listens, of_one_device
 from offpath.ops.prepared import prepare
 
 library.define(
@@ -169,15 +169,14 @@ class _SparseLinear(torch.autograd.Function):
         feature_major_x = x.dim() == 2 and not x.is_contiguous() and x.t().is_contiguous()
         ctx.feature_major = feature_major_x and not torch.compiler.is_compiling()
         operands, dense = (x, values, bias, crow_indices, col_indices, prefer, feature_major), None
-        with as_no_view():
-            if wants_dx and wants_dvalues and nobody_listens(x, values, bias):
-                y, dense = _forward_keeping(*operands, keep_dense=True)
-            else:
-                y = _below_autograd(*operands)
+        if wants_dx and wants_dvalues and nobody_listens(x, values, bias):
+            y, dense = _forward_keeping(*operands, keep_dense=True)
+        else:
+            y = _below_autograd(*operands)
         ctx.save_for_backward(
             x if wants_dvalues else None, values if wants_dx else None, crow_indices, col_indices, dense
         )
-        return y
+        return no_views(y)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
