@@ -6,11 +6,15 @@ A package of its own beside `offpath`, because importing anything below `offpath
 
 from __future__ import annotations
 
+import io
 import sys
 
 
 def main() -> None:
     """Run the command line; without the `cli` extra, say how to get it."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows what it can
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         from offpath_cli import compression, study  # noqa: F401 (late: the extra may not be installed; they add commands)
         from offpath_cli.commands import app

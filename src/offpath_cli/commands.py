@@ -261,8 +261,8 @@ def crossover(
     with CrossoverDisplay() as display:
         result = run_crossover(config, out, display, shlex.join(["offpath", *sys.argv[1:]]))
     if result.points:
-        print_crossover(result, display)
         write_report(result, out)
+        print_crossover(result, display)
         display.say(f"plots: {out / 'report.html'}   numbers: {out / 'crossover.json'}")
     if not result.complete:
         display.say(f"stopped after {len(result.points)} of {config.points} measurements; {out} holds what there is")

@@ -29,6 +29,7 @@ def is_meant(context: typer.Context) -> bool:
 
         values = RunFolder(folder).config_values()
         started = values.get("model") if isinstance(values, dict) else None
+        started = started if isinstance(started, str) else None
         if "model" not in _given(context):
             return started in MODELS
         if (started in MODELS) != (model in MODELS):

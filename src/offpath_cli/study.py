@@ -49,7 +49,7 @@ def topology(data: Data = None, out: Out = None, jobs: Jobs = None, quick: Quick
     out = out or Path("runs") / f"study-topology{'-quick' if quick else ''}"
     config = QUICK if quick else FULL
     with StudyDisplay() as display:
-        result = run_study(config, out, _places(data or []), jobs or os.cpu_count() or 1, display)
+        result = run_study(config, out, _places(data or []), os.cpu_count() or 1 if jobs is None else jobs, display)
     write_report(result, out)
     print_tables(tables(result), display)
     display.say(f"plots: {out / 'report.html'}   numbers: {out / 'topology.json'}")

@@ -68,13 +68,20 @@ def measured_once(
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
             found = _read(path)
-            if found is None or not is_complete(found):
+            if found is None or not _holds(is_complete, found):
                 found = _made_on_cpu(measure)
                 _write(path, found)
         return found
     except OSError as error:
         _log.warning("offpath measures its kernels in every process: cannot use its cache (%s)", error)
         return _made_on_cpu(measure)
+
+
+def _holds(is_complete: Callable[[Any], bool], found: Any) -> bool:
+    try:
+        return is_complete(found)
+    except (AttributeError, KeyError, TypeError, ValueError):  # another shape than it looks for
+        return False
 
 
 def _made_on_cpu(measure: Callable[[], Any]) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -16,23 +18,44 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then rename it there: `path` is the old file or the whole new one.
 
     Raises `RunError` when it cannot be written (a full disk, a folder without permission). The file beside has one
-    name, so that what a killed process left is overwritten; its folder is locked.
+    name, so that what a killed process left is overwritten; processes that write the same file take turns.
     """
     beside = path.with_name(f".{path.name}.tmp")
     try:
-        write(beside)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())  # or a crash could leave the new name on unwritten blocks
-        beside.replace(path)
+        with _locked(beside) as file:
+            try:
+                write(beside)
+                os.fsync(file.fileno())  # or a crash could leave the new name on unwritten blocks
+            except BaseException:
+                beside.unlink(missing_ok=True)
+                raise
+            beside.replace(path)
     except (OSError, SafetensorError) as error:
         raise RunError(f"expected to write {path}, got: {error}; free space or choose another --out") from error
-    finally:
-        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(beside: Path) -> Iterator[IO[bytes]]:
+    """`beside`, opened and this process's alone until it is closed; `write` fills the same file by its name."""
+    while True:
+        with beside.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever had it before may have renamed it: then the lock is on a file of another name.
+            if _is(beside, os.fstat(file.fileno())):
+                yield file
+                return
+
+
+def _is(path: Path, opened: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.stat(), opened)
+    except FileNotFoundError:
+        return False
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` as a whole."""
-    write_whole(path, lambda beside: beside.write_text(text))
+    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def five_digits(value: Any) -> Any:

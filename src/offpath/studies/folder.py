@@ -93,7 +93,7 @@ class RunFolder:
     def write_config(self, config: AnyConfig) -> None:
         """Write what the run is asked to do."""
         text = json.dumps(config.to_json(), indent=2) + "\n"
-        if not self.config_file.exists() or self.config_file.read_text() != text:
+        if not self.config_file.exists() or self.config_file.read_text(encoding="utf-8") != text:
             write_text(self.config_file, text)
 
     def config(self) -> RunConfig:
@@ -103,7 +103,7 @@ class RunFolder:
     def config_values(self) -> Any:
         """The config as the plain values that its file holds. Raises `RunError` when there is none or it is broken."""
         try:
-            return json.loads(self.config_file.read_text())
+            return json.loads(self.config_file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise RunError(
                 f"expected a run in {self.path}, but {self.config_file.name} is missing; start it without --resume"
@@ -125,6 +125,11 @@ class RunFolder:
         """
         if run.ranks.from_first(self._has_checkpoint):
             load_checkpoint(run, self.checkpoint_file)
+        if run.step > run.total_steps:
+            raise RunError(
+                f"expected at most {run.total_steps} steps, as the run is asked for, but the checkpoint in {self.path} "
+                f"has {run.step}; go on with more --epochs"
+            )
         run.ranks.from_first(lambda: self._keep_up_to(run))
 
     def _has_checkpoint(self) -> bool:
@@ -158,7 +163,7 @@ class RunFolder:
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one line to the metrics. Raises `RunError` when it cannot be written."""
         try:
-            with self.metrics_file.open("a") as file:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # before the checkpoint, which is never ahead of the metrics
@@ -172,14 +177,14 @@ class RunFolder:
         """
         if not self.metrics_file.exists():
             return []
-        lines = self.metrics_file.read_text(errors="replace").splitlines()
+        lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
         records = []
         for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
             except ValueError:
                 record = None
-            if isinstance(record, dict) and "step" in record:
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
                 records.append(record)
             elif number < len(lines):
                 raise RunError(f"expected a record in line {number} of {self.metrics_file}, got {line[:60]!r}; mend it")

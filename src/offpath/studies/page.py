@@ -16,7 +16,7 @@ def write_page(path: Path, template: str, machine: dict[str, Any], **values: Any
 
     Every page ends with the `machine` that its numbers come from.
     """
-    loader = FunctionLoader(lambda name: files("offpath.studies").joinpath(name).read_text())
+    loader = FunctionLoader(lambda name: files("offpath.studies").joinpath(name).read_text(encoding="utf-8"))
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     shown = machine | {"isas": ", ".join(name for name, runs_here in machine["isas"].items() if runs_here)}
     write_text(path, environment.get_template(template).render(machine=shown, **values))

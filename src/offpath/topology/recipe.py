@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 from offpath.topology.budget import Budget
@@ -41,7 +42,10 @@ class Recipe:
             check_part("budget", self.budget, "PerLayer(Constant(0.3))", "check", "__call__")
 
     def describe(self) -> str:
-        """All parts with their settings in words: two recipes that do the same have the same description."""
+        """All parts with their settings in words: two recipes that do the same have the same description.
+
+        Of an object of a class that is no dataclass and has no `__repr__`, this is the class alone.
+        """
         return _describe(self)
 
 
@@ -49,4 +53,9 @@ def _describe(part: Any) -> str:
     if is_dataclass(part) and not isinstance(part, type):
         settings = (f"{field.name}={_describe(getattr(part, field.name))}" for field in fields(part))
         return f"{type(part).__name__}({', '.join(settings)})"
-    return getattr(part, "__qualname__", None) or repr(part)
+    if isinstance(part, partial):
+        given = [*map(_describe, part.args), *(f"{k}={_describe(v)}" for k, v in sorted(part.keywords.items()))]
+        return f"partial({', '.join([_describe(part.func), *given])})"
+    # What object says of itself is its address, another one in every process: then the class has to do.
+    named = part if hasattr(part, "__qualname__") or type(part).__repr__ is not object.__repr__ else type(part)
+    return getattr(named, "__qualname__", None) or repr(part)

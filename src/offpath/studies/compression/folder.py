@@ -33,7 +33,7 @@ class StudyFolder:
         """The study that is here. Raises `RunError` when its file is missing or broken."""
         try:
             return StudyConfig.from_json(read_json(self.study_file))
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise RunError(f"expected the config of a study in {self.study_file}, got: {error}") from error
 
     def arm_file(self, method: str, sparsity: float) -> Path:

@@ -77,7 +77,7 @@ def _take(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         count = folder / "shards.json"
-        if not count.exists() or not all(path.exists() for path in _shards(folder, json.loads(count.read_text()))):
+        if not all(path.exists() for path in _shards(folder, _count(count))):
             encode, activations = minilm.load(layer)
             ids = torch.tensor(encode(text))
             windows = ids[: len(ids) // WINDOW_TOKENS * WINDOW_TOKENS].view(-1, WINDOW_TOKENS).split(SHARD_WINDOWS)
@@ -91,11 +91,21 @@ def _take(
                     values = activations(some).flatten(0, 1).half().numpy()
                     write_whole(path, partial(_save, values))
             write_whole(count, lambda beside: beside.write_text(str(len(windows))))
-        return torch.from_numpy(np.concatenate([_read(p) for p in _shards(folder, json.loads(count.read_text()))]))
+        return torch.from_numpy(np.concatenate([_read(p) for p in _shards(folder, _count(count))]))
 
 
-def _shards(folder: Path, count: int) -> list[Path]:
-    return [folder / f"{number:05}.npy" for number in range(count)]
+def _count(path: Path) -> int | None:
+    """How many shards there are; None where nobody has written it down, or what was written is broken."""
+    try:
+        count = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return count if isinstance(count, int) and count > 0 else None
+
+
+def _shards(folder: Path, count: int | None) -> list[Path]:
+    """Their files; without a count, one that never is there."""
+    return [folder / f"{number:05}.npy" for number in range(count)] if count else [folder / "none.npy"]
 
 
 def _save(values: np.ndarray, path: Path) -> None:

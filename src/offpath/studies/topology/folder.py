@@ -39,7 +39,10 @@ class StudyFolder:
 
     def config(self) -> StudyConfig:
         """The study that is here. Raises `RunError` when its file is missing or broken."""
-        return StudyConfig.from_json(_read(self.study_file))
+        try:
+            return StudyConfig.from_json(_read(self.study_file))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise RunError(f"expected the config of a study in {self.study_file}, got: {error}") from error
 
     def steps(self) -> dict[str, Any]:
         """Of each task whose steps have been timed: title, machine and seconds. Raises `RunError` for a broken file."""

@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from filelock import FileLock
+
 from offpath.cost import this_machine
 from offpath.cost.timing import TimingStopped
 from offpath.studies.config import RunError
@@ -84,7 +86,8 @@ def _time_steps(
         except TimingStopped:
             return
         entry = {"title": task.title, "seconds_per_step": seconds, "machine": asdict(this_machine())}
-        write_text(folder.steps_file, json.dumps(measured | {task_config.name: entry}, indent=1) + "\n")
+        with FileLock(folder.steps_file.with_name(".steps.lock")):  # other processes write down other tasks
+            write_text(folder.steps_file, json.dumps(folder.steps() | {task_config.name: entry}, indent=1) + "\n")
 
 
 def _run_trials(
