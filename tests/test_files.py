@@ -88,9 +88,9 @@ def test_a_study_file_of_another_shape_is_told_of(content: str, tmp_path: Path) 
 @pytest.mark.parametrize("content", ["", "x", "{}", "null", "0", '"3"'])
 def test_a_broken_count_of_shards_means_to_take_them_again(content: str, tmp_path: Path) -> None:
     path = tmp_path / "shards.json"
-    assert _count(path) is None
+    assert _count(path) == 0
     path.write_text(content)
-    assert _count(path) is None and not any(shard.exists() for shard in _shards(tmp_path, None))
+    assert _count(path) == 0 and not _shards(tmp_path, 0)
 
 
 @pytest.mark.parametrize("found", [{"forward": None}, {"forward": {"dense": 3}}, [], 3])

@@ -240,6 +240,8 @@ template <class T> T argument() {
             fail("no memory");
         if (buffer.bytes && fread(buffer.memory, 1, buffer.bytes, stdin) != buffer.bytes)
             fail("a short buffer");
+        const char *now = static_cast<const char *>(buffer.memory);
+        buffer.before.assign(now, now + buffer.bytes), buffer.written.assign(buffer.bytes, 0);
         buffers.push_back(buffer);
         return static_cast<T>(buffer.memory);
     } else {
@@ -343,10 +345,6 @@ template <class... Arguments> int launch(void (*kernel)(Arguments...)) {
     function = kernel;
     body = [] { std::apply(function, arguments); };
     const Unwatched here;
-    for (Buffer &buffer : buffers) {
-        const char *now = static_cast<const char *>(buffer.memory);
-        buffer.before.assign(now, now + buffer.bytes), buffer.written.assign(buffer.bytes, 0);
-    }
     scheduler_thread = __tsan_get_current_fiber();
     fibers.resize(threads);
     for (Fiber &fiber : fibers)

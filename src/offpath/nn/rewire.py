@@ -47,7 +47,7 @@ def rewire(layer: SparseLinear, edit: Edit, grown: Tensor | None = None) -> None
 
 
 def check_rewire(layer: SparseLinear, edit: Edit, grown: Tensor | None = None) -> None:
-    """Raise `PatternError` unless `edit` was made from the pattern of `layer`; changes nothing."""
+    """Raise `PatternError` unless `layer` owns its values and `edit` was made from its pattern; changes nothing."""
     if not layer.owns_values:
         raise PatternError(
             "expected a layer with values of its own, got one whose values are computed from others; call "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +9,7 @@ from offpath.nn.autocast import under_autocast
 from offpath.nn.linear import SparseLinear
 from offpath.nn.sparse_weight import SparseWeightModule
 from offpath.ops import SparseRows, sparse_matmul, sparse_matmul_of_nonzeros
+from offpath.ops.library import as_rows
 from offpath.pattern import Pattern
 
 
@@ -65,8 +64,7 @@ class SparseSparseLinear(SparseWeightModule):
         operand, weight, bias = under_autocast(operand, self.values, self.bias)
         connections = self._connections.crow_indices, self._connections.col_indices, self.out_features
         if isinstance(x, Tensor):
-            rows = operand.reshape(math.prod(x.shape[:-1]), self.in_features)
-            y = sparse_matmul_of_nonzeros(rows, weight, *connections).view(*x.shape[:-1], self.out_features)
+            y = sparse_matmul_of_nonzeros(as_rows(operand), weight, *connections).view(*x.shape[:-1], self.out_features)
         else:
             y = sparse_matmul(x.with_values(operand), weight, *connections)
         return y if bias is None else y + bias

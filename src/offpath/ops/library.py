@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from types import SimpleNamespace
@@ -125,8 +126,9 @@ def _without_forward_mode(name: str, kernel: Callable[..., Any]) -> Callable[...
 
 def as_rows(x: Tensor) -> Tensor:
     """`x` [..., features] as [tokens, features]."""
-    # Not reshape(-1, ...): the leading size cannot be inferred for a tensor without entries.
-    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    # Not reshape(-1, ...): the leading size cannot be inferred for a tensor without entries. Nor numel(), which makes a
+    # number of a size that a compiler keeps open.
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def nobody_listens(*operands: Tensor | None) -> bool:

@@ -56,6 +56,7 @@ def _describe(part: Any) -> str:
     if isinstance(part, partial):
         given = [*map(_describe, part.args), *(f"{k}={_describe(v)}" for k, v in sorted(part.keywords.items()))]
         return f"partial({', '.join([_describe(part.func), *given])})"
-    # What object says of itself is its address, another one in every process: then the class has to do.
-    named = part if hasattr(part, "__qualname__") or type(part).__repr__ is not object.__repr__ else type(part)
-    return getattr(named, "__qualname__", None) or repr(part)
+    name = getattr(part, "__qualname__", None)
+    if name is None and type(part).__repr__ is object.__repr__:  # that says an address, another one in every process
+        name = type(part).__qualname__
+    return name or repr(part)

@@ -23,10 +23,8 @@ def to_plain(state: Any) -> Any:
         flat = state.detach().cpu().contiguous().view(-1)
         data = np.packbits(flat.numpy()) if state.dtype == torch.bool else flat.view(torch.uint8).numpy()
         text = base64.b64encode(zlib.compress(data.tobytes())).decode()
-        plain = {_TENSOR: text, "count": state.numel(), "bool": state.dtype == torch.bool}
-        if state.dim() != 1 or state.dtype not in (torch.bool, torch.uint8):
-            plain |= {"dtype": str(state.dtype).removeprefix("torch."), "shape": list(state.shape)}
-        return plain
+        kind = {"dtype": str(state.dtype).removeprefix("torch."), "shape": list(state.shape)}
+        return {_TENSOR: text, "count": state.numel(), "bool": state.dtype == torch.bool, **kind}
     if isinstance(state, dict):
         return {key: to_plain(entry) for key, entry in state.items()}
     return [to_plain(entry) for entry in state] if isinstance(state, (list, tuple)) else state
@@ -45,7 +43,7 @@ def from_plain(plain: Any) -> Any:
         flat = torch.from_numpy(np.unpackbits(data, count=plain["count"]).astype(bool))
     else:
         flat = torch.from_numpy(data.copy())
-    if "dtype" not in plain:
+    if "dtype" not in plain:  # written before there were others than vectors of bool and uint8
         return flat
     dtype, shape = getattr(torch, plain["dtype"]), plain["shape"]
     return flat.view(dtype).view(shape) if flat.numel() else torch.empty(shape, dtype=dtype)

@@ -50,7 +50,10 @@ def named(crow_indices: Tensor, indices: Tensor, columns: int) -> Named:
 
 
 def begun(crow_indices: Tensor, entries: Tensor) -> Tensor:
-    """How many rows begin before or at each of the entries [nnz], int32; all entries belong to rows that follow on."""
+    """How many rows begin before or at each of the entries [nnz], int32: one more than the row that an entry is in.
+
+    Where rows do not follow one another, 0 or more than there are rows for an entry that is in none.
+    """
     return torch.searchsorted(crow_indices.long(), entries, right=True, out_int32=True)
 
 

@@ -77,7 +77,8 @@ def _take(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         count = folder / "shards.json"
-        if not all(path.exists() for path in _shards(folder, _count(count))):
+        shards = _shards(folder, _count(count))
+        if not shards or not all(path.exists() for path in shards):
             encode, activations = minilm.load(layer)
             ids = torch.tensor(encode(text))
             windows = ids[: len(ids) // WINDOW_TOKENS * WINDOW_TOKENS].view(-1, WINDOW_TOKENS).split(SHARD_WINDOWS)
@@ -94,18 +95,17 @@ def _take(
         return torch.from_numpy(np.concatenate([_read(p) for p in _shards(folder, _count(count))]))
 
 
-def _count(path: Path) -> int | None:
-    """How many shards there are; None where nobody has written it down, or what was written is broken."""
+def _count(path: Path) -> int:
+    """How many shards there are; 0 where nobody has written it down, or what was written is broken."""
     try:
         count = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
-        return None
-    return count if isinstance(count, int) and count > 0 else None
+        return 0
+    return count if isinstance(count, int) and count > 0 else 0
 
 
-def _shards(folder: Path, count: int | None) -> list[Path]:
-    """Their files; without a count, one that never is there."""
-    return [folder / f"{number:05}.npy" for number in range(count)] if count else [folder / "none.npy"]
+def _shards(folder: Path, count: int) -> list[Path]:
+    return [folder / f"{number:05}.npy" for number in range(count)]
 
 
 def _save(values: np.ndarray, path: Path) -> None:
