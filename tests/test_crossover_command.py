@@ -252,6 +252,27 @@ def test_ctrl_c_at_the_command_shows_and_keeps_what_there_is(tmp_path: Path) -> 
     assert len(_read(tmp_path / "run").points) == 1 and (tmp_path / "run" / "report.html").exists()
 
 
+def test_ctrl_c_before_the_first_measurement_leaves_the_folder_free(tmp_path: Path) -> None:
+    code = "import signal\nfrom offpath_cli.crossover_display import CrossoverDisplay\n"
+    code += "CrossoverDisplay.on_case = lambda self, *case: signal.raise_signal(signal.SIGINT)\n" + MAIN
+    done = _offpath(*ONE, "--out", tmp_path / "run", code=code)
+    assert done.returncode == 130, done.stderr
+    assert "stopped after 0 of 4 measurements; nothing was written" in done.stdout
+    again = run_offpath("crossover", *ONE, "--out", tmp_path / "run")
+    assert again.exit_code == 0, again.stderr
+
+
+def test_table_is_shown_where_the_disk_has_no_room_for_the_file(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the same calls fail, with another number."""
+    code = "import resource\nfrom offpath_cli.crossover_display import CrossoverDisplay\n"
+    code += "limit = lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+    code += "CrossoverDisplay.on_point = limit\n" + MAIN
+    done = _offpath(*ONE, "--out", tmp_path / "run", code=code)
+    assert done.returncode == 1 and "24 → 17, float32" in done.stdout and "pays from" in done.stdout
+    assert done.stderr.startswith("error: expected to write") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run" / "crossover.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -12,7 +12,7 @@ from offpath import SparseLinear
 from offpath.kernels import KernelError
 from offpath.kernels.gpu import contest, formats
 from offpath.kernels.gpu.tiles import Tiles, unpack_tiles
-from offpath.nn import PackedSparseLinear
+from offpath.nn import PackedSparseLinear, SparseConv1d
 from offpath.ops import live_linear, packed_linear as ops
 from offpath.pattern import Pattern
 
@@ -107,6 +107,8 @@ def test_what_cannot_run_here_says_so() -> None:
     layer = PackedSparseLinear.from_sparse(_layer(), tokens=2)
     with pytest.raises(KernelError, match=r"expected tensors on an NVIDIA GPU, .* got cpu; move"), torch.no_grad():
         layer(torch.ones(1, 70))
+    with pytest.raises(ValueError, match="expected a SparseLinear, got SparseConv1d"):
+        PackedSparseLinear.from_sparse(SparseConv1d(3, 4, 2))
     with pytest.raises(ValueError, match="tokens from 0 to 64, got 65"):
         PackedSparseLinear.from_sparse(_layer(dtype=torch.bfloat16), tokens=65)
     for tokens, tiles in ((9, False), (None, True)):

@@ -35,6 +35,11 @@ def test_computes_what_linear_does(rows: bool, bias: bool) -> None:
     assert layer.weight_t.is_contiguous() and layer.to_linear().weight.is_contiguous()
 
 
+def test_other_layers_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"expected nn\.Linear, got Conv1d"):
+        SparseInputLinear.from_linear(nn.Conv1d(3, 4, 1))
+
+
 def test_gradcheck() -> None:
     torch.manual_seed(0)
     layer = SparseInputLinear(5, 3, dtype=torch.float64)

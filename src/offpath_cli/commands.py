@@ -248,7 +248,7 @@ def crossover(
     quick: CrossoverQuick = False,
 ) -> None:
     """Measure from which sparsity on a sparse layer is faster than the dense one on this machine."""
-    from offpath.studies.crossover import CrossoverConfig, crossover as run_crossover
+    from offpath.studies.crossover import CrossoverConfig, UnwrittenResult, crossover as run_crossover
     from offpath.studies.crossover.config import grid_for, shapes_from
     from offpath.studies.crossover.report import write_report
     from offpath_cli.crossover_display import CrossoverDisplay, print_crossover
@@ -259,13 +259,18 @@ def crossover(
     on = "" if device == "cpu" else f"-{device}"
     out = out or Path("runs") / f"crossover{on}{'-quick' if quick else ''}-seed{seed}"
     with CrossoverDisplay() as display:
-        result = run_crossover(config, out, display, shlex.join(["offpath", *sys.argv[1:]]))
+        try:
+            result = run_crossover(config, out, display, shlex.join(["offpath", *sys.argv[1:]]))
+        except UnwrittenResult as unwritten:
+            print_crossover(unwritten.result, display)
+            raise
     if result.points:
-        write_report(result, out)
         print_crossover(result, display)
+        write_report(result, out)
         display.say(f"plots: {out / 'report.html'}   numbers: {out / 'crossover.json'}")
     if not result.complete:
-        display.say(f"stopped after {len(result.points)} of {config.points} measurements; {out} holds what there is")
+        held = f"{out} holds what there is" if result.points else "nothing was written"
+        display.say(f"stopped after {len(result.points)} of {config.points} measurements; {held}")
         raise typer.Exit(INTERRUPTED)
     if result.wrong:
         raise typer.Exit(1)

@@ -1,8 +1,8 @@
 """Numbers that are measured once on a machine and kept for later processes.
 
 They lie in the user's cache directory (`OFFPATH_CACHE_DIR`, else `$XDG_CACHE_HOME/offpath`, else `~/.cache/offpath`)
-under a fingerprint of processor, cores, instruction set and versions. A process that finds another one measuring waits
-for its numbers: two that measured at once would disturb each other.
+under a fingerprint of processor, cores, instruction set, versions and what float32 may be rounded to. A process that
+finds another one measuring waits for its numbers: two that measured at once would disturb each other.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from offpath.kernels import cpu
+from offpath.kernels.precision import float32_precision
 
 _log = logging.getLogger("offpath")
 
@@ -97,7 +98,8 @@ def _made_on_cpu(measure: Callable[[], Any]) -> Any:
 
 def _fingerprint(backend: str, dtype: torch.dtype, facts: list[object]) -> str:
     built = Path(cpu.native_file()).stat()
-    machine = [processor(), os.cpu_count(), backend, str(dtype), torch.__version__, version("offpath")]
+    precision = float32_precision("cpu") if dtype is torch.float32 else ""
+    machine = [processor(), os.cpu_count(), backend, str(dtype), precision, torch.__version__, version("offpath")]
     return hashlib.sha256(json.dumps([*machine, built.st_size, built.st_mtime_ns, *facts]).encode()).hexdigest()[:16]
 
 

@@ -88,8 +88,10 @@ class PackedSparseLinear(nn.Module):
         for up to 64 tokens, and is kept where it won; tokens beyond 8 ask for it as well. Tiles are off otherwise
         because no GPU has run them yet: their kernel is checked on the CPU and by `make gpu`. Raises `KernelError` for
         a dtype or a size that has no packed form, and, where `tokens` is not given, without a GPU whose kernels can
-        run; `ValueError` for tokens beyond 64, and for tiles beside `prefer="memory"`.
+        run; `ValueError` for tokens beyond 64, for tiles beside `prefer="memory"`, and for layers of another kind.
         """
+        if not isinstance(layer, SparseLinear):  # others have patterns that mean something else, or scales
+            raise ValueError(f"expected a SparseLinear, got {type(layer).__name__}; SparseLinear.from_dense makes one")
         if prefer not in ("speed", "memory"):
             raise ValueError(f"expected prefer to be 'speed' or 'memory', got {prefer!r}")
         if tokens is not None and not 0 <= tokens <= MAX_TILED_TOKENS:

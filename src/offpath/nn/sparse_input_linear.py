@@ -75,10 +75,14 @@ class SparseInputLinear(nn.Module):
     def from_linear(cls, linear: nn.Linear) -> SparseInputLinear:
         """The layer that computes what `linear` does; keeps device, dtype, mode and `requires_grad`, shares no memory.
 
+        Raises `ValueError` for a layer of another kind.
+
         >>> linear = nn.Linear(3, 2)
         >>> SparseInputLinear.from_linear(linear)
         SparseInputLinear(in_features=3, out_features=2, bias=True)
         """
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"expected nn.Linear, got {type(linear).__name__}; build an nn.Linear of its weight first")
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta", linear.weight.dtype)
         layer.weight_t = _turned(linear.weight)
         if linear.bias is not None:

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from offpath.kernels.gpu import availability, expand, sparse_weight
 from offpath.kernels.measured import measured_once
+from offpath.kernels.precision import float32_precision
 
 _log = logging.getLogger("offpath")
 # A weight that leaves the cache, with as few connections as gathering is for, and tokens enough for the device.
@@ -61,7 +62,7 @@ def rates_here(dtype: torch.dtype) -> Rates:
     Float32 has rates for each precision that torch is allowed to multiply it in.
     """
     device = torch.cuda.current_device()
-    precision = torch.get_float32_matmul_precision() if dtype is torch.float32 else ""
+    precision = float32_precision("cuda") if dtype is torch.float32 else ""
     if torch.cuda.is_current_stream_capturing() and (device, dtype, precision) not in _known:
         return calculated(device, dtype, precision)
     return _rates(device, dtype, precision)
@@ -92,7 +93,7 @@ def is_complete(found: Any) -> bool:
     return isinstance(found, dict) and set(found) == names and all(n > 0 for n in found.values())
 
 
-def calculated(device: int, dtype: torch.dtype, precision: str = "highest") -> Rates:
+def calculated(device: int, dtype: torch.dtype, precision: str = "ieee") -> Rates:
     """What the properties of a device let one expect."""
     properties = torch.cuda.get_device_properties(device)
     clock = 1e3 * _attribute(device, _CLOCK, 1_500_000)
@@ -102,7 +103,7 @@ def calculated(device: int, dtype: torch.dtype, precision: str = "highest") -> R
     tensor_cores = TENSOR_CORES.get(capability, 512)
     lanes = CUDA_CORES.get(capability, 128)
     multiply_adds = {torch.bfloat16: tensor_cores, torch.float64: 2 if capability[1] else 32}.get(dtype, lanes)
-    if dtype is torch.float32 and precision != "highest":
+    if dtype is torch.float32 and precision != "ieee":
         multiply_adds = tensor_cores // 2
     gathered = REACHED / 2 * cycles * 128 / dtype.itemsize  # half of what a first-level cache could give
     few = REACHED * min(bandwidth / (4 + dtype.itemsize), cycles * lanes / 24)

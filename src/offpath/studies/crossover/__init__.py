@@ -2,4 +2,4 @@
 
 from offpath.studies.crossover.config import CrossoverConfig as CrossoverConfig
 from offpath.studies.crossover.result import CrossoverResult as CrossoverResult
-from offpath.studies.crossover.run import crossover as crossover
+from offpath.studies.crossover.run import UnwrittenResult as UnwrittenResult, crossover as crossover

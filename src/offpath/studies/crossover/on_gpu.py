@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from offpath.cost.bounds import expected
 from offpath.cost.crossover import SEMI_STRUCTURED, TF32, Contender
+from offpath.kernels.precision import multiplied_in_tf32
 
 # TF32 keeps 10 bits of a mantissa: operands are off by up to half of the last of them.
 TF32_UNIT = 2.0**-11
@@ -64,12 +65,8 @@ def in_tf32(dense: Contender) -> Contender:
     """The dense product as torch computes it where float32 may be rounded to TF32."""
 
     def run() -> Sequence[Tensor]:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        try:
+        with multiplied_in_tf32():
             return dense.run()
-        finally:
-            torch.set_float32_matmul_precision(before)
 
     rounded = tuple(right.with_operands_rounded(TF32_UNIT) for right in dense.expected)
     return replace(dense, method=TF32, way=f"{dense.way}, TF32", run=run, expected=rounded)

@@ -33,6 +33,14 @@ RESULT_FILE = "crossover.json"
 REFERENCE_PATIENCE_SECONDS = 2.0
 
 
+class UnwrittenResult(RunError):
+    """All was measured, but there was no room for it on the disk; `result` is what was."""
+
+    def __init__(self, problem: RunError, result: CrossoverResult) -> None:
+        super().__init__(str(problem))
+        self.result = result
+
+
 class CrossoverObserver(Protocol):
     """Whoever watches a crossover."""
 
@@ -49,8 +57,9 @@ class CrossoverObserver(Protocol):
 def crossover(config: CrossoverConfig, out: Path, observer: CrossoverObserver, command: str) -> CrossoverResult:
     """Measure `config` on this machine and write `out`/crossover.json; `command` is what the file says was typed.
 
-    Ctrl-C ends it with what was measured so far. Raises `RunError` when `out` already holds something, and
-    `KernelError`, which names what is missing, when there are no kernels for the device here.
+    Ctrl-C ends it with what was measured so far, and without a file if that is nothing. Raises `RunError` when `out`
+    already holds something, `UnwrittenResult` when the file cannot be written, and `KernelError`, which names what is
+    missing, when there are no kernels for the device here.
     """
     kernels.default_backend(config.device)
     folder = RunFolder(out)
@@ -72,9 +81,14 @@ def crossover(config: CrossoverConfig, out: Path, observer: CrossoverObserver, c
                 pass  # what was measured until then is written all the same
             seconds, complete = time.perf_counter() - start, len(points) == config.points
             text = CrossoverResult(config, tuple(points), machine, command, date, seconds, complete).to_text()
-            write_text(out / RESULT_FILE, text)
-        # Read back, so that tables and plots show what the file says, to the last digit.
-        return CrossoverResult.from_json(json.loads(text))
+            # Read back, so that tables and plots show what the file says, to the last digit.
+            result = CrossoverResult.from_json(json.loads(text))
+            if points:
+                try:
+                    write_text(out / RESULT_FILE, text)
+                except RunError as problem:
+                    raise UnwrittenResult(problem, result) from problem
+        return result
 
 
 def _points(config: CrossoverConfig, observer: CrossoverObserver, stop: StopRequest) -> Iterator[Point]:
