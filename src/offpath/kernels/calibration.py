@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from offpath.kernels.backend import Backend
 from offpath.kernels.costs import BATCHES, DENSITIES, GRID, LARGE_SIZES, CostTable
 from offpath.kernels.measured import measured_once
 from offpath.kernels.methods import METHODS, PreparedMatrix, PreparedWeight
+from offpath.kernels.undisturbed import fastest
 
 _log = logging.getLogger("offpath")
 Sizes = tuple[int, int]
@@ -49,8 +49,7 @@ def cost_table(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> CostTable:
 def measure(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> CostTable:
     """Time every method on the grid, on the threads that torch uses now; takes a few seconds.
 
-    Each half of the grid is gone through several times and the best time kept, so that a burst of other work on the
-    machine hits one round of many points instead of all rounds of one.
+    Each half of the grid is gone through several times and the best time kept (see `fastest`).
     """
     _log.log(
         logging.WARNING if sizes == LARGE_SIZES else logging.INFO,
@@ -70,21 +69,18 @@ def measure(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> CostTable:
 def _measure_densities(
     backend: Backend, dtype: torch.dtype, sizes: Sizes, densities: range, best: dict[str, Seconds]
 ) -> None:
-    points = [
-        (i, weight, x, product, method)
-        for i, weight, x in _problems(sizes, densities, dtype)
+    calls = {
+        (product, method, i): partial(_run, weight, backend, product, method, values, x)
+        for i, (weight, values), x in _problems(sizes, densities, dtype)
         for product, methods in METHODS.items()
         for method in methods
         if _is_measured(method, *GRID[i][1:])
-    ]
+    }
     with torch.inference_mode():
-        for round_ in range(1 + (LARGE_ROUNDS if sizes == LARGE_SIZES else SMALL_ROUNDS)):
-            for i, (weight, values), x, product, method in points:
-                start = time.perf_counter()
-                _run(weight, backend, product, method, values, x)
-                seconds = time.perf_counter() - start
-                if round_ > 0:  # the first one makes the plans
-                    best[product][method][i] = min(best[product][method][i], seconds)
+        for (product, method, i), seconds in fastest(
+            calls, LARGE_ROUNDS if sizes == LARGE_SIZES else SMALL_ROUNDS
+        ).items():
+            best[product][method][i] = seconds
 
 
 def _is_measured(method: str, density: int, batch: int) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -14,6 +12,7 @@ from torch import Tensor
 from offpath.kernels.backend import Backend
 from offpath.kernels.measured import measured_once
 from offpath.kernels.operands import in_own_dtype
+from offpath.kernels.undisturbed import fastest
 
 # A batch and a weight that are large enough for the threads, and of which the rows still find the weight in the cache.
 ROWS, COLUMNS, WIDTH, K = 256, 1024, 1024, 128
@@ -74,12 +73,6 @@ def measure(backend: Backend, dtype: torch.dtype) -> dict[str, float]:
             lambda: written_out().t() @ dy,
         ),
     }
-    best = {name: [math.inf, math.inf] for name in calls}
-    for _ in range(1 + ROUNDS):
-        for name, ways in calls.items():
-            for i, way in enumerate(ways):
-                start = time.perf_counter()
-                way()
-                best[name][i] = min(best[name][i], time.perf_counter() - start)
+    best = fastest({(name, i): way for name, ways in calls.items() for i, way in enumerate(ways)}, ROUNDS)
     # The sparse product takes as long as it has entries, the dense one always the same.
-    return {name: K / COLUMNS * dense / sparse for name, (sparse, dense) in best.items()}
+    return {name: K / COLUMNS * best[name, 1] / best[name, 0] for name in calls}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from functools import cache
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from offpath.kernels.backend import Backend
 from offpath.kernels.measured import measured_once
 from offpath.kernels.operands import row_numbers
+from offpath.kernels.undisturbed import fastest
 
 # A batch that keeps the threads busy, and a weight that does not fit into a second-level cache.
 ROWS, WIDTH, DENSITY = 32, 2048, 0.1
@@ -64,11 +63,6 @@ def measure(backend: Backend, dtype: torch.dtype) -> dict[str, float]:
         "sparse_weight_gradient": lambda: products.sparse_weight_gradient(*rows, values, dy, *weight),
         "finding": lambda: products.above(x, None),
     }
-    best = dict.fromkeys(calls, math.inf)
-    for _ in range(1 + ROUNDS):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - start)
+    best = fastest(calls, ROUNDS)
     visits = int(w_crow_indices.diff()[indices.long()].sum())
     return {name: seconds / (x.numel() if name == "finding" else visits) for name, seconds in best.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -15,6 +14,7 @@ from offpath import kernels
 from offpath.kernels import Backend, KernelError
 from offpath.kernels.convolution import Convolution
 from offpath.kernels.measured import measured_once
+from offpath.kernels.undisturbed import fastest
 from offpath.ops.choice import Explanation, Option, forced_method, reason
 from offpath.ops.dense_convolution import DenseConvolution
 from offpath.pattern import random
@@ -144,10 +144,5 @@ def _measure(
         ("dvalues", "planes"): lambda: products.dvalues(planes, dy, x),
         ("dvalues", "dense"): lambda: dense.dvalues(dy, x),
     }
-    best: dict[str, dict[str, float]] = {product: dict.fromkeys(("planes", "dense"), math.inf) for product in PRODUCTS}
-    for _ in range(1 + ROUNDS):
-        for (product, method), call in calls.items():
-            start = time.perf_counter()
-            call()
-            best[product][method] = min(best[product][method], time.perf_counter() - start)
-    return best
+    best = fastest(calls, ROUNDS)
+    return {product: {method: best[product, method] for method in ("planes", "dense")} for product in PRODUCTS}
