@@ -8,7 +8,7 @@ namespace offpath {
 // What the gradients go over: dx over the plan of the transposed weight, dvalues over tiles; null where it goes over
 // the weight's bits.
 struct Ways {
-    const Plan *transpose;
+    const ProductPlan *transpose;
     const Tiles *tiles;
     const BitMatrix *bits; // may be null where nothing goes over it
 };
@@ -42,7 +42,8 @@ void backward(const Kernels<T> &kernels, const Ways &ways, int64_t rows, int64_t
     if (ways.transpose) {
         const OrderedValues<T> ordered(kernels, *ways.transpose, values);
         run_together(packers, dy_panels, x_panels, ordered);
-        finish(BucketedProduct<T>(kernels, *ways.transpose, ordered, nullptr, dy_panels, batch, dx, feature_major));
+        with_planned_product<T>(kernels, *ways.transpose, ordered, nullptr, dy_panels, batch, dx, feature_major,
+                                finish);
     } else {
         run_together(packers, dy_panels, x_panels);
         finish(FilledInputGradient<T>(kernels, *ways.bits, values, dy_panels, batch, dx, feature_major));

@@ -14,7 +14,7 @@ void gather_values(const offpath::BucketPlan &plan, const Value *values, void *d
         auto *ordered = static_cast<typename Format<T>::Value *>(destination);
         const int64_t end = plan.slot_begin[block.row_end];
         for (int64_t i = plan.slot_begin[block.row_begin]; i < end; ++i)
-            ordered[i] = compute(values[plan.slots[i]]);
+            ordered[i] = compute(values[plan.slots ? plan.slots[i] : i]);
     } else {
         // The rows of two columns of one mask: the first column's value in the lower half, the second's in the upper.
         for (int64_t group = block.row_begin; group < block.row_end; ++group) {

@@ -118,36 +118,42 @@ template <class T> struct Output {
     T *y;
     int64_t rows, batch;
     bool feature_major;
+
+    // The tile has `width` sums of each row, for the tokens from `token` on.
+    template <int64_t width>
+    void write(const offpath::Sum<T> *tile, int64_t first_row, int64_t last_row, int64_t token) const {
+        using S = Simd<offpath::Sum<T>>;
+        constexpr int64_t lanes = S::lanes;
+        const int64_t tokens = batch - token < width ? batch - token : width;
+        if (feature_major) {
+            for (int64_t r = first_row; r < last_row; ++r)
+                for (int64_t t = 0; t < tokens; t += lanes)
+                    S::store_first(y + r * batch + token + t, S::load(tile + (r - first_row) * width + t),
+                                   tokens - t < lanes ? tokens - t : lanes);
+            return;
+        }
+        for (int64_t t = 0; t < tokens; t += lanes)
+            for (int64_t r = first_row; r < last_row; r += lanes) {
+                const int64_t together = last_row - r < lanes ? last_row - r : lanes;
+                transpose_square<T>(tile + (r - first_row) * width + t, width, together,
+                                    tokens - t < lanes ? tokens - t : lanes, y + (token + t) * rows + r, rows,
+                                    together);
+            }
+    }
 };
 
 // Calls compute_group(group, rows of the tile) for each group of a panel, and writes what it left in the tile to y.
 template <class T, int vectors, class ComputeGroup>
 [[gnu::always_inline]] inline void each_group(const Output<T> &output, int64_t group_begin, int64_t group_end,
                                               int64_t token, const ComputeGroup &compute_group) {
-    using S = Simd<offpath::Sum<T>>;
-    constexpr int64_t lanes = S::lanes, width = vectors * lanes;
-    const int64_t tokens = output.batch - token < width ? output.batch - token : width;
+    constexpr int64_t width = vectors * Simd<offpath::Sum<T>>::lanes;
     alignas(64) offpath::Sum<T> tile[tile_rows * width];
     for (int64_t group = group_begin; group < group_end; group += offpath::tile_groups) {
         const int64_t end = group_end - group < offpath::tile_groups ? group_end : group + offpath::tile_groups;
         for (int64_t g = group; g < end; ++g)
             compute_group(g, tile + (g - group) * offpath::group_rows * width);
-        const int64_t first_row = group * offpath::group_rows;
         const int64_t last_row = end * offpath::group_rows < output.rows ? end * offpath::group_rows : output.rows;
-        if (output.feature_major) {
-            for (int64_t r = first_row; r < last_row; ++r)
-                for (int64_t t = 0; t < tokens; t += lanes)
-                    S::store_first(output.y + r * output.batch + token + t, S::load(tile + (r - first_row) * width + t),
-                                   tokens - t < lanes ? tokens - t : lanes);
-            continue;
-        }
-        for (int64_t t = 0; t < tokens; t += lanes)
-            for (int64_t r = first_row; r < last_row; r += lanes) {
-                const int64_t rows = last_row - r < lanes ? last_row - r : lanes;
-                transpose_square<T>(tile + (r - first_row) * width + t, width, rows,
-                                    tokens - t < lanes ? tokens - t : lanes, output.y + (token + t) * output.rows + r,
-                                    output.rows, rows);
-            }
+        output.template write<width>(tile, group * offpath::group_rows, last_row, token);
     }
 }
 

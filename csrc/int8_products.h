@@ -61,22 +61,29 @@ template <class Run> Tasks(int64_t, Run) -> Tasks<Run>;
 
 // The product of planned_spmm.
 template <class T>
-void planned_int8_spmm(const Kernels<T> &kernels, const Plan &plan, const Int8Values &weight, const T *bias,
+void planned_int8_spmm(const Kernels<T> &kernels, const ProductPlan &plan, const Int8Values &weight, const T *bias,
                        const Matrix<T> &x, int64_t batch, T *y, int threads) {
-    const BucketPlan view = plan.view();
+    const BucketPlan order = plan.order();
     const auto ordered = scratch<char>(plan.slot_count() * kernels.layout.value_bytes);
-    const int64_t chunks = ceil_div(view.groups, groups_per_product);
     const auto chunk = [&](int64_t i, int64_t panel) {
         const int64_t begin = i * groups_per_product;
-        return Block{begin, std::min(view.groups, begin + groups_per_product), panel, panel + 1};
+        return Block{begin, std::min(order.groups, begin + groups_per_product), panel, panel + 1};
     };
+    const int64_t chunks = ceil_div(order.groups, groups_per_product);
     const Panels<T> panels(kernels, x, plan.columns, batch);
-    run_together(threads_for(plan.columns * batch + plan.nnz(), threads), panels,
+    run_together(threads_for(plan.columns * batch + plan.nnz, threads), panels,
                  Tasks{chunks, [&](int64_t task) {
-                           kernels.gather_int8({view, weight.values, ordered.get()}, chunk(task, 0));
+                           kernels.gather_int8({order, weight.values, ordered.get()}, chunk(task, 0));
                        }});
-    const bucketed_int8_args<T> args{view, ordered.get(), weight.scales, bias, panels.data(), y, batch};
-    parallel_for(chunks * panels.count, threads_for((plan.nnz() + plan.rows) * batch, threads),
+    const int workers = threads_for((plan.nnz + plan.rows) * batch, threads);
+    if (plan.runs) {
+        const auto *values = reinterpret_cast<const Sum<T> *>(ordered.get());
+        const runs_args<T> args{plan.runs->view(), values, weight.scales, bias, panels.data(), y, batch, false};
+        run_together(workers, RunProduct<T>(kernels, args, panels.count));
+        return;
+    }
+    const bucketed_int8_args<T> args{order, ordered.get(), weight.scales, bias, panels.data(), y, batch};
+    parallel_for(chunks * panels.count, workers,
                  [&](int64_t task) { kernels.bucketed_int8(args, chunk(task % chunks, task / chunks)); });
 }
 

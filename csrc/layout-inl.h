@@ -61,10 +61,20 @@ template <class T> int64_t width_of_panel(int64_t begin, int64_t batch) {
     return batch - begin >= panel_width<T> ? panel_width<T> : (batch - begin + granule - 1) / granule * granule;
 }
 
+// Where registers are few, a strip of panels whose sums fill half of them is multiplied with runs of connections. Wide
+// registers leave less to gain: there, plans are buckets.
+#if defined(__AVX512F__)
+constexpr int run_panels = 0;
+#else
+constexpr int run_panels = 8 / panel_vectors;
+#endif
+
 template <class T>
-constexpr offpath::Layout layout = {
-    static_cast<int32_t>(panel_width<T>), static_cast<int32_t>(sizeof(typename Format<T>::Panel)),
-    static_cast<int32_t>(sizeof(typename Format<T>::Value)), static_cast<int32_t>(Format<T>::columns_per_step),
-    static_cast<int32_t>(strip_width<T>)};
+constexpr offpath::Layout layout = {static_cast<int32_t>(panel_width<T>),
+                                    static_cast<int32_t>(sizeof(typename Format<T>::Panel)),
+                                    static_cast<int32_t>(sizeof(typename Format<T>::Value)),
+                                    static_cast<int32_t>(Format<T>::columns_per_step),
+                                    static_cast<int32_t>(strip_width<T>),
+                                    run_panels};
 
 } // namespace

@@ -41,15 +41,17 @@ void call_sddmm(int64_t isa, int64_t rows, int64_t columns, int64_t batch, Addre
              batch, at<T>(dvalues), threads);
 }
 
-std::unique_ptr<Plan> make_plan(int64_t rows, int64_t columns, Address crow_indices, Address col_indices,
-                                Address permutation, int64_t columns_per_step, int threads) {
+template <class T>
+std::unique_ptr<ProductPlan> make_plan(int64_t isa, int64_t rows, int64_t columns, Address crow_indices,
+                                       Address col_indices, Address permutation, int threads) {
+    const Layout &layout = kernels_of<T>(*isas()[isa].table).layout;
     nb::gil_scoped_release release;
-    return std::make_unique<Plan>(csr_at(crow_indices, col_indices, rows), columns, at<const int32_t>(permutation),
-                                  columns_per_step, threads);
+    return std::make_unique<ProductPlan>(csr_at(crow_indices, col_indices, rows), columns,
+                                         at<const int32_t>(permutation), layout, threads);
 }
 
 template <class T>
-void call_planned_spmm(int64_t isa, const Plan &plan, int64_t batch, Address values, Address bias, Address x,
+void call_planned_spmm(int64_t isa, const ProductPlan &plan, int64_t batch, Address values, Address bias, Address x,
                        int64_t x_feature_stride, int64_t x_batch_stride, Address y, bool feature_major, int threads) {
     const Kernels<T> &kernels = use_kernels<T>(isa, plan);
     nb::gil_scoped_release release;
@@ -138,7 +140,7 @@ void call_backward(int64_t isa, const nb::tuple &made, int64_t rows, int64_t col
                    Address values, Address dy, int64_t dy_feature_stride, int64_t dy_batch_stride, Address x,
                    int64_t x_feature_stride, int64_t x_batch_stride, Address dx, bool feature_major, Address dvalues,
                    Address dbias, int threads) {
-    const Ways ways = {unless_none<Plan>(made[0]), unless_none<Tiles>(made[1]), unless_none<BitMatrix>(made[2])};
+    const Ways ways = {unless_none<ProductPlan>(made[0]), unless_none<Tiles>(made[1]), unless_none<BitMatrix>(made[2])};
     const Kernels<T> &kernels = ways.transpose ? use_kernels<T>(isa, *ways.transpose) : use_kernels<T>(isa);
     nb::gil_scoped_release release;
     backward<T>(kernels, ways, rows, columns, nnz, at<const T>(values),
@@ -188,14 +190,13 @@ NB_MODULE(_native, m) {
     bind_rows(m);
     bind_int8(m);
     bind_convolutions(m);
-    m.def("bf16_columns_per_step", [](int64_t isa) { return isas()[isa].table->bf16.layout.columns_per_step; });
-    nb::class_<Plan>(m, "Plan").def_prop_ro("bytes", &Plan::bytes);
-    m.def("make_plan", &make_plan);
+    nb::class_<ProductPlan>(m, "Plan").def_prop_ro("bytes", &ProductPlan::bytes);
     nb::class_<Tiles>(m, "Tiles").def_prop_ro("bytes", &Tiles::bytes);
     m.def("make_tiles", &make_tiles);
     nb::class_<BitMatrix>(m, "Bitmap").def_prop_ro("bytes", &BitMatrix::bytes);
     m.def("make_bitmap", &make_bitmap);
 #define OFFPATH_PRODUCTS(suffix, T)                                                                                    \
+    m.def("make_plan_" #suffix, &make_plan<T>);                                                                        \
     m.def("spmm_" #suffix, &call_spmm<T>);                                                                             \
     m.def("sddmm_" #suffix, &call_sddmm<T>);                                                                           \
     m.def("backward_" #suffix, &call_backward<T>);                                                                     \

@@ -22,9 +22,9 @@ inline Csr csr_at(Address crow_indices, Address col_indices, int64_t rows) {
 template <class T> const Kernels<T> &use_kernels(int64_t isa) { return kernels_of<T>(use_table(isa)); }
 
 // The same for products over a plan.
-template <class T> const Kernels<T> &use_kernels(int64_t isa, const Plan &plan) {
+template <class T, class AnyPlan> const Kernels<T> &use_kernels(int64_t isa, const AnyPlan &plan) {
     const Kernels<T> &kernels = use_kernels<T>(isa);
-    if (plan.columns_per_step != kernels.layout.columns_per_step)
+    if (!plan.fits(kernels.layout))
         throw std::invalid_argument("the plan was made for another dtype or ISA");
     return kernels;
 }

@@ -26,8 +26,9 @@ void call_int8_dots(int64_t isa, const BitMatrix &matrix, int64_t batch, Address
 }
 
 template <class T>
-void call_planned_int8_spmm(int64_t isa, const Plan &plan, int64_t batch, Address values, Address scales, Address bias,
-                            Address x, int64_t x_feature_stride, int64_t x_batch_stride, Address y, int threads) {
+void call_planned_int8_spmm(int64_t isa, const ProductPlan &plan, int64_t batch, Address values, Address scales,
+                            Address bias, Address x, int64_t x_feature_stride, int64_t x_batch_stride, Address y,
+                            int threads) {
     const Kernels<T> &kernels = use_kernels<T>(isa, plan);
     nb::gil_scoped_release release;
     planned_int8_spmm<T>(kernels, plan, {at<const int8_t>(values), at<const float>(scales)}, at<const T>(bias),

@@ -18,6 +18,8 @@ class Plan {
     void place_columns(const int32_t *begin);
 
     BucketPlan view() const;
+    BucketPlan order() const { return view(); } // what `gather` looks at
+    bool fits(const Layout &layout) const { return columns_per_step == layout.columns_per_step; }
     int64_t nnz() const { return connections; }
     int64_t slot_count() const { return slot_begin[groups]; }
     int64_t bytes() const;

@@ -26,9 +26,9 @@ struct BucketPlan {
     int64_t rows, columns, groups;
 };
 
-// A pattern prepared for the weight gradient: cut into tiles of rows x columns, in which the connections of one row are
-// a run. The runs of a tile stand sorted by length, so that a loop over runs of one length needs no branch that the
-// processor could mispredict; the columns of the connections stand in the order of the runs.
+// A pattern prepared for the weight gradient and the product over runs: cut into tiles of rows x columns, in which the
+// connections of one row are a run. The runs of a tile stand sorted by length, so that a loop over runs of one length
+// needs no branch that the processor could mispredict; the columns of the connections stand in the order of the runs.
 struct TileSegment { // runs of one length that follow one another
     int32_t length, runs;
 };
@@ -44,5 +44,11 @@ struct TilePlan {
     const uint16_t *columns; // [nnz], counted from the first column of the tile
     int64_t rows, matrix_columns, tiles, tiles_across, tile_width;
 };
+
+// Rows of a tile in the product over runs: their sums, and the activations of the tile's columns, share the first-level
+// cache.
+constexpr int run_rows = 48;
+// Where a strip of x does not stay in the second-level cache, so many rows of tiles take turns at its tiles.
+constexpr int tile_rows_together = 4;
 
 } // namespace offpath

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "parallel.h"
-#include "plan.h"
+#include "product_plan.h"
 #include "scratch.h"
 #include "table.h"
 
@@ -30,6 +30,8 @@ template <class T> struct Matrix {
 
 // Columns that a thread transposes or packs in one go, and groups whose rows it computes: whole tiles of the kernels.
 constexpr int64_t columns_per_transpose = 64, columns_per_pack = 256, groups_per_product = 16;
+// Of the second-level cache, what a strip of activations may fill.
+constexpr int64_t cached_strip_bytes = 256 << 10;
 
 inline int threads_for(int64_t work, int threads) { return work < serial_work ? 1 : threads; }
 
@@ -103,34 +105,64 @@ template <class T> class Panels {
     const int64_t packs;
 };
 
-// The caller's values in the order of a plan. They are gathered in every call: a copy kept from the last one could be
-// stale, since torch does not count writes that go through `.data`.
+// The caller's values in the order of a plan, or they themselves where that is theirs. They are gathered in every call:
+// a copy kept from the last one could be stale, since torch does not count writes that go through `.data`.
 template <class T> class OrderedValues {
   public:
-    OrderedValues(const Kernels<T> &kernels, const Plan &plan, const T *values)
-        : memory(scratch<char>(plan.slot_count() * kernels.layout.value_bytes)), kernel(kernels.gather),
-          args{plan.view(), values, memory.get()} {}
+    template <class AnyPlan>
+    OrderedValues(const Kernels<T> &kernels, const AnyPlan &plan, const T *values)
+        : kernel(kernels.gather), args{plan.order(), values, nullptr} {
+        if constexpr (std::is_same_v<T, Sum<T>>)
+            if (!args.plan.slots)
+                return;
+        memory = scratch<char>(plan.slot_count() * kernels.layout.value_bytes);
+        args.ordered = memory.get();
+    }
 
-    int64_t tasks() const { return ceil_div(args.plan.groups, groups_per_product); }
+    int64_t tasks() const { return args.ordered ? ceil_div(args.plan.groups, groups_per_product) : 0; }
     void run(int64_t task) const {
         const int64_t begin = task * groups_per_product;
         kernel(args, {begin, std::min(args.plan.groups, begin + groups_per_product), 0, 0});
     }
-    const void *data() const { return memory.get(); }
+    const void *data() const { return args.ordered ? args.ordered : args.values; }
 
   private:
-    const Scratch<char> memory;
+    Scratch<char> memory;
     const Kernel<gather_args<T>> kernel;
-    const gather_args<T> args;
+    gather_args<T> args;
+};
+
+// The product over runs. Neighbouring tasks share a strip of panels.
+template <class T> class RunProduct {
+  public:
+    RunProduct(const Kernels<T> &kernels, const runs_args<T> &args, int64_t panels)
+        : kernel(kernels.runs), args(args), tile_rows(ceil_div(args.plan.rows, run_rows)),
+          strips(ceil_div(panels, kernels.layout.run_panels)) {
+        const int64_t strip_bytes =
+            args.plan.matrix_columns * kernels.layout.run_panels * kernels.layout.panel_width * sizeof(Sum<T>);
+        together = strip_bytes > cached_strip_bytes ? tile_rows_together : 1;
+        chunks = ceil_div(tile_rows, together);
+    }
+
+    int64_t tasks() const { return chunks * strips; }
+    void run(int64_t task) const {
+        const int64_t begin = task % chunks * together, strip = task / chunks;
+        kernel(args, {begin, std::min(tile_rows, begin + together), strip, strip + 1});
+    }
+
+  private:
+    const Kernel<runs_args<T>> kernel;
+    const runs_args<T> args;
+    const int64_t tile_rows, strips;
+    int64_t together, chunks;
 };
 
 // The bucketed product over what was packed and ordered. Neighbouring tasks share a panel, which then stays in cache.
 template <class T> class BucketedProduct {
   public:
-    BucketedProduct(const Kernels<T> &kernels, const Plan &plan, const OrderedValues<T> &values, const T *bias,
-                    const Panels<T> &panels, int64_t batch, T *y, bool feature_major)
-        : kernel(kernels.bucketed), args{plan.view(), values.data(), bias, panels.data(), y, batch, feature_major},
-          chunks(ceil_div(args.plan.groups, groups_per_product)), panels(panels.count) {}
+    BucketedProduct(const Kernels<T> &kernels, const bucketed_args<T> &args, int64_t panels)
+        : kernel(kernels.bucketed), args(args), chunks(ceil_div(args.plan.groups, groups_per_product)), panels(panels) {
+    }
 
     int64_t tasks() const { return chunks * panels; }
     void run(int64_t task) const {
@@ -143,6 +175,22 @@ template <class T> class BucketedProduct {
     const bucketed_args<T> args;
     const int64_t chunks, panels;
 };
+
+// Calls body with the product over a plan, of what was packed and ordered.
+template <class T, class Body>
+void with_planned_product(const Kernels<T> &kernels, const ProductPlan &plan, const OrderedValues<T> &values,
+                          const T *bias, const Panels<T> &panels, int64_t batch, T *y, bool feature_major,
+                          const Body &body) {
+    if (plan.runs)
+        body(RunProduct<T>(kernels,
+                           {plan.runs->view(), static_cast<const Sum<T> *>(values.data()), nullptr, bias, panels.data(),
+                            y, batch, feature_major},
+                           panels.count));
+    else
+        body(BucketedProduct<T>(kernels,
+                                {plan.buckets->view(), values.data(), bias, panels.data(), y, batch, feature_major},
+                                panels.count));
+}
 
 // Runs the tasks of all parts in one round of the threads, in the order in which they are given.
 template <class... Parts> void run_together(int threads, const Parts &...parts) {
@@ -158,13 +206,14 @@ template <class... Parts> void run_together(int threads, const Parts &...parts) 
 
 // The product of spmm over a plan; y is [rows, batch] where feature_major.
 template <class T>
-void planned_spmm(const Kernels<T> &kernels, const Plan &plan, const T *values, const T *bias, const Matrix<T> &x,
-                  int64_t batch, T *y, bool feature_major, int threads) {
+void planned_spmm(const Kernels<T> &kernels, const ProductPlan &plan, const T *values, const T *bias,
+                  const Matrix<T> &x, int64_t batch, T *y, bool feature_major, int threads) {
     const Panels<T> panels(kernels, x, plan.columns, batch);
     const OrderedValues<T> ordered(kernels, plan, values);
-    run_together(threads_for(plan.columns * batch + plan.nnz(), threads), panels, ordered);
-    const BucketedProduct<T> product(kernels, plan, ordered, bias, panels, batch, y, feature_major);
-    run_together(threads_for((plan.nnz() + plan.rows) * batch, threads), product);
+    run_together(threads_for(plan.columns * batch + plan.nnz, threads), panels, ordered);
+    const int workers = threads_for((plan.nnz + plan.rows) * batch, threads);
+    with_planned_product(kernels, plan, ordered, bias, panels, batch, y, feature_major,
+                         [&](const auto &product) { run_together(workers, product); });
 }
 
 } // namespace offpath

@@ -8,6 +8,17 @@ namespace {
 
 template <class T> struct Simd;
 
+// For each set of lanes, which of the values that stand side by side belongs into each of the lanes.
+template <int lanes> struct ExpandOrder {
+    uint8_t of_lane[1 << lanes][lanes];
+    constexpr ExpandOrder() : of_lane{} {
+        for (int bits = 0; bits < 1 << lanes; ++bits)
+            for (int lane = 0, next = 0; lane < lanes; next += bits >> lane & 1, ++lane)
+                of_lane[bits][lane] = static_cast<uint8_t>(next % lanes);
+    }
+};
+constexpr ExpandOrder<8> expand_order_of_eight{};
+
 template <> struct Simd<float> {
     using V = __m256;
     static constexpr int lanes = 8;
@@ -44,10 +55,14 @@ template <> struct Simd<float> {
     static V interleave_high(V a, V b) {
         return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
     }
-    static V expand(const float *packed, uint32_t bits, bool) {
-        float spread[lanes];
-        expand_lanes(packed, bits, lanes, spread);
-        return load(spread);
+    static V expand(const float *packed, uint32_t bits, bool whole) {
+        if (!whole) {
+            float spread[lanes];
+            expand_lanes(packed, bits, lanes, spread);
+            return load(spread);
+        }
+        const auto *order = reinterpret_cast<const __m128i *>(expand_order_of_eight.of_lane[bits]);
+        return keep_where(_mm256_permutevar8x32_ps(load(packed), _mm256_cvtepu8_epi32(_mm_loadl_epi64(order))), bits);
     }
     static V keep_where(V a, uint32_t bits) {
         const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);

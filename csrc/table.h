@@ -57,6 +57,19 @@ template <class T> struct bucketed_args {
     bool feature_major;
 };
 
+// The same over tiles of run_rows rows, for a block of rows of tiles (at most tile_rows_together) x strips of panels;
+// with scales, y[b, r] = bias[r] + scales[r] * sum.
+template <class T> struct runs_args {
+    TilePlan plan;
+    const Sum<T> *values; // [nnz], in the plan's order
+    const float *scales;  // [rows], or null for one
+    const T *bias;        // [rows], or null for zero
+    const void *panels;
+    T *y; // [batch, rows], contiguous, or [rows, batch] where feature_major
+    int64_t batch;
+    bool feature_major;
+};
+
 // sums[s] (+)= sum over b of dy[row of s, b] * x[col_indices[s], b], for a block of rows x panels; the panels from 0
 // on start the sum, later ones add to it. The panels that end the batch also write dvalues, if that is another array.
 template <class T> struct sddmm_args {
@@ -201,6 +214,7 @@ template <class T> struct filled_dvalues_args {
 // How an ISA lays out panels and ordered values of a dtype.
 struct Layout {
     int32_t panel_width, panel_entry_bytes, value_bytes, columns_per_step, strip_width;
+    int32_t run_panels; // of a strip in the product over runs; 0 where plans are buckets
 };
 
 // The kernels of one ISA for one dtype.

@@ -13,6 +13,7 @@
 #include "pack-inl.h"
 #include "row_sums-inl.h"
 #include "rows-inl.h"
+#include "runs-inl.h"
 #include "sddmm-inl.h"
 #include "select-inl.h"
 #include "sparse_rows-inl.h"

@@ -54,7 +54,7 @@ template <class T> void check_int8(const Problem &problem) {
         run_everywhere<T>(
             problem.name + ", " + storage.name, [&](const Kernels<T> &kernels, int threads, const std::string &where) {
                 const BitMatrix bits(o.pattern.csr(), o.pattern.columns, threads);
-                const Plan plan(o.pattern.csr(), o.pattern.columns, nullptr, kernels.layout.columns_per_step, threads);
+                const ProductPlan plan(o.pattern.csr(), o.pattern.columns, nullptr, kernels.layout, threads);
                 const GuardedArray<T> few(expected.size()), many(expected.size()), dots(expected.size());
                 bitmap_int8_spmm<T>(kernels, bits, weight, b, x, problem.batch, few.data(), threads);
                 check("bitmap_int8_spmm, " + where, few, expected, true);

@@ -20,15 +20,15 @@ namespace {
 
 // What a pattern is prepared into; shared by the callers.
 struct Prepared {
-    const Plan plan, transposed_plan;
+    const ProductPlan plan, transposed_plan;
     const Tiles tiles;
     const BitMatrix bits;
 
     template <class T>
     Prepared(const Operands<T> &o, const Kernels<T> &kernels, int threads)
-        : plan(o.pattern.csr(), o.pattern.columns, nullptr, kernels.layout.columns_per_step, threads),
-          transposed_plan(o.transpose.pattern.csr(), o.pattern.rows, o.transpose.permutation.data(),
-                          kernels.layout.columns_per_step, threads),
+        : plan(o.pattern.csr(), o.pattern.columns, nullptr, kernels.layout, threads),
+          transposed_plan(o.transpose.pattern.csr(), o.pattern.rows, o.transpose.permutation.data(), kernels.layout,
+                          threads),
           tiles(o.pattern.csr(), o.pattern.columns, threads), bits(o.pattern.csr(), o.pattern.columns, threads) {}
 };
 

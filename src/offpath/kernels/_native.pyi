@@ -7,7 +7,6 @@ def calls(isa: int) -> int: ...
 def pool_library() -> str: ...
 def kept_scratch_bytes() -> int: ...
 def digest(rows: int, nnz: int, crow_indices: int, col_indices: int, /) -> int: ...
-def bf16_columns_per_step(isa: int, /) -> int: ...
 
 class Plan:
     @property
@@ -29,13 +28,13 @@ class ConvolutionTiles:
     @property
     def bytes(self) -> int: ...
 
-def make_plan(
+def make_plan_f32(
+    isa: int,
     rows: int,
     columns: int,
     crow_indices: int,
     col_indices: int,
     permutation: int,
-    columns_per_step: int,
     threads: int,
     /,
 ) -> Plan: ...
@@ -182,6 +181,8 @@ def sddmm_f32(
 
 spmm_f64 = spmm_f32
 spmm_bf16 = spmm_f32
+make_plan_f64 = make_plan_f32
+make_plan_bf16 = make_plan_f32
 planned_spmm_f64 = planned_spmm_f32
 planned_spmm_bf16 = planned_spmm_f32
 bitmap_spmm_f64 = bitmap_spmm_f32

@@ -10,7 +10,17 @@ import torch  # first: the native module joins the OpenMP pool that torch has lo
 from torch import Tensor
 
 from offpath.kernels import _native
-from offpath.kernels.operands import address, are_indices, refuse
+from offpath.kernels.operands import DTYPES, address, are_indices, refuse
+
+
+_SUFFIXES = dict(zip(DTYPES, ("f32", "f64", "bf16"), strict=True))
+
+
+def native_of_each_dtype(name: str) -> dict[torch.dtype, Callable[..., Any]]:
+    return {dtype: getattr(_native, f"{name}_{suffix}") for dtype, suffix in _SUFFIXES.items()}
+
+
+_MAKE_PLAN = native_of_each_dtype("make_plan")
 
 
 @dataclass(frozen=True)
@@ -43,13 +53,13 @@ def make_plan(
         and (permutation is None or (are_indices(crow_indices, permutation) and permutation.shape[0] == nnz))
     ):
         refuse(crow_indices=crow_indices, col_indices=col_indices, permutation=permutation)
-    native = _native.make_plan(
+    native = _MAKE_PLAN[dtype](
+        isa,
         rows,
         columns,
         address(crow_indices),
         address(col_indices),
         0 if permutation is None else address(permutation),
-        _native.bf16_columns_per_step(isa) if dtype is torch.bfloat16 else 1,
         torch.get_num_threads(),
     )
     return Prepared(native, rows, columns, nnz)

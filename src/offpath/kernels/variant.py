@@ -22,16 +22,11 @@ from offpath.kernels.operands import (
     refuse,
     token_strides,
 )
-from offpath.kernels.plans import Prepared
+from offpath.kernels.plans import Prepared, native_of_each_dtype
 
-_SUFFIXES = dict(zip(DTYPES, ("f32", "f64", "bf16"), strict=True))
 # Outputs of this size are taken from memory that earlier ones gave back: the system clears fresh pages at their
 # first touch, which costs as much as a product at 90 %.
 _KEPT_OUTPUT_BYTES = 1 << 18
-
-
-def native_of_each_dtype(name: str) -> dict[torch.dtype, Callable[..., Any]]:
-    return {dtype: getattr(_native, f"{name}_{suffix}") for dtype, suffix in _SUFFIXES.items()}
 
 
 _SPMM, _PLANNED_SPMM, _SDDMM = (
