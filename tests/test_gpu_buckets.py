@@ -10,6 +10,8 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from checkers import gamma, unit_roundoff
+from gpu.cases_buckets import SHAPES
+from gpu.draws import pattern
 from gpu_on_cpu import COMPILER, Launcher, Programs, bucketed_dots, bucketed_sum, bucketed_variant, dots_variant
 from offpath.kernels import KernelError
 from offpath.kernels.gpu import bucketed, launch
@@ -267,6 +269,13 @@ def every_dot(dtype: torch.dtype, run) -> None:
     forwards = run(normal)
     normal.check(forwards)
     assert torch.equal(forwards, run(normal, backwards=True)), "the order of the threads is to be seen in the result"
+
+
+def test_a_case_of_the_run_asks_for_all_shared_memory() -> None:
+    """A limit that is a little wrong shows there alone: no block with fewer bytes meets it."""
+    limit = 226 * 1024  # of an H100, beside what its driver reserves
+    found = [make_regions(*pattern(*shape, "cpu"), shape[1], limit) for shape in SHAPES["full"]]
+    assert max(regions.shared_bytes for regions in found if regions.nnz) == limit
 
 
 def dotted(programs: Programs, variant, problem: Gradient, **options) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import torch
 
 from offpath.kernels import KernelError
 from offpath.kernels.gpu import driver, nvrtc
-from offpath.kernels.gpu.decode import decode
+from offpath.kernels.gpu.decode import decode, shared_bytes_of
 from offpath.kernels.gpu.formats import pack
 from offpath.kernels.gpu.live import live_matmul
 from test_gpu_formats import csr, random_mask
@@ -151,6 +152,42 @@ def test_operands_that_do_not_fit() -> None:
             live_matmul(*wrong)
     with pytest.raises(KernelError, match="begin at multiples of 16 bytes, got 3 columns"):
         live_matmul(x, torch.ones(8, 3))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("n4", "values"), ("n4", "columns"), ("n4", "gaps"), ("c16", "columns")])
+def test_a_packed_weight_begins_at_whole_words(kind: str, name: str) -> None:
+    packed = pack(*csr(random_mask(4, 8, 0.5), torch.float32), 8, kind)
+    tensor = getattr(packed, name)
+    beside = replace(packed, **{name: torch.cat([tensor[:1], tensor])[1:]})
+    found = rf"aligned to 16 bytes, got {name} of {tensor.dtype} at an address with a rest of {tensor.itemsize}\. Pack"
+    with pytest.raises(KernelError, match=found):
+        decode(beside, torch.ones(1, 8))
+
+
+@pytest.mark.parametrize("counted", [0, 1024], ids=["beside a kernel's own", "among a kernel's own"])
+def test_no_kernel_asks_for_what_the_driver_reserves(counted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H100: 227 KiB of a block, of which one is reserved."""
+    asked = []
+
+    def call(name: str, *arguments) -> None:
+        if name == "cuFuncGetAttribute":
+            arguments[0]._obj.value = counted
+        elif name == "cuFuncSetAttribute":
+            asked.append(arguments[2])
+
+    monkeypatch.setattr(driver, "_attribute", lambda index, number: {97: 232_448, 111: 1024}[number])
+    monkeypatch.setattr(driver, "_index", lambda device: 0)
+    monkeypatch.setattr(driver, "_call", call)
+    monkeypatch.setattr(driver, "driver", lambda: None)
+    monkeypatch.setattr(nvrtc, "cubin", lambda *_: b"a module")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    limit = driver.shared_bytes_limit(torch.device("cuda"))
+    driver._load.__wrapped__("decode.cu", "decode", 0, ())
+    assert (asked, limit) == ([231_424], 231_424)
+    assert shared_bytes_of(14336, 8, torch.bfloat16) == limit, "8 tokens of 14,336 columns have to fit"
 
 
 def test_nothing_is_loaded_before_it_is_used() -> None:

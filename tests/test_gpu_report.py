@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import gpu.__main__ as command
+from gpu import processes, timing
 from gpu.page import show
 from gpu.pays import block, committed, slug
 from gpu.sanitizer import joined, sanitize, summary
 from gpu.sheet import Check, report_text
+from gpu.timing import Deadline
 from verdicts import Figure
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -143,6 +148,61 @@ def test_what_a_part_wrote_before_it_failed_stays(
     assert content["parts"]["decode"]["status"] == status
     assert [figure["value"] for figure in content["figures"]] == [2.0]
     assert "2.00x" in report.with_suffix(".txt").read_text()
+
+
+def test_a_process_that_does_not_end_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the driver does with a process that hangs in it, a child does here: the pipe stays open behind a kill."""
+    child, ended = tmp_path / "child", tmp_path / "ended"
+    then = f"{{ sleep 30; touch {ended}; }} & echo $! > {child}; echo 'last words' >&2; exec sleep 60"
+    monkeypatch.setattr(sys, "executable", _fake_python(tmp_path, then))
+    monkeypatch.setattr(command, "missing", lambda: None)
+    monkeypatch.setattr(command, "describe", lambda: CARD)
+    monkeypatch.setattr(command, "START_SECONDS", 0.5)
+    monkeypatch.setattr(processes, "KILL_SECONDS", 0.2)
+    monkeypatch.setitem(command.BUDGETS, "decode", 0.1)
+    report = tmp_path / "gpu.json"
+    assert command.main(["--parts", "decode", "--json", str(report)]) == 1
+    assert not ended.exists(), "the run waited for it"
+    os.kill(int(child.read_text()), signal.SIGKILL)
+    part = json.loads(report.read_text())["parts"]["decode"]
+    assert (part["status"], part["said"]) == ("its time ran out", ["last words"])
+
+
+def _run(tmp_path: Path, seconds: float) -> command.Run:
+    content = {"card": CARD, "seed": 1, "quick": False, "parts": {}}
+    return command.Run(tmp_path, 1, False, Deadline.after(seconds), content, tmp_path / "out.json")
+
+
+def test_a_run_whose_parts_all_hang_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, begun = [1000.0], []
+
+    def hangs(run: command.Run, name: str, number: int, seconds: float, options: Sequence[str]) -> tuple[str, list]:
+        begun.append(name)
+        if number == 0:  # the others of a part hang beside it
+            clock[0] += seconds + command.START_SECONDS + processes.KILL_SECONDS
+        return command.TIMED_OUT, []
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(command, "sanitize", lambda *_: {})
+    monkeypatch.setattr(command.Run, "_child", hangs)
+    run = _run(tmp_path, command.TOTAL_SECONDS)
+    run.parts(command.PARTS)
+    assert clock[0] - 1000 < 9 * 60
+    parts = run.content["parts"]
+    assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(
+        ("checks", *command.TIMED), "its time ran out"
+    )
+    assert "autoencoder" in begun and command.TIMED[-1] not in begun
+
+
+def test_what_has_no_time_to_start_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "sanitize", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(command.Run, "_child", lambda *_: pytest.fail("started"))
+    run = _run(tmp_path, command.START_SECONDS - 1)
+    run.parts(("checks", "sanitizer", "decode"))
+    late = {"seconds": 0.0, "status": "its time ran out"}
+    assert json.loads(run.path.read_text())["parts"] == {"checks": late, "decode": late}
+    assert "memcheck: not run: its time ran out" in run.path.with_suffix(".txt").read_text()
 
 
 def test_a_sanitizer_that_cannot_start_does_not_cost_what_is_timed(

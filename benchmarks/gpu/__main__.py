@@ -19,6 +19,7 @@ from gpu.card import describe, missing
 from gpu.check import INTERPRETED
 from gpu.page import show
 from gpu.part import GROUPS, TIMED
+from gpu.processes import last_words
 from gpu.sanitizer import TOOLS, sanitize
 from gpu.sheet import judged, read_json, report_text, write_text
 from gpu.timing import Deadline
@@ -29,7 +30,7 @@ BUDGETS = {
     "checks": 120,
     "sanitizer": 120,
     "topk": 60,
-    "autoencoder": 25,
+    "autoencoder": 60,
     "decode": 110,
     "tiles": 60,
     "expand": 50,
@@ -93,13 +94,13 @@ class Run:
     def parts(self, names: Sequence[str]) -> None:
         sanitizing: Future[dict[str, Any]] | None = None
         with ThreadPoolExecutor() as pool:
-            if "sanitizer" in names:
-                sanitizing = pool.submit(sanitize, self.seed, self._budget("sanitizer"), self.environment)
+            if "sanitizer" in names and (seconds := self._budget("sanitizer")) > 0:
+                sanitizing = pool.submit(sanitize, self.seed, seconds, self.environment)
             if "checks" in names:
                 groups = [list(GROUPS)] if INTERPRETED else [[group] for group in GROUPS]
                 scale = "tiny" if INTERPRETED else "small" if self.quick else "full"
                 self._part("checks", [["--scale", scale, "--groups", *some] for some in groups])
-            if sanitizing is not None:
+            if "sanitizer" in names:
                 self.content["sanitizer"] = _said_by(sanitizing)
         for name in TIMED:
             if name in names:
@@ -130,6 +131,10 @@ class Run:
     def _part(self, name: str, options: Sequence[Sequence[str]]) -> None:
         """Run the part once for each list of options, side by side."""
         seconds, left = self._budget(name), self.deadline.left_seconds
+        if seconds <= 0:  # it could not even start
+            self.content["parts"][name] = {"seconds": 0.0, "status": TIMED_OUT}
+            self.save()
+            return
         print(f"{name}: at most {seconds:.0f} s", file=sys.stderr, flush=True)
         with ThreadPoolExecutor() as pool:
             said = list(pool.map(lambda one: self._child(name, one[0], seconds, one[1]), enumerate(options)))
@@ -151,13 +156,15 @@ class Run:
             _, said = process.communicate(timeout=seconds + START_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-            return TIMED_OUT, process.communicate()[1].strip().splitlines()[-LAST_LINES:]
+            return TIMED_OUT, last_words(process).strip().splitlines()[-LAST_LINES:]
         if process.returncode:
             return f"ended with status {process.returncode}", said.strip().splitlines()[-LAST_LINES:]
         return None if read_json(made)["finished"] else (TIMED_OUT, [])
 
 
-def _said_by(sanitizing: Future[dict[str, Any]]) -> dict[str, Any]:
+def _said_by(sanitizing: Future[dict[str, Any]] | None) -> dict[str, Any]:
+    if sanitizing is None:
+        return {tool: {"ran": False, "reason": TIMED_OUT} for tool in TOOLS}
     try:
         return sanitizing.result()
     except Exception as error:  # a tool that cannot even be started must not cost what is timed

@@ -14,11 +14,12 @@ from gpu.draws import dense, numbers, pattern
 from offpath.cost.bounds import Expected
 from offpath.kernels.gpu.bucketed import plan, planned_spmm, tiled_sddmm, tiles
 
-# Blocks and regions that are cut off, full ones, empty ones; more chunks of columns than buffers.
+# Blocks and regions that are cut off, full ones, empty ones; more chunks of columns than buffers. At 1 %, a region is
+# as large as shared memory.
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "small": ((1, 1, 1.0), (300, 33, 0.5), (40, 64, 0.0)),
     "full": ((1, 1, 1.0), (300, 33, 0.5), (40, 64, 0.0), (260, 200, 1.0), (70, 3000, 0.05), (1000, 1000, 0.02),
-             (3000, 70, 0.1)),
+             (1000, 1000, 0.01), (3000, 70, 0.1)),
 }  # fmt: skip
 TOKENS = {"small": (17,), "full": (1, 64, 130, 500)}
 

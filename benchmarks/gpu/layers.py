@@ -79,7 +79,7 @@ def _forward(
     with summed_in_float32():
         check_forward(sparse, x)
     with torch.no_grad():
-        return _sides(sparse.layer, lambda one: partial(one, x)).race(effort)
+        return _sides(sparse.layer, tokens, lambda one: partial(one, x)).race(effort)
 
 
 def _step(width: int, sparsity: float, tokens: int, dtype: torch.dtype, effort: Effort, device: torch.device) -> Raced:
@@ -88,7 +88,7 @@ def _step(width: int, sparsity: float, tokens: int, dtype: torch.dtype, effort: 
     with summed_in_float32():
         check_step(sparse, x, dy)
     x.requires_grad_()
-    return _sides(sparse.layer, lambda one: partial(training_step, one, x, dy)).race(effort, graphs=False)
+    return _sides(sparse.layer, tokens, lambda one: partial(training_step, one, x, dy)).race(effort, graphs=False)
 
 
 def _packed(width: int, sparsity: float, tiles: bool, tokens: int, effort: Effort, device: torch.device) -> Raced:
@@ -101,8 +101,9 @@ def _packed(width: int, sparsity: float, tiles: bool, tokens: int, effort: Effor
         with summed_in_float32():
             require("the output", layer(x), sums(exact, size, terms, torch.bfloat16))
         linear = nn.Linear(width, width, bias=False, dtype=torch.bfloat16, device=device)
-        sides = {LINEAR: [partial(one, x) for one in cold(linear)], OURS: [partial(one, x) for one in cold(layer)]}
-        return Sides(sides).race(effort)
+        sides = {LINEAR: linear, OURS: layer}
+        calls = {name: [partial(one, x) for one in cold(side, tokens)] for name, side in sides.items()}
+        return Sides(calls).race(effort)
 
 
 @lru_cache(maxsize=1)
@@ -111,19 +112,27 @@ def _packed_layer(width: int, sparsity: float, tiles: bool, device: torch.device
     return PackedSparseLinear.from_sparse(layer, tiles=tiles), layer.to_dense().weight.detach()
 
 
-def cold(layer: nn.Module) -> list[nn.Module]:
-    """The layer and as many copies as no cache holds together; at most 64, of layers that are tiny."""
-    tensors = [*layer.parameters(), *layer.buffers()]
-    if isinstance(layer, PackedSparseLinear) and layer.weight is not None:
-        tensors = [tensor for tensor in tensors if tensor is not layer.weight]  # which few tokens do not read
-    count = min(copies_needed(sum(tensor.nbytes for tensor in tensors)), MOST_COPIES)
+def cold(layer: nn.Module, tokens: int) -> list[nn.Module]:
+    """The layer and as many copies as no cache holds together, for calls of so many tokens; at most 64 of them."""
+    count = min(copies_needed(read_bytes(layer, tokens)), MOST_COPIES)
     return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
 
 
-def _sides(layer: SparseLinear, call: Make) -> Sides:
+def read_bytes(layer: nn.Module, tokens: int) -> int:
+    """What one call of so many tokens reads of the layer: a packed one holds its weight in up to three forms."""
+    if not isinstance(layer, PackedSparseLinear):
+        return sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
+    if tokens <= layer.tokens:
+        return layer.packed.n_bytes
+    if layer.tiles is not None and tokens <= layer.tiled_tokens:
+        return layer.tiles.n_bytes
+    return layer.packed.n_bytes if layer.weight is None else layer.weight.nbytes
+
+
+def _sides(layer: SparseLinear, tokens: int, call: Make) -> Sides:
     linear = nn.Linear(layer.in_features, layer.out_features, dtype=layer.values.dtype, device=layer.values.device)
-    sparse = [call(one) for one in cold(layer)]
-    return Sides({LINEAR: [call(one) for one in cold(linear)], DENSE_METHOD: list(map(_densely, sparse)), OURS: sparse})
+    dense, sparse = ([call(one) for one in cold(side, tokens)] for side in (linear, layer))
+    return Sides({LINEAR: dense, DENSE_METHOD: list(map(_densely, sparse)), OURS: sparse})
 
 
 def _densely(call: Call) -> Call:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu.part import CUDA_GROUPS, GROUPS
+from gpu.processes import last_words
 from gpu.sheet import read_json
 
 TOOLS = ("memcheck", "racecheck")
@@ -133,7 +134,7 @@ def _run(
     except subprocess.TimeoutExpired:
         with suppress(ProcessLookupError):  # it may just have ended
             os.killpg(process.pid, signal.SIGKILL)
-        return None, process.communicate()[0]
+        return None, last_words(process)
     return process.returncode, output
 
 

@@ -45,6 +45,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
         case 75: return *value = 9, 0;       // the compute capability, major
         case 76: return *value = 0, 0;       // and minor
         case 97: return *value = 232448, 0;  // bytes of shared memory that a block may ask for
+        case 111: return *value = 1024, 0;   // of which the driver reserves
         default: return *value = 1024, 0;
     }
 }

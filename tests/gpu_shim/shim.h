@@ -70,7 +70,7 @@ struct Index {
     unsigned x, y;
 };
 
-constexpr int WARP = 32, STACK_BYTES = 1 << 16, SHARED_BYTES = 227 * 1024;
+constexpr int WARP = 32, STACK_BYTES = 1 << 16, SHARED_BYTES = 226 * 1024;
 alignas(16) uint4 shared[SHARED_BYTES / sizeof(uint4)];
 Index running, blockIdx, gridDim; // running: the thread
 __attribute__((no_sanitize("thread"))) inline Index this_thread() { return running; }

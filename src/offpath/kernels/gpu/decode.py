@@ -27,7 +27,7 @@ def decode(packed: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
     equal bits. May be captured in a CUDA graph once it has run. Raises `KernelError` for other shapes, dtypes, strides
     or devices, and for what `driver.load` needs.
     """
-    expect_tokens(packed.values, packed.shape, x, bias, MAX_TOKENS)
+    expect_tokens(packed.values, packed.shape, x, bias, MAX_TOKENS, columns=packed.columns, gaps=packed.gaps)
     rows, columns = packed.shape
     y = x.new_empty(x.shape[0], rows)
     if not y.numel():

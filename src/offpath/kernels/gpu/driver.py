@@ -16,6 +16,7 @@ _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREA
 _OVERLAP_IN_GRAPHS_FROM = 12030  # CUDA 12.3
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _SHARED_BYTES_LIMIT = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+_RESERVED_SHARED_BYTES = 111  # CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK
 _STATIC_SHARED_BYTES = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 
 
@@ -88,8 +89,9 @@ def load(source: str, name: str, device: torch.device, **defines: int) -> Kernel
 
 
 def shared_bytes_limit(device: torch.device) -> int:
-    """How much shared memory a block may ask for there."""
-    return _attribute(_index(device), _SHARED_BYTES_LIMIT)
+    """How much shared memory a block may ask for there, beside what the driver reserves in it."""
+    index = _index(device)
+    return _attribute(index, _SHARED_BYTES_LIMIT) - _attribute(index, _RESERVED_SHARED_BYTES)
 
 
 def _index(device: torch.device) -> int:
@@ -117,7 +119,9 @@ def _load(source: str, name: str, index: int, defines: tuple[tuple[str, int], ..
         _call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
         static = ctypes.c_int()
         _call("cuFuncGetAttribute", ctypes.byref(static), _STATIC_SHARED_BYTES, function)
-        most = _attribute(index, _SHARED_BYTES_LIMIT) - static.value
+        # What the driver reserves is among the kernel's own where NVRTC 13 compiles for 9.0 or later, and not for 8.0.
+        own = max(static.value, _attribute(index, _RESERVED_SHARED_BYTES))
+        most = _attribute(index, _SHARED_BYTES_LIMIT) - own
         _call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_BYTES, most)
     version = ctypes.c_int()
     _call("cuDriverGetVersion", ctypes.byref(version))

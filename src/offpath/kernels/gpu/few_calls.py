@@ -35,17 +35,22 @@ def expect_tokens(
     bias: Tensor | None,
     most: int,
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
+    **places: Tensor | None,
 ) -> None:
     """Raises `KernelError` unless `x` and `bias` fit a weight of `shape` (rows, columns), packed into `values`.
 
-    `dtypes` are those that its kernel reads; values come in 16 bytes at a time.
+    `dtypes` are those that its kernel reads; values come in 16 bytes at a time, and so do the `places` that are named.
     """
-    if values.dtype not in dtypes or values.data_ptr() % 16:  # a module's `to` casts what was packed in another dtype
-        raise KernelError(
-            f"expected a weight that is packed in {' or '.join(map(str, dtypes))}, aligned to 16 bytes, got values of "
-            f"{values.dtype} at an address with a rest of {values.data_ptr() % 16}. Pack the sparse layer again in the "
-            "dtype that it is to have"
-        )
+    for name, tensor in (("values", values), *places.items()):
+        if tensor is None:
+            continue
+        # A module's `to` casts what was packed in another dtype, and a view may begin anywhere.
+        if values.dtype not in dtypes or tensor.data_ptr() % 16:
+            raise KernelError(
+                f"expected a weight that is packed in {' or '.join(map(str, dtypes))}, aligned to 16 bytes, got {name} "
+                f"of {tensor.dtype} at an address with a rest of {tensor.data_ptr() % 16}. Pack the sparse layer again "
+                "in the dtype that it is to have"
+            )
     rows, columns = shape
     fits = (
         x.dim() == 2
