@@ -8,16 +8,20 @@ namespace {
 
 template <class T> struct Simd;
 
-// For each set of lanes, which of the values that stand side by side belongs into each of the lanes.
-template <int lanes> struct ExpandOrder {
-    uint8_t of_lane[1 << lanes][lanes];
-    constexpr ExpandOrder() : of_lane{} {
-        for (int bits = 0; bits < 1 << lanes; ++bits)
-            for (int lane = 0, next = 0; lane < lanes; next += bits >> lane & 1, ++lane)
-                of_lane[bits][lane] = static_cast<uint8_t>(next % lanes);
+// For each set of eight lanes: which of the values that stand side by side belongs into each lane, and which lane's
+// value comes at each place.
+struct LaneOrders {
+    uint8_t expand[256][8], compress[256][8];
+    constexpr LaneOrders() : expand{}, compress{} {
+        for (int bits = 0; bits < 256; ++bits)
+            for (int lane = 0, next = 0; lane < 8; next += bits >> lane & 1, ++lane) {
+                expand[bits][lane] = static_cast<uint8_t>(next % 8);
+                if (bits >> lane & 1)
+                    compress[bits][next] = static_cast<uint8_t>(lane);
+            }
     }
 };
-constexpr ExpandOrder<8> expand_order_of_eight{};
+constexpr LaneOrders lane_orders{};
 
 template <> struct Simd<float> {
     using V = __m256;
@@ -43,7 +47,13 @@ template <> struct Simd<float> {
     }
     static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
     static V load_first(const float *p, int64_t n) { return _mm256_maskload_ps(p, mask(n)); }
-    static void store_first(float *p, V a, int64_t n) { _mm256_maskstore_ps(p, mask(n), a); }
+    // AMD's processors take a dozen cycles for a store with a mask.
+    static void store_first(float *p, V a, int64_t n) {
+        if (n >= lanes)
+            store(p, a);
+        else
+            _mm256_maskstore_ps(p, mask(n), a);
+    }
     static V larger(V a, V b) { return _mm256_max_ps(a, b); }
     static uint32_t above(V a, V threshold) {
         return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, threshold, _CMP_NLE_UQ)));
@@ -61,8 +71,7 @@ template <> struct Simd<float> {
             expand_lanes(packed, bits, lanes, spread);
             return load(spread);
         }
-        const auto *order = reinterpret_cast<const __m128i *>(expand_order_of_eight.of_lane[bits]);
-        return keep_where(_mm256_permutevar8x32_ps(load(packed), _mm256_cvtepu8_epi32(_mm_loadl_epi64(order))), bits);
+        return keep_where(permuted(load(packed), lane_orders.expand[bits]), bits);
     }
     static V keep_where(V a, uint32_t bits) {
         const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -70,7 +79,11 @@ template <> struct Simd<float> {
         return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(mine, each)));
     }
     static void compress(const float *spread, uint32_t bits, float *packed) {
-        compress_lanes(spread, bits, lanes, packed);
+        store_first(packed, permuted(load(spread), lane_orders.compress[bits]), __builtin_popcount(bits));
+    }
+    static V permuted(V a, const uint8_t (&order)[lanes]) {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(order));
+        return _mm256_permutevar8x32_ps(a, _mm256_cvtepu8_epi32(bytes));
     }
     static V load_first(const bfloat16 *p, int64_t n) {
         if (n < lanes) {
@@ -112,7 +125,12 @@ template <> struct Simd<double> {
     }
     static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
     static V load_first(const double *p, int64_t n) { return _mm256_maskload_pd(p, mask(n)); }
-    static void store_first(double *p, V a, int64_t n) { _mm256_maskstore_pd(p, mask(n), a); }
+    static void store_first(double *p, V a, int64_t n) {
+        if (n >= lanes)
+            store(p, a);
+        else
+            _mm256_maskstore_pd(p, mask(n), a);
+    }
     static V larger(V a, V b) { return _mm256_max_pd(a, b); }
     static uint32_t above(V a, V threshold) {
         return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(a, threshold, _CMP_NLE_UQ)));
