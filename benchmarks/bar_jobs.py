@@ -56,8 +56,14 @@ class Effort:
     sample_seconds: float = 0.02
     shapes: tuple[Shape, ...] = SHAPES
     sparsities: tuple[float, ...] = SPARSITIES + LOW_SPARSITIES
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
     batch_1_size: int = 4096
     mlp_width: int = 1024
+
+    @property
+    def torch_dtypes(self) -> list[torch.dtype]:
+        """`dtypes` as torch has them."""
+        return [dtype for dtype in (FP32, BF16) if dtype_name(dtype) in self.dtypes]
 
     def times(self, calls: dict[str, Callable[[], object]], own_pools: bool = False) -> dict[str, Timing]:
         return interleaved(calls, self.rounds, self.sample_seconds, own_pools)
@@ -76,7 +82,7 @@ class Job:
 
 def layer_jobs(effort: Effort) -> Iterator[Job]:
     """Forward and training step (y, dX, dW, db) against `nn.Linear` of the same dtype, called the same way."""
-    for dtype, shape, sparsity in itertools.product((FP32, BF16), effort.shapes, effort.sparsities):
+    for dtype, shape, sparsity in itertools.product(effort.torch_dtypes, effort.shapes, effort.sparsities):
         figures = []
         for what in (FORWARD, STEP):
             bar = dict(zip(SPARSITIES, LAYER_BARS[dtype, what], strict=True)).get(sparsity)
@@ -91,8 +97,8 @@ def batch_1_jobs(effort: Effort) -> Iterator[Job]:
     Called again and again, so that weights which fit into a cache stay there, as those of a small model do.
     """
     size = effort.batch_1_size
-    for dtype, bars in BATCH_1_BARS.items():
-        for sparsity, bar in bars.items():
+    for dtype in effort.torch_dtypes:
+        for sparsity, bar in BATCH_1_BARS[dtype].items():
             row = f"{dtype_name(dtype)} {size} -> {size} forward"
             figure = Figure("Batch 1, over the better of dense fp32 and bf16", row, percent(sparsity), bar)
             yield Job((figure,), partial(_batch_1, effort, sparsity, dtype))
@@ -137,7 +143,7 @@ def break_even_figures(effort: Effort, measured: Sequence[Figure]) -> list[Figur
     """What follows from the ratios of the layers, for those measured at every sparsity."""
     sparsity_of = {percent(sparsity): sparsity for sparsity in effort.sparsities}
     found = []
-    for dtype, shape in itertools.product((FP32, BF16), effort.shapes):
+    for dtype, shape in itertools.product(effort.torch_dtypes, effort.shapes):
         row = f"{dtype_name(dtype)} {in_words(shape)}"
         wanted = (
             (STEP, "break-even, training", BREAK_EVEN_BARS[dtype], True),

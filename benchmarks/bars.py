@@ -1,9 +1,10 @@
 """Every bar of speed beside what this machine reaches: ratios to `nn.Linear`, to SparseLab, and where it breaks even.
 
-Run with: .venv/bin/python benchmarks/bars.py [--quick] [--only SECTION] [--json FILE]
-Takes under 12 minutes; --quick under 2. Ratios are medians of interleaved runs; above 1, offpath is faster; behind the
-"±" stands half the interquartile range of the ratios of single rounds. Each result is checked against float64 before
-any time is taken. FILE gets the figures, and FILE with the ending .txt the tables.
+Run with: .venv/bin/python benchmarks/bars.py [--quick] [--only SECTION] [--dtype DTYPE] [--json FILE]
+Takes under 12 minutes, --quick under 2; far longer without AVX-512, where torch multiplies bfloat16 slowly. Ratios are
+medians of interleaved runs; above 1, offpath is faster; behind the "±" stands half the interquartile range of the
+ratios of single rounds. Each result is checked against float64 before any time is taken. FILE gets the figures, and
+FILE with the ending .txt the tables.
 """
 
 from __future__ import annotations
@@ -72,8 +73,10 @@ def main(arguments: Sequence[str] | None = None, effort: Effort | None = None) -
     parser.add_argument("--quick", action="store_true", help="one shape, fewer sparsities and rounds")
     parser.add_argument("--only", choices=JOBS, action="append", help="one section (may be repeated); default: all")
     parser.add_argument("--json", type=Path, default=Path("runs/bars.json"), help="default: %(default)s")
+    parser.add_argument("--dtype", choices=Effort.dtypes, action="append", help="may be repeated; default: both")
     options = parser.parse_args(arguments)
     effort = effort or (QUICK if options.quick else Effort())
+    effort = replace(effort, dtypes=tuple(options.dtype or effort.dtypes))
     options.json.parent.mkdir(parents=True, exist_ok=True)
 
     jobs = [job for section in options.only or JOBS for job in JOBS[section](effort)]

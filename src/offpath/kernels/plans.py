@@ -12,7 +12,6 @@ from torch import Tensor
 from offpath.kernels import _native
 from offpath.kernels.operands import DTYPES, address, are_indices, refuse
 
-
 _SUFFIXES = dict(zip(DTYPES, ("f32", "f64", "bf16"), strict=True))
 
 

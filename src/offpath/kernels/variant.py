@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch  # first: the native module joins the OpenMP pool that torch has loaded
 from torch import Tensor
 
-from offpath.kernels import _native
 from offpath.kernels.backend import KernelError
 from offpath.kernels.operands import (
-    DTYPES,
     address,
     are_indices,
     are_tokens,

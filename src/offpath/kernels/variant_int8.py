@@ -7,8 +7,7 @@ from torch import Tensor
 
 from offpath.kernels.backend import KernelError
 from offpath.kernels.operands import address, is_matrix, is_vector, one_unit_stride, refuse
-from offpath.kernels.plans import Prepared
-from offpath.kernels.plans import native_of_each_dtype
+from offpath.kernels.plans import Prepared, native_of_each_dtype
 from offpath.kernels.variant import output
 
 _BITMAP, _PLANNED = native_of_each_dtype("bitmap_int8_spmm"), native_of_each_dtype("planned_int8_spmm")

@@ -1,0 +1,72 @@
+"""The product over a plan, whichever a variant makes, in sizes that fill and overflow its tiles, strips and panels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from offpath import kernels, pattern as patterns
+from offpath.kernels import Backend
+from offpath.pattern import Pattern
+
+# (rows, columns, batch, sparsity): one of everything; whole tiles; more rows and tokens than whole ones; rows of tiles
+# that take turns, since a strip of 1100 columns leaves the cache; runs longer than a tile is wide; hardly any
+# connections; and nearly all, of which plans are others.
+SIZES = [
+    (1, 1, 1, 0.0),
+    (48, 64, 64, 0.5),
+    (49, 65, 65, 0.5),
+    (200, 1100, 129, 0.7),
+    (450, 1100, 33, 0.3),
+    (97, 3000, 63, 0.98),
+    (60, 130, 16, 0.1),
+    (60, 130, 7, 0.9),
+]
+
+
+def _problem(rows: int, columns: int, batch: int, sparsity: float, dtype: torch.dtype) -> tuple[Pattern, ...]:
+    """Whole numbers: whatever the order in which they are added, the sums are exact."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    pattern = patterns.from_mask(torch.rand(rows, columns, generator=generator) >= sparsity)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randint(-4, 5, shape, generator=generator).to(dtype)
+
+    return pattern, drawn(pattern.nnz), drawn(batch, columns), drawn(batch, rows), drawn(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_product_is_exact_in_every_layout(
+    backend: Backend, threads: int, size: tuple[int, int, int, float], dtype: torch.dtype
+) -> None:
+    pattern, values, x, dy, bias = _problem(*size, dtype)
+    weight = pattern.to_dense(values).double()
+    plan = backend.plan(pattern.crow_indices, pattern.col_indices, pattern.shape[1], dtype)
+    crow_indices, col_indices, permutation = pattern.transpose()
+    transpose = backend.plan(crow_indices, col_indices, pattern.shape[0], dtype, permutation)
+    expected = (x.double() @ weight.t() + bias.double()).to(dtype)
+    for given in (x, x.t().contiguous().t()):
+        assert torch.equal(backend.planned_spmm(plan, values, given, bias), expected)
+        assert torch.equal(backend.planned_spmm(plan, values, given, bias, feature_major=True), expected)
+    assert torch.equal(backend.planned_spmm(transpose, values, dy), (dy.double() @ weight).to(dtype))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_int8_values_are_scaled_by_row(backend: Backend, threads: int, size: tuple[int, int, int, float]) -> None:
+    pattern, values, x, _, bias = _problem(*size, torch.float32)
+    scales = 2.0 ** torch.randint(-3, 4, (size[0],), generator=torch.Generator().manual_seed(0))
+    plan = backend.plan(pattern.crow_indices, pattern.col_indices, pattern.shape[1], torch.float32)
+    weight = pattern.to_dense(values).double() * scales.double()[:, None]
+    y = backend.planned_int8_spmm(plan, values.to(torch.int8), scales, x, bias)
+    assert torch.equal(y, (x.double() @ weight.t() + bias.double()).float())
+
+
+def test_a_plan_takes_no_more_than_its_connections_ask_for() -> None:
+    """Runs and buckets alike: some bytes for each connection, not for each position."""
+    pattern = patterns.random((3000, 3000), 90_000, torch.Generator().manual_seed(0))
+    for name, backend in kernels.backends().items():
+        if backend.native:
+            plan = backend.plan(pattern.crow_indices, pattern.col_indices, 3000, torch.float32)
+            # 63 counts for each group of six rows in buckets; columns, slots and the rows' runs in either.
+            assert plan.bytes <= 12 * pattern.nnz + 4 * 64 * (3000 // 6 + 1), name
