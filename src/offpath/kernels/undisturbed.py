@@ -33,13 +33,17 @@ def waited_seconds() -> float:
     From the second number of /proc/[pid]/task/[tid]/schedstat
     (https://docs.kernel.org/scheduler/sched-stats.html); 0 where the system does not count it.
     """
-    waited = 0
     try:
-        for thread in os.listdir(_THREADS):  # noqa: PTH208 (a path object for each takes as long as the products do)
+        threads = os.listdir(_THREADS)  # noqa: PTH208 (a path object for each takes as long as the products do)
+    except OSError:  # another system
+        return 0.0
+    waited = 0
+    for thread in threads:
+        try:
             with open(f"{_THREADS}/{thread}/schedstat", "rb", buffering=0) as file:  # noqa: PTH123
                 waited += int(file.read().split()[1])
-    except (OSError, IndexError, ValueError):  # another system, or a thread that has ended
-        pass
+        except (OSError, IndexError, ValueError):  # it has ended, or nobody counts
+            continue
     return waited * 1e-9
 
 
@@ -75,7 +79,7 @@ def watched(work: Callable[[], Result]) -> tuple[Result, bool]:
 
 def cores_are_free() -> bool:
     """Whether the threads that torch uses have their cores for themselves now; takes `PROBE_SECONDS`."""
-    matrix = torch.ones(512, 512)
+    matrix = torch.ones(512, 512, device="cpu")
 
     def work() -> None:
         end = time.perf_counter() + PROBE_SECONDS
