@@ -1,6 +1,6 @@
 // The product over runs: a row's sums for a strip of the batch stay in registers while its connections in the tile take
-// their columns of x from the first-level cache. A connection costs no branch that the processor could mispredict, and
-// no load but those of x. Each row adds its connections in ascending order, whatever the tiles.
+// their columns of x from the first-level cache. A connection costs no branch that the processor could mispredict. Each
+// row adds its connections in ascending order, whatever the tiles.
 #pragma once
 
 #include "groups-inl.h"

@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from children import outcomes_under
 from offpath.kernels import precision
 
-BOTH = "from offpath.kernels.precision import float32_precision as p; print(p('cpu'), p('cuda'))"
+# What is set, and what then holds on the CPU and on CUDA devices.
+SETTINGS = {
+    "pass": "ieee ieee",
+    "torch.set_float32_matmul_precision('high')": "tf32 tf32",
+    "torch.set_float32_matmul_precision('medium')": "bf16 tf32",
+    "torch.backends.cuda.matmul.allow_tf32 = True": "ieee tf32",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'": "ieee tf32",
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'": "bf16 ieee",
+    "torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'ieee'": "tf32 ieee",
+}
+READ = """
+from offpath.kernels.precision import float32_precision
+exec(os.environ["SETTING"])
+print(float32_precision("cpu"), float32_precision("cuda"))
+"""
+ROUND = """
+from offpath.kernels.precision import multiplied_in_tf32
+matmul = torch.backends.cuda.matmul
+matmul.fp32_precision = os.environ["SETTING"]
+with multiplied_in_tf32():
+    print(matmul.fp32_precision)
+print(matmul.fp32_precision)
+"""
 
 
-@pytest.mark.parametrize(
-    ("setting", "found"),
-    [
-        ("pass", "ieee ieee"),
-        ("torch.set_float32_matmul_precision('high')", "tf32 tf32"),
-        ("torch.set_float32_matmul_precision('medium')", "bf16 tf32"),
-        ("torch.backends.cuda.matmul.allow_tf32 = True", "ieee tf32"),
-        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "ieee tf32"),
-        ("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", "bf16 ieee"),
-        ("torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'ieee'", "tf32 ieee"),
-    ],
-)
-def test_every_way_to_set_it_is_read(setting: str, found: str) -> None:
-    """In a process of its own: torch refuses to answer through the getter of old once the new settings were used."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import torch; {setting}; {BOTH}"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == found.split()
+def _outcomes(settings: list[str], code: str) -> dict[str, tuple[int, str, str]]:
+    return dict(zip(settings, outcomes_under([{"SETTING": setting} for setting in settings], code), strict=True))
+
+
+def test_every_way_to_set_it_is_read() -> None:
+    """Each in a process: torch refuses to answer through the getter of old once the new settings were used."""
+    outcomes = _outcomes(list(SETTINGS), READ)
+    assert outcomes == {setting: (0, f"{found}\n", "") for setting, found in SETTINGS.items()}
 
 
 @pytest.mark.parametrize(
@@ -48,10 +58,6 @@ def test_torch_before_2_9_is_read(monkeypatch: pytest.MonkeyPatch, setting: str,
     assert not older.cuda.matmul.allow_tf32
 
 
-@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
-def test_block_in_tf32_leaves_the_setting_as_it_was(before: str) -> None:
-    code = "import torch; from offpath.kernels.precision import multiplied_in_tf32\n"
-    code += f"matmul = torch.backends.cuda.matmul; matmul.fp32_precision = {before!r}\n"
-    code += "with multiplied_in_tf32():\n    print(matmul.fp32_precision)\nprint(matmul.fp32_precision)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["tf32", before], done.stderr
+def test_block_in_tf32_leaves_the_setting_as_it_was() -> None:
+    outcomes = _outcomes(["none", "ieee", "tf32"], ROUND)
+    assert outcomes == {before: (0, f"tf32\n{before}\n", "") for before in outcomes}

@@ -77,10 +77,9 @@ def _measure_densities(
         if _is_measured(method, *GRID[i][1:])
     }
     with torch.inference_mode():
-        for (product, method, i), seconds in fastest(
-            calls, LARGE_ROUNDS if sizes == LARGE_SIZES else SMALL_ROUNDS
-        ).items():
-            best[product][method][i] = seconds
+        found = fastest(calls, LARGE_ROUNDS if sizes == LARGE_SIZES else SMALL_ROUNDS)
+    for (product, method, i), seconds in found.items():
+        best[product][method][i] = seconds
 
 
 def _is_measured(method: str, density: int, batch: int) -> bool:

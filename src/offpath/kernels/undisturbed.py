@@ -34,13 +34,13 @@ def waited_seconds() -> float:
     (https://docs.kernel.org/scheduler/sched-stats.html); 0 where the system does not count it.
     """
     try:
-        threads = os.listdir(_THREADS)  # noqa: PTH208 (a path object for each takes as long as the products do)
+        threads = os.listdir(_THREADS)  # noqa: PTH208 (path objects take as long as the products do)
     except OSError:  # another system
         return 0.0
     waited = 0
     for thread in threads:
         try:
-            with open(f"{_THREADS}/{thread}/schedstat", "rb", buffering=0) as file:  # noqa: PTH123
+            with open(f"{_THREADS}/{thread}/schedstat", "rb", buffering=0) as file:  # noqa: PTH123 (as above)
                 waited += int(file.read().split()[1])
         except (OSError, IndexError, ValueError):  # it has ended, or nobody counts
             continue

@@ -23,8 +23,8 @@ ROUNDS = 9
 # that skips zeros may be slower by where there are none.
 MARGIN = 1.03
 # What is written before each call so that no weight is still in the second-level cache, in sizes of that cache. It
-# also keeps the device busy until both events and the kernels between them have been launched: a write takes 60 to
-# 85 us, which is little more than the 35 to 50 that the host needs for tiles, so there are two.
+# also keeps the device busy until both events and the kernels between them have been launched: of tiles, that may take
+# the host nearly as long as one such write takes the device, by calculation, so there are two.
 CACHES, WRITES = 4, 2
 
 

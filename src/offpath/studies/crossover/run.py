@@ -34,7 +34,7 @@ REFERENCE_PATIENCE_SECONDS = 2.0
 
 
 class UnwrittenResult(RunError):
-    """All was measured, but there was no room for it on the disk; `result` is what was."""
+    """The file could not be written; `result` is what was measured."""
 
     def __init__(self, problem: RunError, result: CrossoverResult) -> None:
         super().__init__(str(problem))
