@@ -46,7 +46,7 @@ void backward(const Kernels<T> &kernels, const Ways &ways, int64_t rows, int64_t
                                 finish);
     } else {
         run_together(packers, dy_panels, x_panels);
-        finish(FilledInputGradient<T>(kernels, *ways.bits, values, dy_panels, batch, dx, feature_major));
+        finish(FilledInputGradient<T>(kernels, *ways.bits, values, dy_panels, batch, dx, feature_major, workers));
     }
 }
 

@@ -13,6 +13,7 @@ template <class T> struct BatchVector {
     using V = typename S::V;
     static V load(const offpath::Sum<T> *p) { return S::load(p); }
     static V ones() { return S::set1(1); }
+    static typename S::V multiply(V a, V b) { return a * b; }
     static typename S::V multiply_add(V a, V b, typename S::V sum) { return S::fma(a, b, sum); }
 };
 
@@ -22,6 +23,7 @@ template <> struct BatchVector<bfloat16> {
     static constexpr int64_t tokens = BfloatPairs::entries;
     static V load(const bfloat16 *p) { return BfloatPairs::load(p); }
     static V ones() { return BfloatPairs::set1(0x3F803F80); }
+    static __m512 multiply(V a, V b) { return BfloatPairs::dot(a, b, Simd<float>::zero()); }
     static __m512 multiply_add(V a, V b, __m512 sum) { return BfloatPairs::dot(a, b, sum); }
 };
 #endif

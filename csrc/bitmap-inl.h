@@ -28,9 +28,9 @@ template <class T> struct ColumnVector {
         }
     }
     static void store_first(T *p, V a, int64_t n) { S::store_first(p, a, n); }
-    static void compress(const T *spread, uint32_t bits, T *packed) {
+    static void compress(const T *spread, uint32_t bits, T *packed, bool whole) {
         if constexpr (stored_as_summed)
-            S::compress(spread, bits, packed);
+            S::compress(spread, bits, packed, whole);
         else
             compress_lanes(spread, bits, columns, packed);
     }
@@ -156,18 +156,26 @@ template <class T> void expand(const offpath::expand_args<T> &args, const offpat
             });
 }
 
+// Whether a whole register may be written where the values of a row of the block end: what is too much there is written
+// anew with the rows after it.
+template <class T> bool may_spill(const offpath::Bitmap &bitmap, const offpath::Block &block, int64_t row) {
+    return bitmap.crow_indices[block.row_end] - bitmap.crow_indices[row + 1] >= ColumnVector<T>::columns;
+}
+
 template <class T> void compress(const offpath::compress_args<T> &args, const offpath::Block &block) {
     using C = ColumnVector<T>;
     const int64_t columns = args.bitmap.columns;
-    for (int64_t row = block.row_begin; row < block.row_end; ++row)
+    for (int64_t row = block.row_begin; row < block.row_end; ++row) {
+        const bool whole = may_spill<T>(args.bitmap, block, row);
         each_column_vector<T>(args.bitmap, row, args.values, [&](int, int64_t column, uint32_t bits, T *values, bool) {
             if (columns - column >= C::columns)
-                C::compress(args.dense + row * columns + column, bits, values);
+                C::compress(args.dense + row * columns + column, bits, values, whole);
             else // the last register would be read beyond the row
                 for (int c = 0; c < C::columns && bits >> c; ++c)
                     if (bits >> c & 1)
                         *values++ = args.dense[row * columns + column + c];
         });
+    }
 }
 
 } // namespace

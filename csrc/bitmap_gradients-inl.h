@@ -74,7 +74,8 @@ template <class T> void bitmap_dvalues(const offpath::bitmap_dvalues_args<T> &ar
     using Columns = ColumnSums<T>;
     using C = ColumnVector<T>;
     const int64_t width = 64 * args.bitmap.words_per_row;
-    for (int64_t row = block.row_begin; row < block.row_end; ++row)
+    for (int64_t row = block.row_begin; row < block.row_end; ++row) {
+        const bool whole = may_spill<T>(args.bitmap, block, row);
         each_column_vector<T>(args.bitmap, row, args.dvalues,
                               [&] [[gnu::always_inline]] (int, int64_t column, uint32_t bits, T *dvalues, bool) {
                                   Columns sums;
@@ -91,8 +92,9 @@ template <class T> void bitmap_dvalues(const offpath::bitmap_dvalues_args<T> &ar
 #pragma GCC unroll 4
                                   for (int i = 0; i < Columns::vectors; ++i)
                                       S::store_first(result + i * S::lanes, sums.v[i], S::lanes);
-                                  C::compress(result, bits, dvalues);
+                                  C::compress(result, bits, dvalues, whole);
                               });
+    }
 }
 
 } // namespace

@@ -1,6 +1,6 @@
-// Products for many tokens where little is missing: absent connections are zeros again, but only in tiles of the weight
-// that stay in cache. Nothing is sought or sorted, and every loop is that of a dense product: six rows of accumulators
-// in registers, a column of the panel (or two) multiplied into all of them.
+// Output and dX for many tokens where little is missing: absent connections are zeros again, but only in tiles of the
+// weight that stay in cache. Nothing is sought or sorted, and every loop is that of a dense product: six rows of
+// accumulators in registers, a column of the panel (or two) multiplied into all of them.
 #pragma once
 
 #include "bitmap_gradients-inl.h"
@@ -197,7 +197,7 @@ void multiply_chunk(const offpath::filled_dx_args<T> &args, int64_t chunk, int64
         each_group<T, vectors>({args.dx, columns, args.batch, args.feature_major}, first, last, token, multiply);
 }
 
-// Block: rows count chunks, batch counts panels, panels_per_tile at most.
+// Block: rows count chunks, batch counts panels, of tokens_per_tile at most.
 template <class T> void filled_dx(const offpath::filled_dx_args<T> &args, const offpath::Block &block) {
     constexpr int64_t rows_at_once = offpath::rows_per_fill(sizeof(FilledEntry<T>));
     const int64_t rows = args.bitmap.rows;
@@ -216,71 +216,6 @@ template <class T> void filled_dx(const offpath::filled_dx_args<T> &args, const 
             }
             begin = end;
         } while (begin < rows);
-    }
-}
-
-// The sums of a group's positions in one panel of x: all of the batch.
-template <class T, int vectors>
-void filled_positions(const offpath::filled_dvalues_args<T> &args, int64_t group,
-                      const typename Format<T>::Panel *panel, Accumulators<T, vectors> &acc) {
-    constexpr int64_t steps = Format<T>::granule / Format<T>::columns_per_step;
-    const int64_t rows = args.bitmap.rows;
-    start_group<T, vectors>(acc, GroupStart<T>(nullptr, group, rows).of_row);
-    for (int64_t token = 0; token < args.batch; token += panel_width<T>) {
-        const int64_t width = width_of_panel<T>(token, args.batch);
-        const auto *dy = static_cast<const typename Format<T>::Panel *>(args.dy) + token * panel_columns<T>(rows) +
-                         group * offpath::group_rows * width;
-        for (int64_t t = token; t < token + width; t += Format<T>::granule)
-            for (int64_t i = 0; i < steps; ++i)
-                if (const int64_t first = t + token_of_step<T>(i); first < args.batch) // the rest is padding
-                    multiply_step<T, vectors>(acc, dy + (t - token) + i * Format<T>::columns_per_step, width, panel,
-                                              static_cast<int32_t>(first));
-    }
-}
-
-// Block: rows count groups, batch counts panels of x.
-template <class T> void filled_dvalues(const offpath::filled_dvalues_args<T> &args, const offpath::Block &block) {
-    using S = Simd<offpath::Sum<T>>;
-    using C = ColumnVector<T>;
-    const offpath::Bitmap &bitmap = args.bitmap;
-    const int64_t first_row = block.row_begin * offpath::group_rows;
-    const int64_t last_row =
-        block.row_end * offpath::group_rows < bitmap.rows ? block.row_end * offpath::group_rows : bitmap.rows;
-    const int64_t first_column = block.batch_begin * panel_width<T>;
-    // Where the next value of each row goes.
-    int64_t slots[offpath::groups_per_gradient * offpath::group_rows];
-    for (int64_t row = first_row; row < last_row; ++row) {
-        const uint64_t word =
-            first_column % 64 ? bitmap.words[row * bitmap.words_per_row + first_column / 64] : uint64_t{0};
-        slots[row - first_row] = slots_before(bitmap, row, first_column / 64) +
-                                 __builtin_popcountll(word & ((uint64_t{1} << first_column % 64) - 1));
-    }
-    for (int64_t panel = block.batch_begin; panel < block.batch_end; ++panel) {
-        const int64_t column = panel * panel_width<T>;
-        const auto *x = static_cast<const typename Format<T>::Panel *>(args.x) + column * panel_columns<T>(args.batch);
-        with_vectors_of_panel<T>(column, bitmap.columns, [&]<int vectors>(Vectors<vectors>) {
-            constexpr int64_t width = vectors * S::lanes;
-            for (int64_t group = block.row_begin; group < block.row_end; ++group) {
-                alignas(64) offpath::Sum<T> sums[offpath::group_rows * width];
-                Accumulators<T, vectors> acc;
-                filled_positions<T, vectors>(args, group, x, acc);
-                store_group<T, vectors>(acc, sums);
-                // All rows are rounded before the first is read again: a load would wait for stores that it overlaps.
-                alignas(64) T spread[offpath::group_rows * width + C::columns]; // whole registers are read
-                for (int64_t i = 0; i < offpath::group_rows * width; i += S::lanes)
-                    S::store_first(spread + i, S::load(sums + i), S::lanes);
-                for (int64_t row = group * offpath::group_rows;
-                     row < last_row && row < (group + 1) * offpath::group_rows; ++row) {
-                    const T *positions = spread + (row - group * offpath::group_rows) * width;
-                    const uint64_t word = bitmap.words[row * bitmap.words_per_row + column / 64] >> column % 64;
-                    for (int64_t part = 0; part < width; part += C::columns) {
-                        const uint32_t bits = static_cast<uint32_t>(word >> part & ((uint64_t{1} << C::columns) - 1));
-                        C::compress(positions + part, bits, args.dvalues + slots[row - first_row]);
-                        slots[row - first_row] += __builtin_popcount(bits);
-                    }
-                }
-            }
-        });
     }
 }
 

@@ -8,15 +8,21 @@ namespace offpath {
 
 constexpr int64_t panels_per_gradient = 8;
 
+// How many panels share a tile of the weight, where the tiles are so many: fewer, if threads would wait for others.
+inline int64_t panels_sharing(const Layout &layout, int64_t panels, int64_t tiles, int threads) {
+    const int64_t parts = ceil_div(2 * threads, std::max<int64_t>(tiles, 1));
+    return std::clamp<int64_t>(ceil_div(panels, parts), 1, tokens_per_tile / layout.panel_width);
+}
+
 // y = x W^T + bias
 template <class T> class FilledProduct {
   public:
     FilledProduct(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const T *bias,
-                  const Panels<T> &panels, int64_t batch, T *y, bool feature_major)
+                  const Panels<T> &panels, int64_t batch, T *y, bool feature_major, int threads)
         : kernel(kernels.filled), args{matrix.view(), values, bias, panels.data(), y, batch, feature_major, nullptr},
           tile_bytes(tile_groups * group_rows * 64 * args.bitmap.words_per_row * kernels.layout.panel_entry_bytes),
-          groups(ceil_div(matrix.rows, group_rows)), chunks(ceil_div(groups, groups_per_product)),
-          panels(panels.count) {}
+          groups(ceil_div(matrix.rows, group_rows)), chunks(ceil_div(groups, groups_per_product)), panels(panels.count),
+          panels_per_tile(panels_sharing(kernels.layout, panels.count, chunks, threads)) {}
 
     int64_t tasks() const { return chunks * ceil_div(panels, panels_per_tile); }
     void run(int64_t task) const {
@@ -31,19 +37,20 @@ template <class T> class FilledProduct {
   private:
     const Kernel<filled_args<T>> kernel;
     const filled_args<T> args;
-    const int64_t tile_bytes, groups, chunks, panels;
+    const int64_t tile_bytes, groups, chunks, panels, panels_per_tile;
 };
 
 // dx = dy W, over panels of dy
 template <class T> class FilledInputGradient {
   public:
     FilledInputGradient(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const Panels<T> &dy,
-                        int64_t batch, T *dx, bool feature_major)
+                        int64_t batch, T *dx, bool feature_major, int threads)
         : kernel(kernels.filled_dx), args{matrix.view(), values, dy.data(), dx, batch, feature_major, nullptr, nullptr},
           rows_at_once(rows_per_fill(kernels.layout.panel_entry_bytes)),
           tile_bytes(chunk_columns * (std::min(matrix.rows, rows_at_once - 1) + 1) * kernels.layout.panel_entry_bytes),
-          sums(matrix.rows > rows_at_once ? panels_per_tile * chunk_columns * kernels.layout.panel_width : 0),
-          chunks(ceil_div(matrix.columns, chunk_columns)), panels(dy.count) {}
+          sums(matrix.rows > rows_at_once ? tokens_per_tile * chunk_columns : 0),
+          chunks(ceil_div(matrix.columns, chunk_columns)), panels(dy.count),
+          panels_per_tile(panels_sharing(kernels.layout, dy.count, chunks, threads)) {}
 
     int64_t tasks() const { return chunks * ceil_div(panels, panels_per_tile); }
     void run(int64_t task) const {
@@ -59,7 +66,7 @@ template <class T> class FilledInputGradient {
   private:
     const Kernel<filled_dx_args<T>> kernel;
     const filled_dx_args<T> args;
-    const int64_t rows_at_once, tile_bytes, sums, chunks, panels;
+    const int64_t rows_at_once, tile_bytes, sums, chunks, panels, panels_per_tile;
 };
 
 // The connections' entries of dy^T x, over panels of dy and of x, in which tokens and features have changed places.
@@ -92,8 +99,8 @@ void filled_spmm(const Kernels<T> &kernels, const BitMatrix &matrix, const T *va
                  int64_t batch, T *y, bool feature_major, int threads) {
     const Panels<T> panels(kernels, x, matrix.columns, batch);
     run_together(threads_for(matrix.columns * batch, threads), panels);
-    const FilledProduct<T> product(kernels, matrix, values, bias, panels, batch, y, feature_major);
-    run_together(threads_for(matrix.rows * (matrix.columns + 1) * batch, threads), product);
+    const int workers = threads_for(matrix.rows * (matrix.columns + 1) * batch, threads);
+    run_together(workers, FilledProduct<T>(kernels, matrix, values, bias, panels, batch, y, feature_major, workers));
 }
 
 template <class T>
@@ -101,8 +108,8 @@ void filled_dx(const Kernels<T> &kernels, const BitMatrix &matrix, const T *valu
                T *dx, int threads) {
     const Panels<T> panels(kernels, dy, matrix.rows, batch);
     run_together(threads_for(matrix.rows * batch, threads), panels);
-    const FilledInputGradient<T> gradient(kernels, matrix, values, panels, batch, dx, false);
-    run_together(threads_for((matrix.rows + 1) * matrix.columns * batch, threads), gradient);
+    const int workers = threads_for((matrix.rows + 1) * matrix.columns * batch, threads);
+    run_together(workers, FilledInputGradient<T>(kernels, matrix, values, panels, batch, dx, false, workers));
 }
 
 template <class T>

@@ -8,16 +8,16 @@ namespace {
 
 template <class T> struct Simd;
 
-// For each set of eight lanes: which of the values that stand side by side belongs into each lane, and which lane's
-// value comes at each place.
+// For each set of eight lanes: which of the values that stand side by side belongs into each lane (negative: none), and
+// which lane's value comes at each place.
 struct LaneOrders {
-    uint8_t expand[256][8], compress[256][8];
+    int8_t expand[256][8], compress[256][8];
     constexpr LaneOrders() : expand{}, compress{} {
         for (int bits = 0; bits < 256; ++bits)
             for (int lane = 0, next = 0; lane < 8; next += bits >> lane & 1, ++lane) {
-                expand[bits][lane] = static_cast<uint8_t>(next % 8);
+                expand[bits][lane] = bits >> lane & 1 ? static_cast<int8_t>(next) : int8_t{-1};
                 if (bits >> lane & 1)
-                    compress[bits][next] = static_cast<uint8_t>(lane);
+                    compress[bits][next] = static_cast<int8_t>(lane);
             }
     }
 };
@@ -47,12 +47,23 @@ template <> struct Simd<float> {
     }
     static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
     static V load_first(const float *p, int64_t n) { return _mm256_maskload_ps(p, mask(n)); }
-    // AMD's processors take a dozen cycles for a store with a mask.
+    // In pieces: AMD's processors take a dozen cycles for a store with a mask.
     static void store_first(float *p, V a, int64_t n) {
         if (n >= lanes)
-            store(p, a);
-        else
-            _mm256_maskstore_ps(p, mask(n), a);
+            return store(p, a);
+        __m128 rest = _mm256_castps256_ps128(a);
+        if (n & 4) {
+            _mm_storeu_ps(p, rest);
+            rest = _mm256_extractf128_ps(a, 1);
+            p += 4;
+        }
+        if (n & 2) {
+            _mm_storel_pi(reinterpret_cast<__m64 *>(p), rest);
+            rest = _mm_movehl_ps(rest, rest);
+            p += 2;
+        }
+        if (n & 1)
+            _mm_store_ss(p, rest);
     }
     static V larger(V a, V b) { return _mm256_max_ps(a, b); }
     static uint32_t above(V a, V threshold) {
@@ -71,19 +82,23 @@ template <> struct Simd<float> {
             expand_lanes(packed, bits, lanes, spread);
             return load(spread);
         }
-        return keep_where(permuted(load(packed), lane_orders.expand[bits]), bits);
+        const __m256i order = wide(lane_orders.expand[bits]);
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(load(packed), order), zero(), _mm256_castsi256_ps(order));
     }
     static V keep_where(V a, uint32_t bits) {
         const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
         const __m256i mine = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each);
         return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(mine, each)));
     }
-    static void compress(const float *spread, uint32_t bits, float *packed) {
-        store_first(packed, permuted(load(spread), lane_orders.compress[bits]), __builtin_popcount(bits));
+    static void compress(const float *spread, uint32_t bits, float *packed, bool whole) {
+        const V side_by_side = _mm256_permutevar8x32_ps(load(spread), wide(lane_orders.compress[bits]));
+        if (whole)
+            store(packed, side_by_side);
+        else // of any number: branches on it would be mispredicted
+            _mm256_maskstore_ps(packed, mask(__builtin_popcount(bits)), side_by_side);
     }
-    static V permuted(V a, const uint8_t (&order)[lanes]) {
-        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(order));
-        return _mm256_permutevar8x32_ps(a, _mm256_cvtepu8_epi32(bytes));
+    static __m256i wide(const int8_t (&order)[lanes]) {
+        return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(order)));
     }
     static V load_first(const bfloat16 *p, int64_t n) {
         if (n < lanes) {
@@ -151,7 +166,7 @@ template <> struct Simd<double> {
         const __m256i mine = _mm256_and_si256(_mm256_set1_epi64x(bits), each);
         return _mm256_and_pd(a, _mm256_castsi256_pd(_mm256_cmpeq_epi64(mine, each)));
     }
-    static void compress(const double *spread, uint32_t bits, double *packed) {
+    static void compress(const double *spread, uint32_t bits, double *packed, bool) {
         compress_lanes(spread, bits, lanes, packed);
     }
     static __m256i mask(int64_t n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }

@@ -49,7 +49,7 @@ template <> struct Simd<float> {
         return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits),
                                       whole ? load(packed) : load_first(packed, __builtin_popcount(bits)));
     }
-    static void compress(const float *spread, uint32_t bits, float *packed) {
+    static void compress(const float *spread, uint32_t bits, float *packed, bool) {
         store_first(packed, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), load(spread)),
                     __builtin_popcount(bits));
     }
@@ -107,7 +107,7 @@ template <> struct Simd<double> {
                                       whole ? load(packed) : load_first(packed, __builtin_popcount(bits)));
     }
     static V keep_where(V a, uint32_t bits) { return _mm512_maskz_mov_pd(static_cast<__mmask8>(bits), a); }
-    static void compress(const double *spread, uint32_t bits, double *packed) {
+    static void compress(const double *spread, uint32_t bits, double *packed, bool) {
         store_first(packed, _mm512_maskz_compress_pd(static_cast<__mmask8>(bits), load(spread)),
                     __builtin_popcount(bits));
     }
@@ -155,7 +155,7 @@ struct BfloatPairs {
     static V expand(const bfloat16 *packed, uint32_t bits, bool whole) {
         return _mm512_maskz_expand_epi16(bits, whole ? load(packed) : load_first(packed, __builtin_popcount(bits)));
     }
-    static void compress(const bfloat16 *spread, uint32_t bits, bfloat16 *packed) {
+    static void compress(const bfloat16 *spread, uint32_t bits, bfloat16 *packed, bool) {
         store_first(packed, _mm512_maskz_compress_epi16(bits, load(spread)), __builtin_popcount(bits));
     }
     static __m512 as_floats(V a) { return _mm512_castsi512_ps(a); }

@@ -58,7 +58,9 @@ template <class T> struct Simd {
             each = Mask{1, 2, 4, 8};
         return ((Mask{} + bits) & each) == each ? a : zero();
     }
-    static void compress(const T *spread, uint32_t bits, T *packed) { compress_lanes(spread, bits, lanes, packed); }
+    static void compress(const T *spread, uint32_t bits, T *packed, bool) {
+        compress_lanes(spread, bits, lanes, packed);
+    }
     static V load_first(const bfloat16 *p, int64_t n) {
         T a[lanes] = {};
         for (int64_t i = 0; i < n; ++i)

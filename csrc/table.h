@@ -185,7 +185,8 @@ template <class T> struct filled_args {
 // dx[b, c] = sum over the rows r of W[r, c] * dy[b, r], for a block of chunks x panels; a chunk is chunk_columns
 // columns of W, in whole words and whole groups.
 constexpr int64_t chunk_columns = 192;
-constexpr int64_t panels_per_tile = 4; // multiplied with one tile of the weight, so that filling it costs little beside
+// Tokens, at most, that are multiplied with one tile of the weight: filling it costs little beside.
+constexpr int64_t tokens_per_tile = 256;
 // Rows of a chunk that are filled in one go: the tile and what is multiplied with it stay in the second-level cache.
 constexpr int64_t rows_per_fill(int64_t entry_bytes) { return (384 << 10) / (chunk_columns * entry_bytes); }
 template <class T> struct filled_dx_args {
@@ -196,7 +197,7 @@ template <class T> struct filled_dx_args {
     int64_t batch;
     bool feature_major;
     // Working memory: chunk_columns x rows_per_fill, in the type of panels; and, where there are more rows, the sums of
-    // panels_per_tile panels of a chunk.
+    // tokens_per_tile tokens of a chunk.
     void *tile;
     Sum<T> *sums;
 };

@@ -24,6 +24,9 @@ template <class T, int panels, int vectors, template <class, int64_t> class Rows
     using S = Simd<offpath::Sum<T>>;
     using Panel = typename Format<T>::Panel;
     static constexpr int together = summed_together<offpath::Sum<T>>;
+    // Sums that take turns for each connection: four of narrow registers are not enough additions to keep the processor
+    // busy.
+    static constexpr int chains = S::lanes < 16 && panels * vectors > 1 ? 2 : 1;
     static constexpr int64_t width = vectors * B::tokens;
 
     Rows<T, width> dy; // of the first panel
@@ -37,11 +40,13 @@ template <class T, int panels, int vectors, template <class, int64_t> class Rows
     template <int connections>
     [[gnu::always_inline]] void dots(const typename B::V (&row)[panels][vectors], const uint16_t *columns,
                                      offpath::Sum<T> *sums, T *dvalues) const {
-        typename S::V acc[together];
+        typename S::V acc[chains][together];
         const Panel *column[connections];
+#pragma GCC unroll 2
+        for (int i = 0; i < chains; ++i)
 #pragma GCC unroll 4
-        for (int c = 0; c < together; ++c)
-            acc[c] = S::zero();
+            for (int c = 0; c < together; ++c)
+                acc[i][c] = S::zero();
 #pragma GCC unroll 4
         for (int c = 0; c < connections; ++c)
             column[c] = x + columns[c] * Rows<T, width>::column_width;
@@ -50,9 +55,17 @@ template <class T, int panels, int vectors, template <class, int64_t> class Rows
 #pragma GCC unroll 8
             for (int v = 0; v < vectors; ++v)
 #pragma GCC unroll 4
-                for (int c = 0; c < connections; ++c)
-                    acc[c] = B::multiply_add(row[p][v], B::load(column[c] + p * x_stride + v * B::tokens), acc[c]);
-        typename S::V total = sum_some<offpath::Sum<T>>(acc);
+                for (int c = 0; c < connections; ++c) {
+                    const int step = p * vectors + v;
+                    const typename B::V entries = B::load(column[c] + p * x_stride + v * B::tokens);
+                    auto &sum = acc[step % chains][c];
+                    sum = step < chains ? B::multiply(row[p][v], entries) : B::multiply_add(row[p][v], entries, sum);
+                }
+        if constexpr (chains == 2)
+#pragma GCC unroll 4
+            for (int c = 0; c < connections; ++c)
+                acc[0][c] = S::add(acc[0][c], acc[1][c]);
+        typename S::V total = sum_some<offpath::Sum<T>>(acc[0]);
         if (!first)
             total = S::add(total, S::load_first(sums, connections));
         if (last)

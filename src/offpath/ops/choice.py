@@ -22,9 +22,10 @@ PREFERENCES = ("speed", "memory")
 # near-ties. Plans stream more through the caches that a machine's tenants share: where 1024 x 1024 in bfloat16 at 30 %
 # was predicted to gain 10 % by plans over filled, the step took between 3 % more and 20 % more.
 STEADY_MARGIN = 1.12
-# A weight that is written out goes through caches which a training step leaves colder than the measurement does: its
-# step at 1024 x 1024 in bfloat16 takes 6 % longer than predicted, that of filled 1 %.
-FILLED_MARGIN = 1.1
+# A weight that is written out goes through caches which a training step leaves colder than the measurement does: with
+# AVX-512, its step at 1024 x 1024 in bfloat16 takes 6 % longer than predicted, that of filled 1 %. On AVX2 it is the
+# products of filled that take up to 15 % longer (2048 x 2048 and 3072 x 768 in float32), and those of dense do not.
+FILLED_MARGIN, NARROW_FILLED_MARGIN = 1.1, 0.9
 # The row-wise form falls behind a plan as soon as its inputs leave a cache, which happens between the sizes measured;
 # and two gradients over plans share the packing of dy, which they are measured without.
 PLAN_MARGIN = 1.15
@@ -97,10 +98,15 @@ def choose(
     best = min(costs, key=costs.__getitem__)
     filled, dense = costs.get("filled", math.inf), costs.get("dense", math.inf)
     if min(filled, dense) <= STEADY_MARGIN * costs[best]:
-        return "filled" if filled <= FILLED_MARGIN * dense else "dense"
+        return "filled" if filled <= filled_margin(backend) * dense else "dense"
     if best == "row-wise":
         return next((m for m in _OVER_A_PLAN if costs.get(m, math.inf) <= PLAN_MARGIN * costs[best]), best)
     return best
+
+
+def filled_margin(backend: Backend) -> float:
+    """How much longer than dense filled may be expected to take where it is chosen."""
+    return FILLED_MARGIN if "avx512" in backend.name else NARROW_FILLED_MARGIN
 
 
 def seconds_of(backend: Backend, dtype: torch.dtype, rows: int, columns: int) -> Callable[..., float] | None:
