@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offpath import pattern as patterns
 from offpath.kernels import Backend
+from whole_numbers import whole_numbers
 
 # (rows, columns, batch, sparsity): a token more than go at once; rows and columns that end amid groups, chunks and
 # panels; more rows than a chunk is filled with at once; nearly no connections.
@@ -18,15 +18,8 @@ SIZES = [(13, 70, 257, 0.2), (100, 200, 513, 0.5), (800, 200, 300, 0.1), (97, 13
 def test_every_product_is_exact(
     backend: Backend, threads: int, size: tuple[int, int, int, float], dtype: torch.dtype
 ) -> None:
-    rows, columns, batch, sparsity = size
-    generator = torch.Generator().manual_seed(rows)
-
-    def drawn(*shape: int) -> torch.Tensor:
-        return torch.randint(-4, 5, shape, generator=generator).to(dtype)
-
-    pattern = patterns.from_mask(torch.rand(rows, columns, generator=generator) >= sparsity)
-    values, x, dy, bias = drawn(pattern.nnz), drawn(batch, columns), drawn(batch, rows), drawn(rows)
-    bitmap = backend.bitmap(pattern.crow_indices, pattern.col_indices, columns)
+    pattern, values, x, dy, bias = whole_numbers(*size, dtype)
+    bitmap = backend.bitmap(pattern.crow_indices, pattern.col_indices, pattern.shape[1])
     weight, mask = pattern.to_dense(values), pattern.to_mask()
     gradient = dy.double().t() @ x.double()
     for given, of_y in ((x, dy), (x.t().contiguous().t(), dy.t().contiguous().t())):

@@ -7,7 +7,7 @@ import torch
 
 from offpath import kernels, pattern as patterns
 from offpath.kernels import Backend
-from offpath.pattern import Pattern
+from whole_numbers import whole_numbers
 
 # (rows, columns, batch, sparsity): one of everything; whole tiles; more rows and tokens than whole ones; rows of tiles
 # that take turns, since a strip of 1100 columns leaves the cache; runs longer than a tile is wide; hardly any
@@ -24,23 +24,12 @@ SIZES = [
 ]
 
 
-def _problem(rows: int, columns: int, batch: int, sparsity: float, dtype: torch.dtype) -> tuple[Pattern, ...]:
-    """Whole numbers: whatever the order in which they are added, the sums are exact."""
-    generator = torch.Generator().manual_seed(rows + columns)
-    pattern = patterns.from_mask(torch.rand(rows, columns, generator=generator) >= sparsity)
-
-    def drawn(*shape: int) -> torch.Tensor:
-        return torch.randint(-4, 5, shape, generator=generator).to(dtype)
-
-    return pattern, drawn(pattern.nnz), drawn(batch, columns), drawn(batch, rows), drawn(rows)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_product_is_exact_in_every_layout(
     backend: Backend, threads: int, size: tuple[int, int, int, float], dtype: torch.dtype
 ) -> None:
-    pattern, values, x, dy, bias = _problem(*size, dtype)
+    pattern, values, x, dy, bias = whole_numbers(*size, dtype)
     weight = pattern.to_dense(values).double()
     plan = backend.plan(pattern.crow_indices, pattern.col_indices, pattern.shape[1], dtype)
     crow_indices, col_indices, permutation = pattern.transpose()
@@ -54,7 +43,7 @@ def test_product_is_exact_in_every_layout(
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_int8_values_are_scaled_by_row(backend: Backend, threads: int, size: tuple[int, int, int, float]) -> None:
-    pattern, values, x, _, bias = _problem(*size, torch.float32)
+    pattern, values, x, _, bias = whole_numbers(*size, torch.float32)
     scales = 2.0 ** torch.randint(-3, 4, (size[0],), generator=torch.Generator().manual_seed(0))
     plan = backend.plan(pattern.crow_indices, pattern.col_indices, pattern.shape[1], torch.float32)
     weight = pattern.to_dense(values).double() * scales.double()[:, None]
