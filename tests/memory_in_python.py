@@ -56,7 +56,7 @@ MUTANTS = {
         "mask=place <= width, other",
         OUTSIDE,
     ),
-    "and written": (gather, "mask=None if WHOLE else place < width", "mask=None", RACE),
+    "and written": (gather, "mask=None if WHOLE else place < width", "mask=None", f"{RACE}|{OUTSIDE}"),
     "an entry past the last one": (gather, "crow_indices + row + 1)", "crow_indices + row + 2)", OUTSIDE),
     "every block of rows is the first": (gather, "y + row.to(tl.int64) * y_stride", "y", RACE),
     "blocks of a dot share a place": (gather, "dots + block.to(tl.int64) * nnz", "dots", RACE),
@@ -111,12 +111,16 @@ def _by_atomics(source, target):
 
 @pytest.mark.parametrize(
     ("kernel", "seen"),
-    [(_adds_up, "reads what a program"), (_reads_again, "reads what a program"), (_by_atomics, "atomic")],
+    [
+        (_adds_up, f"reads what a program|{ORDER}"),
+        (_reads_again, f"reads what a program|{RACE}"),
+        (_by_atomics, "atom"),
+    ],
     ids=lambda of: of if isinstance(of, str) else of.fn.__name__,
 )
 def test_a_kernel_that_depends_on_an_order_is_seen(kernel: triton.runtime.JITFunction, seen: str) -> None:
     with pytest.raises(AssertionError, match=seen):
-        kernel[(2,)](torch.ones(2), torch.zeros(1))
+        launch.launch(kernel, (2,), torch.ones(2), torch.zeros(1), num_warps=1)
 
 
 def test_the_gaps_of_a_view_are_no_operand() -> None:

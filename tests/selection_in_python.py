@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
 from offpath import SparseLinear, kernels, ops
 from offpath.kernels import KernelError
@@ -261,13 +261,13 @@ def test_a_step_with_the_weight_written_out_launches_two_kernels_more_than_a_den
     """The weight is written out once for two products; modes would keep the layer from that, so they are hidden."""
     monkeypatch.setattr(library, "_count_of_modes", lambda: 0)
     launched: list[str] = []
-    run = interpreter.GridExecutor.__call__
+    run = launch._launch_by_triton
 
-    def launch_counted(kernel: interpreter.GridExecutor, *operands: object, **options: object) -> object:
+    def launch_counted(kernel: Any, *arguments: Any) -> object:
         launched.append(kernel.fn.__name__)
-        return run(kernel, *operands, **options)
+        return run(kernel, *arguments)
 
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_counted)
+    monkeypatch.setattr(launch, "_launch_by_triton", launch_counted)
     layer = SparseLinear(12, 8, sparsity=0.5)
     for one, kernels_of_triton in ((layer, ["expand_kernel", "compress_kernel"]), (layer.to_dense(), [])):
         x, dy = _x(), torch.randn(11, 8)

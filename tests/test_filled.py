@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from offpath import kernels
 from offpath.kernels import Backend
 from whole_numbers import whole_numbers
 
@@ -13,6 +14,7 @@ from whole_numbers import whole_numbers
 SIZES = [(13, 70, 257, 0.2), (100, 200, 513, 0.5), (800, 200, 300, 0.1), (97, 130, 600, 0.98)]
 
 
+@pytest.mark.parametrize("backend", [name for name in kernels.backends() if name != "reference"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_every_product_is_exact(

@@ -21,7 +21,7 @@ class _Launch:
     """The elements of a launch's operands, by address, and which programs have read and written each of them."""
 
     def __init__(self, operands: Iterable[Tensor]) -> None:
-        self.addresses = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(_addresses, operands)]))
+        self.addresses = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(addresses_of, operands)]))
         self.reader = np.full(self.addresses.size, _NOBODY)
         self.writer = np.full(self.addresses.size, _NOBODY)
         self.fault = ""
@@ -52,7 +52,7 @@ class _Launch:
             raise AssertionError(fault)
 
 
-def _addresses(tensor: Tensor) -> np.ndarray:
+def addresses_of(tensor: Tensor) -> np.ndarray:
     """Of each element, without an operation of torch: the tests count those."""
     places = np.zeros(1, np.int64)
     for count, step in zip(tensor.shape, tensor.stride(), strict=True):

@@ -1,0 +1,95 @@
+"""Launches Triton kernels on CPU tensors as the PTX that they are compiled to, in place of Triton's interpreter.
+
+A plugin of pytest: with `-p compiled_on_cpu`, the tests that are made for the interpreter run what a GPU would run. It
+also sees what the interpreter cannot: threads of one program, their shared memory and barriers, and numbers rounded by
+the instructions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import ptx
+from offpath.kernels.gpu import availability, launch
+from ptx_machine import Machine
+
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+_programs: dict[tuple[object, ...], tuple[ptx.Program, int]] = {}
+
+
+class _Target:
+    capability = 90
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--capability", type=int, default=90, help="the GPU's, for which kernels are compiled")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    _Target.capability = early_config.known_args_namespace.capability
+    availability.interpreted = lambda: True
+    launch.INTERPRETED = True
+    launch._launch_by_triton = run_compiled
+
+
+def run_compiled(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Tensor | int, ...],
+    constants: dict[str, Any],
+    options: dict[str, int],
+) -> None:
+    """In place of `launch._launch_by_triton`: compiled anew for the same arguments as Triton does it for."""
+    signature: dict[str, str] = {}
+    compiled_in = dict(constants)
+    attributes = {}
+    for i, (name, given) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        if isinstance(given, int) and given == 1:
+            compiled_in[name] = 1
+            continue
+        signature[name] = ("i64" if given >= 2**31 else "i32") if isinstance(given, int) else _TYPES[given.dtype]
+        if (given if isinstance(given, int) else given.data_ptr()) % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    key = (kernel.fn, *signature.items(), *attributes, *compiled_in.items(), *options.items())
+    if key not in _programs:
+        _programs[key] = _compiled(kernel, signature, compiled_in, attributes, options)
+    program, shared_bytes = _programs[key]
+    given = [one for name, one in zip(kernel.arg_names, arguments, strict=False) if name in signature]
+    sizes = (*grid, 1, 1)[:3]
+    if 0 not in sizes:
+        Machine(program, sizes, options["num_warps"] * 32, shared_bytes, given).run()
+
+
+def _compiled(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    attributes: dict[tuple[int], list[list[object]]],
+    options: dict[str, int],
+) -> tuple[ptx.Program, int]:
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=attributes,
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", _Target.capability, 32), options=options)
+    return ptx.parse(made.asm["ptx"]), made.metadata.shared
