@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 
 _PEAK_BYTES = """
 def peak_bytes():
@@ -24,6 +27,20 @@ def numbers_of(code: str) -> list[int]:
     """The whole numbers that `code` prints; it may call `peak_bytes()`, the most memory that it has had resident."""
     command = [sys.executable, "-c", _PEAK_BYTES + code]
     return [int(word) for word in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
+
+
+def run_tests(files: Sequence[str], *options: str, environment: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Files of this folder in a pytest of their own, on one thread. Raises `AssertionError` with what it says."""
+    tests = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *(str(tests / f) for f in files)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests)} | environment,
+        cwd=tests.parent,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 
 
 _FORKS = """

@@ -1,8 +1,8 @@
-"""Launches Triton kernels on CPU tensors as the PTX that they are compiled to, in place of Triton's interpreter.
+"""Launches kernels on CPU tensors as the PTX that they are compiled to, in place of Triton's interpreter.
 
 A plugin of pytest: with `-p compiled_on_cpu`, the tests that are made for the interpreter run what a GPU would run. It
 also sees what the interpreter cannot: threads of one program, their shared memory and barriers, and numbers rounded by
-the instructions.
+the instructions. CUDA kernels are launched as in `compiled_cuda.py`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import gpu_on_cpu
 import ptx
+from compiled_cuda import CompiledPrograms
 from offpath.kernels.gpu import availability, launch
-from ptx_machine import Machine
+from ptx_run import run
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -43,7 +45,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
-    _Target.capability = early_config.known_args_namespace.capability
+    _Target.capability = CompiledPrograms.capability = early_config.known_args_namespace.capability
+    gpu_on_cpu.Programs = CompiledPrograms
     availability.interpreted = lambda: True
     launch.INTERPRETED = True
     launch._launch_by_triton = run_compiled
@@ -74,7 +77,7 @@ def run_compiled(
     given = [one for name, one in zip(kernel.arg_names, arguments, strict=False) if name in signature]
     sizes = (*grid, 1, 1)[:3]
     if 0 not in sizes:
-        Machine(program, sizes, options["num_warps"] * 32, shared_bytes, given).run()
+        run(program, sizes, options["num_warps"] * 32, shared_bytes, given)
 
 
 def _compiled(

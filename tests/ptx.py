@@ -17,7 +17,8 @@ _LABEL = re.compile(r"(\$?\w+):$")
 _ADDRESS = re.compile(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\d+)\s*)?\]")
 _TOKEN = re.compile(r"\{[^}]*\}|\[[^]]*\]|[^,\s]+")
 _TYPE = re.compile(r"(?:pred|bf16x2|bf16|[busf]\d+(?:x2)?)$")
-_IGNORED = (".loc", ".file", ".pragma", "//", ".section", ".version", ".target", ".address_size", ".reqntid")
+_SHARED = re.compile(r"(\.extern )?\.shared \.align (\d+) \.b8 (\w+)\[(\d*)\];")
+_IGNORED = ("//", ".address_size", ".extern", ".file", ".loc", ".pragma", ".reqntid", ".section", ".shared", ".target")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Program:
     widths: dict[str, int] = field(default_factory=dict)  # bits of a register, by the letters before its number
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    shared: dict[str, int] = field(default_factory=dict)  # where each variable in shared memory begins
+    shared_bytes: int = 0  # of those whose size is known
 
     def bits(self, register: str) -> int:
         """How wide a register is; 1 for a predicate."""
@@ -67,6 +70,11 @@ def parse(text: str) -> Program:
         if line == "}" and raw.startswith("}"):  # of the kernel, not of a scope in it
             break
         _read(program, line)
+    for external, align, name, size in sorted(_SHARED.findall(text)):  # what a launch adds stands behind all others
+        program.shared_bytes = -(-program.shared_bytes // int(align)) * int(align)
+        program.shared[name] = program.shared_bytes
+        program.shared_bytes += int(size or 0)
+        assert bool(external) != bool(size), name
     return program
 
 

@@ -74,6 +74,13 @@ def _field(a: Array, first: Array, length: Array) -> Array:
     return np.where(length == 0, 0, kept).astype(a.dtype)
 
 
+def _bits_put(a: Array, b: Array, first: Array, length: Array) -> Array:
+    """The lower `length` bits of a, in place of those of b from `first` on; of 32 bits."""
+    first, length = (np.minimum(n & np.uint32(255), 32).astype(np.uint64) for n in (first, length))
+    mask = ((np.uint64(1) << length) - np.uint64(1) << first).astype(np.uint32)
+    return b & ~mask | (a.astype(np.uint64) << first).astype(np.uint32) & mask
+
+
 def _bytes_picked(a: Array, b: Array, selector: Array) -> Array:
     both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
     result = np.zeros(np.broadcast(a, b, selector).shape, np.uint32)
@@ -122,6 +129,7 @@ PLAIN: dict[str, Function] = {
     "shl": _shifted_left,
     "shr": _shifted_right,
     "bfe": _field,
+    "bfi": _bits_put,
     "prmt": _bytes_picked,
     "popc": lambda a: np.bitwise_count(a).astype(np.uint32),
 }

@@ -101,7 +101,8 @@ class SharedMemory:
 
     def __init__(self, size: int, programs: int) -> None:
         self.size = size
-        self.bytes = np.full(max(size * programs, 1), 0xA5, np.uint8)
+        self.bytes = np.empty(max(size * programs, 1), np.uint8)
+        self.poison(slice(None))
         self.accesses = Accesses(size * programs)
 
     def touch(self, addresses: np.ndarray, by: Threads, writes: bool) -> np.ndarray:
@@ -110,6 +111,13 @@ class SharedMemory:
         places = addresses + by.programs.reshape(addresses.shape) * self.size
         (self.accesses.write if writes else self.accesses.read)(places.ravel(), by)
         return places
+
+    def write(self, places: np.ndarray, by: Threads) -> None:
+        """What was on its way arrives."""
+        self.accesses.write(places.ravel(), by)
+
+    def poison(self, places: np.ndarray | slice) -> None:
+        self.bytes[places] = 0xFF  # a NaN in every type
 
 
 class _Region:

@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import compiled_on_cpu
 import ptx
-from offpath.kernels.gpu import launch, sparse_weight
-from ptx_machine import Machine
 from ptx_memory import Faults
+from ptx_run import run as run_ptx
 
 LANES = torch.arange(32, dtype=torch.int32)
 
@@ -20,6 +18,7 @@ def run(body: str, *arguments: Tensor | int, threads: int = 32, grid: tuple[int,
     parameters = ",\n".join(f".param .u64 parameter_{i}" for i in range(len(arguments)))
     loads = "\n".join(f"ld.param.b64 %a{i}, [parameter_{i}];" for i in range(len(arguments)))
     text = f"""
+        .extern .shared .align 16 .b8 global_smem[];
         .visible .entry kernel(\n{parameters}\n)
         {{
         .reg .pred %p<9>;
@@ -37,7 +36,7 @@ def run(body: str, *arguments: Tensor | int, threads: int = 32, grid: tuple[int,
         {body}
         ret;\n}}\n"""
     text = "\n".join(line if line.startswith("}") else line.lstrip() for line in text.splitlines())
-    Machine(ptx.parse(text), grid, threads, 512, arguments).run()
+    run_ptx(ptx.parse(text), grid, threads, 512, arguments)
 
 
 def result(body: str, *others: Tensor | int, threads: int = 32) -> Tensor:
@@ -162,7 +161,7 @@ STORE = "st.global.b32 [%mine], {%r0};"
         ("st.shared.b32 [global_smem], %r90;", "two warps write to the same place"),
         ("setp.lt.s32 %p1, %r90, 40; @%p1 bar.sync 0;", "a barrier that some threads do not reach"),
         ("setp.lt.s32 %p1, %r90, 4; @%p1 shfl.sync.idx.b32 %r0, %r90, 0, 31, -1;", "some threads of a warp"),
-        ("st.shared.b32 [%r90], %r90;", "does not divide the address"),
+        ("st.shared.b32 [%r90], %r90;", "no multiple of its width"),
         ("shl.b32 %r1, %r90, 3; st.shared.b64 [%r1+256], %mine;", "writes outside of its shared memory"),
         ("ld.global.b32 {%r0}, [%mine + 4];", "reads outside of its operands"),
         ("st.global.b32 [%a0], {%r90};", "write"),
@@ -217,16 +216,3 @@ def test_matrices_of_a_warp() -> None:
             x,
         )
         assert torch.equal(y, x)
-
-
-def test_a_barrier_left_out_of_a_compiled_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "INTERPRETED", True)
-    monkeypatch.setattr(launch, "_launch_by_triton", compiled_on_cpu.run_compiled)
-    x, y = torch.randn(64, 64), torch.zeros(64, 64)
-    sparse_weight.transpose(x, y)
-    assert torch.equal(y, x.t())
-    parse = ptx.parse
-    monkeypatch.setattr(compiled_on_cpu, "_programs", {})
-    monkeypatch.setattr(ptx, "parse", lambda text: parse(text.replace("bar.sync", "// bar.sync")))
-    with pytest.raises(Faults, match="without a barrier between them"):
-        sparse_weight.transpose(x, y)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,33 +11,16 @@ import pytest
 import torch
 import triton.language as tl
 
+from children import run_tests
 from machine_code import MachineCode, compiled
 from offpath.kernels import KernelError
 from offpath.kernels.gpu import counting_sort, densely, expand, few_tokens, gather, sparse_weight, ties
 
 
-def _passes(*options: str, **environment: str) -> None:
-    """The tests of kernels in a process of its own, as Triton decides when it is imported how kernels run."""
-    tests = Path(__file__).parent
-    files = [str(tests / f"{name}_in_python.py") for name in ("triton", "gradients", "selection", "memory")]
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *files],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests)} | environment,
-        cwd=tests.parent,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-
-
 def test_every_kernel_in_python() -> None:
-    _passes(TRITON_INTERPRET="1")
-
-
-def test_every_kernel_as_it_is_compiled() -> None:
-    """Mutants take most of the time to compile, and are rejected by the same tests in Python."""
-    _passes("-p", "compiled_on_cpu", "-k", "not mutant")
+    """In a process of its own, as Triton decides when it is imported how kernels run."""
+    files = [f"{name}_in_python.py" for name in ("triton", "gradients", "selection", "memory")]
+    run_tests(files, environment={"TRITON_INTERPRET": "1"})
 
 
 def test_tensors_of_the_cpu_are_refused_where_kernels_are_compiled() -> None:
