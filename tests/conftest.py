@@ -28,6 +28,18 @@ settings.register_profile("offpath", deadline=None)
 settings.load_profile("offpath")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the reference on two threads: it has none of its own, and is by far the slowest backend."""
+    twice = {item for item in items if _parameters(item) >= {("backend", "reference"), ("threads", 2)}}
+    config.hook.pytest_deselected(items=list(twice))
+    items[:] = [item for item in items if item not in twice]
+
+
+def _parameters(item: pytest.Item) -> set[tuple[str, object]]:
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    return {(name, given[name]) for name in ("backend", "threads") if name in given}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def measured_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One cost table for all tests, their workers and the processes they start, and none left in the user's cache.

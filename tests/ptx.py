@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 _GUARD = re.compile(r"@(!?)(%\w+)\s+(.*)")
-_REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*);")
+_REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)")
 _PARAMETER = re.compile(r"\.param\s.*?(\w+)(?:\[\d+\])?,?$")
 _LABEL = re.compile(r"(\$?\w+):$")
 _ADDRESS = re.compile(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\d+)\s*)?\]")
@@ -79,18 +79,21 @@ def parse(text: str) -> Program:
 
 
 def _read(program: Program, line: str) -> None:
-    if not line or line in ("{", "}") or line.startswith(_IGNORED):
-        return
-    if found := _REGISTERS.match(line):
-        for name in found[2].split(","):
-            bits = 1 if found[1] == "pred" else int(found[1][1:])
-            program.widths[name.strip().partition("<")[0]] = bits
-    elif found := _LABEL.match(line):
+    """A label or statements, in a scope of their own or not."""
+    if line.startswith("{"):
+        line = line[1:].strip()
+    if line.count("}") > line.count("{"):
+        line = line.removesuffix("}").strip()
+    if found := _LABEL.match(line):
         program.labels[found[1]] = len(program.instructions)
-    else:
-        for one in line.split(";"):
-            if one.strip():
-                program.instructions.append(_instruction(one.strip()))
+        return
+    for statement in line.split(";"):
+        one = statement.strip()
+        if found := _REGISTERS.match(one):
+            for name in found[2].split(","):
+                program.widths[name.strip().partition("<")[0]] = 1 if found[1] == "pred" else int(found[1][1:])
+        elif one and not one.startswith(_IGNORED):
+            program.instructions.append(_instruction(one))
 
 
 def _instruction(text: str) -> Instruction:

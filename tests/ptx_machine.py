@@ -96,26 +96,11 @@ class Machine:
         else:
             np.copyto(held, value, where=taken)
 
-    def meet(self, taken: np.ndarray, what: str) -> None:
-        """Raises unless of each warp all threads take part or none."""
-        of_warp = taken.reshape(-1, WARP)
-        expect(of_warp.all(1) | ~of_warp.any(1), f"{what} that some threads of a warp do not reach")
-
-    def wait(self, taken: np.ndarray) -> None:
-        """At a barrier of each program that takes part."""
-        gone = self.next == len(self.code.instructions)
-        arrived, gone = (one.reshape(self.programs, self.threads) for one in (taken, gone))
-        some = arrived.any(1)
-        expect((arrived | gone).all(1) | ~some, "a barrier that some threads do not reach")
-        self.passed[some] += 1
-
     def touch(self, address: Address, space: Memory, size: int, threads: np.ndarray, writes: bool) -> np.ndarray:
         """The places of the `size` bytes that each of `threads` accesses, [threads, size], once nothing forbids it."""
         base = self.get(address.base, "u32" if space is self.shared else "s64").astype(np.int64)
         first = np.broadcast_to(base, self.count)[threads] + address.offset
-        expect(
-            first % size == 0, f"a thread {'writes' if writes else 'reads'} where its width does not divide the address"
-        )
+        expect(first % size == 0, f"a thread {'writes' if writes else 'reads'} at no multiple of its width")
         return space.touch(first[:, None] + np.arange(size), self.by(threads, size), writes)
 
     def by(self, threads: np.ndarray, size: int) -> Threads:

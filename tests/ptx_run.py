@@ -29,14 +29,24 @@ def run(
     """
     machine = Machine(code, grid, threads, shared_bytes, arguments)
     end = len(code.instructions)
+    waits = np.zeros(machine.count, bool)  # for the others of its warp or program, at its next instruction
     with np.errstate(all="ignore"):
-        while (at := int(machine.next.min(initial=end))) < end:
-            here = machine.next == at
-            machine.next[here] = at + 1
+        while (at := int(machine.next.min(where=~waits, initial=end))) < end:
             one = code.instructions[at]
             expect(one.name in _STEPS, f"{one.text}: no instruction that kernels of ours are made of")
+            here = machine.next == at
+            taken = here & machine.guard(one) if one.guard else here
+            if one.name in ptx_warps.STEPS:
+                complete = taken.reshape(-1, ptx_warps.threads_that_meet(machine, one)).all(1, keepdims=True)
+                waits[here] = taken[here]
+                taken = np.repeat(complete, machine.count // complete.size)
+                waits[taken] = False
+                here = here & ~waits
+            machine.next[here] = at + 1
             try:
-                _STEPS[one.name](machine, one, here & machine.guard(one) if one.guard else here)
+                _STEPS[one.name](machine, one, taken)
             except Faults as fault:
                 raise Faults(f"{fault}: {one.text}") from None
+    if waits.any():
+        raise Faults(f"threads wait for others that do not come: {code.instructions[machine.next[waits][0]].text}")
     expect(not machine.copies, "copies that nobody waits for")

@@ -15,7 +15,6 @@ _ALL = np.uint32(0xFFFFFFFF)
 
 
 def _shuffle(machine: Machine, one: Instruction, taken: np.ndarray) -> None:
-    machine.meet(taken, "a shuffle")
     target, a, b, c, members = one.operands
     assert np.all(machine.get(members, "b32") == _ALL), one.text
     by, control, lane = (machine.get(b, "b32").astype(np.int64), machine.get(c, "b32").astype(np.int64), machine.lane)
@@ -32,7 +31,6 @@ def _shuffle(machine: Machine, one: Instruction, taken: np.ndarray) -> None:
 
 
 def _reduce(machine: Machine, one: Instruction, taken: np.ndarray) -> None:
-    machine.meet(taken, "a reduction")
     target, a, members = one.operands
     assert np.all(machine.get(members, "b32") == _ALL), one.text
     of_warp = np.broadcast_to(machine.get(a, one.types[-1]), machine.count).reshape(-1, WARP)
@@ -43,9 +41,8 @@ def _reduce(machine: Machine, one: Instruction, taken: np.ndarray) -> None:
 
 def _barrier(machine: Machine, one: Instruction, taken: np.ndarray) -> None:
     if "warp" in one.modifiers:
-        machine.meet(taken, "a barrier")
         return
-    machine.wait(taken)
+    machine.passed[machine.program_of[taken]] += 1
     if "red" in one.modifiers:
         assert "or" in one.modifiers and one.types == ("pred",), one.text
         target, _, condition = one.operands
@@ -55,7 +52,6 @@ def _barrier(machine: Machine, one: Instruction, taken: np.ndarray) -> None:
 
 def _load_matrix(machine: Machine, one: Instruction, taken: np.ndarray) -> None:
     """`ldmatrix`: 8 x 8 entries of 16 bits each, whose rows are where every eight lanes in turn say."""
-    machine.meet(taken, "a load of matrices")
     targets, address = one.operands
     assert isinstance(targets, tuple) and isinstance(address, Address)
     threads = np.flatnonzero(taken)
@@ -73,7 +69,6 @@ def _load_matrix(machine: Machine, one: Instruction, taken: np.ndarray) -> None:
 
 def _store_matrix(machine: Machine, one: Instruction, taken: np.ndarray) -> None:
     """`stmatrix`, the inverse."""
-    machine.meet(taken, "a store of matrices")
     address, sources = one.operands
     assert isinstance(sources, tuple) and isinstance(address, Address)
     threads = np.flatnonzero(taken)
@@ -87,7 +82,6 @@ def _store_matrix(machine: Machine, one: Instruction, taken: np.ndarray) -> None
 
 
 def _vote(machine: Machine, one: Instruction, taken: np.ndarray) -> None:
-    machine.meet(taken, "a vote")
     target, condition, members = one.operands
     assert "ballot" in one.modifiers and np.all(machine.get(members, "b32") == _ALL), one.text
     of_warp = np.broadcast_to(machine.get(condition, "pred"), machine.count).reshape(-1, WARP)
@@ -100,7 +94,6 @@ def _multiply_matrices(machine: Machine, one: Instruction, taken: np.ndarray) ->
 
     A thread holds pairs of columns 2 (lane % 4) of row lane // 4 of each 8 x 8 quarter; of b, of its transpose.
     """
-    machine.meet(taken, "a product of matrices")
     assert one.modifiers == ("sync", "aligned", "m16n8k16", "row", "col"), one.text
     assert one.types == ("f32", "bf16", "bf16", "f32"), one.text
     target, *operands = one.operands
@@ -120,6 +113,11 @@ def _multiply_matrices(machine: Machine, one: Instruction, taken: np.ndarray) ->
         # Two of each row: columns 2 (lane % 4) and the next one, of rows lane // 4 and eight below.
         own = products[:, 8 * (i // 2) : 8 * (i // 2) + 8, i % 2 :: 2]
         machine.set(part, (own + sums[i]).astype(np.float32).ravel(), taken)
+
+
+def threads_that_meet(machine: Machine, one: Instruction) -> int:
+    """Of how many threads each one waits for all others before any executes `one` of `STEPS`."""
+    return machine.threads if one.name == "bar" and "warp" not in one.modifiers else WARP
 
 
 STEPS: dict[str, Step] = {

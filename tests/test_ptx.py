@@ -124,6 +124,23 @@ def test_threads_that_go_different_ways_meet_again() -> None:
     assert torch.equal(result(body), LANES ^ 1)
 
 
+def test_a_barrier_waits_for_threads_whose_way_is_longer() -> None:
+    """Half of a warp comes to the barrier by what stands behind it."""
+    body = """
+        mov.b32 %r0, %r90;
+        setp.lt.s32 %p1, %r90, 16;
+        @%p1 bra elsewhere;
+        meet:
+        bar.sync 0;
+        shfl.sync.bfly.b32 %r0, %r0, 31, 31, -1;
+        bra.uni done;
+        elsewhere:
+        add.s32 %r0, %r0, 100;
+        bra.uni meet;
+        done:"""
+    assert result(body, threads=64).tolist()[:32] == [*range(31, 15, -1), *range(115, 99, -1)]
+
+
 def test_a_guard_leaves_registers_alone() -> None:
     body = "mov.b32 %r0, 5; setp.lt.s32 %p1, %r90, 4; @%p1 mov.b32 %r0, 6; @!%p1 add.s32 %r0, %r0, 2;"
     assert result(body).tolist() == [6] * 4 + [7] * 28
@@ -159,8 +176,8 @@ STORE = "st.global.b32 [%mine], {%r0};"
             "what another one reads, without a bar",
         ),
         ("st.shared.b32 [global_smem], %r90;", "two warps write to the same place"),
-        ("setp.lt.s32 %p1, %r90, 40; @%p1 bar.sync 0;", "a barrier that some threads do not reach"),
-        ("setp.lt.s32 %p1, %r90, 4; @%p1 shfl.sync.idx.b32 %r0, %r90, 0, 31, -1;", "some threads of a warp"),
+        ("setp.lt.s32 %p1, %r90, 40; @%p1 bar.sync 0;", "wait for others that do not come"),
+        ("setp.lt.s32 %p1, %r90, 4; @%p1 shfl.sync.idx.b32 %r0, %r90, 0, 31, -1;", "wait for others that do not come"),
         ("st.shared.b32 [%r90], %r90;", "no multiple of its width"),
         ("shl.b32 %r1, %r90, 3; st.shared.b64 [%r1+256], %mine;", "writes outside of its shared memory"),
         ("ld.global.b32 {%r0}, [%mine + 4];", "reads outside of its operands"),
