@@ -35,17 +35,13 @@ _TYPES = {
 _programs: dict[tuple[object, ...], tuple[ptx.Program, int]] = {}
 
 
-class _Target:
-    capability = 90
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--capability", type=int, default=90, help="the GPU's, for which kernels are compiled")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
-    _Target.capability = CompiledPrograms.capability = early_config.known_args_namespace.capability
+    CompiledPrograms.capability = early_config.known_args_namespace.capability
     gpu_on_cpu.Programs = CompiledPrograms
     availability.interpreted = lambda: True
     launch.INTERPRETED = True
@@ -94,5 +90,5 @@ def _compiled(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs=attributes,
     )
-    made = triton.compile(source, target=GPUTarget("cuda", _Target.capability, 32), options=options)
+    made = triton.compile(source, target=GPUTarget("cuda", CompiledPrograms.capability, 32), options=options)
     return ptx.parse(made.asm["ptx"]), made.metadata.shared
