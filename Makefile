@@ -26,7 +26,7 @@ help:
 	@echo "make minilm     prune MiniLM, train it a little and measure it, for docs/studies/minilm.md (half an hour; it can be stopped)"
 	@echo "make test       lint, types and all tests, a worker on each core (15 minutes the first time)"
 	@echo "make lint       formatting, lint and types alone"
-	@echo "make sanitize   the C++ core under AddressSanitizer, UBSan and ThreadSanitizer (half an hour)"
+	@echo "make sanitize   the C++ core under AddressSanitizer, UBSan and ThreadSanitizer (up to an hour)"
 	@echo "make bars       every bar of speed beside what this machine reaches (under 12 minutes)"
 	@echo "make gpu        on a machine with an NVIDIA GPU: check every GPU kernel and time it (under 9 minutes)"
 	@echo "make bench      every product and layer beside dense, torch.sparse and, where installed, SparseLab"
