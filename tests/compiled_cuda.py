@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-import gpu_on_cpu
 import ptx
 from gpu_on_cpu import Variant
 from offpath.kernels.gpu import nvrtc
@@ -32,24 +31,24 @@ class CompiledPrograms:
         backwards: bool = False,
     ) -> None:
         """One launch, all of whose threads go forward together, `backwards` or not."""
-        threads = dict(variant.defines).get("WARPS", gpu_on_cpu.WARPS) * 32
-        run(_compiled(variant, self.capability), (*grid, 1), threads, shared_bytes, arguments)
+        code = _compiled(variant, self.capability)
+        run(code, (*grid, 1), variant.names["WARPS"] * 32, shared_bytes, arguments)
+
+
+class _ToPtx(nvrtc.NVRTC):
+    """NVRTC without its assembler."""
+
+    def _text(self, program: ctypes.c_void_p, getter: str) -> bytes:
+        return super()._text(program, getter.replace("CUBIN", "PTX"))
+
+
+@cache
+def _library() -> _ToPtx:
+    return _ToPtx(nvrtc.library().path)
 
 
 @cache
 def _compiled(variant: Variant, capability: int) -> ptx.Program:
-    """As `nvrtc.NVRTC.compile`, without the assembler."""
-    code = nvrtc.text_of(variant.source)
-    if variant.edit is not None:
-        assert variant.edit[0] in code, f"{variant.source} does not contain {variant.edit[0]!r}"
-        code = code.replace(*variant.edit)
-    defines = {"WARPS": gpu_on_cpu.WARPS, "BLOCKS": 1, "PREFETCH": 1} | dict(variant.defines)
+    defines = variant.names | {"PREFETCH": 1}
     options = [f"--gpu-architecture=compute_{capability}", "--std=c++17", *(f"-D{k}={v}" for k, v in defines.items())]
-    library, program = nvrtc.library(), ctypes.c_void_p()
-    library._call("nvrtcCreateProgram", ctypes.byref(program), code.encode(), b"kernel.cu", 0, None, None)
-    try:
-        given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-        library._call("nvrtcCompileProgram", program, len(options), given)
-        return ptx.parse(library._text(program, "nvrtcGetPTX").decode().rstrip("\0"))
-    finally:
-        library._functions.nvrtcDestroyProgram(ctypes.byref(program))
+    return ptx.parse(_library().compile(variant.edited, variant.source, options).decode().rstrip("\0"))

@@ -10,28 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import mangle_type
 
 import gpu_on_cpu
 import ptx
 from compiled_cuda import CompiledPrograms
+from machine_code import made_for
 from offpath.kernels.gpu import availability, launch
 from ptx_run import run
 
-_TYPES = {
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.int8: "*i8",
-    torch.uint8: "*u8",
-    torch.bool: "*i1",
-}
 _programs: dict[tuple[object, ...], tuple[ptx.Program, int]] = {}
 
 
@@ -63,32 +51,15 @@ def run_compiled(
         if isinstance(given, int) and given == 1:
             compiled_in[name] = 1
             continue
-        signature[name] = ("i64" if given >= 2**31 else "i32") if isinstance(given, int) else _TYPES[given.dtype]
+        signature[name] = mangle_type(given)
         if (given if isinstance(given, int) else given.data_ptr()) % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     key = (kernel.fn, *signature.items(), *attributes, *compiled_in.items(), *options.items())
     if key not in _programs:
-        _programs[key] = _compiled(kernel, signature, compiled_in, attributes, options)
+        made = made_for(CompiledPrograms.capability, kernel, signature, compiled_in, attributes, **options)
+        _programs[key] = ptx.parse(made.asm["ptx"]), made.metadata.shared
     program, shared_bytes = _programs[key]
     given = [one for name, one in zip(kernel.arg_names, arguments, strict=False) if name in signature]
     sizes = (*grid, 1, 1)[:3]
     if 0 not in sizes:
         run(program, sizes, options["num_warps"] * 32, shared_bytes, given)
-
-
-def _compiled(
-    kernel: Any,
-    signature: dict[str, str],
-    constants: dict[str, Any],
-    attributes: dict[tuple[int], list[list[object]]],
-    options: dict[str, int],
-) -> tuple[ptx.Program, int]:
-    names = kernel.arg_names
-    source = ASTSource(
-        fn=kernel,
-        signature={name: signature.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs=attributes,
-    )
-    made = triton.compile(source, target=GPUTarget("cuda", CompiledPrograms.capability, 32), options=options)
-    return ptx.parse(made.asm["ptx"]), made.metadata.shared

@@ -45,13 +45,21 @@ class Variant:
     defines: tuple[tuple[str, int], ...]
     edit: tuple[str, str] | None = None
 
-    def code(self, namespace: str) -> str:
+    @property
+    def edited(self) -> str:
         code = nvrtc.text_of(self.source)
         if self.edit is not None:
             assert self.edit[0] in code, f"{self.source} does not contain {self.edit[0]!r}"
             code = code.replace(*self.edit)
-        code = code.replace("extern __shared__ uint4 shared[];", "").replace('extern "C"', "")
-        names = ({"WARPS": WARPS, "BLOCKS": 1, "PREFETCH": 0} | dict(self.defines)).items()
+        return code
+
+    @property
+    def names(self) -> dict[str, int]:
+        return {"WARPS": WARPS, "BLOCKS": 1, "PREFETCH": 0} | dict(self.defines)
+
+    def code(self, namespace: str) -> str:
+        code = self.edited.replace("extern __shared__ uint4 shared[];", "").replace('extern "C"', "")
+        names = self.names.items()
         define = "".join(f"#define {name} {value}\n" for name, value in names)
         undefine = "".join(f"#undef {name}\n" for name, _ in names)
         return f"{define}namespace {namespace} {{\n{code}\n}}\n{undefine}"
@@ -80,7 +88,7 @@ class Programs:
         backwards: bool = False,
     ) -> None:
         """One launch; tensors become what the kernel leaves. `backwards`: blocks and threads in reverse order."""
-        threads = dict(variant.defines).get("WARPS", WARPS) * 32
+        threads = variant.names["WARPS"] * 32
         told = [struct.pack("6i", self.numbers[variant], *grid, threads, shared_bytes, backwards)]
         tensors = []
         for argument in arguments:
@@ -128,7 +136,7 @@ class Launcher:
         variant = Variant(source, name, tuple(defines.items()))
 
         def run(grid: tuple[int, int], threads: int, shared_bytes: int, *arguments: int) -> None:
-            assert threads == dict(variant.defines).get("WARPS", WARPS) * 32
+            assert threads == variant.names["WARPS"] * 32
             self.launches.append((name, grid, threads))
             parameters = re.search(rf"\b{name}\(([^)]*)\)", variant.code("_"))[1].split(",")
             operands = [

@@ -10,7 +10,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([\w.]+)(.*);")
@@ -47,15 +47,8 @@ def compiled(
     divisor: int = 16,
 ) -> MachineCode:
     """`kernel` for one compute capability; whole numbers and addresses are multiples of `divisor`: mostly 16."""
-    names = kernel.arg_names
-    source = ASTSource(
-        fn=kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", divisor]] for name in types},
-    )
-    options = {"num_warps": warps, "num_stages": 1}
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", divisor]] for name in types}
+    made = made_for(capability, kernel, types, constants, attributes, num_warps=warps, num_stages=1)
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(made.asm["cubin"])
     text, usage = _run("nvdisasm", "-c", cubin), _run("cuobjdump", "-res-usage", cubin)
@@ -71,6 +64,24 @@ def compiled(
     stack = re.search(r"STACK:(\d+)", usage)
     assert stack and instructions, usage
     return MachineCode(instructions, loops, int(stack[1]), made.asm["ttir"])
+
+
+def made_for(
+    capability: int,
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    attributes: dict[tuple[int], list[list[object]]],
+    **options: int,
+) -> CompiledKernel:
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=attributes,
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def _run(tool: str, *arguments: object) -> str:

@@ -45,7 +45,6 @@ class Instruction:
 
 @dataclass
 class Program:
-    name: str
     parameters: list[str] = field(default_factory=list)
     widths: dict[str, int] = field(default_factory=dict)  # bits of a register, by the letters before its number
     instructions: list[Instruction] = field(default_factory=list)
@@ -60,9 +59,9 @@ class Program:
 
 def parse(text: str) -> Program:
     """The one kernel of a module."""
-    entry = re.search(r"\.entry\s+(\w+)\(", text)
+    entry = re.search(r"\.entry\s+\w+\(", text)
     assert entry, "no kernel"
-    program = Program(entry[1])
+    program = Program()
     head, _, rest = text[entry.end() :].partition("{")
     program.parameters = [found[1] for line in head.splitlines() if (found := _PARAMETER.match(line.strip()))]
     for raw in rest.splitlines():

@@ -1,6 +1,6 @@
 """What the arithmetic instructions of PTX compute, for all threads of a launch at once: arrays of one entry a thread.
 
-Each function takes an instruction's modifiers and its operands, already of the instruction's type.
+Operands are already of the instruction's type.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _TYPES = {
     f"{kind}{bits}": np.dtype(f"{as_}{bits // 8}") for kind, as_ in ("bu", "uu", "si") for bits in (8, 16, 32, 64)
 }
 _TYPES |= {
+    "bf16": np.dtype(np.uint16),  # its bits
     "f16": np.dtype(np.float16),
     "f32": np.dtype(np.float32),
     "f64": np.dtype(np.float64),
     "pred": np.dtype(bool),
 }
-_TYPES |= {"bf16": np.dtype(np.uint16)}  # its bits
 
 
 def numpy_type(name: str) -> np.dtype:
