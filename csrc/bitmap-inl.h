@@ -15,24 +15,12 @@ template <class T> struct ColumnVector {
     using S = Simd<offpath::Sum<T>>;
     static constexpr int columns = S::lanes;
     using V = typename S::V;
-    static constexpr bool stored_as_summed = sizeof(T) == sizeof(offpath::Sum<T>);
     static V load(const T *p) { return S::load_first(p, columns); }
     static V load_where(const T *p, uint32_t bits) { return S::keep_where(load(p), bits); }
-    static V expand(const T *packed, uint32_t bits, bool whole) {
-        if constexpr (stored_as_summed) {
-            return S::expand(packed, bits, whole);
-        } else {
-            T spread[columns];
-            expand_lanes(packed, bits, columns, spread);
-            return S::load_first(spread, columns);
-        }
-    }
+    static V expand(const T *packed, uint32_t bits, bool whole) { return S::expand(packed, bits, whole); }
     static void store_first(T *p, V a, int64_t n) { S::store_first(p, a, n); }
     static void compress(const T *spread, uint32_t bits, T *packed, bool whole) {
-        if constexpr (stored_as_summed)
-            S::compress(spread, bits, packed, whole);
-        else
-            compress_lanes(spread, bits, columns, packed);
+        S::compress(spread, bits, packed, whole);
     }
     static typename S::V multiply_add(V a, V b, typename S::V sum) { return S::fma(a, b, sum); }
 };
@@ -44,18 +32,29 @@ template <> struct ColumnVector<bfloat16> : BfloatPairs {
 };
 #endif
 
+// Calls body(0) ... body(n - 1): written out where that is little code. Sixteen parts and more, of narrow registers,
+// took the compiler longer than all else.
+template <int n, class Body> [[gnu::always_inline]] inline void each_part(const Body &body) {
+    if constexpr (n <= 8)
+#pragma GCC unroll 8
+        for (int part = 0; part < n; ++part)
+            body(part);
+    else
+        for (int part = 0; part < n; ++part)
+            body(part);
+}
+
 // Calls body(part of the word, its first column in the word, bits, values of these columns) for each register full of
 // columns of a word.
 template <class T, class Value, class Body>
 [[gnu::always_inline]] inline void each_part_of_word(uint64_t word, Value *values, const Body &body) {
     constexpr int columns = ColumnVector<T>::columns;
-#pragma GCC unroll 32
-    for (int part = 0; part < 64 / columns; ++part) {
+    each_part<64 / columns>([&] [[gnu::always_inline]] (int part) {
         // Counted from the start of the word, so that the parts do not wait for one another.
         const uint64_t before = word & ((uint64_t{1} << part * columns) - 1);
         const uint32_t bits = static_cast<uint32_t>(word >> part * columns & ((uint64_t{1} << columns) - 1));
         body(part, part * columns, bits, values + __builtin_popcountll(before));
-    }
+    });
 }
 
 // Calls body(part of the word, first column, bits, values of these columns, whether a whole register of values may be

@@ -35,9 +35,10 @@ template <class T, int vectors>
 }
 
 // Writes the connections' entries of a group's sums in the panel that starts at `column`, each row's from its slot on.
+// A function of its own: GCC 12 keeps constants of rounding in a register across loops, and a sum in memory instead.
 template <class T, int64_t width>
-void pick_connections(const offpath::filled_dvalues_args<T> &args, int64_t group, int64_t column,
-                      const offpath::Sum<T> *sums, int64_t *slots) {
+[[gnu::noinline]] void pick_connections(const offpath::filled_dvalues_args<T> &args, int64_t group, int64_t column,
+                                        const offpath::Sum<T> *sums, int64_t *slots) {
     using S = Simd<offpath::Sum<T>>;
     using C = ColumnVector<T>;
     const int64_t first_row = group * offpath::group_rows;

@@ -47,8 +47,7 @@ template <class T, int tokens, bool finite>
         __builtin_prefetch(values + prefetched_bytes);
         const WidenedWord<T> widened{spread_bytes(values, word)};
         values += __builtin_popcountll(word);
-#pragma GCC unroll 32
-        for (int part = 0; part < parts; ++part) {
+        each_part<parts>([&] [[gnu::always_inline]] (int part) {
             const typename C::V spread = widened.part(part);
             const uint32_t bits = static_cast<uint32_t>(word >> part * C::columns);
 #pragma GCC unroll 8
@@ -57,7 +56,7 @@ template <class T, int tokens, bool finite>
                 const T *x = args.x + t * width + w * 64 + part * C::columns;
                 sum = C::multiply_add(spread, finite ? C::load(x) : C::load_where(x, bits), sum);
             }
-        }
+        });
     }
     for (int t = 0; t < tokens; ++t) {
         sums[t] = acc[0][t];

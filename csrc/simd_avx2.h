@@ -12,13 +12,17 @@ template <class T> struct Simd;
 // which lane's value comes at each place.
 struct LaneOrders {
     int8_t expand[256][8], compress[256][8];
-    constexpr LaneOrders() : expand{}, compress{} {
+    uint8_t of_doubles[16]; // the same for four lanes that are twice as wide
+    constexpr LaneOrders() : expand{}, compress{}, of_doubles{} {
         for (int bits = 0; bits < 256; ++bits)
             for (int lane = 0, next = 0; lane < 8; next += bits >> lane & 1, ++lane) {
                 expand[bits][lane] = bits >> lane & 1 ? static_cast<int8_t>(next) : int8_t{-1};
                 if (bits >> lane & 1)
                     compress[bits][next] = static_cast<int8_t>(lane);
             }
+        for (int bits = 0; bits < 16; ++bits)
+            for (int lane = 0; lane < 4; ++lane)
+                of_doubles[bits] |= static_cast<uint8_t>((bits >> lane & 1) * 3 << 2 * lane);
     }
 };
 constexpr LaneOrders lane_orders{};
@@ -77,13 +81,22 @@ template <> struct Simd<float> {
         return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
     }
     static V expand(const float *packed, uint32_t bits, bool whole) {
-        if (!whole) {
-            float spread[lanes];
-            expand_lanes(packed, bits, lanes, spread);
-            return load(spread);
-        }
+        if (whole)
+            return spread(load(packed), bits);
+        float spread[lanes];
+        expand_lanes(packed, bits, lanes, spread);
+        return load(spread);
+    }
+    static V expand(const bfloat16 *packed, uint32_t bits, bool whole) {
+        if (whole)
+            return spread(load_first(packed, lanes), bits);
+        bfloat16 spread[lanes];
+        expand_lanes(packed, bits, lanes, spread);
+        return load_first(spread, lanes);
+    }
+    static V spread(V side_by_side, uint32_t bits) {
         const __m256i order = wide(lane_orders.expand[bits]);
-        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(load(packed), order), zero(), _mm256_castsi256_ps(order));
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(side_by_side, order), zero(), _mm256_castsi256_ps(order));
     }
     static V keep_where(V a, uint32_t bits) {
         const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -91,11 +104,27 @@ template <> struct Simd<float> {
         return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(mine, each)));
     }
     static void compress(const float *spread, uint32_t bits, float *packed, bool whole) {
-        const V side_by_side = _mm256_permutevar8x32_ps(load(spread), wide(lane_orders.compress[bits]));
+        const V side_by_side = move_together(load(spread), bits);
         if (whole)
             store(packed, side_by_side);
         else // of any number: branches on it would be mispredicted
             _mm256_maskstore_ps(packed, mask(__builtin_popcount(bits)), side_by_side);
+    }
+    static void compress(const bfloat16 *spread, uint32_t bits, bfloat16 *packed, bool whole) {
+        const V side_by_side = move_together(load_first(spread, lanes), bits);
+        const __m128i narrowed = halves(_mm256_srli_epi32(_mm256_castps_si256(side_by_side), 16));
+        const int n = __builtin_popcount(bits);
+        if (whole) {
+            _mm_storeu_si128(reinterpret_cast<__m128i *>(packed), narrowed);
+        } else if (n > 0) { // pairs, which a mask can select, and the last one
+            bfloat16 all[lanes];
+            _mm_storeu_si128(reinterpret_cast<__m128i *>(all), narrowed);
+            _mm_maskstore_epi32(reinterpret_cast<int *>(packed), _mm256_castsi256_si128(mask(n / 2)), narrowed);
+            packed[n - 1] = all[n - 1];
+        }
+    }
+    static V move_together(V spread, uint32_t bits) {
+        return _mm256_permutevar8x32_ps(spread, wide(lane_orders.compress[bits]));
     }
     static __m256i wide(const int8_t (&order)[lanes]) {
         return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(order)));
@@ -110,11 +139,31 @@ template <> struct Simd<float> {
         const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
     }
-    static void store_first(bfloat16 *p, V v, int64_t n) {
-        float a[lanes];
-        store(a, v);
-        for (int64_t i = 0; i < n; ++i)
-            p[i] = narrow(a[i]);
+    static void store_first(bfloat16 *p, V a, int64_t n) {
+        const __m256i bits = _mm256_castps_si256(a);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+        const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+        __m128i rest = halves(_mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7FC0), is_nan));
+        if (n >= lanes)
+            return _mm_storeu_si128(reinterpret_cast<__m128i *>(p), rest);
+        if (n & 4) {
+            _mm_storel_epi64(reinterpret_cast<__m128i *>(p), rest);
+            rest = _mm_srli_si128(rest, 8);
+            p += 4;
+        }
+        if (n & 2) {
+            const int two = _mm_cvtsi128_si32(rest);
+            __builtin_memcpy(p, &two, sizeof two);
+            rest = _mm_srli_si128(rest, 4);
+            p += 2;
+        }
+        if (n & 1)
+            p->bits = static_cast<uint16_t>(_mm_extract_epi16(rest, 0));
+    }
+    // The lower halves of eight numbers that have no upper ones.
+    static __m128i halves(__m256i a) {
+        return _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     }
     static __m256i mask(int64_t n) {
         return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -156,7 +205,9 @@ template <> struct Simd<double> {
     static V interleave_high(V a, V b) {
         return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x31);
     }
-    static V expand(const double *packed, uint32_t bits, bool) {
+    static V expand(const double *packed, uint32_t bits, bool whole) {
+        if (whole)
+            return _mm256_castps_pd(Simd<float>::spread(_mm256_castpd_ps(load(packed)), lane_orders.of_doubles[bits]));
         double spread[lanes];
         expand_lanes(packed, bits, lanes, spread);
         return load(spread);
@@ -166,8 +217,13 @@ template <> struct Simd<double> {
         const __m256i mine = _mm256_and_si256(_mm256_set1_epi64x(bits), each);
         return _mm256_and_pd(a, _mm256_castsi256_pd(_mm256_cmpeq_epi64(mine, each)));
     }
-    static void compress(const double *spread, uint32_t bits, double *packed, bool) {
-        compress_lanes(spread, bits, lanes, packed);
+    static void compress(const double *spread, uint32_t bits, double *packed, bool whole) {
+        const __m256 as_floats = _mm256_castpd_ps(load(spread));
+        const V side_by_side = _mm256_castps_pd(Simd<float>::move_together(as_floats, lane_orders.of_doubles[bits]));
+        if (whole)
+            store(packed, side_by_side);
+        else
+            _mm256_maskstore_pd(packed, mask(__builtin_popcount(bits)), side_by_side);
     }
     static __m256i mask(int64_t n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
 };

@@ -73,6 +73,15 @@ template <> struct Simd<float> {
             _mm512_srli_epi32(rounded, 16), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC0));
         _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtepi32_epi16(narrowed));
     }
+    static V expand(const bfloat16 *packed, uint32_t bits, bool whole) {
+        return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits),
+                                      load_first(packed, whole ? lanes : __builtin_popcount(bits)));
+    }
+    static void compress(const bfloat16 *spread, uint32_t bits, bfloat16 *packed, bool) {
+        const V side_by_side = _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), load_first(spread, lanes));
+        _mm256_mask_storeu_epi16(packed, mask(__builtin_popcount(bits)),
+                                 _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(side_by_side), 16)));
+    }
     static __mmask16 mask(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 };
 

@@ -73,6 +73,14 @@ template <class T> struct Simd {
         for (int64_t i = 0; i < n; ++i)
             p[i] = narrow(a[i]);
     }
+    static V expand(const bfloat16 *packed, uint32_t bits, bool) {
+        bfloat16 spread[lanes];
+        expand_lanes(packed, bits, lanes, spread);
+        return load_first(spread, lanes);
+    }
+    static void compress(const bfloat16 *spread, uint32_t bits, bfloat16 *packed, bool) {
+        compress_lanes(spread, bits, lanes, packed);
+    }
     static V interleave_low(V a, V b) { return interleave(a, b, 0); }
     static V interleave_high(V a, V b) { return interleave(a, b, lanes / 2); }
     static V interleave(V a, V b, int from) {

@@ -20,8 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 def _exported(source: Path, isa: str, folder: Path) -> list[str]:
     built = folder / f"{isa}.o"
-    # -O0 last: the baseline's row has a level of its own.
-    flags = ["-std=c++20", "-fno-exceptions", "-fno-rtti", *FLAGS[isa].split(), "-O0", f"-DOFFPATH_ISA={isa}"]
+    flags = ["-std=c++20", "-O0", "-fno-exceptions", "-fno-rtti", *FLAGS[isa].split(), f"-DOFFPATH_ISA={isa}"]
     subprocess.run([str(COMPILER), *flags, f"-I{CSRC}", "-c", source, "-o", built], check=True)
     out = subprocess.run(["nm", "--extern-only", "--defined-only", built], capture_output=True, text=True, check=True)
     return [line.split()[-1] for line in out.stdout.splitlines()]
