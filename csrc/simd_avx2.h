@@ -12,7 +12,7 @@ template <class T> struct Simd;
 // which lane's value comes at each place.
 struct LaneOrders {
     int8_t expand[256][8], compress[256][8];
-    uint8_t of_doubles[16]; // the same for four lanes that are twice as wide
+    uint8_t of_doubles[16]; // a set of four lanes, twice as wide, as one of eight
     constexpr LaneOrders() : expand{}, compress{}, of_doubles{} {
         for (int bits = 0; bits < 256; ++bits)
             for (int lane = 0, next = 0; lane < 8; next += bits >> lane & 1, ++lane) {
