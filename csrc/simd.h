@@ -6,9 +6,9 @@
 // into the lanes whose bit is set, zero elsewhere; a whole register may be read where `whole`), compress (its inverse;
 // a whole register may be written where `whole`), keep_where (zero in the lanes whose bit is not set), above (the bits
 // of the lanes that are larger than a threshold, or where one of both is NaN), larger (b where a is NaN). Simd<float>
-// also loads and stores bfloat16. BfloatPairs, where the CPU has it: registers of bfloat16 whose neighbours are
-// multiplied and added in pairs. Everything is in an anonymous namespace so that no variant exports code to another
-// one.
+// also loads, stores, expands and compresses bfloat16. BfloatPairs, where the CPU has it: registers of bfloat16 whose
+// neighbours are multiplied and added in pairs. Everything is in an anonymous namespace so that no variant exports code
+// to another one.
 #pragma once
 
 #if defined(__AVX512F__)

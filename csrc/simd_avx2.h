@@ -33,6 +33,10 @@ template <> struct Simd<float> {
     static V zero() { return _mm256_setzero_ps(); }
     static V set1(float a) { return _mm256_set1_ps(a); }
     static V load(const float *p) { return _mm256_loadu_ps(p); }
+    static V load(const bfloat16 *p) {
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    }
     static void store(float *p, V a) { _mm256_storeu_ps(p, a); }
     static V add(V a, V b) { return _mm256_add_ps(a, b); }
     static V load_at(const float *p, const int32_t *at) { return load_eight_at(p, at); }
@@ -80,21 +84,14 @@ template <> struct Simd<float> {
     static V interleave_high(V a, V b) {
         return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
     }
-    static V expand(const float *packed, uint32_t bits, bool whole) {
+    template <class T> static V expand(const T *packed, uint32_t bits, bool whole) {
         if (whole)
-            return spread(load(packed), bits);
-        float spread[lanes];
+            return move_apart(load(packed), bits);
+        T spread[lanes];
         expand_lanes(packed, bits, lanes, spread);
         return load(spread);
     }
-    static V expand(const bfloat16 *packed, uint32_t bits, bool whole) {
-        if (whole)
-            return spread(load_first(packed, lanes), bits);
-        bfloat16 spread[lanes];
-        expand_lanes(packed, bits, lanes, spread);
-        return load_first(spread, lanes);
-    }
-    static V spread(V side_by_side, uint32_t bits) {
+    static V move_apart(V side_by_side, uint32_t bits) {
         const __m256i order = wide(lane_orders.expand[bits]);
         return _mm256_blendv_ps(_mm256_permutevar8x32_ps(side_by_side, order), zero(), _mm256_castsi256_ps(order));
     }
@@ -111,7 +108,7 @@ template <> struct Simd<float> {
             _mm256_maskstore_ps(packed, mask(__builtin_popcount(bits)), side_by_side);
     }
     static void compress(const bfloat16 *spread, uint32_t bits, bfloat16 *packed, bool whole) {
-        const V side_by_side = move_together(load_first(spread, lanes), bits);
+        const V side_by_side = move_together(load(spread), bits);
         const __m128i narrowed = halves(_mm256_srli_epi32(_mm256_castps_si256(side_by_side), 16));
         const int n = __builtin_popcount(bits);
         if (whole) {
@@ -134,10 +131,9 @@ template <> struct Simd<float> {
             bfloat16 a[lanes] = {};
             for (int64_t i = 0; i < n; ++i)
                 a[i] = p[i];
-            return load_first(a, lanes);
+            return load(a);
         }
-        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+        return load(p);
     }
     static void store_first(bfloat16 *p, V a, int64_t n) {
         const __m256i bits = _mm256_castps_si256(a);
@@ -207,7 +203,8 @@ template <> struct Simd<double> {
     }
     static V expand(const double *packed, uint32_t bits, bool whole) {
         if (whole)
-            return _mm256_castps_pd(Simd<float>::spread(_mm256_castpd_ps(load(packed)), lane_orders.of_doubles[bits]));
+            return _mm256_castps_pd(
+                Simd<float>::move_apart(_mm256_castpd_ps(load(packed)), lane_orders.of_doubles[bits]));
         double spread[lanes];
         expand_lanes(packed, bits, lanes, spread);
         return load(spread);

@@ -46,10 +46,10 @@ template <class T> struct Simd {
         for (int64_t i = 0; i < n; ++i)
             p[i] = a[i];
     }
-    static V expand(const T *packed, uint32_t bits, bool) {
-        T spread[lanes];
+    template <class U> static V expand(const U *packed, uint32_t bits, bool) {
+        U spread[lanes];
         expand_lanes(packed, bits, lanes, spread);
-        return load(spread);
+        return load_first(spread, lanes);
     }
     static V keep_where(V a, uint32_t bits) {
         using Mask = decltype(V{} == V{});
@@ -58,7 +58,7 @@ template <class T> struct Simd {
             each = Mask{1, 2, 4, 8};
         return ((Mask{} + bits) & each) == each ? a : zero();
     }
-    static void compress(const T *spread, uint32_t bits, T *packed, bool) {
+    template <class U> static void compress(const U *spread, uint32_t bits, U *packed, bool) {
         compress_lanes(spread, bits, lanes, packed);
     }
     static V load_first(const bfloat16 *p, int64_t n) {
@@ -72,14 +72,6 @@ template <class T> struct Simd {
         store(a, v);
         for (int64_t i = 0; i < n; ++i)
             p[i] = narrow(a[i]);
-    }
-    static V expand(const bfloat16 *packed, uint32_t bits, bool) {
-        bfloat16 spread[lanes];
-        expand_lanes(packed, bits, lanes, spread);
-        return load_first(spread, lanes);
-    }
-    static void compress(const bfloat16 *spread, uint32_t bits, bfloat16 *packed, bool) {
-        compress_lanes(spread, bits, lanes, packed);
     }
     static V interleave_low(V a, V b) { return interleave(a, b, 0); }
     static V interleave_high(V a, V b) { return interleave(a, b, lanes / 2); }
