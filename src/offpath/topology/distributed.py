@@ -16,6 +16,12 @@ from offpath.topology.capture import Pass
 from offpath.topology.errors import TopologyError
 from offpath.topology.layer import LayerView
 
+if distributed.is_available():
+    # Its functions keep the process group that is there when they are imported, as a default, and a
+    # `DistributedDataParallel` imports them. Imported before there is one, they keep none; later, the group would never
+    # be destroyed, and one of its threads could abort a process that ends.
+    import torch.distributed.nn.functional
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
