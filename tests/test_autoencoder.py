@@ -139,6 +139,14 @@ def test_jumprelu_stores_only_the_live_in_eval() -> None:
     assert torch.equal(training.to_dense(), live.to_dense())
 
 
+def test_a_threshold_of_jumprelu_has_its_whole_gradient_in_eval_or_none() -> None:
+    sae = _sae("jumprelu")
+    gradients = [torch.autograd.grad(one.loss(_x()).total, one.log_threshold)[0] for one in (sae, sae.eval())]
+    assert torch.equal(*gradients) and gradients[0].count_nonzero()
+    sae(_x()).sum().backward()
+    assert sae.log_threshold.grad is None and sae.encoder_weight.grad.count_nonzero()
+
+
 def test_batch_topk_keeps_a_threshold_for_eval() -> None:
     sae = SparseAutoencoder(D_MODEL, LATENTS, K, "batch_topk", dtype=torch.float64)
     with pytest.raises(ValueError, match=r"train with loss\(\), or call calibrate_threshold_"):

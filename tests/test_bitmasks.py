@@ -32,6 +32,14 @@ def test_weights_are_written_out_and_the_rest_stays() -> None:
     assert half["a.b.weight"].dtype is torch.bfloat16 and torch.equal(half["a.b.weight"].float(), WEIGHT)
 
 
+def test_older_files_name_the_parts_after_the_weight() -> None:
+    older = {name.replace("a.b.", "a.b.weight."): part for name, part in _file().items()}
+    dense = decompress_bitmasks(older)
+    assert dense.keys() == {"a.b.weight"} and torch.equal(dense["a.b.weight"], WEIGHT)
+    with pytest.raises(ValueError, match=r"got a\.b\.weight and a\.b\.weight\.bitmask"):
+        decompress_bitmasks(older | dense)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -40,6 +40,16 @@ def test_layers_that_are_mostly_zero_are_swapped_and_reported() -> None:
     assert "total" in str(report) and "256 tokens" in str(report) and "left as it was: 3" in str(report)
 
 
+@pytest.mark.parametrize("called_before", [False, True])
+def test_a_compiled_model_is_looked_at_uncompiled(called_before: bool) -> None:
+    model, x = pruned_model().eval(), torch.randn(5, 96)
+    run = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        right = run(x) if called_before else model(x)
+        assert len(compress(run, example=x, goal="size").swapped) == 2 and type(model[0]) is SparseLinear
+        torch.testing.assert_close(run(x), right)
+
+
 def test_what_is_slower_stays_dense_and_says_so_in_numbers() -> None:
     one, many = Measured(1, 1, 2e-3, 1e-3), Measured(256, 1, 1.2e-3, 1.4e-3)
     assert decide("speed", [one], False, 9, 9) == (True, "2.00 times as fast for 1 token")

@@ -120,6 +120,21 @@ def test_a_compressed_bert_compiles_in_one_graph() -> None:
         torch.testing.assert_close(_first(compiled(**_example())), right, rtol=1e-4, atol=1e-5)
 
 
+def test_what_a_model_reads_is_left_and_the_rest_computes_the_same() -> None:
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=24, d_ff=192, num_layers=1, num_heads=4, dropout_rate=0.0
+    )
+    model = transformers.T5Model(config).eval()
+    offpath.prune(model, 0.9)
+    dense, given = copy.deepcopy(model), {**_example(), "decoder_input_ids": _example()["input_ids"]}
+    report = offpath.compress(model, goal="size")
+    read = {f"{half}.block.0.layer.{at}.DenseReluDense.wo" for half, at in (("encoder", 1), ("decoder", 2))}
+    assert read == {name for name, reason in report.skipped if reason == "a T5DenseActDense reads its weight"}
+    assert len(report.swapped) == 3 * 4 + 2
+    with torch.no_grad():
+        torch.testing.assert_close(_first(model(**given)), _first(dense(**given)), rtol=1e-4, atol=1e-5)
+
+
 def test_a_decoder_generates_the_same_tokens() -> None:
     model = _pruned("llama")
     wanted = model.generate(**_example(), max_new_tokens=4, do_sample=False, pad_token_id=0)

@@ -122,6 +122,35 @@ def test_transformer_encoder_keeps_what_its_fast_path_reads_and_still_runs() -> 
         assert model.eval()(torch.randn(2, 3, 16)).shape == (2, 3, 16)
 
 
+class _Reader(nn.Module):
+    """Reads weights as models of transformers do: for their dtype, or in a path of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.cast, self.inner = nn.Linear(8, 8), nn.Linear(8, 8), nn.ModuleDict({"deep": nn.Linear(8, 8)})
+        self.called.weight.requires_grad_(True)
+
+    def reset_parameters(self) -> None:
+        self.called.weight.data.zero_()
+
+    @property
+    def norm(self) -> torch.Tensor:
+        return sum(one for one in [self.inner.deep.weight.norm()])
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner.deep(self.called(self.cast(x.to(self.cast.weight.dtype))))
+
+
+def test_layers_whose_weight_is_read_are_left_and_still_run() -> None:
+    model = _Reader()
+    report = sparsify(model, 0.5)
+    assert [layer.name for layer in report.layers] == ["called"]
+    assert dict(report.skipped) == dict.fromkeys(("cast", "inner.deep"), "a _Reader reads its weight")
+    model(torch.randn(2, 8))
+    assert densify(model).layers
+
+
 def _hook(*_: object) -> None:
     return None
 

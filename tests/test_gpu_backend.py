@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,7 +197,9 @@ def test_what_is_kept_of_connections_is_not_made_while_a_graph_is_captured(monke
     class OnDevice(torch.Tensor):
         is_cuda = True
 
+    waits = []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(synchronize=lambda: waits.append(1)))
     layer, x = SparseLinear(8, 8), torch.ones(20, 8, requires_grad=True)
     for method in ("dense", "row-wise"):
         prepared = layer._connections._prepared
@@ -210,6 +213,8 @@ def test_what_is_kept_of_connections_is_not_made_while_a_graph_is_captured(monke
             with monkeypatch.context() as patch:
                 patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
                 layer(x).sum().backward()
+        assert waits, "another stream may ask next"
+        waits.clear()
         layer = SparseLinear(8, 8)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,6 +18,11 @@ DESCRIBED: dict[str, Callable[[], nn.Module]] = {
     "a module in two places": lambda: _twice(nn.LeakyReLU(2.0)),
     "a layer in two places": lambda: _twice(nn.Linear(7, 7)),
     "a sparse layer in two places": lambda: _twice(SparseLinear(7, 7, sparsity=0.5)),
+    "sizes of NumPy": lambda: nn.Sequential(
+        nn.Linear(np.int64(7), np.prod((7, 1))),
+        SparseLinear(np.int64(7), np.int64(7), sparsity=0.5),
+        nn.MaxPool2d((np.int64(2), 2)),
+    ),
     "max over the rim": lambda: nn.MaxPool2d(2, ceil_mode=True),
     "dilated max": lambda: nn.MaxPool2d(2, dilation=2),
     "mean over the rim": lambda: nn.AvgPool2d(2, ceil_mode=True),
@@ -55,6 +61,7 @@ CHANGED: dict[str, Callable[[], nn.Module]] = {
     "hook of a sparse layer": lambda: _linear(
         lambda layer: layer.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],)), SparseLinear(7, 7)
     ),
+    "setting that JSON cannot say": lambda: nn.Sequential(nn.Embedding(9, 4, max_norm=1.0, norm_type=torch.inf)),
     "forward": lambda: _linear(lambda layer: setattr(layer, "forward", lambda x: x)),
     "buffer": lambda: _linear(lambda layer: layer.register_buffer("more", torch.ones(2))),
 }

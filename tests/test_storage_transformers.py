@@ -71,3 +71,18 @@ def test_a_model_that_was_resized_and_generated_is_described(tmp_path: Path) -> 
     model.generate(TOKENS, max_new_tokens=40, do_sample=False)  # beyond the positions that it was made for
     offpath.save(model, tmp_path / "m")
     assert torch.equal(offpath.load(tmp_path / "m")(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_a_model_that_is_drawn_within_bounds_is_built_and_draws_nothing(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=32, patch_size=8
+    )
+    model = transformers.ViTModel(config)
+    offpath.save(model, tmp_path / "m")
+    before = torch.get_rng_state()
+    # Memory that is handed out again holds what was in it, which is in no bounds.
+    freed = [torch.full_like(parameter, 1e9) for parameter in model.parameters()]
+    del freed
+    again = offpath.load(tmp_path / "m")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))

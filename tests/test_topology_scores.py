@@ -27,9 +27,9 @@ def test_scores_add_up_over_passes_and_calls(passes: int, calls: int, leading: t
     check_scores(passes, calls, leading)
 
 
-def _rigl(model: nn.Module, update_freq: int = 3):
+def _rigl(model: nn.Module, update_freq: int = 3, **settings):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return optimizer, offpath.RigL(model, optimizer, update_freq=update_freq, end_step=100)
+    return optimizer, offpath.RigL(model, optimizer, update_freq=update_freq, end_step=100, **settings)
 
 
 def test_hooks_are_there_in_the_step_of_an_update_alone() -> None:
@@ -238,6 +238,23 @@ def test_a_layer_that_is_frozen_on_the_way_stays_until_it_thaws(recipe: str) -> 
     assert dropped[1][1] > 0
     model.requires_grad_(False)
     assert topology.step().dropped == 0
+
+
+@pytest.mark.parametrize("hook", ["of the layer", "of the layer, another shape", "of the output"])
+def test_what_hooks_make_of_an_output_counts_in_the_score(hook: str) -> None:
+    torch.manual_seed(0)
+    layer, first = SparseLinear(20, 12, sparsity=0.5), torch.arange(12) == 0
+    if hook.startswith("of the layer"):
+        shape = (6, 3, 4) if "shape" in hook else (6, 12)
+        layer.register_forward_hook(lambda module, given, y: (y * first).view(shape))
+    _, topology = _rigl(layer, update_freq=1, drop_fraction=0.03)
+    before = layer.pattern.to_mask()
+    y = layer(torch.randn(6, 20))
+    if hook == "of the output":
+        y.register_hook(lambda gradient: gradient * first)
+    (y.view(6, 12) * torch.where(torch.arange(12) == 5, 100, 1)).sum().backward()
+    assert topology.step().grown
+    assert (layer.pattern.to_mask() & ~before).nonzero()[:, 0].tolist() == [0] * 4  # others have no gradient
 
 
 def test_an_update_without_a_pass_is_refused() -> None:

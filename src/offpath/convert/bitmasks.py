@@ -20,8 +20,9 @@ def decompress_bitmasks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     A layer's weight is stored there as `<layer>.compressed` [nnz], the nonzeros row by row; `<layer>.bitmask` uint8
     [rows, ceil(columns / 8)], one bit a position, the lowest first; `<layer>.shape` [2] and `<layer>.row_offsets`
-    [rows]. It becomes `<layer>.weight`; other tensors stay. Give all files of a checkpoint in one mapping. Raises
-    `ValueError`, naming the layer, for parts that are missing or do not fit together.
+    [rows]. It becomes `<layer>.weight`; other tensors stay. Older files name the parts after the weight,
+    `<layer>.weight.compressed` and so on, which comes to the same. Give all files of a checkpoint in one mapping.
+    Raises `ValueError`, naming the layer, for parts that are missing or do not fit together.
 
     >>> bits = torch.tensor([[0b101], [0b010]], dtype=torch.uint8)
     >>> file = {"a.bitmask": bits, "a.compressed": torch.tensor([1.0, 2.0, 3.0]), "a.shape": torch.tensor([2, 3])}
@@ -30,9 +31,13 @@ def decompress_bitmasks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     ends = (".compressed", ".bitmask")
     layers = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors if name.endswith(ends)))
-    dense = {f"{layer}.weight": _dense(layer, tensors) for layer in layers}
+    dense = {_weight(layer): _dense(layer, tensors) for layer in layers}
     parts = {f"{layer}.{part}" for layer in layers for part in PARTS}
     return {name: tensor for name, tensor in tensors.items() if name not in parts} | dense
+
+
+def _weight(layer: str) -> str:
+    return layer if layer.rpartition(".")[2] == "weight" else f"{layer}.weight"
 
 
 def _dense(layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -42,8 +47,8 @@ def _dense(layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
             f"expected {', '.join(f'{layer}.{part}' for part in PARTS)} together, but {', '.join(missing)} is not "
             "there; of a checkpoint in several files, pass the tensors of all of them"
         )
-    if f"{layer}.weight" in tensors:
-        raise ValueError(f"expected {layer} to be stored once, got {layer}.weight and {layer}.bitmask")
+    if _weight(layer) in tensors:
+        raise ValueError(f"expected {layer} to be stored once, got {_weight(layer)} and {layer}.bitmask")
     values, bits, shape, offsets = (tensors[f"{layer}.{part}"] for part in PARTS)
     if shape.dtype not in (torch.int64, torch.int32) or shape.shape != (2,):
         raise ValueError(f"expected {layer}.shape to be 2 integers, got {shape.dtype} {tuple(shape.shape)}")

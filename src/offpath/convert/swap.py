@@ -7,9 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-# Modules that read `weight` of the layers in them instead of calling them, in a fast path of their own.
-WEIGHT_READERS = (nn.TransformerEncoderLayer,)
-READ_BY_OWNER = f"a {WEIGHT_READERS[0].__name__} reads its weight instead of calling it"
+from offpath.convert.readers import read_by_their_owner
 
 
 def obstacles(model: nn.Module, kind: type[nn.Module], weight: str) -> dict[nn.Module, str]:
@@ -17,13 +15,12 @@ def obstacles(model: nn.Module, kind: type[nn.Module], weight: str) -> dict[nn.M
 
     `weight` is the name of the parameter that a module of `kind` computes with.
     """
-    owners, read = parameter_owners(model), read_by_their_owner(model)
+    owners, read = parameter_owners(model), read_by_their_owner(model) if weight == "weight" else {}
     found = {}
     for module in model.modules():
         if isinstance(module, kind):
             reason = _obstacle(module, kind, weight, owners)
-            if reason is None and module in read:
-                reason = READ_BY_OWNER
+            reason = reason or read.get(module)
             if reason:
                 found[module] = reason
     return found
@@ -37,11 +34,6 @@ def parameter_owners(model: nn.Module) -> Counter[int]:
         for parameter in module._parameters.values()
         if parameter is not None
     )
-
-
-def read_by_their_owner(model: nn.Module) -> set[nn.Module]:
-    """Modules inside of one that reads their weights instead of calling them."""
-    return {c for m in model.modules() if isinstance(m, WEIGHT_READERS) for c in m.modules() if c is not m}
 
 
 def attachment(module: nn.Module, owners: Counter[int], own_hooks: tuple[type, ...] = ()) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from offpath.kernels.backend import Backend
-from offpath.kernels.operands import expect_no_capture, in_own_dtype
+from offpath.kernels.operands import in_own_dtype, made_once
 
 # Products of a layer: y = x W^T, the gradient of x, the gradient of the values.
 PRODUCTS = ("forward", "dx", "dvalues")
@@ -124,8 +124,8 @@ class PreparedMatrix:
     def _once(self, backend: Backend, kind: Hashable, make: Callable[[Tensor, Tensor, int], Any]) -> Any:
         made = self._made.get((backend.name, kind))
         if made is None:
-            expect_no_capture(self.crow_indices)
-            made = self._made[backend.name, kind] = make(self.crow_indices, self.col_indices, self.columns)
+            made = made_once(make, self.crow_indices, self.col_indices, self.columns)
+            self._made[backend.name, kind] = made
         return made
 
 
@@ -139,8 +139,7 @@ class PreparedWeight:
     @cached_property
     def transpose(self) -> PreparedMatrix:
         """The transpose, made when the first product needs it."""
-        expect_no_capture(self.matrix.crow_indices)
-        return self._make_transpose()
+        return made_once(lambda _: self._make_transpose(), self.matrix.crow_indices)
 
     @property
     def bytes(self) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from offpath.kernels.backend import KernelError
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
+Made = TypeVar("Made")
 _NOTHING = nullcontext()
 
 
@@ -104,13 +106,22 @@ def wide(operand: Tensor) -> Tensor:
     return operand.float() if operand.element_size() == 2 else operand
 
 
-def expect_no_capture(indices: Tensor) -> None:
-    """Raises `KernelError` while a graph captures what is made of `indices` once: it would be there after a replay."""
-    if indices.is_cuda and torch.cuda.is_current_stream_capturing():
+def made_once(make: Callable[..., Made], crow_indices: Tensor, *operands: Any) -> Made:
+    """`make(crow_indices, *operands)`, what products make of a layer's connections once and keep.
+
+    A GPU has then made it: a thread with another stream may ask next. Raises `KernelError` while a graph is captured,
+    which would make it in every replay, and before the first one nowhere.
+    """
+    if not crow_indices.is_cuda:
+        return make(crow_indices, *operands)
+    if torch.cuda.is_current_stream_capturing():
         raise KernelError(
             "expected what a product makes of a layer's connections to be there when a graph is captured, and this is "
             "its first call. Run it once before, forward and backward, with as many tokens"
         )
+    made = make(crow_indices, *operands)
+    torch.cuda.current_stream(crow_indices.device).synchronize()
+    return made
 
 
 def row_numbers(crow_indices: Tensor, nnz: int | None = None) -> Tensor:

@@ -129,9 +129,10 @@ class SparseAutoencoder(KeepsStatistics):
     def encode(self, x: Tensor) -> SparseRows:
         """The latents of `x` [..., d_model] as sparse rows [rows, latents], one for each leading position.
 
+        In `eval()`, no threshold of JumpReLU gets a gradient from them; from `loss` it does.
         Raises `ValueError` for another width, and for "batch_topk" in `eval()` before it has a threshold.
         """
-        rows, thresholds = self._scores(self._centered(x))
+        rows, thresholds = self._scores(self._centered(x), self.training)
         return rows if thresholds is None else self._jumped(rows, thresholds)
 
     def decode(self, rows: SparseRows) -> Tensor:
@@ -153,7 +154,7 @@ class SparseAutoencoder(KeepsStatistics):
         x = x.reshape(-1, x.shape[-1]) if x.dim() else x
         centered, variance = self._centered(x), variance_of(x)
         expect_variance(variance, x.shape[0])  # before all else: a GPU is waited for while it has little to do
-        rows, thresholds = self._scores(centered)
+        rows, thresholds = self._scores(centered, torch.is_grad_enabled())
         live = rows if thresholds is None else self._jumped(rows, thresholds)
         fired = live.values > 0
         if self.training:
@@ -241,8 +242,11 @@ class SparseAutoencoder(KeepsStatistics):
             raise ValueError(f"expected an input of {weight.dtype}, got {centered.dtype}; convert it by x.to(...)")
         return centered, weight, bias
 
-    def _scores(self, centered: Tensor) -> tuple[SparseRows, Tensor | None]:
-        """The chosen latents; for JumpReLU, what may pass or trains a threshold, and the threshold of each entry."""
+    def _scores(self, centered: Tensor, trains: bool) -> tuple[SparseRows, Tensor | None]:
+        """The chosen latents; for JumpReLU, also the threshold of each entry, and entries that only train one.
+
+        Unless it `trains`: without these, a threshold would have a part of its gradient.
+        """
         operands = self._encoder(centered)
         if self.activation == "topk":
             return encode_topk(*operands, self.k).relu(), None
@@ -255,8 +259,8 @@ class SparseAutoencoder(KeepsStatistics):
                     "calibrate_threshold_"
                 )
             return encode_above(*operands, self.threshold.expand(self.latents)), None
-        thresholds = self.log_threshold.exp()
-        margin = self.bandwidth / 2 if self.training else 0.0
+        thresholds = self.log_threshold.exp() if trains else self.log_threshold.exp().detach()
+        margin = self.bandwidth / 2 if trains else 0.0
         rows = encode_above(*operands, thresholds.detach() - margin)
         return rows, thresholds[rows.indices.long()]
 

@@ -37,7 +37,7 @@ def rewire(layer: SparseLinear, edit: Edit, grown: Tensor | None = None) -> None
     gradient = None if layer.values.grad is None else edit.carry(layer.values.grad)
     layer._set_connections(Connections(edit.pattern))
     if edit.pattern.nnz == layer.nnz:
-        # Written in place: whoever holds this memory (flat buffers, a captured graph) goes on holding it.
+        # Written in place: whoever holds this memory (flat buffers, an optimizer's captured step) goes on holding it.
         layer.values.copy_(values)
         if gradient is not None and layer.values.grad is not None:
             layer.values.grad.copy_(gradient)

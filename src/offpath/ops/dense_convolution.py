@@ -11,7 +11,7 @@ from torch.nn.functional import conv2d, pad
 
 from offpath.kernels import Backend
 from offpath.kernels.convolution import Convolution
-from offpath.kernels.operands import in_own_dtype
+from offpath.kernels.operands import in_own_dtype, made_once
 from offpath.pattern import Pattern
 
 
@@ -23,7 +23,9 @@ class DenseConvolution:
 
     @cached_property
     def bitmap(self) -> Any:
-        return self._backend.bitmap(self._pattern.crow_indices, self._pattern.col_indices, self._pattern.shape[1])
+        return made_once(
+            self._backend.bitmap, self._pattern.crow_indices, self._pattern.col_indices, self._pattern.shape[1]
+        )
 
     @property
     def bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from offpath.kernels.gpu.contest import live_pays
 from offpath.kernels.gpu.live import MAX_TOKENS, live_matmul
@@ -32,7 +33,9 @@ def reads_live_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     alike = all(operand.dtype is x.dtype and operand.device == x.device for operand in operands)
     plain = alike and weight.is_contiguous() and not torch.is_autocast_enabled(x.device.type)
-    return plain and live_pays(tokens, weight, bias)
+    # What only follows shapes has an address that nobody may read.
+    fake = any(isinstance(operand, FakeTensor) for operand in operands)
+    return plain and not fake and live_pays(tokens, weight, bias)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from offpath.storage.contents import Contents
@@ -82,7 +85,7 @@ def _is_like(built: nn.Module, module: nn.Module) -> bool:
 
 
 def build(description: Mapping[str, Any], contents: Contents) -> nn.Module:
-    """The model of that class and config, whose parameters hold nothing yet.
+    """The model of that class and config, whose parameters are on the meta device and whose buffers are not.
 
     It is built on the meta device first, and made to hold all that the file does: what a config asks for costs no
     memory before it is known to fit. Raises `StorageError`.
@@ -98,7 +101,8 @@ def build(description: Mapping[str, Any], contents: Contents) -> nn.Module:
     with torch.device("meta"):
         blueprint = _built(kind, config, most_calls)
     fit(blueprint, contents)
-    return _built(kind, config, most_calls)
+    with _parameters_on_meta(), torch.random.fork_rng(devices=()):
+        return _built(kind, config, most_calls)
 
 
 def _model_class(name: str) -> Any:
@@ -120,8 +124,28 @@ def _built(kind: Any, config: Mapping[str, Any], most_calls: int) -> nn.Module:
         raise StorageError(f"expected the config of a {kind.__name__}, got: {error!r:.300}; pass model=") from error
 
 
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules that this thread makes get their parameters on the meta device, where nothing is drawn for them."""
+    thread = threading.get_ident()
+
+    def moved(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+            return None
+        return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(moved)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class _Frugally(TorchFunctionMode):
-    """Leaves parameters as they are allocated, for all of them are replaced, and stops what grows beyond the file."""
+    """Draws nothing on the meta device, nor for parameters, and stops what grows beyond the file.
+
+    Elsewhere it draws: torch draws a truncated normal distribution again until all is in its bounds.
+    """
 
     def __init__(self, most_calls: int) -> None:
         super().__init__()
@@ -131,7 +155,7 @@ class _Frugally(TorchFunctionMode):
         kwargs = kwargs or {}
         in_place = func.__name__.endswith("_") and not func.__name__.endswith("__")
         written = kwargs.get("tensor", args[0] if args else None) if in_place else None
-        if isinstance(written, nn.Parameter) or func in _DRAWING:
+        if isinstance(written, nn.Parameter) or (func in _DRAWING and args[0].is_meta):
             return written
         result = func(*args, **kwargs)
         # Only where tensors are made: torch.no_grad switches by calls that come here as well, and one that raised would

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ class Layer:
 
     def arguments(self, layer: nn.Module) -> dict[str, Any]:
         """What the constructor was given, as JSON has it."""
-        return {name: _listed(getattr(layer, name)) for name in (*self.sizes, *self.options)}
+        return {name: as_json(getattr(layer, name)) for name in (*self.sizes, *self.options)}
 
     def pattern_shape(self, arguments: Arguments) -> tuple[int, int] | None:
         """Rows and columns of the pattern. Raises `StorageError` for arguments that are not those of this class."""
@@ -81,7 +82,7 @@ class Layer:
     def mismatch(self, arguments: Arguments, module: nn.Module) -> str | None:
         """Why a layer of these arguments cannot take the place of `module`; None if it can."""
         if type(module) is self.kind or type(module) in self.replaces:
-            found = {name: _listed(getattr(module, name)) for name in self.sizes}
+            found = {name: as_json(getattr(module, name)) for name in self.sizes}
         elif type(module).__name__ == "Conv1D" and nn.Linear in self.replaces:  # that of Hugging Face, not imported
             weight = module.get_parameter("weight")
             found = {"in_features": weight.shape[0], "out_features": weight.shape[1]}
@@ -91,10 +92,13 @@ class Layer:
         return None if found == expected else f"{_sizes(found)} in the model, {_sizes(expected)} in the file"
 
 
-def _listed(value: Any) -> Any:
+def as_json(value: Any) -> Any:
+    """An argument as JSON has it: a dtype by its name, a tuple as a list, a number of NumPy as one of Python."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, np.generic):
+        return value.item()
+    return [as_json(entry) for entry in value] if isinstance(value, (tuple, list)) else value
 
 
 def _revived(name: str, value: Any) -> Any:

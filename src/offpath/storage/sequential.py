@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from offpath.convert.swap import attachment
 from offpath.storage.contents import Contents
 from offpath.storage.errors import StorageError
-from offpath.storage.layers import LAYERS
+from offpath.storage.layers import LAYERS, as_json
 
 _CONV = "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias", "padding_mode"
 _POOL = "kernel_size", "stride", "padding"
@@ -86,8 +87,12 @@ def _described(module: nn.Module | None, name: str, seen: dict[nn.Module, str]) 
     if kind not in PLAIN:
         return None
     arguments = {name: _argument(module, name) for name in PLAIN[kind]}
+    try:
+        json.dumps(arguments, allow_nan=False)
+    except (TypeError, ValueError):
+        return None
     with torch.device("meta"):
-        again = kind(**arguments)
+        again = kind(**{name: _tupled(value) for name, value in arguments.items()})
     like = same_settings(again, module) and _shapes(again) == _shapes(module)
     return {"class": kind.__name__, "arguments": arguments} if like else None
 
@@ -107,7 +112,7 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 def _argument(module: nn.Module, name: str) -> Any:
     value = getattr(module, name)
-    return value is not None if name == "bias" else value
+    return value is not None if name == "bias" else as_json(value)
 
 
 def _built(found: Mapping[str, Any], name: str, contents: Contents, made: dict[str, nn.Module]) -> nn.Module:

@@ -38,7 +38,8 @@ class Capture:
     def arm(self) -> None:
         """Watch from now on."""
         if self._handle is None:
-            self._handle = self._layer.register_forward_hook(self._hook, with_kwargs=True)
+            # Before hooks of others, who may return something else than the layer did.
+            self._handle = self._layer.register_forward_hook(self._hook, with_kwargs=True, prepend=True)
             self._hook.follow(self._layer.values)
 
     def disarm(self) -> None:
@@ -112,14 +113,20 @@ class _Hook:
             return
         self.follow(own.values)
         given, pending = args[0] if args else kwargs["x"], self._pending
+        node, place = y.grad_fn, y.output_nr
         x, may_be_written = given.detach(), (given if given._base is None else given._base).is_leaf
 
-        def keep(dy: Tensor) -> None:
+        def keep(gradients: tuple[Tensor | None, ...]) -> None:
+            dy = gradients[place]
+            if dy is None:
+                return
             # The tensor itself and not an alias: autograd would make an alias's tensor the .grad of somebody else.
             seen = Pass(x.clone() if may_be_written else x, dy.detach() if dy.requires_grad else dy)
             pending.append((torch._C._current_graph_task_id(), seen, _versions(*seen)))
 
-        y.register_hook(keep)
+        # At the node, which is called with what the hooks of others have made of the gradient.
+        assert node is not None
+        node.register_prehook(keep)
 
     def _confirm(self, values: Tensor) -> None:
         task = torch._C._current_graph_task_id()

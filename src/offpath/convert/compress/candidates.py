@@ -12,7 +12,8 @@ from torch.nn.utils import parametrize
 
 from offpath.convert.compress.report import too_dense
 from offpath.convert.compress.weights import OWN_HOOKS, evaluated, kind_of, unknown_source
-from offpath.convert.swap import READ_BY_OWNER, attachment, parameter_owners, read_by_their_owner
+from offpath.convert.readers import read_by_their_owner
+from offpath.convert.swap import attachment, parameter_owners
 from offpath.nn.sparse_weight import SparseWeightModule
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -46,7 +47,7 @@ def find(
             continue
         if filter_fn is not None and not filter_fn(module, name):
             continue
-        reason = reason or _obstacle(module, owners) or (READ_BY_OWNER if module in read else None)
+        reason = reason or _obstacle(module, owners) or read.get(module)
         nnz = 0
         if reason is None:
             weight = evaluated(module, name)

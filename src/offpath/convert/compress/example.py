@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from offpath.convert.compress.verify import Bound
+from offpath.convert.uncompiled import uncompiled
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Example:
 
     def call(self) -> Any:
         """What the model returns in whatever mode it is."""
-        return self.model(*self.args, **self.kwargs)
+        with uncompiled(self.model):
+            return self.model(*self.args, **self.kwargs)
 
     def outputs(self) -> list[Tensor]:
         """The floating-point tensors that the model returns."""

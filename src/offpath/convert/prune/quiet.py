@@ -8,6 +8,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from offpath.convert.uncompiled import uncompiled
+
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
@@ -28,9 +30,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(sorted(cuda)))
         stack.enter_context(torch.no_grad())
-        if any(_is_compiled(module) for module in model.modules()):
-            # Compiled code would not call hooks that came after it.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled(model))
         try:
             for module, _ in modes:
                 module.training = False
@@ -43,7 +43,3 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(copy)
                 if module._buffers.get(name) is not buffer:
                     module._buffers[name] = buffer
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"

@@ -1,0 +1,15 @@
+"""Calling a model that somebody compiled as it was before: compiled code calls no hooks that came after it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+    """No compiled code runs inside, if there is any in `model`."""
+    if any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
