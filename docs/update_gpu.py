@@ -12,15 +12,14 @@ from blocks import put_block
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from gpu.__main__ import PARTS  # noqa: E402 (it lies beside the benchmarks)
-from gpu.pays import block, committed, slug  # noqa: E402 (it lies beside the benchmarks)
+from gpu.pays import block, committed, is_whole, slug  # noqa: E402 (it lies beside the benchmarks)
 
 MADE = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs" / "gpu.json")
 KEPT = ROOT / "docs" / "bars"
 
 if MADE.exists():
     content = json.loads(MADE.read_text())
-    if content["quick"] or "name" not in content["card"] or content["parts"].keys() != set(PARTS):
+    if not is_whole(content):
         raise SystemExit(f"expected the report of a whole run on a GPU, got {MADE}; run make gpu")
     for ending in (".json", ".txt"):
         shutil.copyfile(MADE.with_suffix(ending), KEPT / (slug(content["card"]) + ending))

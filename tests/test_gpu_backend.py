@@ -21,6 +21,7 @@ from offpath.kernels.gpu import availability
 from offpath.kernels.gpu.availability import Part
 from offpath.kernels.reference_rows import ROWS as DEFINITION
 from offpath.ops import forced_methods, topk_rows
+from offpath.ops.dense_convolution import DenseConvolution
 
 ROOT = Path(__file__).parent
 HAS_GPU = torch.cuda.is_available()
@@ -216,6 +217,14 @@ def test_what_is_kept_of_connections_is_not_made_while_a_graph_is_captured(monke
         assert waits, "another stream may ask next"
         waits.clear()
         layer = SparseLinear(8, 8)
+
+
+def test_the_bits_of_a_convolution_are_not_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    indices = SimpleNamespace(is_cuda=True)
+    pattern = SimpleNamespace(crow_indices=indices, col_indices=indices, shape=(4, 9))
+    with pytest.raises(KernelError, match="Run it once before"):
+        _ = DenseConvolution(kernels.backends()["reference"], pattern, None).bitmap
 
 
 def test_a_device_before_ampere_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

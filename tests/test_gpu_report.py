@@ -17,7 +17,8 @@ import pytest
 import gpu.__main__ as command
 from gpu import processes, timing
 from gpu.page import show
-from gpu.pays import block, committed, slug
+from gpu.part import PARTS
+from gpu.pays import block, committed, is_whole, slug
 from gpu.sanitizer import joined, sanitize, summary
 from gpu.sheet import Check, report_text
 from gpu.timing import Deadline
@@ -67,6 +68,13 @@ def test_where_it_pays_says_what_is_measured_and_what_is_calculated() -> None:
     assert "| 8192 x 8192, 50% sparse, 1 token | 1.45x | 1.60x |" in found
     assert "| 8192 x 8192, 95% sparse, 1 token | 10.00x | not measured |" in found
     assert "bars/gpu-nvidia-h200.txt" in found
+
+
+def test_only_a_whole_run_goes_into_the_page() -> None:
+    whole = {"quick": False, "card": CARD, "parts": {name: {} for name in PARTS}}
+    assert is_whole(whole)
+    for change in ({"quick": True}, {"card": {}}, {"parts": {name: {} for name in PARTS[:-1]}}):
+        assert not is_whole(whole | change)
 
 
 def test_the_table_of_the_page_is_that_of_the_committed_reports() -> None:

@@ -7,6 +7,7 @@ import io
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from offpath import SparseLinear
 from offpath.kernels import KernelError
@@ -267,6 +268,14 @@ def test_what_cannot_be_measured_does_not_pay(
     weight = torch.ones(20, 8)
     assert not contest.live_pays(2, weight, None) and not contest.live_pays(2, weight, None)
     assert len(asked) == (1 if remembered else 2)
+
+
+def test_what_only_follows_shapes_is_not_asked_for_live_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its address is none: a kernel that read from there would take the whole process's context with it."""
+    monkeypatch.setattr(live_linear, "live_pays", lambda *_: True)
+    with FakeTensorMode(), torch.no_grad():
+        x, weight = (torch.empty(shape, device="cuda") for shape in ((2, 20), (20, 8)))
+        assert x.is_cuda and not live_linear.reads_live_rows(x, weight, None)
 
 
 def test_a_dense_input_of_few_tokens_reads_only_live_rows_where_that_never_loses(

@@ -12,6 +12,7 @@ from torch import nn
 import offpath
 from offpath import StorageError
 from offpath.ops import forced_methods
+from offpath.storage.hugging_face import _parameters_on_meta
 
 transformers = pytest.importorskip("transformers")
 TOKENS = torch.arange(12).view(2, 6)
@@ -86,3 +87,15 @@ def test_a_model_that_is_drawn_within_bounds_is_built_and_draws_nothing(tmp_path
     again = offpath.load(tmp_path / "m")
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_parameter_of_two_places_stays_one_where_parameters_are_on_meta() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = self.second = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    with _parameters_on_meta():
+        model = Twice()
+    assert model.first is model.second and model.first.is_meta and not model.first.requires_grad
+    assert not Twice().first.is_meta

@@ -18,13 +18,12 @@ import gpu
 from gpu.card import describe, missing
 from gpu.check import INTERPRETED
 from gpu.page import show
-from gpu.part import GROUPS, TIMED
+from gpu.part import GROUPS, PARTS, TIMED
 from gpu.processes import last_words
 from gpu.sanitizer import TOOLS, sanitize
 from gpu.sheet import judged, read_json, report_text, write_text
 from gpu.timing import Deadline
 
-PARTS = ("checks", "sanitizer", *TIMED)
 # Seconds of each part at most. Checks and sanitizer run side by side, the others one after the other.
 BUDGETS = {
     "checks": 120,

@@ -19,7 +19,9 @@ from gpu.jobs import work_through
 from gpu.sheet import Check, Sheet
 from gpu.timing import QUICK, Deadline, Effort
 
+# What a whole run consists of.
 TIMED = ("topk", "autoencoder", "decode", "tiles", "expand", "live", "step", "layers")
+PARTS = ("checks", "sanitizer", *TIMED)
 # Groups of kernels that are checked side by side, each in a process: most of their time is compiling.
 GROUPS = {
     "gathers": ("cases_rows", "gathers"),

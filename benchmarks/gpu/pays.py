@@ -13,6 +13,7 @@ from typing import Any
 
 from gpu import decode, expand, live, step, tiles, topk
 from gpu.card import line
+from gpu.part import PARTS
 from gpu.sheet import figure_of
 from verdicts import Figure, in_words
 
@@ -103,6 +104,11 @@ def block(results: Mapping[str, Mapping[str, Any]]) -> str:
     if not cards:
         lines.append("Nothing has been measured on a GPU yet: every figure is calculated, and none is a promise.")
     return "\n".join(lines)
+
+
+def is_whole(content: Mapping[str, Any]) -> bool:
+    """Whether a report is one of all parts on a GPU: another would take figures from the page."""
+    return not content["quick"] and "name" in content["card"] and content["parts"].keys() == set(PARTS)
 
 
 def slug(card: Mapping[str, Any]) -> str:

@@ -38,7 +38,8 @@ def sparsify(
     largest weights with their values. `seed` makes the random draw repeatable without touching torch's global RNG.
 
     Build the optimizer afterwards: one built before holds the dense parameters. Layers that cannot be swapped
-    without changing what the model computes (tied or computed weights, hooks) stay dense and stand in the report.
+    without changing what the model computes (tied or computed weights, hooks, a `weight` that the code around reads)
+    stay dense and stand in the report.
     Raises `ValueError`, before anything is changed, for a bad argument, a NaN weight or a model that is itself such a
     layer.
 

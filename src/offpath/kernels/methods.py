@@ -124,7 +124,7 @@ class PreparedMatrix:
     def _once(self, backend: Backend, kind: Hashable, make: Callable[[Tensor, Tensor, int], Any]) -> Any:
         made = self._made.get((backend.name, kind))
         if made is None:
-            made = made_once(make, self.crow_indices, self.col_indices, self.columns)
+            made = made_once(lambda: make(self.crow_indices, self.col_indices, self.columns), self.crow_indices)
             self._made[backend.name, kind] = made
         return made
 
@@ -139,7 +139,7 @@ class PreparedWeight:
     @cached_property
     def transpose(self) -> PreparedMatrix:
         """The transpose, made when the first product needs it."""
-        return made_once(lambda _: self._make_transpose(), self.matrix.crow_indices)
+        return made_once(self._make_transpose, self.matrix.crow_indices)
 
     @property
     def bytes(self) -> int:

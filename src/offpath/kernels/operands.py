@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -106,21 +106,21 @@ def wide(operand: Tensor) -> Tensor:
     return operand.float() if operand.element_size() == 2 else operand
 
 
-def made_once(make: Callable[..., Made], crow_indices: Tensor, *operands: Any) -> Made:
-    """`make(crow_indices, *operands)`, what products make of a layer's connections once and keep.
+def made_once(make: Callable[[], Made], indices: Tensor) -> Made:
+    """What products make of a layer's `indices` once and keep.
 
     A GPU has then made it: a thread with another stream may ask next. Raises `KernelError` while a graph is captured,
     which would make it in every replay, and before the first one nowhere.
     """
-    if not crow_indices.is_cuda:
-        return make(crow_indices, *operands)
+    if not indices.is_cuda:
+        return make()
     if torch.cuda.is_current_stream_capturing():
         raise KernelError(
             "expected what a product makes of a layer's connections to be there when a graph is captured, and this is "
             "its first call. Run it once before, forward and backward, with as many tokens"
         )
-    made = make(crow_indices, *operands)
-    torch.cuda.current_stream(crow_indices.device).synchronize()
+    made = make()
+    torch.cuda.current_stream(indices.device).synchronize()
     return made
 
 

@@ -23,9 +23,8 @@ class DenseConvolution:
 
     @cached_property
     def bitmap(self) -> Any:
-        return made_once(
-            self._backend.bitmap, self._pattern.crow_indices, self._pattern.col_indices, self._pattern.shape[1]
-        )
+        crow_indices, columns = self._pattern.crow_indices, self._pattern.shape[1]
+        return made_once(lambda: self._backend.bitmap(crow_indices, self._pattern.col_indices, columns), crow_indices)
 
     @property
     def bytes(self) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from offpath.storage.contents import Contents
 from offpath.storage.errors import StorageError
@@ -128,11 +129,15 @@ def _built(kind: Any, config: Mapping[str, Any], most_calls: int) -> nn.Module:
 def _parameters_on_meta() -> Iterator[None]:
     """Modules that this thread makes get their parameters on the meta device, where nothing is drawn for them."""
     thread = threading.get_ident()
+    on_meta = WeakTensorKeyDictionary()  # one that is registered in two places stays one
 
     def moved(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or parameter.is_meta or threading.get_ident() != thread:
             return None
-        return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), parameter.requires_grad)
+        if parameter not in on_meta:
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            on_meta[parameter] = nn.Parameter(empty, parameter.requires_grad)
+        return on_meta[parameter]
 
     handle = register_module_parameter_registration_hook(moved)
     try:

@@ -70,8 +70,7 @@ class Example:
 
     def call(self) -> Any:
         """What the model returns in whatever mode it is."""
-        with uncompiled(self.model):
-            return self.model(*self.args, **self.kwargs)
+        return self.model(*self.args, **self.kwargs)
 
     def outputs(self) -> list[Tensor]:
         """The floating-point tensors that the model returns."""
@@ -128,12 +127,13 @@ def largest_difference(outputs: list[Tensor], others: list[Tensor]) -> float:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block, and afterwards each module in its own mode again."""
+    """Evaluation mode and no compiled code inside the block, and afterwards each module in its own mode again."""
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:
             module.training = False
-        yield
+        with uncompiled(model):
+            yield
     finally:
         for module, training in modes.items():
             module.training = training
