@@ -109,6 +109,7 @@ def _stand_in_for_torch() -> None:
     properties = SimpleNamespace(major=9, minor=0, multi_processor_count=MULTIPROCESSORS, L2_cache_size=50 * 2**20)
     torch.cuda.current_device = lambda: 0
     torch.cuda.synchronize = lambda *_: None
+    torch.cuda.current_stream = lambda *_: SimpleNamespace(synchronize=lambda: None)
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.get_device_properties = lambda *_: properties
     torch._C._cuda_getCurrentRawStream = lambda _: STREAM
