@@ -12,6 +12,7 @@ from torch import nn
 import offpath
 from offpath import StorageError
 from offpath.ops import forced_methods
+from offpath.storage import hugging_face
 from offpath.storage.hugging_face import _parameters_on_meta
 
 transformers = pytest.importorskip("transformers")
@@ -29,9 +30,20 @@ def _bert() -> nn.Module:
     return model
 
 
+def _llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=32, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "activation": lambda model: setattr(model.encoder.layer[0].intermediate, "intermediate_act_fn", nn.ReLU()),
     "setting": lambda model: setattr(model.encoder.layer[0].output.LayerNorm, "eps", 0.1),
+    "a module's own setting": lambda model: setattr(model.encoder.layer[0].attention.self, "scaling", 3.0),
+    "buffer that no file holds": lambda model: model.embeddings.position_ids.add_(1),
     "forward": lambda model: setattr(model.encoder.layer[0].output, "forward", lambda states, residual: residual),
     "module taken out": lambda model: setattr(model, "pooler", None),
     "layer taken out": lambda model: setattr(model.encoder, "layer", model.encoder.layer[:1]),
@@ -62,16 +74,37 @@ def test_use_and_training_leave_a_model_what_it_is(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_a_model_that_was_resized_and_generated_is_described(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=32, pad_token_id=0,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = _llama()
     model.resize_token_embeddings(60)
     model.generate(TOKENS, max_new_tokens=40, do_sample=False)  # beyond the positions that it was made for
     offpath.save(model, tmp_path / "m")
     assert torch.equal(offpath.load(tmp_path / "m")(TOKENS).logits, model(TOKENS).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_buffers_that_no_file_holds_are_rounded_as_the_model_was(tmp_path: Path, dtype: torch.dtype) -> None:
+    _llama().save_pretrained(tmp_path / "checkpoint")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint").to(dtype)
+    model.model.gradient_checkpointing = True  # what the enabling of it sets
+    offpath.save(model, tmp_path / "m")
+    again = offpath.load(tmp_path / "m")
+    assert again.model.rotary_emb.inv_freq.dtype == dtype
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    offpath.save(model.float(), tmp_path / "m")  # its buffers are float32 again, and what they were rounded to
+    if dtype == torch.float64:
+        assert torch.equal(offpath.load(tmp_path / "m")(TOKENS).logits, model(TOKENS).logits)
+    else:
+        with pytest.raises(StorageError, match="pass model="):
+            offpath.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("cast", [[], {"model.rotary_emb.no": "bfloat16"}, {"model.rotary_emb.inv_freq": "Tensor"}])
+def test_what_a_file_says_of_buffers_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cast: object) -> None:
+    monkeypatch.setattr(hugging_face, "_cast_buffers", lambda built, model: cast)
+    offpath.save(_llama(), tmp_path / "m")
+    with pytest.raises(StorageError, match=r"pass model=|expected a buffer"):
+        offpath.load(tmp_path / "m")
 
 
 def test_a_model_that_is_drawn_within_bounds_is_built_and_draws_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -101,3 +102,16 @@ def test_what_was_measured_on_a_busy_machine_is_measured_again_when_it_is_free(
     assert ask("fourth", False) == ask("fifth", True) == "fourth"
     os.utime(path, (later, later))
     assert ask("sixth", False) == "fourth"
+
+
+def test_a_process_that_never_lets_go_of_the_cache_is_not_waited_for(
+    ask: Callable[[str, bool], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured, "LOCK_SECONDS", 0.2)
+    assert ask("first", False) == "first"
+    (path,) = tmp_path.glob("*.json")
+    with path.with_suffix(".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert ask("second", False) == "first"
+        path.unlink()
+        assert ask("third", False) == ask("fourth", False) == "third"

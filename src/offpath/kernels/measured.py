@@ -2,8 +2,9 @@
 
 They lie in the user's cache directory (`OFFPATH_CACHE_DIR`, else `$XDG_CACHE_HOME/offpath`, else `~/.cache/offpath`)
 under a fingerprint of processor, cores, instruction set, versions and what float32 may be rounded to. A process that
-finds another one measuring waits for its numbers: two that measured at once would disturb each other. What was measured
-while other work had the cores serves until a later process finds them free.
+finds another one measuring waits for its numbers, as two that measured at once would disturb each other; but not for
+ever, as the other may be stopped, or wait on a GPU for what this one has yet to send. What was measured while other
+work had the cores serves until a later process finds them free.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -30,6 +31,8 @@ from offpath.kernels.undisturbed import cores_are_free, watched
 _log = logging.getLogger("offpath")
 # On a machine that is busy for hours, not every process should try again.
 RETRY_SECONDS = 600
+# Several times what measuring takes.
+LOCK_SECONDS, LOOK_SECONDS = 60.0, 0.05
 
 
 def cache_folder() -> Path:
@@ -122,8 +125,18 @@ def _fingerprint(backend: str, dtype: torch.dtype, facts: list[object]) -> str:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        end = time.monotonic() + LOCK_SECONDS
+        while not _lock(file) and time.monotonic() < end:
+            time.sleep(LOOK_SECONDS)
         yield
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _read(path: Path) -> dict[str, Any] | None:

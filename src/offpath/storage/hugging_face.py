@@ -42,14 +42,17 @@ MAX_NUMBER = 2**24
 # A constructor may make so many tensors for each that the file holds, and so many bytes besides the parameters.
 CALLS_PER_TENSOR = 200
 MAX_BYTES = 2**30
+# These change no number; resizing the embeddings leaves the old vocab_size in some modules.
+NO_SETTINGS = ("training", "gradient_checkpointing", "name_or_path", "vocab_size")
+CAST_TO = ("bfloat16", "float16", "float32", "float64")
 _DRAWING = {Tensor.uniform_, Tensor.normal_}
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
     """Class and config of a model of `transformers`, or None for others and for those that need more than these.
 
-    So do models whose modules were exchanged or changed after they were built. Hooks are not looked for: transformers
-    leaves its own on a model.
+    So do models whose modules, their settings or the buffers that no file holds were changed after they were built.
+    Hooks are not looked for: transformers leaves its own on a model.
     """
     if "transformers.modeling_utils" not in sys.modules:
         return None
@@ -58,17 +61,17 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     if not isinstance(model, transformers.PreTrainedModel) or getattr(transformers, name, None) is not type(model):
         return None
     config = _stored(json.loads(model.config.to_json_string(use_diff=False)))
-    return {"class": name, "config": config} if not _problem(config) and _is_built_from(config, model) else None
-
-
-def _is_built_from(config: Mapping[str, Any], model: nn.Module) -> bool:
+    if _problem(config):
+        return None
     try:
-        with torch.device("meta"):
-            again = _built(type(model), config, sys.maxsize)
+        with torch.device("cpu"):
+            again = _without_parameters(type(model), config, sys.maxsize)
     except StorageError:
-        return False
+        return None
     own, built = (dict(one.named_modules(remove_duplicate=False)) for one in (model, again))
-    return own.keys() == built.keys() and all(_is_like(built[name], module) for name, module in own.items())
+    if own.keys() != built.keys() or not all(_is_like(built[name], module) for name, module in own.items()):
+        return None
+    return {"class": name, "config": config, "cast": _cast_buffers(again, model)}
 
 
 def _is_like(built: nn.Module, module: nn.Module) -> bool:
@@ -81,8 +84,35 @@ def _is_like(built: nn.Module, module: nn.Module) -> bool:
     forward = vars(module).get("forward")
     if kind is not type(built) or (forward is not None and getattr(forward, "__func__", None) is not kind.forward):
         return False
-    # What other modules set may be a cache.
-    return not kind.__module__.startswith("torch.nn.") or same_settings(built, module)
+    if kind.__module__.startswith("torch.nn."):
+        return same_settings(built, module)
+    # What else modules of transformers set may be a cache.
+    same = all(vars(module).get(name) == value for name, value in vars(built).items() if _is_setting(name, value))
+    return same and all(
+        _is_cast_of(module._buffers.get(name), buffer)
+        for name, buffer in built._buffers.items()
+        if name in built._non_persistent_buffers_set
+    )
+
+
+def _is_setting(name: str, value: object) -> bool:
+    return isinstance(value, (int, float, str)) and name not in NO_SETTINGS and not name.startswith("_")
+
+
+def _is_cast_of(buffer: Tensor | None, built: Tensor | None) -> bool:
+    if buffer is None or built is None:
+        return buffer is built
+    return torch.equal(buffer.cpu(), built.to(buffer.dtype))
+
+
+def _cast_buffers(built: nn.Module, model: nn.Module) -> dict[str, str]:
+    """The floating-point buffers that no file holds and that have another dtype in `model`: `model.to` rounds them."""
+    stored, own = built.state_dict().keys(), dict(model.named_buffers(remove_duplicate=False))
+    return {
+        name: str(own[name].dtype).removeprefix("torch.")
+        for name, buffer in built.named_buffers(remove_duplicate=False)
+        if name in own and name not in stored and buffer.is_floating_point() and own[name].dtype != buffer.dtype
+    }
 
 
 def build(description: Mapping[str, Any], contents: Contents) -> nn.Module:
@@ -91,8 +121,8 @@ def build(description: Mapping[str, Any], contents: Contents) -> nn.Module:
     It is built on the meta device first, and made to hold all that the file does: what a config asks for costs no
     memory before it is known to fit. Raises `StorageError`.
     """
-    name, config = description.get("class"), description.get("config")
-    if not isinstance(name, str) or not isinstance(config, dict):
+    name, config, cast = description.get("class"), description.get("config"), description.get("cast", {})
+    if not isinstance(name, str) or not isinstance(config, dict) or not isinstance(cast, dict):
         raise StorageError("expected the class and the config of a model of transformers; pass model=")
     problem = _problem(config)
     if problem:
@@ -102,8 +132,19 @@ def build(description: Mapping[str, Any], contents: Contents) -> nn.Module:
     with torch.device("meta"):
         blueprint = _built(kind, config, most_calls)
     fit(blueprint, contents)
-    with _parameters_on_meta(), torch.random.fork_rng(devices=()):
-        return _built(kind, config, most_calls)
+    model = _without_parameters(kind, config, most_calls)
+    for path, dtype in cast.items():
+        _cast(model, path, dtype)
+    return model
+
+
+def _cast(model: nn.Module, path: str, dtype: object) -> None:
+    parent, _, name = path.rpartition(".")
+    module = dict(model.named_modules(remove_duplicate=False)).get(parent)
+    buffer = None if module is None else module._buffers.get(name)
+    if module is None or buffer is None or dtype not in CAST_TO:
+        raise StorageError(f"expected a buffer and one of {', '.join(CAST_TO)}, got {path!r:.60} and {dtype!r:.60}")
+    module._buffers[name] = buffer.to(getattr(torch, str(dtype)))
 
 
 def _model_class(name: str) -> Any:
@@ -123,6 +164,11 @@ def _built(kind: Any, config: Mapping[str, Any], most_calls: int) -> nn.Module:
             return kind(kind.config_class.from_dict(json.loads(json.dumps(config))))
     except Exception as error:  # the constructors of hundreds of classes meet whatever a file says
         raise StorageError(f"expected the config of a {kind.__name__}, got: {error!r:.300}; pass model=") from error
+
+
+def _without_parameters(kind: Any, config: Mapping[str, Any], most_calls: int) -> nn.Module:
+    with _parameters_on_meta(), torch.random.fork_rng(devices=()):
+        return _built(kind, config, most_calls)
 
 
 @contextmanager
