@@ -13,6 +13,7 @@ from offpath import pattern as patterns
 from offpath.nn.loading import holds_mask, load_problem
 from offpath.nn.parameter import replace_values
 from offpath.ops import Connections
+from offpath.ops.library import is_transforming, unwrapped
 from offpath.pattern import Pattern
 
 DEFAULT_SPARSITY = 0.9
@@ -178,14 +179,15 @@ class SparseWeightModule(nn.Module):
             seen = id(buffer), -1 if buffer.is_inference() else buffer._version
             if seen == self._digest_seen or (buffer.is_cuda and torch.cuda.is_current_stream_capturing()):
                 return
-        found = buffer.item()
-        if found != self._digest and abs(found - self._digest) > AVERAGING_ERROR * abs(self._digest):
-            raise RuntimeError(
-                "expected values that belong to this layer's topology, but those of another one have been averaged or "
-                "broadcast into it: the topologies differ. A model that averages one whose connections move has to be "
-                "named in also=[...] where the topology is made. In many processes, build the model from one seed in "
-                "every process, or load one checkpoint in all of them, before wrapping it"
-            )
+        # An ensemble in one call (torch.func.vmap) has the digests of all of its members.
+        for found in unwrapped(buffer).flatten().tolist() if is_transforming() else (buffer.item(),):
+            if found != self._digest and abs(found - self._digest) > AVERAGING_ERROR * abs(self._digest):
+                raise RuntimeError(
+                    "expected values that belong to this layer's topology, but those of another one have been averaged "
+                    "or broadcast into it: the topologies differ. A model that averages one whose connections move has "
+                    "to be named in also=[...] where the topology is made. In many processes, build the model from one "
+                    "seed in every process, or load one checkpoint in all of them, before wrapping it"
+                )
         self._digest_seen = seen
 
     def _resize_values(self, nnz: int) -> None:

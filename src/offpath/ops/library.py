@@ -15,15 +15,21 @@ from torch.nn import Parameter
 
 from offpath.kernels import KernelError
 from offpath.kernels.one_pass import alone
+from offpath.ops import batching
 
 library = torch.library.Library("offpath", "DEF")
 # The ops of `define` by name, without the way through the dispatcher where nobody listens. In eager training that way
 # takes as long as several small kernels, in forward and in backward.
 direct = SimpleNamespace()
+NO_FORWARD_MODE = (
+    "expected no forward-mode differentiation, which {} does not have, got a call inside of it; use reverse mode: "
+    "backward(), torch.autograd.grad or torch.func.jacrev"
+)
 _PLAIN = (Tensor, Parameter)
 _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _count_of_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 _functorch_interpreter = torch._C._functorch.peek_interpreter_stack
+_is_included, _VMAP = torch._C._dispatch_tls_is_dispatch_key_included, torch._C._dispatch_key_parse("VmapMode")
 
 
 def define(
@@ -40,6 +46,7 @@ def define(
     name = schema[: schema.index("(")]
     library.impl(name, _without_forward_mode(name, kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"offpath::{name}", of_one_device(name, fake), lib=library)
+    batch(name)
     if autograd is not None:
         save, backward = autograd
         torch.library.register_autograd(f"offpath::{name}", backward, setup_context=save, lib=library)
@@ -47,18 +54,27 @@ def define(
         setattr(direct, name, _directly(name, kernel, autograd))
 
 
+def batch(name: str, folds: bool = False) -> None:
+    """Let `torch.func.vmap` transform `offpath::<name>`; see `batching.rule`."""
+    op = getattr(torch.ops.offpath, name).default
+    torch.library.register_vmap(f"offpath::{name}", batching.rule(op, folds), lib=library)
+
+
 def _directly(
     name: str, kernel: Callable[..., Any], autograd: tuple[Callable[..., None], Callable[..., Any]] | None
 ) -> Callable[..., Any]:
     op = getattr(torch.ops.offpath, name).default
     differentiable = None if autograd is None else _function(name, kernel, *autograd)
+    transformable = op if autograd is None else transformed(name, *autograd)
     are_tensors = ["Tensor" in str(argument.type) for argument in op._schema.arguments]
     tensors = sum(are_tensors)
     assert all(are_tensors[:tensors]), f"expected the tensors of {name} before all else"
 
     def call(*operands: Any) -> Any:
-        if torch.compiler.is_compiling() or not nobody_listens(*operands[:tensors]):
+        if torch.compiler.is_compiling():
             return op(*operands)
+        if not nobody_listens(*operands[:tensors]):
+            return transformable(*operands) if is_transforming() else op(*operands)
         if torch.is_grad_enabled():
             for operand in operands[:tensors]:
                 if operand is not None and operand.requires_grad:
@@ -77,6 +93,33 @@ def _function(
         return output
 
     return type(name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+
+
+def transformed(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`offpath::<name>` with its gradient, as the kind of `autograd.Function` that `torch.func` can transform."""
+
+    def forward(*operands):
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.offpath, name).default(*operands)
+
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(NO_FORWARD_MODE.format(f"offpath::{name}"))
+
+    methods = {"forward": forward, "setup_context": save, "backward": backward, "jvp": jvp}
+    attributes = {key: staticmethod(method) for key, method in methods.items()} | {"generate_vmap_rule": True}
+    return type(name, (Function,), attributes).apply  # type: ignore[attr-defined]
+
+
+def is_transforming() -> bool:
+    """Whether a transform of `torch.func` is under way."""
+    return _functorch_interpreter() is not None
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """What transforms of `torch.func` have wrapped, with a dimension for each batch."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def no_views(output: Any) -> Any:
@@ -114,10 +157,7 @@ def _without_forward_mode(name: str, kernel: Callable[..., Any]) -> Callable[...
     @wraps(kernel)
     def run(*operands: Any) -> Any:
         if forward_ad._current_level >= 0:
-            raise NotImplementedError(
-                f"expected no forward-mode differentiation, which offpath::{name} does not have, got a call inside of "
-                "it; use reverse mode: backward() or torch.autograd.grad"
-            )
+            raise NotImplementedError(NO_FORWARD_MODE.format(f"offpath::{name}"))
         with alone():
             return no_views(kernel(*operands))
 
@@ -134,8 +174,8 @@ def as_rows(x: Tensor) -> Tensor:
 def nobody_listens(*operands: Tensor | None) -> bool:
     """Whether the dispatcher would do nothing but call the kernel; the trip through it costs as much as a small layer.
 
-    The meta device, negative views, modes, functorch, tracers, forward-mode differentiation, profilers and subclasses
-    of tensors want more.
+    The meta device, negative views, modes, functorch, batched gradients, tracers, forward-mode differentiation,
+    profilers and subclasses of tensors want more.
     """
     if (
         _count_of_modes() > 0
@@ -143,6 +183,8 @@ def nobody_listens(*operands: Tensor | None) -> bool:
         or _tracing_state() is not None
         or forward_ad._current_level >= 0
         or autograd_profiler._is_profiler_enabled
+        # Batched gradients go through a vmap older than functorch, in backward alone.
+        or (not torch.is_grad_enabled() and _is_included(_VMAP))
     ):
         return False
     for operand in operands:  # a generator expression would take as long as all the rest

@@ -146,7 +146,7 @@ def _backward_of_encode(ctx, dvalues, _):
     x, weight, indices = ctx.saved_tensors
     wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
     crow_indices = row_pointer(indices.shape[0], indices.shape[1], indices.device)
-    dvalues, flat = dvalues.flatten(), indices.flatten()
+    dvalues, flat = dvalues.reshape(-1), indices.flatten()
     wanted = wants_x, wants_weight, ctx.has_bias and wants_bias
     return *gradients_of_encoder(dvalues, crow_indices, flat, x, weight, ctx.columns, wanted), None
 

@@ -15,7 +15,16 @@ from torch.autograd import forward_ad
 
 from offpath import kernels
 from offpath.kernels import KernelError
-from offpath.ops.library import as_rows, library, no_views, nobody_listens, of_one_device
+from offpath.ops import sparse_linear_gradients as gradient_ops
+from offpath.ops.library import (
+    as_rows,
+    batch,
+    is_transforming,
+    library,
+    no_views,
+    nobody_listens,
+    of_one_device,
+)
 from offpath.ops.prepared import prepare
 
 library.define(
@@ -48,9 +57,10 @@ def sparse_linear(
     """y = x @ W.T + bias for a sparse W of shape (out, in) in canonical CSR.
 
     `x` [..., in], `values` [nnz], `bias` [out] or None, all of one floating dtype; `crow_indices` int32 [out + 1],
-    `col_indices` int32 [nnz]. Returns a contiguous [..., out]. Differentiable once in `x`, `values` and `bias`.
-    With `prefer="memory"`, the weight is never written out dense, not even where that is faster. With `feature_major`,
-    y of a two-dimensional x may be a view of [out, batch], which saves a transpose if the consumer minds no strides.
+    `col_indices` int32 [nnz]. Returns a contiguous [..., out]. Differentiable in `x`, `values` and `bias`, any number
+    of times. With `prefer="memory"`, the weight is never written out dense, not even where that is faster. With
+    `feature_major`, y of a two-dimensional x may be a view of [out, batch], which saves a transpose if the consumer
+    minds no strides.
     Raises `PatternError` for index tensors that are not canonical and `KernelError` for operands without a kernel.
 
     >>> import torch
@@ -181,42 +191,20 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs):
         (dy,) = grad_outputs
-        x, values, crow_indices, col_indices, dense = ctx.saved_tensors
         wants_dx, wants_dvalues, wants_dbias, *_ = ctx.needs_input_grad
-        if wants_dx and wants_dvalues:
-            operands = dy, x, values, crow_indices, col_indices, ctx.prefer, ctx.feature_major
-            if not torch.is_grad_enabled() and nobody_listens(dy, x, values):
-                gradients = _backward(*operands, dense=dense)
-            else:
-                gradients = _ops.sparse_linear_backward.default(*operands)
-            return *gradients[:2], gradients[2] if wants_dbias else None, None, None, None, None
-        dx = dvalues = None
-        dbias = as_rows(dy).sum(0) if wants_dbias else None
-        if wants_dx:
-            dx = _ops.sparse_linear_dx.default(dy, values, crow_indices, col_indices, ctx.in_features, ctx.prefer)
-        if wants_dvalues:
-            dvalues = _ops.sparse_linear_dvalues.default(dy, x, crow_indices, col_indices, ctx.prefer)
-        return dx, dvalues, dbias, None, None, None, None
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """Computes a gradient op; differentiating its result is refused instead of giving zero."""
-
-    @staticmethod
-    def forward(ctx, op, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    @staticmethod
-    def backward(ctx, *grad_outputs):
-        raise RuntimeError(
-            "offpath::sparse_linear is differentiable once: double backward is not implemented. For second "
-            "derivatives, turn the layers dense first with offpath.densify(model)"
-        )
+        if wants_dx and wants_dvalues and not torch.is_grad_enabled():
+            x, values, crow_indices, col_indices, dense = ctx.saved_tensors
+            if nobody_listens(dy, x, values):
+                operands = dy, x, values, crow_indices, col_indices, ctx.prefer, ctx.feature_major
+                dx, dvalues, dbias = _backward(*operands, dense=dense)
+                return dx, dvalues, dbias if wants_dbias else None, None, None, None, None
+        return *gradient_ops.gradients(ctx, dy, ctx.feature_major), None, None, None, None
 
 
 def _autograd_forward(x, values, bias, crow_indices, col_indices, prefer="speed", feature_major=False):
     # Forward-mode differentiation does not mind no_grad; autograd.Function then says that it is not supported.
+    if is_transforming():
+        return gradient_ops.transformed_linear(x, values, bias, crow_indices, col_indices, prefer)
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return _SparseLinear.apply(x, values, bias, crow_indices, col_indices, prefer, feature_major)
     return _below_autograd(x, values, bias, crow_indices, col_indices, prefer, feature_major)
@@ -227,18 +215,6 @@ def _below_autograd(x, values, bias, crow_indices, col_indices, prefer, feature_
         return _forward(x, values, bias, crow_indices, col_indices, prefer, feature_major)
     with torch._C._AutoDispatchBelowAutograd():
         return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices, prefer, feature_major)
-
-
-def _autograd_dx(*args):
-    return _OnceDifferentiable.apply(_ops.sparse_linear_dx.default, *args)
-
-
-def _autograd_dvalues(*args):
-    return _OnceDifferentiable.apply(_ops.sparse_linear_dvalues.default, *args)
-
-
-def _autograd_backward(*args):
-    return _OnceDifferentiable.apply(_ops.sparse_linear_backward.default, *args)
 
 
 def _fake_forward(x, values, bias, crow_indices, col_indices, prefer="speed", feature_major=False):
@@ -257,12 +233,13 @@ def _fake_backward(dy, x, values, crow_indices, col_indices, prefer="speed", fea
     return x.new_empty(x.shape), dy.new_empty(col_indices.shape[0]), dy.new_empty(dy.shape[-1])
 
 
-for _name, _kernel, _autograd, _fake in (
-    ("sparse_linear", _forward, _autograd_forward, _fake_forward),
-    ("sparse_linear_dx", _dx, _autograd_dx, _fake_dx),
-    ("sparse_linear_dvalues", _dvalues, _autograd_dvalues, _fake_dvalues),
-    ("sparse_linear_backward", _backward, _autograd_backward, _fake_backward),
+for _name, _kernel, _autograd, _fake, _folds in (
+    ("sparse_linear", _forward, _autograd_forward, _fake_forward, True),
+    ("sparse_linear_dx", _dx, gradient_ops.differentiable_dx, _fake_dx, True),
+    ("sparse_linear_dvalues", _dvalues, gradient_ops.differentiable_dvalues, _fake_dvalues, False),
+    ("sparse_linear_backward", _backward, gradient_ops.differentiable_backward, _fake_backward, False),
 ):
     library.impl(_name, _kernel, "CompositeExplicitAutograd")
     library.impl(_name, _autograd, "Autograd")
     torch.library.register_fake(f"offpath::{_name}", of_one_device(_name, _fake), lib=library)
+    batch(_name, folds=_folds)
