@@ -8,6 +8,7 @@ from offpath_cli import compression, study  # noqa: F401 (they add their command
 from offpath_cli.commands import app
 
 
-def run_offpath(*arguments: object) -> Result:
+def run_offpath(*arguments: object, columns: int = 120) -> Result:
     """Its exit code and what it prints; `main` itself is what test_cli.py starts."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "120", "NO_COLOR": "1"})
+    environment = {"COLUMNS": str(columns), "NO_COLOR": "1"}
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=environment)

@@ -98,11 +98,25 @@ def test_quick_caps_the_epochs(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 2
 
 
-def test_race_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:
-    finished = run_offpath("race", *SMALL, "--out", tmp_path / "race")
+def test_almost_everything_is_not_everything(tmp_path: Path) -> None:
+    finished = run_offpath("train", *SMALL, "--sparsity", "0.99999999", "--quick", "--out", tmp_path / "run")
     assert finished.exit_code == 0, finished.stderr
-    for text in ("test accuracy", "time a training step", "optimizer bytes", "peak memory", "report.html"):
+    assert "99.999999% sparse" in finished.stdout and "100% sparse" not in finished.stdout
+
+
+def test_race_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:
+    finished = run_offpath("race", *SMALL, "--out", tmp_path / "race", columns=40)
+    assert finished.exit_code == 0, finished.stderr
+    for text in (
+        "test accuracy",
+        "time a training step (median)",
+        "dense / sparse",
+        "optimizer bytes",
+        "peak memory",
+        "report.html",
+    ):
         assert text in finished.stdout
+    assert "racing" not in finished.stdout, "a bar in a file"
     assert {p.name for p in (tmp_path / "race").iterdir()} == {
         ".lock",
         "config.json",
@@ -122,6 +136,11 @@ def test_race_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:
         (["train", "--data", "mnist", "--data-dir", "/nonexistent"], "mnist"),
         (["train", "--device", "cuda:99"], "cuda"),
         (["race", "--sparsity", "0"], "above 0"),
+        (["train", "--drop-fraction", "0.5"], "no --drop-fraction, which would change nothing: --method static moves"),
+        (["train", "--method", "gmp", "--drop-fraction", "0.5"], "--method gmp removes what is smallest"),
+        (["race", "--update-freq", "5"], "no --update-freq"),
+        (["train", "--sparsity", "0", "--distribution", "erk"], "--sparsity 0 has no connections"),
+        (["train", "--data", "digits", "--data-dir", "/tmp"], "digits comes inside a Python package"),
         (["train", "--resume", "--out", "/nonexistent"], "expected a run in /nonexistent"),
         (["data", "digits"], "pip install"),
     ],

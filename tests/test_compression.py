@@ -307,6 +307,10 @@ def test_bench_refuses_what_does_not_fit(
         bench(BenchConfig(str(compressed["bert"]), str(checkpoints["llama"])), tmp_path / "bench", _unwatched)
     with pytest.raises(RunError, match="name it with --dense"):
         bench(BenchConfig(str(compressed["bert"]), str(tmp_path / "gone")), tmp_path / "bench", _unwatched)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "report.json").write_text("{")
+    with pytest.raises(RunError, match="compress the checkpoint again"):
+        bench(BenchConfig(str(tmp_path / "damaged")), tmp_path / "bench", _unwatched)
     assert not (tmp_path / "bench").exists()
 
 

@@ -91,6 +91,34 @@ def test_broken_checkpoint_is_refused(checkpoints: dict[str, Path], tmp_path: Pa
     assert not (tmp_path / "ran").exists()
 
 
+class _Code:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("ran",)
+
+
+@pytest.mark.parametrize("content", ["nothing", "half", "anything", "begun", "code"])
+def test_broken_pickled_weights_are_refused_and_never_run(
+    checkpoints: dict[str, Path], tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(checkpoints["bert"], tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    weights = tmp_path / "pickled" / "pytorch_model.bin"
+    torch.save({"weight": _Code() if content == "code" else torch.ones(1000)}, weights)
+    whole = weights.read_bytes()
+    broken = {"nothing": b"", "half": whole[: len(whole) // 2], "anything": bytes(range(256)), "begun": b"\x80\x02"}
+    weights.write_bytes(broken.get(content, whole))
+    with pytest.raises(RunError, match="expected") as refused:
+        open_pretrained(str(tmp_path / "pickled"))
+    assert "weights_only" not in str(refused.value)
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_checkpoint_without_a_tokenizer_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(checkpoints["bert"], tmp_path / "mute", ignore=shutil.ignore_patterns("*token*"))
+    with pytest.raises(RunError, match="expected a tokenizer beside the weights"):
+        open_pretrained(str(tmp_path / "mute"))
+
+
 def test_folder_of_sparse_layers_is_no_checkpoint(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(checkpoints["bert"], tmp_path / "sparse")
     model = open_pretrained(str(checkpoints["bert"])).model

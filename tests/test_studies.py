@@ -226,11 +226,12 @@ def test_lost_config_does_not_let_a_new_run_overwrite_the_checkpoint(finished_ru
         train(SMALL, path, Watcher())
 
 
-def test_broken_metrics_line_in_the_middle_is_refused(finished_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", [b"\xff\xfe 1\n", b'{"step": 1}\n'], ids=["no text", "no epoch"])
+def test_broken_metrics_line_in_the_middle_is_refused(finished_run: Path, tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "run"
     shutil.copytree(finished_run, path)
     metrics = path / "metrics.jsonl"
-    metrics.write_bytes(b"\xff\xfe 1\n" + metrics.read_bytes())
+    metrics.write_bytes(line + metrics.read_bytes())
     with pytest.raises(RunError, match="expected a record in line 1"):
         train(replace(SMALL, epochs=2), path, Watcher(), resume=True)
 

@@ -9,11 +9,14 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from offpath.studies import RunConfig
 
 app = typer.Typer(
     help="Dynamic, unstructured sparsity for PyTorch that pays on the hardware people own.",
@@ -50,7 +53,7 @@ DataDir = Annotated[
     Path | None, typer.Option(help="Folder with the data files (default: OFFPATH_DATA and known places).")
 ]
 Out = Annotated[
-    Path | None, typer.Option(help="Where to write (default: runs/COMMAND-DATA-MODEL[-METHOD]-sSPARSITY-seedSEED).")
+    Path | None, typer.Option(help="Where to write (default: a folder in runs, named by command, options and seed).")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its checkpoint.")]
 Quick = Annotated[
@@ -295,7 +298,7 @@ def _default_folder(command: str, context: typer.Context) -> Path:
     return Path("runs") / name
 
 
-def _config(context: typer.Context, folder: Path, resume: bool, quick: bool):
+def _config(context: typer.Context, folder: Path, resume: bool, quick: bool) -> RunConfig:
     """The config that the options ask for; with --resume the one in the folder, which options may not contradict."""
     from dataclasses import fields, replace
 
@@ -307,12 +310,15 @@ def _config(context: typer.Context, folder: Path, resume: bool, quick: bool):
     if asked["data_dir"] is not None:
         # Absolute: a resumed run may start from another folder.
         asked["data_dir"] = str(asked["data_dir"].expanduser().resolve())
+    given = {n for n in names if getattr(context.get_parameter_source(n), "name", "DEFAULT") != "DEFAULT"}
     if not resume:
-        return RunConfig(**asked | ({"epochs": min(asked["epochs"], QUICK_EPOCHS)} if quick else {}))
+        config = RunConfig(**asked | ({"epochs": min(asked["epochs"], QUICK_EPOCHS)} if quick else {}))
+        _refuse_idle(given, config)
+        return config
     if quick:
         raise RunError("expected --quick on a new run only; with --resume, say how many --epochs")
-    given = {n for n in names if getattr(context.get_parameter_source(n), "name", "DEFAULT") != "DEFAULT"}
     config = RunFolder(folder).config()
+    _refuse_idle(given & {"data_dir"}, config)
     for name in sorted(given - {"epochs", "data_dir"}):
         if asked[name] != getattr(config, name):
             raise RunError(
@@ -324,3 +330,23 @@ def _config(context: typer.Context, folder: Path, resume: bool, quick: bool):
     if config.epochs < started_with:
         raise RunError(f"expected at least the {started_with} epochs that the run has, got {config.epochs}")
     return config
+
+
+def _refuse_idle(given: set[str], config: RunConfig) -> None:
+    """Raise `RunError` for an option that would change nothing."""
+    from offpath.studies import RunError
+    from offpath.studies.data import DATASETS
+    from offpath.studies.data.spec import WheelSpec
+
+    still = "gmp removes what is smallest" if config.method == "gmp" else "static moves no connections"
+    spec = DATASETS[config.data]
+    for name, is_idle, reason in (
+        ("drop_fraction", config.method in ("static", "gmp"), f"--method {still}"),
+        ("update_freq", config.method == "static", f"--method {still}"),
+        ("distribution", config.sparsity == 0, "--sparsity 0 has no connections to share"),
+        ("data_dir", isinstance(spec, WheelSpec), f"{config.data} comes inside a Python package"),
+    ):
+        if name in given and is_idle:
+            raise RunError(
+                f"expected no --{name.replace('_', '-')}, which would change nothing: {reason}; leave it out"
+            )

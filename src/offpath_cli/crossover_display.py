@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from offpath.cost.crossover import Case, Point
 from offpath.studies.crossover import CrossoverConfig, CrossoverResult
-from offpath.studies.crossover.tables import LEGEND, NAMES, NOT_COMPUTED, WRONG, blocks, measured_on, percent, warnings
-from offpath_cli.display import Display
+from offpath.studies.crossover.tables import LEGEND, NAMES, NOT_COMPUTED, WRONG, blocks, measured_on, warnings
+from offpath.studies.table import percent
+from offpath_cli.display import Display, print_whole
 
 # What a point takes on two cores, roughly, for the bar alone: its budget, and the rounds of a large layer.
 SECONDS_A_MULTIPLICATION = 4e-11
@@ -31,6 +29,7 @@ class CrossoverDisplay(Display):
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[now]}"),
             console=self.console,
+            disable=self.progress.disable,
         )
         self.budget_seconds = 0.0
 
@@ -87,12 +86,6 @@ def print_crossover(result: CrossoverResult, display: CrossoverDisplay) -> None:
     display.say(f"\n{measured_on(result)}")
     for warning in warnings(result):
         display.console.print(Text(warning, style="bold red"), soft_wrap=True)
-
-
-def print_whole(table: Table, console: Console) -> None:
-    """Print `table` at its full width: on a narrow terminal its lines wrap, which is better than figures cut short."""
-    needed = console.measure(table, options=console.options.update(width=sys.maxsize)).maximum
-    Console(file=console.file, width=max(needed, console.width)).print(table)
 
 
 def _styled(cell: str) -> Text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,7 @@ from rich.text import Text
 from offpath.cost import Machine, Part
 from offpath.studies import RaceResult
 from offpath.studies.run import Run
+from offpath.studies.table import percent
 from offpath.studies.tables import race_rows
 
 # Enough steps to smooth a shown rate, few enough that it follows the run.
@@ -33,6 +35,8 @@ class Display:
             *(TextColumn("{task.fields[" + column + "]}") for column in columns),
             TimeRemainingColumn(compact=True),
             console=self.console,
+            # A file would keep what a bar showed last.
+            disable=not (self.console.is_terminal or self.console.is_jupyter),
         )
         self.task: TaskID | None = None
 
@@ -62,7 +66,7 @@ class TrainDisplay(Display):
 
     def on_start(self, run: Run) -> None:
         config = run.config
-        kind = "dense" if config.sparsity == 0 else f"{100 * config.sparsity:.4g}% sparse"
+        kind = "dense" if config.sparsity == 0 else f"{percent(config.sparsity)} sparse"
         method = f", {config.method}" if config.moves else ""
         self.say(f"{config.model} ({kind}{method}) on {config.data}, seed {config.seed}")
         self.task = self.progress.add_task(
@@ -97,7 +101,7 @@ class RaceDisplay(Display):
     def on_start(self, runs: dict[str, Run]) -> None:
         config = runs["sparse"].config
         self.say(
-            f"{config.model} on {config.data}: dense against {100 * config.sparsity:.4g}% sparse, seed {config.seed}"
+            f"{config.model} on {config.data}: dense against {percent(config.sparsity)} sparse, seed {config.seed}"
         )
         total = sum(run.total_steps for run in runs.values())
         done = sum(run.step for run in runs.values())
@@ -128,8 +132,14 @@ def print_race(result: RaceResult, display: RaceDisplay) -> None:
         table.add_column(heading, justify="right")
     for row in race_rows(result):
         table.add_row(*row)
-    display.console.print(table)
+    print_whole(table, display.console)
     display.say(f"{machine['processor']}, {machine['threads']} threads, {machine['backend']}, torch {machine['torch']}")
+
+
+def print_whole(table: Table, console: Console) -> None:
+    """Print `table` at its full width: on a narrow terminal its lines wrap, which is better than figures cut short."""
+    needed = console.measure(table, options=console.options.update(width=sys.maxsize)).maximum
+    Console(file=console.file, width=max(needed, console.width)).print(table)
 
 
 def print_machine(machine: Machine, gpu_parts: Sequence[Part]) -> None:

@@ -10,7 +10,7 @@ from rich.text import Text
 from offpath.studies.sae import SaeConfig, SaeRaceResult
 from offpath.studies.sae.run import SaeRun
 from offpath.studies.sae.tables import race_rows
-from offpath_cli.display import SHOWN_STEPS, Display
+from offpath_cli.display import SHOWN_STEPS, Display, print_whole
 
 
 class SaeDisplay(Display):
@@ -87,7 +87,7 @@ def print_sae_race(result: SaeRaceResult, display: SaeRaceDisplay) -> None:
         table.add_column(heading, justify="right")
     for row in race_rows(result):
         table.add_row(*row)
-    display.console.print(table)
+    print_whole(table, display.console)
     display.say(f"{machine['processor']}, {machine['threads']} threads, {machine['backend']}, torch {machine['torch']}")
 
 

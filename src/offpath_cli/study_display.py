@@ -9,8 +9,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from offpath.studies.table import Table
-from offpath_cli.crossover_display import print_whole
-from offpath_cli.display import Display
+from offpath_cli.display import Display, print_whole
 
 
 class StudyDisplay(Display):

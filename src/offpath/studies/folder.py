@@ -20,6 +20,8 @@ from offpath.studies.resumable import Resumable
 
 # The two runs of a race, each in a folder of its own.
 LANES = ("dense", "sparse")
+# Of an epoch, whatever is trained.
+IN_EVERY_RECORD = {"epoch", "step", "train_seconds", "step_seconds"}
 
 
 class AnyConfig(Protocol):
@@ -184,7 +186,7 @@ class RunFolder:
                 record = json.loads(line)
             except ValueError:
                 record = None
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
+            if isinstance(record, dict) and record.keys() >= IN_EVERY_RECORD and isinstance(record["step"], int):
                 records.append(record)
             elif number < len(lines):
                 raise RunError(f"expected a record in line {number} of {self.metrics_file}, got {line[:60]!r}; mend it")

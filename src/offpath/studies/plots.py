@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from offpath.studies.race import Lane, RaceResult
+from offpath.studies.table import percent
 
 COLORS = {"dense": "#8a8f98", "sparse": "#d1495b"}
 MILLISECONDS = 1e3
@@ -115,7 +116,7 @@ def _bars(axes: Axes, result: RaceResult, value: Callable[[Lane], float], text: 
 
 
 def _label(lane: Lane) -> str:
-    return "dense" if lane.sparsity == 0 else f"{100 * lane.sparsity:.4g}% sparse"
+    return "dense" if lane.sparsity == 0 else f"{percent(lane.sparsity)} sparse"
 
 
 def clean(axes: Axes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from offpath.studies.race import Lane, RaceResult
+from offpath.studies.table import percent
 
 Row = tuple[str, str, str, str]
 
@@ -40,7 +41,7 @@ def demo_block(result: RaceResult) -> str:
     """The table with the machine that it was measured on, as it stands in the README."""
     machine, config = result.machine, result.config
     return (
-        f"`{config['model']}` on `{config['data']}`, {100 * config['sparsity']:.4g}% sparse, "
+        f"`{config['model']}` on `{config['data']}`, {percent(config['sparsity'])} sparse, "
         f"batch {config['batch_size']}; "
         f"{machine['processor']}, {machine['threads']} threads, {machine['backend']}, torch {machine['torch']}:\n\n"
         + to_markdown(result)

@@ -117,7 +117,7 @@ def _make(out: Path) -> None:
 def _made(folder: Path) -> dict[str, Any]:
     if not (folder / REPORT_FILE).is_file():
         raise RunError(f"expected a folder that `offpath compress` made, but {folder} has no {REPORT_FILE}")
-    made = read_json(folder / REPORT_FILE)
+    made = read_json(folder / REPORT_FILE, "compress the checkpoint again")
     if not isinstance(made, dict) or not isinstance(made.get("source"), str):
         raise RunError(f"expected the report of `offpath compress` in {folder / REPORT_FILE}, got another")
     return made

@@ -53,10 +53,10 @@ class StudyFolder:
         return self.versions / f"{name}.json"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, next_step: str = "remove it, and it is made again") -> dict[str, Any]:
     """The values of a file. Raises `RunError` when it is broken."""
     try:
         values: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise RunError(f"expected a readable {path}, got: {error}; remove it, and it is made again") from error
+        raise RunError(f"expected a readable {path}, got: {error}; {next_step}") from error
     return values

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,6 +21,19 @@ from offpath.studies.config import RunError
 CONFIG = "config.json"
 WEIGHTS = ("*.safetensors", "*.bin")
 DECODERS = ("ForCausalLM", "LMHeadModel")
+# What transformers and torch raise for files that are damaged, or of another kind.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    IndexError,
+    EOFError,
+    RuntimeError,
+    AttributeError,
+    ImportError,
+    TypeError,
+    SafetensorError,
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -134,10 +148,16 @@ def _class(transformers: Any, config: Any, folder: Path) -> Any:
 
 
 def open_tokenizer(folder: Path) -> Any:
-    """The tokenizer in `folder`."""
+    """The tokenizer in `folder`. Raises `RunError` where there is none."""
     from transformers import AutoTokenizer  # late, as above
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up of the model's kind alone
+        raise RunError(
+            f"expected a tokenizer beside the weights in {folder}, found none with words of its own; copy the files of "
+            "the model's tokenizer there (tokenizer.json, tokenizer_config.json)"
+        )
+    return tokenizer
 
 
 def need_transformers() -> None:
@@ -151,16 +171,12 @@ def readable(folder: Path) -> Iterator[None]:
     """Raise `RunError` for whatever transformers says of the files in `folder`."""
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        AttributeError,
-        ImportError,
-        TypeError,
-        SafetensorError,
-    ) as error:
+    except UnpicklingError as error:  # whose text tells how to run what is in the file
+        raise RunError(
+            f"expected weights in {folder} that are tensors and nothing else, got a file that torch does not read as "
+            "such; get the checkpoint as safetensors"
+        ) from error
+    except UNREADABLE as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
         raise RunError(
             f"expected a checkpoint in {folder} that transformers can load without code of its own, got: "

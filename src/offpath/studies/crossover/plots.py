@@ -13,7 +13,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from offpath.cost.crossover import DENSE, OFFPATH, PRODUCTS, TORCH_SPARSE, Case, Point
 from offpath.studies.crossover.result import CrossoverResult
-from offpath.studies.crossover.tables import NAMES, Block, percent
+from offpath.studies.crossover.tables import NAMES, Block
+from offpath.studies.table import percent
 
 SPARSE_COLOR, REFERENCE_COLOR, LIMIT_COLOR = "#d1495b", "#4a6fa5", "#1d2129"
 BATCH_COLORS = ("#f0a6ae", "#e0737f", "#d1495b", "#8f2334", "#5a1420", "#2e0a10")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from offpath.cost.crossover import DENSE, OFFPATH, PRODUCTS, SEMI_STRUCTURED, TF32, TORCH_SPARSE, Case, Point
 from offpath.studies.crossover.result import CrossoverResult
+from offpath.studies.table import percent
 
 NAMES = {"forward": "forward", "dx": "input gradient", "dweight": "weight gradient", "step": "training step"}
 NOT_COMPUTED, WRONG = "—", "WRONG"
@@ -92,15 +93,6 @@ def crossover_block(result: CrossoverResult) -> str:
             cells = " | ".join(found.get(batch, "") for batch in batches)
             lines.append(f"| {block.title} | {NAMES[product]} | {cells} |")
     return "\n".join(lines)
-
-
-def percent(sparsity: float) -> str:
-    """A sparsity as it is written everywhere.
-
-    >>> percent(0.95), percent(0.985)
-    ('95%', '98.5%')
-    """
-    return f"{100 * sparsity:.4g}%"
 
 
 def _in_order(cases: list[Case]) -> list[Case]:

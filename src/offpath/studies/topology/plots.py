@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from offpath.studies.plots import clean
+from offpath.studies.table import percent
 from offpath.studies.topology.config import (
     DENSE,
     GMP_,
@@ -72,7 +73,7 @@ def _accuracy(axes: Axes, result: StudyResult, task: TaskConfig, over: str) -> N
             places, means, yerr=deviations, fmt=style, marker="o", markersize=4, capsize=3, linewidth=1.2,
             color=COLORS[method], label=NAMES[method],
         )  # fmt: skip
-    axes.set_xticks(range(len(sparsities)), [f"{100 * sparsity:.4g}%" for sparsity in sparsities])
+    axes.set_xticks(range(len(sparsities)), [percent(sparsity) for sparsity in sparsities])
     axes.set(xlabel=over, ylabel="test accuracy (%)", title=result.title(task.name), xlim=(-0.5, len(sparsities) - 0.5))
     clean(axes)
 

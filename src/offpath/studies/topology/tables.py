@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from offpath.studies.table import Row, Table
+from offpath.studies.table import Row, Table, percent
 from offpath.studies.topology.config import (
     DENSE,
     GMP_,
@@ -54,7 +54,7 @@ def arm_name(arm: Arm) -> str:
     >>> arm_name(Arm("small-dense", 0.9)), arm_name(Arm("dense"))
     ('90% small dense', 'dense')
     """
-    return f"{100 * arm.sparsity:.4g}% {NAMES[arm.method]}" if arm.sparsity else NAMES[arm.method]
+    return f"{percent(arm.sparsity)} {NAMES[arm.method]}" if arm.sparsity else NAMES[arm.method]
 
 
 def _arms(result: StudyResult, task: TaskConfig) -> Table:
@@ -95,7 +95,7 @@ def _differences(result: StudyResult, task: TaskConfig) -> Table:
             rows.append((f"{NAMES[one]} minus {NAMES[other or DENSE]}", *texts))
     unit = "percentage points of test accuracy" if task.kind == "images" else "held-out loss"
     title = f"{result.title(task.name)}: differences, in {unit}"
-    return Table(title, ("", *(f"{100 * sparsity:.4g}%" for sparsity in sparsities)), rows)
+    return Table(title, ("", *map(percent, sparsities)), rows)
 
 
 def _difference(result: StudyResult, task: TaskConfig, one: str, other: str | None, sparsity: float) -> str:
