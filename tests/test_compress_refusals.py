@@ -134,6 +134,16 @@ def test_autocast_is_refused_and_inference_mode_leaves_no_trace() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_a_model_that_was_built_in_inference_mode_is_compressed() -> None:
+    with torch.inference_mode():
+        model, x = pruned_model(), torch.randn(3, 96)
+        before = model(x).double()
+    whole = compress(model, example=x, goal="size").end_to_end
+    assert type(model[0]) is SparseLinear and whole is not None
+    with torch.no_grad():
+        assert float((model(x).double() - before).norm() / before.norm()) <= whole.bound
+
+
 class _Odd(nn.Module):
     """A sparse layer in a model whose `forward` is given."""
 

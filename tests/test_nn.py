@@ -278,8 +278,9 @@ def _without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
         (lambda s: s | {"crow_indices": s["crow_indices"][:-1]}, "crow_indices of 11 entries for 10 rows, got 10"),
         (lambda s: s | {"values": s["values"][:-1]}, "expected one value a column"),
         (lambda s: s | {"bias": torch.zeros(9)}, "expected a bias of shape"),
+        (lambda s: s | {"values": [1.0], "bias": 3}, "expected tensors, got int for bias, list for values"),
     ],
-    ids=["no topology", "no columns", "dense", "out of range", "unsorted", "int64", "rows", "values", "bias"],
+    ids=["no topology", "no columns", "dense", "out of range", "unsorted", "int64", "rows", "values", "bias", "lists"],
 )
 def test_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(change, message: str) -> None:
     layer = _layer()

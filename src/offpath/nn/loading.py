@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from offpath.pattern import Pattern, PatternError
 
@@ -19,6 +20,11 @@ def load_problem(
 
     `dense_shape` is that of the layer which the checkpoint was made of, where it says so.
     """
+    named = ("values_orig", "values_mask", "bias", *layer.value_names, *layer.index_names)
+    entries = {name: state_dict[prefix + name] for name in named if prefix + name in state_dict}
+    kinds = [f"{type(entry).__name__} for {name}" for name, entry in entries.items() if not isinstance(entry, Tensor)]
+    if kinds:
+        return f"expected tensors, got {', '.join(kinds)}; load a checkpoint that state_dict() gave"
     if not layer.owns_values:
         return _masked_problem(layer, state_dict, prefix) if holds_mask(state_dict, prefix) else None
     names = (*layer.value_names, *layer.index_names)
@@ -73,7 +79,7 @@ def _masked_problem(layer: SparseWeightModule, state_dict: dict[str, Any], prefi
     return _topology_problem(layer, crow_indices, col_indices)
 
 
-def _topology_problem(layer: SparseWeightModule, crow_indices: torch.Tensor, col_indices: torch.Tensor) -> str | None:
+def _topology_problem(layer: SparseWeightModule, crow_indices: Tensor, col_indices: Tensor) -> str | None:
     try:
         Pattern(layer.pattern_shape, crow_indices, col_indices)
     except PatternError as error:

@@ -70,7 +70,7 @@ def stand_in(module: nn.Module, layer: str) -> Dense:
 
     Raises `ValueError` as `evaluated` does.
     """
-    weight, bias = evaluated(module, layer), evaluated(module, layer, "bias")
+    weight, bias = _trainable(evaluated(module, layer)), _trainable(evaluated(module, layer, "bias"))
     assert weight is not None
     kind = kind_of(module)
     if kind == CONV1D:
@@ -85,6 +85,11 @@ def stand_in(module: nn.Module, layer: str) -> Dense:
     if bias is not None:
         plain.bias = nn.Parameter(bias, requires_grad=_requires_grad(module, "bias"))
     return plain.train(module.training)
+
+
+def _trainable(tensor: Tensor | None) -> Tensor | None:
+    """A model that was built under `torch.inference_mode` has tensors that can be no parameters outside of it."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
 
 
 def _requires_grad(module: nn.Module, name: str) -> bool:
