@@ -153,7 +153,11 @@ def _model_class(name: str) -> Any:
     except ImportError as error:
         raise StorageError(f"expected transformers to be installed for a {name}; install it, or pass model=") from error
     kind = None if name.startswith("_") else getattr(transformers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.config_class):
+    if not (
+        isinstance(kind, type)
+        and issubclass(kind, transformers.PreTrainedModel)
+        and getattr(kind, "config_class", None)
+    ):
         raise StorageError(f"expected the name of a model in transformers, got {name!r:.60}; update it, or pass model=")
     return kind
 

@@ -66,7 +66,7 @@ class TopologyCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the topology: the optimizers are there."""
         self._stop()
-        for other in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning adds it in its connector
+        for other in trainer.callbacks:
             if isinstance(other, StochasticWeightAveraging | WeightAveraging):
                 raise TopologyError(
                     f"expected callbacks that leave weights where they are, got {type(other).__name__}: it averages "
