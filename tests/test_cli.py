@@ -117,6 +117,7 @@ def test_race_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:
     ):
         assert text in finished.stdout
     assert "racing" not in finished.stdout, "a bar in a file"
+    assert "epoch   2  accuracy" in finished.stdout, "or nothing would tell how far it has come"
     assert {p.name for p in (tmp_path / "race").iterdir()} == {
         ".lock",
         "config.json",

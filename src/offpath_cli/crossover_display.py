@@ -32,6 +32,7 @@ class CrossoverDisplay(Display):
             disable=self.progress.disable,
         )
         self.budget_seconds = 0.0
+        self.layer: tuple[int, int, str] | None = None
 
     def on_start(self, config: CrossoverConfig) -> None:
         self.budget_seconds = config.budget_seconds
@@ -51,6 +52,9 @@ class CrossoverDisplay(Display):
     def on_case(self, case: Case, sparsity: float) -> None:
         now = f"{case.in_features}x{case.out_features} {case.dtype} {percent(sparsity)}, batch {case.batch}: "
         self._update(now=now + NAMES[case.product])
+        if (case.in_features, case.out_features, case.dtype) != self.layer:
+            self.layer = case.in_features, case.out_features, case.dtype
+            self._log("measuring {}x{} {}".format(*self.layer))
 
     def on_point(self, point: Point) -> None:
         self._update(advance=self._work(point.case))

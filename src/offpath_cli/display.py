@@ -53,6 +53,11 @@ class Display:
         """Print a line above the bar."""
         self.console.print(text)
 
+    def _log(self, text: str) -> None:
+        """Print a line where no bar shows how far the work has come."""
+        if self.progress.disable:
+            self.say(text)
+
     def _show(self, completed: int, **fields: Any) -> None:
         assert self.task is not None
         self.progress.update(self.task, completed=completed, **fields)
@@ -115,6 +120,7 @@ class RaceDisplay(Display):
     def on_epoch(self, records: dict[str, dict[str, Any]]) -> None:
         dense, sparse = (records[name]["test_accuracy"] for name in ("dense", "sparse"))
         self.accuracy = f"accuracy {dense:.1%} / {sparse:.1%}"
+        self._log(f"epoch {records['dense']['epoch']:>3}  {self.accuracy}")
         assert self.task is not None
         self.progress.update(self.task, accuracy=self.accuracy)
 

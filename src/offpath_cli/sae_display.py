@@ -73,7 +73,9 @@ class SaeRaceDisplay(SaeDisplay):
     def on_epoch(self, records: dict[str, dict[str, Any]]) -> None:
         dense, sparse = (records[name]["explained_variance"] for name in ("dense", "sparse"))
         assert self.task is not None
-        self.progress.update(self.task, second=f"explained {dense:.1%} / {sparse:.1%}")
+        explained = f"explained {dense:.1%} / {sparse:.1%}"
+        self.progress.update(self.task, second=explained)
+        self._log(f"epoch {records['dense']['epoch']:>3}  {explained}")
 
     def on_measuring(self) -> None:
         self.begin("measuring peak memory", None)

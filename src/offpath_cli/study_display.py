@@ -17,6 +17,7 @@ class StudyDisplay(Display):
 
     def __init__(self) -> None:
         super().__init__("now")
+        self.finished = 0
 
     def on_timing(self, task: str, turns: int) -> None:
         self._begin(f"timing steps: {task}", turns)
@@ -26,6 +27,9 @@ class StudyDisplay(Display):
         self.progress.advance(self.task)
 
     def on_trials(self, finished: int, total: int, running: Mapping[str, float]) -> None:
+        if finished != self.finished:
+            self.finished = finished
+            self._log(f"{finished} of {total} runs")
         if self.task is None or self.progress.tasks[-1].description != "training":
             self._begin("training", total)
         self._show(finished, now="  ".join(f"{name} {share:.0%}" for name, share in running.items()))
@@ -34,6 +38,7 @@ class StudyDisplay(Display):
         if self.task is not None:
             self.progress.remove_task(self.task)
         self.task = self.progress.add_task(description, total=total, now="")
+        self._log(description)
 
 
 def print_tables(tables: Iterable[Table], display: Display) -> None:
@@ -61,4 +66,5 @@ class WatchDisplay(Display):
             if self.task is not None:
                 self.progress.remove_task(self.task)
             self.phase, self.task = what, self.progress.add_task(what, total=total)
+            self._log(what)
         self._show(done)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -127,7 +128,8 @@ def race(config: RunConfig, out: Path, observer: RaceObserver[Run], resume: bool
             if not take_turns(lanes, observer, stop):
                 return None
             observer.on_measuring()
-            dense, sparse = (_lane(name, *lane) for name, lane in lanes.items())
+            with ThreadPoolExecutor() as pool:  # processes that take seconds to start, and do not disturb each other
+                dense, sparse = pool.map(lambda name: _lane(name, *lanes[name]), lanes)
         result = RaceResult(dense, sparse, config.to_json(), asdict(this_machine(config.device)), dataset.source)
         write_text(out / "race.json", json.dumps(result.to_json(), indent=1) + "\n")
         return result
