@@ -202,9 +202,9 @@ class _SparseLinear(torch.autograd.Function):
 
 
 def _autograd_forward(x, values, bias, crow_indices, col_indices, prefer="speed", feature_major=False):
-    # Forward-mode differentiation does not mind no_grad; autograd.Function then says that it is not supported.
     if is_transforming():
         return gradient_ops.transformed_linear(x, values, bias, crow_indices, col_indices, prefer)
+    # Forward-mode differentiation does not mind no_grad; autograd.Function then says that it is not supported.
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return _SparseLinear.apply(x, values, bias, crow_indices, col_indices, prefer, feature_major)
     return _below_autograd(x, values, bias, crow_indices, col_indices, prefer, feature_major)
