@@ -91,8 +91,12 @@ dev:
 	$(MAKE) $(VENV)/.installed
 
 $(VENV)/.installed: $(SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $$(test ! -e $(VENV)/.editable || echo --editable) '.[cli,dev]'
+	@# A new environment is compiled to bytecode on all cores: pip takes one, for more than a minute. (Some packages carry
+	@# templates that are no Python; that is no matter.)
+	test -x $(BIN)/python || { $(PYTHON) -m venv $(VENV) && touch $(VENV)/.new; }
+	$(BIN)/pip install --quiet $$(test ! -e $(VENV)/.new || echo --no-compile) \
+		$$(test ! -e $(VENV)/.editable || echo --editable) '.[cli,dev]'
+	test ! -e $(VENV)/.new || { $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true; rm $(VENV)/.new; }
 	@touch $@
 
 clean:
