@@ -62,8 +62,8 @@ def test_train_prints_writes_and_resumes(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert "epoch   2" in first.stdout and "test acc" in first.stdout
     assert json.loads((tmp_path / "run" / "config.json").read_text())["sparsity"] == 0.8
-    again = _offpath("train", "--out", tmp_path / "run", "--resume", "--epochs", "3")
-    assert again.returncode == 0, again.stderr
+    again = run_offpath("train", "--out", tmp_path / "run", "--resume", "--epochs", "3")
+    assert again.exit_code == 0, again.stderr
     assert "epoch   3" in again.stdout and "epoch   2" not in again.stdout
 
 
@@ -175,6 +175,6 @@ def test_stopping_leaves_a_usable_checkpoint(tmp_path: Path, number: signal.Sign
     epochs = len((out / "metrics.jsonl").read_text().splitlines())
     config = json.loads((out / "config.json").read_text()) | {"epochs": epochs + 1}
     (out / "config.json").write_text(json.dumps(config))
-    resumed = _offpath("train", "--out", out, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = run_offpath("train", "--out", out, "--resume")
+    assert resumed.exit_code == 0, resumed.stderr
     assert f"epoch {epochs + 1:>3}" in resumed.stdout
