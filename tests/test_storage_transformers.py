@@ -101,7 +101,7 @@ def test_buffers_that_no_file_holds_are_rounded_as_the_model_was(tmp_path: Path,
 
 @pytest.mark.parametrize("cast", [[], {"model.rotary_emb.no": "bfloat16"}, {"model.rotary_emb.inv_freq": "Tensor"}])
 def test_what_a_file_says_of_buffers_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cast: object) -> None:
-    monkeypatch.setattr(hugging_face, "_cast_buffers", lambda built, model: cast)
+    monkeypatch.setattr(hugging_face, "_casts", lambda own, built: cast)
     offpath.save(_llama(), tmp_path / "m")
     with pytest.raises(StorageError, match=r"pass model=|expected a buffer"):
         offpath.load(tmp_path / "m")

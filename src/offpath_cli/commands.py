@@ -9,14 +9,13 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from offpath.studies import RunConfig
+from offpath_cli.asked import config_of, default_folder
 
 app = typer.Typer(
     help="Dynamic, unstructured sparsity for PyTorch that pays on the hardware people own.",
@@ -64,7 +63,6 @@ Quick = Annotated[
         "512, and python-source (synthetic without the sae extra).",
     ),
 ]
-QUICK_EPOCHS = 2
 Shapes = Annotated[list[str] | None, typer.Option(help="A layer as INxOUT, such as 768x3072; repeatable.")]
 Batches = Annotated[list[int] | None, typer.Option(help="Rows of the input; repeatable.")]
 Dtypes = Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; repeatable.")]
@@ -176,9 +174,9 @@ def train(
     from offpath.studies.train_report import write_report
     from offpath_cli.display import TrainDisplay
 
-    folder = out or _default_folder("train", context)
+    folder = out or default_folder("train", context)
     with ranks_of_torchrun() as ranks:
-        config = ranks.from_first(lambda: _config(context, folder, resume, quick))
+        config = ranks.from_first(lambda: config_of(context, folder, resume, quick))
         with TrainDisplay(quiet=not ranks.first) as display:
             finished = train_run(config, folder, display, resume, ranks)
     if not finished:
@@ -226,8 +224,8 @@ def race(
     from offpath.studies.report import write_report
     from offpath_cli.display import RaceDisplay, print_race
 
-    out = out or _default_folder("race", context)
-    config = _config(context, out, resume, quick)
+    out = out or default_folder("race", context)
+    config = config_of(context, out, resume, quick)
     with RaceDisplay() as display:
         result = run_race(config, out, display, resume)
     if result is None:
@@ -289,64 +287,3 @@ def data(
     from offpath.studies.data import download
 
     print(f"{name} is in {download(name, data_dir, progress=True)}")
-
-
-def _default_folder(command: str, context: typer.Context) -> Path:
-    asked = context.params
-    method = "" if asked["method"] == "static" else f"-{asked['method']}"
-    name = f"{command}-{asked['data']}-{asked['model']}{method}-s{asked['sparsity']:g}-seed{asked['seed']}"
-    return Path("runs") / name
-
-
-def _config(context: typer.Context, folder: Path, resume: bool, quick: bool) -> RunConfig:
-    """The config that the options ask for; with --resume the one in the folder, which options may not contradict."""
-    from dataclasses import fields, replace
-
-    from offpath.studies import RunConfig, RunError
-    from offpath.studies.folder import RunFolder
-
-    names = [field.name for field in fields(RunConfig) if field.name in context.params]
-    asked = {name: context.params[name] for name in names}
-    if asked["data_dir"] is not None:
-        # Absolute: a resumed run may start from another folder.
-        asked["data_dir"] = str(asked["data_dir"].expanduser().resolve())
-    given = {n for n in names if getattr(context.get_parameter_source(n), "name", "DEFAULT") != "DEFAULT"}
-    if not resume:
-        config = RunConfig(**asked | ({"epochs": min(asked["epochs"], QUICK_EPOCHS)} if quick else {}))
-        _refuse_idle(given, config)
-        return config
-    if quick:
-        raise RunError("expected --quick on a new run only; with --resume, say how many --epochs")
-    config = RunFolder(folder).config()
-    _refuse_idle(given & {"data_dir"}, config)
-    for name in sorted(given - {"epochs", "data_dir"}):
-        if asked[name] != getattr(config, name):
-            raise RunError(
-                f"expected --resume to go on with {name}={getattr(config, name)!r} as the run was started, "
-                f"got {asked[name]!r}; leave the option out, or start a new run"
-            )
-    config = replace(config, **{name: asked[name] for name in given & {"epochs", "data_dir"}})
-    started_with = RunFolder(folder).config().epochs
-    if config.epochs < started_with:
-        raise RunError(f"expected at least the {started_with} epochs that the run has, got {config.epochs}")
-    return config
-
-
-def _refuse_idle(given: set[str], config: RunConfig) -> None:
-    """Raise `RunError` for an option that would change nothing."""
-    from offpath.studies import RunError
-    from offpath.studies.data import DATASETS
-    from offpath.studies.data.spec import WheelSpec
-
-    still = "gmp removes what is smallest" if config.method == "gmp" else "static moves no connections"
-    spec = DATASETS[config.data]
-    for name, is_idle, reason in (
-        ("drop_fraction", config.method in ("static", "gmp"), f"--method {still}"),
-        ("update_freq", config.method == "static", f"--method {still}"),
-        ("distribution", config.sparsity == 0, "--sparsity 0 has no connections to share"),
-        ("data_dir", isinstance(spec, WheelSpec), f"{config.data} comes inside a Python package"),
-    ):
-        if name in given and is_idle:
-            raise RunError(
-                f"expected no --{name.replace('_', '-')}, which would change nothing: {reason}; leave it out"
-            )

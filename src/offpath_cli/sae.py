@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from offpath_cli.asked import given
+
 if TYPE_CHECKING:
     from offpath.studies.sae import SaeConfig
 
@@ -30,7 +32,7 @@ def is_meant(context: typer.Context) -> bool:
         values = RunFolder(folder).config_values()
         started = values.get("model") if isinstance(values, dict) else None
         started = started if isinstance(started, str) else None
-        if "model" not in _given(context):
+        if "model" not in given(context):
             return started in MODELS
         if (started in MODELS) != (model in MODELS):
             kind = "an sae run" if started in MODELS else "no sae run"
@@ -41,7 +43,7 @@ def is_meant(context: typer.Context) -> bool:
         return True
     if model not in OTHER_MODELS:
         raise RunError(f"expected model to be one of {', '.join((*OTHER_MODELS, *MODELS))}, got {model!r}")
-    for name in _given(context) & set(ONLY_HERE):
+    for name in given(context) & set(ONLY_HERE):
         raise RunError(f"expected --{name} with one of --model {', '.join(MODELS)}, got {model}")
     return False
 
@@ -87,10 +89,10 @@ def _asked(command: str, context: typer.Context) -> tuple[Path, Any]:
     from offpath.studies.sae import SaeConfig, minilm
 
     known = {field.name for field in fields(SaeConfig)}
-    given = _given(context)
-    for name in sorted(given - known - {"out", "resume", "quick"}):
+    options = given(context)
+    for name in sorted(options - known - {"out", "resume", "quick"}):
         raise RunError(f"expected no --{name.replace('_', '-')} for an autoencoder; leave it out")
-    asked = {name: context.params[name] for name in given & known}
+    asked = {name: context.params[name] for name in options & known}
     if "data_dir" in asked:
         # Absolute: a resumed run may start from another folder.
         asked["data_dir"] = str(asked["data_dir"].expanduser().resolve())
@@ -100,7 +102,7 @@ def _asked(command: str, context: typer.Context) -> tuple[Path, Any]:
             asked = {"data": "python-source" if minilm.is_installed() else "synthetic"} | QUICK | asked
             asked["epochs"] = min(asked["epochs"], QUICK["epochs"])
         config = SaeConfig(**asked)
-        _refuse_layer(given, config)
+        _refuse_layer(options, config)
         name = f"{command}-{config.data}-{config.model}-k{config.k}-seed{config.seed}"
         return out or Path("runs") / name, config
     if quick:
@@ -108,7 +110,7 @@ def _asked(command: str, context: typer.Context) -> tuple[Path, Any]:
     if out is None:
         raise RunError("expected --out with --resume: the folder of the run to go on with")
     config = SaeConfig.from_json(RunFolder(out).config_values())
-    _refuse_layer(given, config)
+    _refuse_layer(options, config)
     for name in sorted(asked.keys() - {"epochs", "data_dir"}):
         if asked[name] != getattr(config, name):
             raise RunError(
@@ -120,19 +122,11 @@ def _asked(command: str, context: typer.Context) -> tuple[Path, Any]:
     return out, replace(config, **{name: asked[name] for name in asked.keys() & {"epochs", "data_dir"}})
 
 
-def _refuse_layer(given: set[str], config: SaeConfig) -> None:
+def _refuse_layer(options: set[str], config: SaeConfig) -> None:
     from offpath.studies import RunError
 
-    if "layer" in given and config.data == "synthetic":
+    if "layer" in options and config.data == "synthetic":
         raise RunError(
             "expected no --layer with --data synthetic: it says which layer of a transformer reads the text, and this "
             "data comes from neither; leave it out"
         )
-
-
-def _given(context: typer.Context) -> set[str]:
-    return {
-        name
-        for name in context.params
-        if getattr(context.get_parameter_source(name), "name", "DEFAULT") not in ("DEFAULT", "DEFAULT_MAP")
-    }

@@ -107,7 +107,7 @@ def transformed(name: str, save: Callable[..., None], backward: Callable[..., An
 
     methods = {"forward": forward, "setup_context": save, "backward": backward, "jvp": jvp}
     attributes = {key: staticmethod(method) for key, method in methods.items()} | {"generate_vmap_rule": True}
-    return type(name, (Function,), attributes).apply  # type: ignore[attr-defined]
+    return type(name, (Function,), attributes).apply  # type: ignore[attr-defined]  # mypy takes it for any type
 
 
 def is_transforming() -> bool:

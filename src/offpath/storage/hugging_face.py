@@ -71,7 +71,10 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     own, built = (dict(one.named_modules(remove_duplicate=False)) for one in (model, again))
     if own.keys() != built.keys() or not all(_is_like(built[name], module) for name, module in own.items()):
         return None
-    return {"class": name, "config": config, "cast": _cast_buffers(again, model)}
+    own_buffers, buffers = _unsaved_buffers(model), _unsaved_buffers(again)
+    if not all(_is_cast_of(own_buffers.get(path), buffer) for path, buffer in buffers.items()):
+        return None
+    return {"class": name, "config": config, "cast": _casts(own_buffers, buffers)}
 
 
 def _is_like(built: nn.Module, module: nn.Module) -> bool:
@@ -87,31 +90,33 @@ def _is_like(built: nn.Module, module: nn.Module) -> bool:
     if kind.__module__.startswith("torch.nn."):
         return same_settings(built, module)
     # What else modules of transformers set may be a cache.
-    same = all(vars(module).get(name) == value for name, value in vars(built).items() if _is_setting(name, value))
-    return same and all(
-        _is_cast_of(module._buffers.get(name), buffer)
-        for name, buffer in built._buffers.items()
-        if name in built._non_persistent_buffers_set
-    )
+    return all(vars(module).get(name) == value for name, value in vars(built).items() if _is_setting(name, value))
 
 
 def _is_setting(name: str, value: object) -> bool:
     return isinstance(value, (int, float, str)) and name not in NO_SETTINGS and not name.startswith("_")
 
 
-def _is_cast_of(buffer: Tensor | None, built: Tensor | None) -> bool:
-    if buffer is None or built is None:
-        return buffer is built
-    return torch.equal(buffer.cpu(), built.to(buffer.dtype))
-
-
-def _cast_buffers(built: nn.Module, model: nn.Module) -> dict[str, str]:
-    """The floating-point buffers that no file holds and that have another dtype in `model`: `model.to` rounds them."""
-    stored, own = built.state_dict().keys(), dict(model.named_buffers(remove_duplicate=False))
+def _unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that no file holds, by all of their names."""
     return {
-        name: str(own[name].dtype).removeprefix("torch.")
-        for name, buffer in built.named_buffers(remove_duplicate=False)
-        if name in own and name not in stored and buffer.is_floating_point() and own[name].dtype != buffer.dtype
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name in module._non_persistent_buffers_set
+    }
+
+
+def _is_cast_of(buffer: Tensor | None, built: Tensor) -> bool:
+    return buffer is not None and torch.equal(buffer.cpu(), built.to(buffer.dtype))
+
+
+def _casts(own: Mapping[str, Tensor], built: Mapping[str, Tensor]) -> dict[str, str]:
+    """The dtype of each buffer that has another one than it was built with: `model.to(dtype)` rounds them."""
+    return {
+        path: str(own[path].dtype).removeprefix("torch.")
+        for path, buffer in built.items()
+        if own[path].dtype != buffer.dtype
     }
 
 
@@ -133,18 +138,17 @@ def build(description: Mapping[str, Any], contents: Contents) -> nn.Module:
         blueprint = _built(kind, config, most_calls)
     fit(blueprint, contents)
     model = _without_parameters(kind, config, most_calls)
-    for path, dtype in cast.items():
-        _cast(model, path, dtype)
+    _cast(model, cast)
     return model
 
 
-def _cast(model: nn.Module, path: str, dtype: object) -> None:
-    parent, _, name = path.rpartition(".")
-    module = dict(model.named_modules(remove_duplicate=False)).get(parent)
-    buffer = None if module is None else module._buffers.get(name)
-    if module is None or buffer is None or dtype not in CAST_TO:
-        raise StorageError(f"expected a buffer and one of {', '.join(CAST_TO)}, got {path!r:.60} and {dtype!r:.60}")
-    module._buffers[name] = buffer.to(getattr(torch, str(dtype)))
+def _cast(model: nn.Module, cast: Mapping[str, object]) -> None:
+    buffers = _unsaved_buffers(model) if cast else {}
+    for path, dtype in cast.items():
+        if path not in buffers or dtype not in CAST_TO:
+            raise StorageError(f"expected a buffer and one of {', '.join(CAST_TO)}, got {path!r:.60} and {dtype!r:.60}")
+        parent, _, name = path.rpartition(".")
+        model.get_submodule(parent)._buffers[name] = buffers[path].to(getattr(torch, str(dtype)))
 
 
 def _model_class(name: str) -> Any:
