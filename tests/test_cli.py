@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from commands import run_offpath
+from offpath_cli import main
 
 SMALL = ["--data", "digits", "--model", "mlp-small", "--epochs", "2"]
 
@@ -43,6 +44,15 @@ def test_missing_extra_says_how_to_get_it() -> None:
     code = "import sys; sys.modules['typer'] = None\nfrom offpath_cli import main\nmain()"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert finished.returncode == 1 and "pip install 'offpath[cli]'" in finished.stderr
+
+
+@pytest.mark.parametrize("out", [["--out", ""], ["--out="]])
+def test_an_empty_argument_is_no_folder(out: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["offpath", "train", *SMALL, *out])
+    with pytest.raises(SystemExit, match="got an empty one"):
+        main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_info_says_what_was_chosen_and_why() -> None:

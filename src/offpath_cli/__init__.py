@@ -15,6 +15,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows what it can
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if any(argument == "" or (argument.startswith("--") and argument.endswith("=")) for argument in sys.argv[1:]):
+        # As a path it would be the current folder.
+        sys.exit("error: expected arguments that say something, got an empty one; is a variable of the shell unset?")
     try:
         from offpath_cli import compression, study  # noqa: F401 (late: the extra may not be installed; they add commands)
         from offpath_cli.commands import app
