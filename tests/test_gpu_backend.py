@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +21,10 @@ from offpath import SparseLinear, kernels
 from offpath.kernels import KernelError
 from offpath.kernels.gpu import availability
 from offpath.kernels.gpu.availability import Part
+from offpath.kernels.operands import made_once
 from offpath.kernels.reference_rows import ROWS as DEFINITION
+from offpath.nn import SparseConv2d
 from offpath.ops import forced_methods, topk_rows
-from offpath.ops.dense_convolution import DenseConvolution
 
 ROOT = Path(__file__).parent
 HAS_GPU = torch.cuda.is_available()
@@ -219,12 +222,36 @@ def test_what_is_kept_of_connections_is_not_made_while_a_graph_is_captured(monke
         layer = SparseLinear(8, 8)
 
 
-def test_the_bits_of_a_convolution_are_not_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    indices = SimpleNamespace(is_cuda=True)
-    pattern = SimpleNamespace(crow_indices=indices, col_indices=indices, shape=(4, 9))
-    with pytest.raises(KernelError, match="Run it once before"):
-        _ = DenseConvolution(kernels.backends()["reference"], pattern, None).bitmap
+def test_a_convolution_makes_its_bits_once_whatever_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of many sizes hold its address, and a graph that is captured cannot make it."""
+    made = []
+    reference = kernels.backends()["reference"]
+    counted = replace(reference, bitmap=lambda *indices: made.append(0) or reference.bitmap(*indices))
+    layer = SparseConv2d(2, 4, 3)
+    with kernels.forced(counted), forced_methods(forward="dense", dx="dense", dvalues="dense"):
+        for size in range(3, 15):
+            layer(torch.ones(1, 2, size, size, requires_grad=True)).sum().backward()
+    assert len(made) == 1
+
+
+def test_what_is_kept_is_made_outside_of_the_memory_that_a_graph_gives_its_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    indices = SimpleNamespace(is_cuda=True, device="cuda")
+    stream = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    streams = []
+    monkeypatch.setattr(torch.cuda, "stream", lambda used: streams.append(used) or nullcontext())
+    with torch.device("meta"):  # as `torch.compile` has the GPU by default meanwhile
+        thread, made = made_once(lambda: (threading.get_ident(), torch.zeros(1)), indices)
+    assert thread != threading.get_ident() and streams == [stream] and made.device.type == "cpu"
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    with pytest.raises(torch.OutOfMemoryError, match="none left"):
+        made_once(fail, indices)
 
 
 def test_a_device_before_ampere_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from torch.library import opcheck
 
 from cases import PROBLEMS, WIDTHS, Problem, gaussian
 from checkers import gamma
-from offpath import kernels, pattern as patterns
+from offpath import SparseLinear, kernels, pattern as patterns
 from offpath.kernels import Backend, KernelError
-from offpath.ops import sparse_linear
+from offpath.nn import SparseConv2d
+from offpath.ops import forced_methods, sparse_linear
 from offpath.ops.prepared import _entries
 from offpath.pattern import Pattern, PatternError
 
@@ -202,6 +204,25 @@ def test_topology_overwritten_with_garbage_is_refused_instead_of_read(overwrite,
             sparse_linear(x, values, None, pattern.crow_indices, col)
 
 
+@pytest.mark.parametrize("method", ["bucketed", "dense"])
+@pytest.mark.parametrize(
+    ("make", "shape"), [(partial(SparseLinear, 8, 6), (3, 8)), (partial(SparseConv2d, 2, 4, 3), (3, 2, 5, 5))]
+)
+def test_what_is_prepared_dies_with_its_layer_without_the_collector(make, shape, method: str) -> None:
+    """Or plans of many topologies are held at once, hundreds of megabytes each, of which Python sees a few objects."""
+    layer = make()
+    prepared = weakref.ref(layer._connections._prepared)
+    gc.disable()
+    try:
+        with forced_methods(forward=method, dx=method):
+            layer(torch.ones(shape, requires_grad=True)).sum().backward()
+        assert prepared().bytes > layer.pattern.index_bytes, "nothing was prepared"
+        del layer
+        assert prepared() is None
+    finally:
+        gc.enable()
+
+
 def test_what_is_prepared_dies_with_the_tensors() -> None:
     gc.collect()
     before = len(_entries)
@@ -269,7 +290,7 @@ def test_threads_that_compute_at_once_do_not_disturb_each_other(threads: int) ->
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
             col = pattern.col_indices.clone()  # so that the threads also race to prepare it
-            run = functools.partial(sparse_linear, values=values, bias=None, crow_indices=pattern.crow_indices)
+            run = partial(sparse_linear, values=values, bias=None, crow_indices=pattern.crow_indices)
             results = list(pool.map(lambda x, run=run, col=col: run(x, col_indices=col), inputs))
             assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 

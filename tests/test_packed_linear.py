@@ -306,5 +306,8 @@ def test_a_dense_input_of_few_tokens_reads_only_live_rows_where_that_never_loses
     layer.requires_grad_(False)
     layer(x)
     assert len(asked) == 4
+    layer.bias = torch.nn.Parameter(torch.zeros(8, 3)[:, 0], requires_grad=False)  # not as the kernel reads it
+    layer(x)
+    assert len(asked) == 4
     with pytest.raises(KernelError, match="expected tensors on an NVIDIA GPU, got cpu"):
         live_linear.live_linear(torch.ones(2, 20), layer.weight_t, None)

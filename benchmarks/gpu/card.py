@@ -42,7 +42,7 @@ def describe() -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "l2_bytes": properties.L2_cache_size,
             "multiprocessors": properties.multi_processor_count,
-            **_smi(),
+            **_smi(f"GPU-{properties.uuid}"),
         }
     return found
 
@@ -59,11 +59,11 @@ def line(card: dict[str, Any]) -> str:
     )
 
 
-def _smi() -> dict[str, str]:
+def _smi(uuid: str) -> dict[str, str]:
+    # By its uuid: the tool does not count the devices as CUDA_VISIBLE_DEVICES has torch do.
     if shutil.which("nvidia-smi") is None:
         return {}
-    index = torch.cuda.current_device()
-    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=30)
     except (OSError, subprocess.TimeoutExpired):

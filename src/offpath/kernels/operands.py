@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn, TypeVar
 
@@ -109,8 +110,10 @@ def wide(operand: Tensor) -> Tensor:
 def made_once(make: Callable[[], Made], indices: Tensor) -> Made:
     """What products make of a layer's `indices` once and keep.
 
-    A GPU has then made it: a thread with another stream may ask next. Raises `KernelError` while a graph is captured,
-    which would make it in every replay, and before the first one nowhere.
+    A GPU has then made it: a thread with another stream may ask next. And the memory is the process's: while
+    `torch.compile` gets ready to capture a graph, that of the calling thread comes from the graph's own, where nothing
+    may stay. Raises `KernelError` while a graph is captured, which would make it in every replay, and before the first
+    one nowhere.
     """
     if not indices.is_cuda:
         return make()
@@ -119,9 +122,16 @@ def made_once(make: Callable[[], Made], indices: Tensor) -> Made:
             "expected what a product makes of a layer's connections to be there when a graph is captured, and this is "
             "its first call. Run it once before, forward and backward, with as many tokens"
         )
-    made = make()
-    torch.cuda.current_stream(indices.device).synchronize()
-    return made
+    stream = torch.cuda.current_stream(indices.device)
+
+    def make_it() -> Made:
+        with torch.cuda.stream(stream):
+            made = make()
+            stream.synchronize()
+        return made
+
+    with ThreadPoolExecutor(max_workers=1) as helper:
+        return helper.submit(make_it).result()
 
 
 def row_numbers(crow_indices: Tensor, nnz: int | None = None) -> Tensor:

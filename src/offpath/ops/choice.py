@@ -131,12 +131,13 @@ def explain(values: Tensor, shape: tuple[int, int], batch: int, prefer: str = "s
     backend, dtype = kernels.select(values.device.type, values.dtype), values.dtype
     size = (*shape, values.numel(), batch)
     seconds = seconds_of(backend, dtype, *shape)
-    options = tuple(
-        Option(p, m, _measured(seconds(p, m, *size)) if seconds else None)
-        for p in PRODUCTS
-        for m in _allowed(backend, p, prefer)
-    )
-    chosen = {p: choose(backend, p, *size, dtype, prefer) for p in PRODUCTS}
+    with torch.cuda.device_of(values):  # costs are those of the current device
+        options = tuple(
+            Option(p, m, _measured(seconds(p, m, *size)) if seconds else None)
+            for p in PRODUCTS
+            for m in _allowed(backend, p, prefer)
+        )
+        chosen = {p: choose(backend, p, *size, dtype, prefer) for p in PRODUCTS}
     return Explanation(backend.name, reason(seconds is not None, prefer), chosen, options)
 
 

@@ -135,7 +135,8 @@ def _measure(
     products = backend.convolutions
     assert products is not None
     planes = products.prepare(pattern.crow_indices, pattern.col_indices, convolution, dtype)
-    dense = DenseConvolution(backend, pattern, convolution)
+    bitmap = backend.bitmap(pattern.crow_indices, pattern.col_indices, pattern.shape[1])
+    dense = DenseConvolution(backend, bitmap, convolution)
     calls = {
         ("forward", "planes"): lambda: products.forward(planes, values, x, None, channels_last),
         ("forward", "dense"): lambda: dense.forward(values, x, None),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,25 +10,14 @@ from torch.nn.functional import conv2d, pad
 
 from offpath.kernels import Backend
 from offpath.kernels.convolution import Convolution
-from offpath.kernels.operands import in_own_dtype, made_once
-from offpath.pattern import Pattern
+from offpath.kernels.operands import in_own_dtype
 
 
 class DenseConvolution:
-    """One pattern's convolution and its gradients, by torch."""
+    """A convolution and its gradients, by torch, of the weight whose bitmap the backend has made."""
 
-    def __init__(self, backend: Backend, pattern: Pattern, convolution: Convolution) -> None:
-        self._backend, self._pattern, self._convolution = backend, pattern, convolution
-
-    @cached_property
-    def bitmap(self) -> Any:
-        crow_indices, columns = self._pattern.crow_indices, self._pattern.shape[1]
-        return made_once(lambda: self._backend.bitmap(crow_indices, self._pattern.col_indices, columns), crow_indices)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the bitmap, once it is made."""
-        return self.bitmap.bytes if "bitmap" in vars(self) else 0
+    def __init__(self, backend: Backend, bitmap: Any, convolution: Convolution) -> None:
+        self._backend, self._bitmap, self._convolution = backend, bitmap, convolution
 
     def forward(self, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         c = self._convolution
@@ -47,7 +35,7 @@ class DenseConvolution:
         # Only its shape and strides are read.
         weight = self._convolution_weight(x.new_zeros(1).expand(self._convolution.weight_shape))
         gradient = self._gradients(dy, self._padded(x), weight.contiguous(), [False, True, False])[1]
-        return self._backend.compress(self.bitmap, gradient.reshape(self._convolution.weight_shape).contiguous())
+        return self._backend.compress(self._bitmap, gradient.reshape(self._convolution.weight_shape).contiguous())
 
     def _gradients(self, dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
         c = self._convolution
@@ -56,7 +44,7 @@ class DenseConvolution:
         )
 
     def _weight(self, values: Tensor) -> Tensor:
-        return self._convolution_weight(self._backend.expand(self.bitmap, values))
+        return self._convolution_weight(self._backend.expand(self._bitmap, values))
 
     def _convolution_weight(self, matrix: Tensor) -> Tensor:
         return matrix.view(self._convolution.dense_shape)

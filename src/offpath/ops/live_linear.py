@@ -32,10 +32,12 @@ def reads_live_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
         return False
     alike = all(operand.dtype is x.dtype and operand.device == x.device for operand in operands)
-    plain = alike and weight.is_contiguous() and not torch.is_autocast_enabled(x.device.type)
+    plain = alike and weight.is_contiguous() and (bias is None or bias.is_contiguous())
+    if not plain or torch.is_autocast_enabled(x.device.type):
+        return False
     # What only follows shapes has an address that nobody may read.
     fake = any(isinstance(operand, FakeTensor) for operand in operands)
-    return plain and not fake and live_pays(tokens, weight, bias)
+    return not fake and live_pays(tokens, weight, bias)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

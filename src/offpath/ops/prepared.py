@@ -36,16 +36,15 @@ class Prepared:
 
     @cached_property
     def _weight(self) -> PreparedWeight:
-        rows, columns = self.pattern.shape
-        matrix = PreparedMatrix(self.pattern.crow_indices, self.pattern.col_indices, columns)
-        return PreparedWeight(
-            matrix, lambda: PreparedMatrix(*self.pattern.transpose()[:2], rows, self.pattern.transpose()[2])
-        )
+        pattern = self.pattern  # not `self`, which keeps what is returned: a cycle would outlive the layer
+        rows, columns = pattern.shape
+        matrix = PreparedMatrix(pattern.crow_indices, pattern.col_indices, columns)
+        return PreparedWeight(matrix, lambda: PreparedMatrix(*pattern.transpose()[:2], rows, pattern.transpose()[2]))
 
     @cached_property
     def convolutions(self) -> PreparedConvolutions:
         """What backends made of the pattern as the weight of convolutions."""
-        return PreparedConvolutions(self.pattern)
+        return PreparedConvolutions(self._weight.matrix)
 
     def forward(
         self,
@@ -118,17 +117,18 @@ class Prepared:
         batch = operand.shape[0] if operand.dim() == 2 else math.prod(operand.shape[:-1])
         key = backend.name, product, batch, operand.dtype, prefer
         if any_forced():
-            return self._choose(backend, *key[1:])
+            return self._choose(backend, product, batch, operand, prefer)
         method = self._chosen.get(key)
         if method is None:
-            method = self._choose(backend, *key[1:])
+            method = self._choose(backend, product, batch, operand, prefer)
             # While a graph is captured, costs are calculated where they have not been measured.
             if not (operand.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self._chosen[key] = method
         return method
 
-    def _choose(self, backend: Backend, product: str, batch: int, dtype: torch.dtype, prefer: str) -> str:
-        return choose(backend, product, *self.pattern.shape, self.pattern.nnz, batch, dtype, prefer)
+    def _choose(self, backend: Backend, product: str, batch: int, operand: Tensor, prefer: str) -> str:
+        with torch.cuda.device_of(operand):  # costs are those of the current device
+            return choose(backend, product, *self.pattern.shape, self.pattern.nnz, batch, operand.dtype, prefer)
 
 
 class Connections:

@@ -1,9 +1,9 @@
-"""What was made of a pattern for convolutions: one set of plans for each size of images."""
+"""What was made of a pattern for convolutions: one bitmap, and one set of plans for each size of images."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from offpath.kernels import Backend
 from offpath.kernels.convolution import Convolution, ConvolutionProducts
+from offpath.kernels.methods import PreparedMatrix
 from offpath.ops.choice import any_forced
 from offpath.ops.convolution_choice import pays_densely
 from offpath.ops.dense_convolution import DenseConvolution
-from offpath.pattern import Pattern
 
 # Sizes of images whose plans are kept; making them takes about as long as a few images.
 KEPT = 8
 
 
 class PreparedConvolutions:
-    """A pattern as the weight of convolutions; it must never change."""
+    """A matrix as the weight of convolutions, which lends them its bitmap; it must never change."""
 
-    def __init__(self, pattern: Pattern) -> None:
-        self._pattern = pattern
+    def __init__(self, matrix: PreparedMatrix) -> None:
+        self._matrix = matrix
         self._made: OrderedDict[Hashable, Any] = OrderedDict()
         self._pays_densely: dict[Hashable, bool] = {}
 
@@ -39,7 +39,7 @@ class PreparedConvolutions:
         prefer: str,
     ) -> Tensor:
         """y, contiguous or channels-last."""
-        if self._densely(backend, "forward", convolution, values.numel(), x, channels_last, prefer):
+        if self._densely(backend, "forward", convolution, x, channels_last, prefer):
             y = self._dense(backend, convolution).forward(values, x, bias)
             return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         return _products(backend).forward(self._plans(backend, convolution, x.dtype), values, x, bias, channels_last)
@@ -54,33 +54,33 @@ class PreparedConvolutions:
         prefer: str,
     ) -> Tensor:
         """The gradient of x, contiguous or channels-last."""
-        if self._densely(backend, "dx", convolution, values.numel(), dy, channels_last, prefer):
+        if self._densely(backend, "dx", convolution, dy, channels_last, prefer):
             shape = torch.Size((dy.shape[0], convolution.in_channels, *convolution.size))
             return self._dense(backend, convolution).dx(values, dy, shape, channels_last)
         return _products(backend).dx(self._plans(backend, convolution, dy.dtype), values, dy, channels_last)
 
     def dvalues(self, backend: Backend, convolution: Convolution, dy: Tensor, x: Tensor, prefer: str) -> Tensor:
         """The gradient of the values."""
-        if self._densely(backend, "dvalues", convolution, self._pattern.nnz, x, is_channels_last(x), prefer):
+        if self._densely(backend, "dvalues", convolution, x, is_channels_last(x), prefer):
             return self._dense(backend, convolution).dvalues(dy, x)
         return _products(backend).dvalues(self._plans(backend, convolution, x.dtype), dy, x)
 
     @property
     def bytes(self) -> int:
-        """Bytes of the plans and bitmaps."""
-        return sum(made.bytes for made in self._made.values())
+        """Bytes of the plans; the bitmap is the matrix's."""
+        return sum(plans.bytes for plans in list(self._made.values()))
 
     def _densely(
         self,
         backend: Backend,
         product: str,
         convolution: Convolution,
-        nnz: int,
         like: Tensor,
         channels_last: bool,
         prefer: str,
     ) -> bool:
         """`pays_densely`, remembered as long as no method is forced."""
+        nnz = self._matrix.col_indices.numel()
         if any_forced():
             return pays_densely(backend, product, convolution, nnz, like, channels_last, prefer)
         key = backend.name, product, convolution, like.dtype, like.shape[0], channels_last, prefer
@@ -91,26 +91,18 @@ class PreparedConvolutions:
         return found
 
     def _plans(self, backend: Backend, convolution: Convolution, dtype: torch.dtype) -> Any:
-        own = self._pattern
-        return self._once(
-            (backend.name, convolution, dtype),
-            lambda: _products(backend).prepare(own.crow_indices, own.col_indices, convolution, dtype),
-        )
-
-    def _dense(self, backend: Backend, convolution: Convolution) -> DenseConvolution:
-        return self._once(
-            (backend.name, convolution, "dense"), lambda: DenseConvolution(backend, self._pattern, convolution)
-        )
-
-    def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        found = self._made.get(key)
-        if found is not None:
-            self._made.move_to_end(key)
-            return found
-        self._made[key] = made = make()
+        key = backend.name, convolution, dtype
+        plans = self._made.pop(key, None)  # and back behind all others; another thread may make them meanwhile
+        if plans is None:
+            own = self._matrix
+            plans = _products(backend).prepare(own.crow_indices, own.col_indices, convolution, dtype)
+        self._made[key] = plans
         if len(self._made) > KEPT:
             self._made.popitem(last=False)
-        return made
+        return plans
+
+    def _dense(self, backend: Backend, convolution: Convolution) -> DenseConvolution:
+        return DenseConvolution(backend, self._matrix.bitmap(backend), convolution)
 
 
 def _products(backend: Backend) -> ConvolutionProducts:

@@ -45,18 +45,17 @@ def forced_dense_rows(dense: bool) -> Iterator[None]:
         _forced.pop()
 
 
-def pays_densely(
-    product: str, backend: Backend, dtype: torch.dtype, nnz: int, rows: int, columns: int, width: int
-) -> bool:
-    """Whether `product` is faster with the zeros of the rows written out."""
+def pays_densely(product: str, backend: Backend, like: Tensor, nnz: int, rows: int, columns: int, width: int) -> bool:
+    """Whether `product` is faster with the zeros of the rows written out, in the dtype and on the device of `like`."""
     if _forced:
         return _forced[-1]
     if backend.costs is not None:
-        sparse, dense = backend.costs.rows(product, nnz, rows, columns, width, dtype)
+        with torch.cuda.device_of(like):  # costs are those of the current device
+            sparse, dense = backend.costs.rows(product, nnz, rows, columns, width, like.dtype)
         return dense * OVER_ALL_MARGIN < sparse
     if not backend.native or nnz < SURELY_SPARSE * rows * columns or nnz * width < LITTLE_WORK:
         return False
-    return nnz > break_evens(backend, dtype)[product] * rows * columns
+    return nnz > break_evens(backend, like.dtype)[product] * rows * columns
 
 
 def pays_over_all_connections(

@@ -22,7 +22,7 @@ def _matmul(values: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tenso
     check_rows(crow_indices, indices, values)
     check_matrix("weight", weight, values.dtype)
     backend, rows = kernels.select(values.device.type, values.dtype), crow_indices.shape[0] - 1
-    if pays_densely("matmul", backend, values.dtype, indices.shape[0], rows, *weight.shape):
+    if pays_densely("matmul", backend, values, indices.shape[0], rows, *weight.shape):
         return _product(written_out(backend, crow_indices, indices, values, weight.shape[0]), weight)
     return backend.rows.matmul(crow_indices, indices, values, weight)
 
@@ -32,7 +32,7 @@ def _dots(dy: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> 
     check_matrix("dy", dy, dy.dtype, rows=crow_indices.shape[0] - 1)
     check_matrix("weight", weight, dy.dtype, width=dy.shape[1])
     backend = kernels.select(dy.device.type, dy.dtype)
-    if pays_densely("dots", backend, dy.dtype, indices.shape[0], dy.shape[0], *weight.shape):
+    if pays_densely("dots", backend, dy, indices.shape[0], dy.shape[0], *weight.shape):
         if backend.rows.dense_dots is not None:
             return backend.rows.dense_dots(crow_indices, indices, dy, weight)
         check_contents(crow_indices, indices, weight.shape[0])
@@ -46,7 +46,7 @@ def _weight_gradient(values: Tensor, crow_indices: Tensor, indices: Tensor, dy: 
     if columns >= 2**31:
         raise KernelError(f"expected at most 2^31 - 1 columns, which int32 indices can name, got {columns}")
     backend = kernels.select(dy.device.type, dy.dtype)
-    if pays_densely("weight_gradient", backend, dy.dtype, indices.shape[0], dy.shape[0], columns, dy.shape[1]):
+    if pays_densely("weight_gradient", backend, dy, indices.shape[0], dy.shape[0], columns, dy.shape[1]):
         return _product(written_out(backend, crow_indices, indices, values, columns).t(), dy)
     return backend.rows.weight_gradient(crow_indices, indices, values, dy, columns)
 
@@ -61,7 +61,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     """Both gradients of a product, of the values and of the weight."""
     backend = kernels.select(dy.device.type, dy.dtype)
-    sizes = backend, dy.dtype, indices.shape[0], dy.shape[0], *weight.shape
+    sizes = backend, dy, indices.shape[0], dy.shape[0], *weight.shape
     if backend.rows.gradients is None or pays_densely("dots", *sizes) or pays_densely("weight_gradient", *sizes):
         dots = _dots(dy, crow_indices, indices, weight)
         return dots, _weight_gradient(values, crow_indices, indices, dy, weight.shape[0])
@@ -76,7 +76,7 @@ def _encoder_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of an encoder's weight, and that of its bias."""
     backend = kernels.select(dy.device.type, dy.dtype)
-    sizes = backend, dy.dtype, indices.shape[0], dy.shape[0], columns, dy.shape[1]
+    sizes = backend, dy, indices.shape[0], dy.shape[0], columns, dy.shape[1]
     if backend.rows.encoder_gradients is None or pays_densely("weight_gradient", *sizes):
         ones = dy.new_ones(dy.shape[0], 1)
         of_bias = _weight_gradient(values, crow_indices, indices, ones, columns)[:, 0]
