@@ -26,6 +26,13 @@ def in_own_dtype(operand: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(operand.device.type, enabled=False)
 
 
+def on_device_of(operand: Tensor) -> AbstractContextManager[object]:
+    """A block in which the operand's GPU is the current one, whose costs are the ones that are looked up."""
+    if not operand.is_cuda or operand.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(operand.get_device())
+
+
 def address(tensor: Tensor) -> int:
     address = tensor.data_ptr()
     if address == 0 and tensor.numel():

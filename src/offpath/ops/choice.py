@@ -16,6 +16,7 @@ from offpath.kernels import Backend, KernelError
 from offpath.kernels.calibration import cost_table
 from offpath.kernels.costs import sizes_for
 from offpath.kernels.methods import DENSE_METHODS, METHODS, PRODUCTS
+from offpath.kernels.operands import on_device_of
 
 PREFERENCES = ("speed", "memory")
 # Filled and dense take the same time at any sparsity and so cannot lose much to `nn.Linear`: the better of them wins
@@ -131,7 +132,7 @@ def explain(values: Tensor, shape: tuple[int, int], batch: int, prefer: str = "s
     backend, dtype = kernels.select(values.device.type, values.dtype), values.dtype
     size = (*shape, values.numel(), batch)
     seconds = seconds_of(backend, dtype, *shape)
-    with torch.cuda.device_of(values):  # costs are those of the current device
+    with on_device_of(values):
         options = tuple(
             Option(p, m, _measured(seconds(p, m, *size)) if seconds else None)
             for p in PRODUCTS

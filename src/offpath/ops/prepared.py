@@ -21,6 +21,7 @@ from torch import Tensor
 
 from offpath.kernels import Backend
 from offpath.kernels.methods import PreparedMatrix, PreparedWeight
+from offpath.kernels.operands import on_device_of
 from offpath.ops.choice import any_forced, choose
 from offpath.ops.library import as_rows
 from offpath.ops.prepared_convolutions import PreparedConvolutions
@@ -127,7 +128,7 @@ class Prepared:
         return method
 
     def _choose(self, backend: Backend, product: str, batch: int, operand: Tensor, prefer: str) -> str:
-        with torch.cuda.device_of(operand):  # costs are those of the current device
+        with on_device_of(operand):
             return choose(backend, product, *self.pattern.shape, self.pattern.nnz, batch, operand.dtype, prefer)
 
 

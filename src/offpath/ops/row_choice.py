@@ -18,6 +18,7 @@ from offpath.kernels import Backend
 from offpath.kernels.calibration import cost_table
 from offpath.kernels.costs import sizes_for
 from offpath.kernels.methods import METHODS
+from offpath.kernels.operands import on_device_of
 from offpath.kernels.row_calibration import break_evens
 from offpath.kernels.visit_calibration import OVER_ALL_CONNECTIONS, seconds_per_visit
 
@@ -50,7 +51,7 @@ def pays_densely(product: str, backend: Backend, like: Tensor, nnz: int, rows: i
     if _forced:
         return _forced[-1]
     if backend.costs is not None:
-        with torch.cuda.device_of(like):  # costs are those of the current device
+        with on_device_of(like):
             sparse, dense = backend.costs.rows(product, nnz, rows, columns, width, like.dtype)
         return dense * OVER_ALL_MARGIN < sparse
     if not backend.native or nnz < SURELY_SPARSE * rows * columns or nnz * width < LITTLE_WORK:
