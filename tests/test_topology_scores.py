@@ -207,6 +207,42 @@ def test_a_functional_call_with_the_layers_own_values_counts() -> None:
     assert _grown_by_rigl(partial(train, functional=True)) == _grown_by_rigl(partial(train, functional=False))
 
 
+@pytest.mark.parametrize("first_reads_x", [True, False], ids=["x has a gradient", "x has none"])
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_losses_of_derivatives_are_scored_by_the_whole_dense_gradient(order: int, first_reads_x: bool) -> None:
+    """As physics-informed networks and gradient penalties have them; a dense layer says what the gradient is."""
+
+    def loss_of(model: nn.Module) -> Tensor:
+        x = torch.randn(5, 12, generator=torch.Generator().manual_seed(1)).double()
+        given = nn.Parameter(x) if first_reads_x else model[0](x)
+        y = derivative = (model if first_reads_x else model[1:])(given)
+        for _ in range(order - 1):
+            (derivative,) = torch.autograd.grad(derivative.pow(2).sum(), given, create_graph=True)
+        return derivative.square().sum() + y.square().sum()
+
+    model = model_of(torch.float64)
+    dense = nn.Sequential(*(m.to_dense() if isinstance(m, SparseLinear) else m for m in model))
+    _, topology = _rigl(model, update_freq=1)
+    for twin in (model, dense):
+        loss_of(twin).backward()
+    for managed, linear in zip(topology._managed, dense[::2], strict=True):
+        scores = managed.view(topology._generator).gradient_of_rows(0, linear.out_features)
+        # Float64 products in another order: relative to the largest, far below what one missing pass would be.
+        assert (scores - linear.weight.grad).abs().max() <= 1e-12 * linear.weight.grad.abs().max()
+
+
+@pytest.mark.parametrize("thrown_away", [100.0, torch.inf], ids=["finite", "infinite"])
+def test_a_gradient_that_is_thrown_away_does_not_count(thrown_away: float) -> None:
+    def train(model: nn.Sequential, skips: bool) -> None:
+        if skips:
+            model(_batch(1) * thrown_away).square().sum().backward()
+            model.zero_grad()
+        model(_batch(0)).square().mean().backward()
+        model(_batch(2)).square().mean().backward()
+
+    assert _grown_by_rigl(partial(train, skips=True)) == _grown_by_rigl(partial(train, skips=False))
+
+
 def test_momentum_needs_a_pass_of_the_step_of_the_update_itself() -> None:
     model = model_of()
     optimizer, topology = _momentum_of(model)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from offpath.nn import SparseLinear
@@ -81,12 +82,14 @@ class _Hook:
     """A forward hook that works on its own layer alone: copies and pickles of a model bring an idle one along.
 
     What it sees is pending until the gradient of `values` has been accumulated in the same call of the engine:
-    `torch.autograd.grad` for the gradient of something else leaves it behind, and there it stays until `clear`.
+    `torch.autograd.grad` for the gradient of something else leaves it behind, and there it stays until `clear`. What
+    has been accumulated counts until `values.grad` is None again: then somebody has thrown it away.
     """
 
     def __init__(self, layer: SparseLinear | None = None) -> None:
         self._layer = weakref.ref(layer) if layer is not None else None
         self._handle: RemovableHandle | None = None
+        self._values: Tensor | None = None  # the parameter itself; a call may be given others
         self.clear()
 
     def clear(self) -> None:
@@ -101,32 +104,33 @@ class _Hook:
         """Hear of gradients that are added to those of `values`, which may have been frozen until now."""
         if self._handle is None and values.is_leaf and values.requires_grad:
             self._handle = values.register_post_accumulate_grad_hook(self._confirm)
+            self._values = values
 
     def unfollow(self) -> None:
         if self._handle is not None:
             self._handle.remove()
-            self._handle = None
+            self._handle = self._values = None
 
     def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         own = self._layer() if self._layer is not None else None
         if own is None or own is not layer or not y.requires_grad or not own.values.requires_grad:
             return
         self.follow(own.values)
-        given, pending = args[0] if args else kwargs["x"], self._pending
-        node, place = y.grad_fn, y.output_nr
-        x, may_be_written = given.detach(), (given if given._base is None else given._base).is_leaf
+        given, pending, confirmed, values = (
+            args[0] if args else kwargs["x"],
+            self._pending,
+            self.confirmed,
+            self._values,
+        )
+        may_be_written = (given if given._base is None else given._base).is_leaf
 
-        def keep(gradients: tuple[Tensor | None, ...]) -> None:
-            dy = gradients[place]
-            if dy is None:
-                return
-            # The tensor itself and not an alias: autograd would make an alias's tensor the .grad of somebody else.
-            seen = Pass(x.clone() if may_be_written else x, dy.detach() if dy.requires_grad else dy)
+        def keep(seen: Pass) -> None:
+            if values is not None and values.grad is None:
+                confirmed.clear()
             pending.append((torch._C._current_graph_task_id(), seen, _versions(*seen)))
 
-        # At the node, which is called with what the hooks of others have made of the gradient.
-        assert node is not None
-        node.register_prehook(keep)
+        assert y.grad_fn is not None
+        _follow_product(y.grad_fn, y.output_nr, given.detach(), may_be_written, keep)
 
     def _confirm(self, values: Tensor) -> None:
         task = torch._C._current_graph_task_id()
@@ -138,6 +142,55 @@ class _Hook:
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()
+
+
+def _follow_product(node: Node, place: int, x: Tensor, may_be_written: bool, keep: Callable[[Pass], None]) -> None:
+    """Keep x and dy when the gradient dy of x @ W.T comes, and so of all products with W that autograd makes of it.
+
+    `node` is the product's. At it, and not at the tensor, a gradient is what the hooks of others have made of it.
+    """
+
+    def before(gradients: tuple[Tensor | None, ...]) -> None:
+        dy = gradients[place]
+        if dy is not None:
+            keep(Pass(x.clone() if may_be_written else x, _detached(dy)))
+
+    def after(of_operands: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]) -> None:
+        dx, dy = of_operands[0], gradients[place]
+        if dx is not None and dy is not None and dx.requires_grad:  # create_graph=True
+            _follow_gradient(dx, _detached(dy), keep)
+
+    node.register_prehook(before)
+    node.register_hook(after)
+
+
+def _follow_gradient(dx: Tensor, dy: Tensor, keep: Callable[[Pass], None]) -> None:
+    """The same of dx = dy @ W, which gives W the gradient dy.T @ ddx: that of a product of ddx."""
+    node, place = dx.grad_fn, dx.output_nr
+    assert node is not None
+
+    def before(gradients: tuple[Tensor | None, ...]) -> None:
+        ddx = gradients[place]
+        if ddx is not None:
+            keep(Pass(_detached(ddx), dy))
+
+    def after(of_operands: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]) -> None:
+        of_dy, ddx = of_operands[0], gradients[place]
+        if of_dy is None or ddx is None or not of_dy.requires_grad:
+            return
+        product = of_dy.grad_fn  # ddx @ W.T, or a sum that begins with it
+        while product is not None and product.name() == "AddBackward0":
+            product = product.next_functions[0][0]
+        assert product is not None
+        _follow_product(product, 0, _detached(ddx), False, keep)
+
+    node.register_prehook(before)
+    node.register_hook(after)
+
+
+def _detached(gradient: Tensor) -> Tensor:
+    """The tensor itself and not an alias: autograd would make an alias's tensor the .grad of somebody else."""
+    return gradient.detach() if gradient.requires_grad else gradient
 
 
 def _versions(x: Tensor, dy: Tensor, weight: float) -> tuple[int, int]:
