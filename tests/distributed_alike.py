@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim.swa_utils import AveragedModel
 
 import offpath
@@ -132,6 +133,45 @@ for name in ("SET", "RigL", "GMP from dense", "SET global"):
 check(_ranks_stay_alike, "RigL", "views", 3)
 check(_ranks_stay_alike, "momentum", "views", 3)
 check(_ranks_stay_alike, "GMP global", "plain", 2)
+
+
+def _one_process_wrapped(recipe: str) -> None:
+    """As `torchrun --nproc-per-node 1` and Lightning's strategy="ddp" with one device have it."""
+    make, settings, density, _ = RECIPES[recipe]
+    alone, inner = (model_of(density=density) for _ in range(2))
+    wrapped = Wrapped(inner)
+    for model in (alone, wrapped):
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        topology = make(model, optimizer, **settings | {"update_freq": 2})
+        for step in range(1, 6):
+            train_step(model, optimizer, step)
+            topology.step()
+    assert bits(alone.state_dict()) == bits(inner.state_dict())
+
+
+for name in ("SET", "RigL", *sorted(RESIZING)):
+    check(_one_process_wrapped, name)
+
+
+def _zero_redundancy_optimizer(recipe: str) -> None:
+    """Each process keeps the state of some weights, inside of another optimizer: training is that of plain Adam."""
+    make, settings, density, _ = RECIPES[recipe]
+    models = [model_of(density=density) for _ in range(2)]
+    for model in models:
+        wrapped = Wrapped(model)
+        if model is models[0]:
+            optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        else:
+            optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.01)
+        topology = make(wrapped, optimizer, **settings | {"update_freq": 2})
+        for step in range(1, 6):
+            train_step(wrapped, optimizer, step)
+            topology.step()
+    assert bits(models[0].state_dict()) == bits(models[1].state_dict())
+
+
+for name in ("RigL", "GMP from dense"):
+    check(_zero_redundancy_optimizer, name)
 
 
 def _a_layer_that_one_batch_does_not_use() -> None:

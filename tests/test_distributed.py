@@ -24,7 +24,8 @@ from test_train_methods import numbers
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "distributed.md"
-CHECKS = list(distributed_checks.CHECKS)
+OF_ONE = [c for c in distributed_checks.CHECKS if c.startswith("one_process")]
+CHECKS = [c for c in distributed_checks.CHECKS if c not in OF_ONE]
 # Four processes say nothing new of most checks: those whose sums have more terms, or whose shares are other ones.
 OF_FOUR = [
     c for c in CHECKS if re.match("equals.* RigL|equals.* dense|gradient|other_connections|run_.*gmp|run_shares", c)
@@ -43,7 +44,7 @@ def outcome(folder: Path) -> Callable[[int, str], list[str]]:
 
     def of(count: int, check: str) -> list[str]:
         if count not in said:
-            said[count] = _start(count, folder, CHECKS if count == 2 else OF_FOUR)
+            said[count] = _start(count, folder, {1: OF_ONE, 2: CHECKS, 4: OF_FOUR}[count])
         return [results.get(check, "not reached") for results in said[count]]
 
     return of
@@ -56,6 +57,11 @@ def _start(count: int, folder: Path, checks: list[str]) -> list[dict[str, str]]:
     for process in processes:
         process.wait(timeout=200)
     return [json.loads((folder / f"results-{count}-{rank}.json").read_text()) for rank in range(count)]
+
+
+@pytest.mark.parametrize("check", OF_ONE)
+def test_one_process(outcome: Callable[[int, str], list[str]], check: str) -> None:
+    assert outcome(1, check) == [""]
 
 
 @pytest.mark.parametrize("check", CHECKS)

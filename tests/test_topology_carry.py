@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import offpath
 from offpath import SparseLinear
 from offpath.topology import Topology, TopologyError
-from topology_checks import OPTIMIZERS, check_average, check_update, model_of, train_step
+from topology_checks import OPTIMIZERS, Ascending, check_average, check_update, model_of, train_step
 
 MAKERS = {
     "SET": lambda m, o: offpath.SET(m, o, update_freq=4),
@@ -177,3 +177,56 @@ def test_state_that_cannot_follow_is_refused_and_nothing_changes(entry: object) 
     with pytest.raises(TopologyError, match="layer '2': expected the state 'history' of SGD"):
         topology.step()
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+
+def test_an_optimizer_with_one_state_for_all_is_refused_inside_another_as_well() -> None:
+    model = model_of()
+    with pytest.raises(TopologyError, match="got LBFGS"):
+        offpath.SET(model, Ascending(torch.optim.LBFGS(model.parameters())))
+
+
+def test_values_that_the_optimizer_has_lost_are_refused_when_they_would_move() -> None:
+    model = model_of()
+    topology = offpath.SET(model, torch.optim.Adam(model.parameters()), update_freq=1)
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    with pytest.raises(TopologyError, match="layer '0': expected values that the topology's optimizer still holds"):
+        topology.step()
+    assert topology.step_count == 0
+
+
+def test_a_state_on_another_device_is_refused_before_anything_moves() -> None:
+    model = model_of()
+    optimizer = torch.optim.Adam(model.parameters())
+    topology = offpath.SET(model, optimizer, update_freq=1)
+    train_step(model, optimizer, 1)
+    masks = [model[place].pattern.to_mask() for place in (0, 2)]
+    state = optimizer.state[model[2].values]
+    state["exp_avg"] = state["exp_avg"].to("meta")
+    with pytest.raises(TopologyError, match=r"layer '2': expected the state 'exp_avg' of Adam on cpu, .* on meta"):
+        topology.step()
+    assert all(torch.equal(model[place].pattern.to_mask(), mask) for place, mask in zip((0, 2), masks, strict=True))
+
+
+class _Net(nn.Module):
+    """A frozen backbone with a layer of the same last name as the one that is trained."""
+
+    def __init__(self, sparsity: float) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.backbone = nn.ModuleDict({"head": SparseLinear(16, 16, sparsity=sparsity, generator=generator)})
+        self.backbone.requires_grad_(False)
+        self.head = SparseLinear(16, 16, sparsity=sparsity, generator=generator)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.8], ids=["equal patterns", "other patterns"])
+def test_the_copy_is_found_among_layers_of_the_same_last_name(sparsity: float) -> None:
+    net = _Net(sparsity)
+    average = AveragedModel(net)
+    optimizer = torch.optim.Adam(net.head.parameters())
+    settings = {"final_sparsity": 0.9, "end_step": 1, "update_freq": 1}
+    offpath.GMP(net, optimizer, also=[average], **settings).step()
+    before = round(256 * (1 - sparsity))
+    assert (average.module.backbone["head"].nnz, average.module.head.nnz) == (before, net.head.nnz)
+    assert net.head.nnz < before
+    with pytest.raises(TopologyError, match="expected each copy of the model once in also"):
+        offpath.GMP(net, optimizer, also=[average, average.module], **settings)

@@ -56,6 +56,10 @@ def _pruned() -> nn.Module:
         (lambda: offpath.SET(m := model_of().requires_grad_(False), _sgd(m)), "trainable SparseLinear layers"),
         (lambda: offpath.SET(model_of(), _sgd(model_of())), "layer '0': expected an optimizer that holds its values"),
         (lambda: offpath.SET(m := _tied(), _sgd(m)), "layer '1': .* tied to those of '0'"),
+        (
+            lambda: offpath.SET(m := _tied(), _sgd(m), filter_fn=lambda _, name: name == "1"),
+            "layer '1': .* tied to those of '0', whose connections would not move along",
+        ),
         (lambda: offpath.SET(m := _pruned(), _sgd(m)), "layer '0': .*mask or parametrization"),
         (lambda: offpath.RigL(m := model_of(density=1.0), _sgd(m), end_step=9), "all are full or empty"),
         (lambda: offpath.SET(m := model_of(), _sgd(m), also=[m]), "got the model itself"),

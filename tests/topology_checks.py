@@ -33,6 +33,17 @@ class Accumulating(torch.optim.Optimizer):
                 p.add_(state["sum"].to(p.dtype), alpha=-group["lr"] / state["count"])
 
 
+class Ascending(torch.optim.Optimizer):
+    """In the shape of sharpness-aware minimisation: the optimizer inside it steps, and keeps the state."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        super().__init__([p for group in base.param_groups for p in group["params"]], {})
+        self.base = base
+
+    def step(self, closure=None) -> None:
+        self.base.step()
+
+
 OPTIMIZERS: Optimizers = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
     "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
@@ -46,6 +57,7 @@ OPTIMIZERS: Optimizers = {
     "Adafactor": torch.optim.Adafactor,
     "Lion": Lion,
     "the user's own": Accumulating,
+    "Adam inside another": lambda p: Ascending(torch.optim.Adam(p)),
 }
 
 
@@ -65,7 +77,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
 
 def per_connection(layer: SparseLinear, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Everything that is kept for each connection, by name."""
-    state = {k: v for k, v in optimizer.state[layer.values].items() if isinstance(v, Tensor)}
+    state = {k: v for k, v in _state(layer, optimizer).items() if isinstance(v, Tensor)}
     kept = {k: v for k, v in state.items() if v.shape == layer.values.shape}
     return {"value": layer.values.detach(), "gradient": layer.values.grad} | kept
 
@@ -110,8 +122,12 @@ def check_update(
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
 
 
+def _state(layer: SparseLinear, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+    return getattr(optimizer, "base", optimizer).state[layer.values]
+
+
 def _rest(layer: SparseLinear, optimizer: torch.optim.Optimizer) -> dict[str, object]:
-    state = optimizer.state[layer.values].items()
+    state = _state(layer, optimizer).items()
     numbers = {
         k: float(v) for k, v in state if not isinstance(v, Tensor) or v.shape != layer.values.shape if v is not None
     }

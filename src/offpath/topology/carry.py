@@ -31,7 +31,7 @@ def check_grown_state(grown_state: Mapping[str, float | str], keys: Collection[s
 
 def check_optimizer(optimizer: Optimizer) -> None:
     """Raises `TopologyError` for one whose state cannot be told apart by parameter."""
-    if isinstance(optimizer, torch.optim.LBFGS):
+    if any(isinstance(one, torch.optim.LBFGS) for one in _with_inner(optimizer)):
         raise TopologyError(
             "expected an optimizer with a state of its own for each parameter, got LBFGS, which keeps one flat history "
             "of all parameters together: it cannot follow a connection that moves. Take another optimizer, or "
@@ -46,8 +46,13 @@ def owns(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
 
 def state_problem(optimizer: Optimizer, parameter: nn.Parameter) -> str | None:
     """Why the optimizer's state of `parameter` [nnz] cannot be moved with its connections; None if it can."""
-    for key, entry in _state(optimizer, parameter).items():
+    for key, entry in state_entries(optimizer, parameter):
         tensors = [entry] if isinstance(entry, Tensor) else _tensors_inside(entry)
+        if isinstance(entry, Tensor) and entry.shape == parameter.shape and entry.device != parameter.device:
+            return (
+                f"expected the state {key!r} of {type(optimizer).__name__} on {parameter.device}, where its weight is, "
+                f"got it on {entry.device}; it cannot follow a connection that moves"
+            )
         if isinstance(entry, Tensor) and (entry.shape == parameter.shape or entry.numel() == 1):
             continue
         if tensors:
@@ -69,6 +74,13 @@ def carry_state(
     other numbers by the key of the state, or "mean" for the mean of what the layer's connections had. Single numbers
     (step counters) stay. As long as the count of connections stays, tensors are written in place.
     """
+    for one in _with_inner(optimizer):
+        _carry_state_of_one(one, parameter, edit, grown_state)
+
+
+def _carry_state_of_one(
+    optimizer: Optimizer, parameter: nn.Parameter, edit: Edit, grown_state: Mapping[str, float | str]
+) -> None:
     state = _state(optimizer, parameter)
     for key, entry in state.items():
         if not isinstance(entry, Tensor) or entry.shape != edit.old_to_new.shape:
@@ -81,6 +93,20 @@ def carry_state(
             entry.copy_(carried)
         else:
             state[key] = carried
+
+
+def state_entries(optimizer: Optimizer, parameter: nn.Parameter) -> list[tuple[str, Any]]:
+    """The optimizer's state of `parameter`, with that of the optimizers inside it."""
+    return [entry for one in _with_inner(optimizer) for entry in _state(one, parameter).items()]
+
+
+def _with_inner(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizer and those that it keeps, such as ZeroRedundancyOptimizer, if they have a state of their own."""
+    found = [optimizer]
+    for one in found:  # grows
+        kept = (inner for inner in vars(one).values() if isinstance(inner, Optimizer))
+        found += [inner for inner in kept if all(inner.state is not known.state for known in found)]
+    return found
 
 
 def _state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:

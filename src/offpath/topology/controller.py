@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from offpath.nn import rewire
 from offpath.pattern import Edit
-from offpath.topology.carry import carry_state, check_grown_state, check_optimizer
+from offpath.topology.carry import carry_state, check_grown_state, check_optimizer, state_entries
 from offpath.topology.checkpoint import STATE_VERSION, check_state
 from offpath.topology.decide import Decision, decide_drops, decide_growth
 from offpath.topology.distributed import Processes, fingerprint, unwrapped
@@ -267,10 +267,10 @@ class Topology:
     def _check_grown_keys(self) -> None:
         """The optimizer makes its state in its first step, so its keys are not known before an update."""
         weights = [managed.layer.values for managed in self._managed]
-        states = [(weight, self._optimizer.state.get(weight, {})) for weight in weights]
-        if any(state for _, state in states):
+        states = [(weight, state_entries(self._optimizer, weight)) for weight in weights]
+        if any(entries for _, entries in states):
             moving = {
-                key for weight, state in states for key, entry in state.items()
+                key for weight, entries in states for key, entry in entries
                 if isinstance(entry, Tensor) and entry.shape == weight.shape
             }  # fmt: skip
             check_grown_state(self._grown_state, moving)

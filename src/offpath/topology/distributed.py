@@ -113,8 +113,8 @@ class Processes:
         does to come out of a pickle makes both anew. Raises `TopologyError` where that is
         not possible: gradients would no longer be reduced, some of them in silence.
         """
-        if self.count == 1 or sizes == self._sizes:
-            return
+        if sizes == self._sizes or (self.count == 1 and self._wrapper is None):
+            return  # one process may have wrapped the model as well
         problem = self._resize_problem()
         if problem:
             raise TopologyError(

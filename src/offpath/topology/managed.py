@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from offpath import pattern as patterns
 from offpath.nn import SparseConv1d, SparseConv2d, SparseLinear, check_rewire
+from offpath.nn.sparse_weight import SparseWeightModule
 from offpath.pattern import Edit, PatternError
 from offpath.topology.capture import Capture
 from offpath.topology.carry import owns, state_problem
@@ -73,6 +74,11 @@ class ManagedLayer:
         """The decision as an edit that layer, copies and optimizer can follow; None where nothing changes."""
         if not decision.drop.numel() and not decision.grow.numel():
             return None
+        if not owns(optimizer, self.layer.values):
+            raise TopologyError(
+                f"layer {self.name!r}: expected values that the topology's optimizer still holds, but they are another "
+                "parameter now (load_state_dict with assign=True makes such); build optimizer and topology anew"
+            )
         problem = state_problem(optimizer, self.layer.values)
         if problem:
             raise TopologyError(f"layer {self.name!r}: {problem}")
@@ -179,7 +185,11 @@ def managed_layers(
             + "; make some with offpath.sparsify(model, 0.9), before the optimizer is built"
             + (f". The connections of {staying} cannot be moved" if (staying := _staying(model, filter_fn)) else "")
         )
-    owner: dict[int, str] = {}
+    owner = {
+        id(module.values): name
+        for name, module in model.named_modules()
+        if isinstance(module, SparseWeightModule) and "values" in module._parameters and name not in chosen
+    }
     for name, layer in chosen.items():
         if not owns(optimizer, layer.values):
             raise TopologyError(
@@ -188,9 +198,13 @@ def managed_layers(
             )
         if owner.setdefault(id(layer.values), name) != name:
             raise TopologyError(
-                f"layer {name!r}: expected values of its own, but they are tied to those of {owner[id(layer.values)]!r}"
+                f"layer {name!r}: expected values of its own, but they are tied to those of "
+                f"{owner[id(layer.values)]!r}, whose connections would not move along"
             )
-    copies = [_twins(chosen, other) for other in also]
+    sparse = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+    copies = [_twins(chosen, sparse, other) for other in also]
+    if len({id(twin) for twins in copies for twin in twins.values()}) < len(copies) * len(chosen):
+        raise TopologyError("expected each copy of the model once in also, got the same layers twice")
     return [
         ManagedLayer(name, layer, [twins[name] for twins in copies], record_explored) for name, layer in chosen.items()
     ]
@@ -212,22 +226,37 @@ def _staying(model: nn.Module, filter_fn: FilterFn | None) -> str:
     return ", ".join(convolutions)
 
 
-def _twins(chosen: dict[str, SparseLinear], other: nn.Module) -> dict[str, SparseLinear]:
-    """The layers of `other` by the names that they have in the model; wrappers put a prefix before all of them."""
-    modules = dict(other.named_modules())
+def _twins(chosen: dict[str, SparseLinear], sparse: Collection[str], other: nn.Module) -> dict[str, SparseLinear]:
+    """The layers of `other` by the names that they have in the model; wrappers put a prefix before all of them.
+
+    Another part of `other` may have layers of these names as well: the copy is where all `sparse` ones of the model
+    are, and their connections.
+    """
+    layers = {name: module for name, module in other.named_modules() if isinstance(module, SparseLinear)}
     first = next(iter(chosen))
-    for prefix in [name.removesuffix(first) for name in modules if name.endswith(first)]:
-        twins = {name: modules.get((prefix + "." + name).strip(".") if not first else prefix + name) for name in chosen}
-        found = {name: twin for name, twin in twins.items() if isinstance(twin, SparseLinear)}
+    prefixes = [
+        name.removesuffix(first).rstrip(".") for name in layers if f".{name}".endswith(f".{first}" * bool(first))
+    ]
+    problem = f"expected a copy of the model in also, but found no SparseLinear {first!r} in it"
+    for prefix in sorted(prefixes, key=lambda p: (any(_join(p, name) not in layers for name in sparse), len(p))):
+        twins = {name: layers.get(_join(prefix, name)) for name in chosen}
+        found = {name: twin for name, twin in twins.items() if twin is not None}
         if len(found) == len(chosen):
-            _check_twins(chosen, found)
-            return found
-    raise TopologyError(f"expected a copy of the model in also, but found no SparseLinear {first!r} in it")
+            told = _twin_problem(chosen, found)
+            if told is None:
+                return found
+            problem = told
+    raise TopologyError(problem)
 
 
-def _check_twins(chosen: dict[str, SparseLinear], twins: dict[str, SparseLinear]) -> None:
+def _join(prefix: str, name: str) -> str:
+    return ".".join(part for part in (prefix, name) if part)
+
+
+def _twin_problem(chosen: dict[str, SparseLinear], twins: dict[str, SparseLinear]) -> str | None:
     for name, twin in twins.items():
         if twin is chosen[name]:
-            raise TopologyError(f"layer {name!r}: expected a copy in also, got the model itself")
+            return f"layer {name!r}: expected a copy in also, got the model itself"
         if twin.connections.digest() != chosen[name].connections.digest():
-            raise TopologyError(f"layer {name!r}: expected the same connections in the copy in also, got other ones")
+            return f"layer {name!r}: expected the same connections in the copy in also, got other ones"
+    return None
