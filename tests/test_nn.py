@@ -222,6 +222,8 @@ def test_dtype_and_device_moves() -> None:
     # Weights, input and output are rounded, each by at most 2^-8 of its size.
     size = x.abs() @ _layer().to_dense().weight.abs().t() + 1
     assert bool(((layer(x.bfloat16()).float() - expected).abs() <= 3 * 2**-8 * size).all())
+    layer.type(torch.float32)  # casts every buffer, whole numbers too
+    assert layer(x).dtype == torch.float32
     layer.half()
     with pytest.raises(ValueError, match=r"no kernels for torch\.float16"):
         layer(x.half())
@@ -366,6 +368,8 @@ def test_values_that_another_process_broadcast_over_its_own_topology_are_refused
             mine.copy_(sent)
     with pytest.raises(RuntimeError, match="the topologies differ"):
         ours(torch.randn(2, 12))
+    with pytest.raises(RuntimeError, match="the topologies differ"):
+        torch.compile(ours, backend="eager", fullgraph=True)(torch.randn(2, 12))
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 12)
     assert torch.equal(ours(x), theirs(x))
@@ -395,6 +399,12 @@ def test_layer_compiles_without_graph_breaks() -> None:
     x = torch.randn(2, 5, 12)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("batch", [torch.ones(3, 12), None, -1, 2.5])
+def test_what_is_no_number_of_tokens_is_not_explained(batch) -> None:
+    with pytest.raises(ValueError, match="expected the number of tokens of a batch, such as 128, got"):
+        _layer().explain(batch)
 
 
 def test_extra_repr() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
 import pytest
 import torch
+import torch.multiprocessing  # teaches ForkingPickler to share tensors
 from hypothesis import given, strategies as st
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -64,6 +68,19 @@ def test_a_digest_outlives_any_number_of_averages(decay: float) -> None:
     for _ in range(2000):
         average.update_parameters(model)
     average(torch.randn(5, 12))
+
+
+def test_a_process_that_shares_the_memory_of_a_layer_hears_that_its_connections_moved() -> None:
+    model = model_of().share_memory()
+    other = pickle.loads(bytes(ForkingPickler.dumps(model)))  # what a process has that gets the model
+    optimizer = torch.optim.Adam(model.parameters())
+    topology = offpath.SET(model, optimizer, update_freq=1)
+    train_step(model, optimizer, 1)
+    x = torch.ones(1, 12)
+    assert torch.equal(other(x), model(x))
+    topology.step()
+    with pytest.raises(RuntimeError, match="the topologies differ"):
+        other(x)
 
 
 def test_an_optimizer_with_one_state_for_all_is_refused() -> None:

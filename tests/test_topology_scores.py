@@ -43,6 +43,20 @@ def test_hooks_are_there_in_the_step_of_an_update_alone() -> None:
     assert watched == [False, False, True, False, False, True, False]
 
 
+def test_nothing_is_kept_for_a_topology_that_is_gone() -> None:
+    """As after a cell of a notebook is run again."""
+    model = model_of()
+    optimizer, topology = _rigl(model, update_freq=1)
+    (hook,) = model[0]._forward_hooks.values()
+    train_step(model, optimizer, 1)
+    assert hook.passes
+    del topology
+    assert not hook.passes
+    optimizer, topology = _rigl(model, update_freq=1)
+    train_step(model, optimizer, 2)
+    assert not hook.passes and not hook._pending and topology.step().grown
+
+
 def test_other_recipes_never_watch() -> None:
     model = model_of()
     offpath.SET(model, torch.optim.SGD(model.parameters(), lr=0.1), update_freq=1)

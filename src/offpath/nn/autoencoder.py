@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from offpath.nn.autocast import under_autocast
 from offpath.nn.autoencoder_loss import SAELoss, expect_variance, variance_of
 from offpath.nn.row_blocks import encode_above, encode_batch_topk
-from offpath.nn.statistics import KeepsStatistics
+from offpath.nn.statistics import KeepsStatistics, is_recomputing
 from offpath.nn.straight_through import jump, step
 from offpath.ops import SparseRows, encode_topk
 
@@ -157,7 +157,7 @@ class SparseAutoencoder(KeepsStatistics):
         rows, thresholds = self._scores(centered, torch.is_grad_enabled())
         live = rows if thresholds is None else self._jumped(rows, thresholds)
         fired = live.values > 0
-        if self.training:
+        if self.training and not is_recomputing():
             self._count(live, fired)
         residual = x - self.decode(live)
         squares = residual.square().sum()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from offpath.nn.sparse_output import check_output
-from offpath.nn.statistics import KeepsStatistics
+from offpath.nn.statistics import KeepsStatistics, is_recomputing
 from offpath.ops import SparseRows, topk_rows
 
 
@@ -85,6 +85,12 @@ class KWinnersBase(KeepsStatistics):
         return k if self.training else min(int(k * self.k_inference_factor), units)
 
     def _boost(self) -> Tensor:
+        if self.training and is_recomputing():
+            raise RuntimeError(
+                f"expected {type(self).__name__} to run once for each backward pass while it trains, but activation "
+                "checkpointing runs it again, and its boost has moved on meanwhile: other units would win. Leave it "
+                "out of what is checkpointed"
+            )
         return (-self.boost_strength * self.duty_cycle).exp()
 
     def _compete(self, x: Tensor, boost: Tensor) -> tuple[SparseRows, Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from offpath import pattern as patterns
 from offpath.nn.autocast import under_autocast
-from offpath.nn.sparse_weight import CsrWeightModule
+from offpath.nn.sparse_weight import CsrWeightModule, check_when_compiled
 from offpath.ops import PREFERENCES, Explanation, explain, explain_conv2d, sparse_conv2d, sparse_linear
 from offpath.pattern import Pattern
 
@@ -86,7 +86,9 @@ class _SparseConv(CsrWeightModule):
                 f"expected an input [images, {self.in_channels}, {size}], with or without images, got shape "
                 f"{tuple(x.shape)}"
             )
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            check_when_compiled(self)
+        else:
             self._check_digest()
         if x.dim() == self.dimensions + 1:
             return self._convolve(x.unsqueeze(0)).squeeze(0)

@@ -11,7 +11,7 @@ from offpath import pattern as patterns
 from offpath.nn.autocast import input_under_autocast
 from offpath.nn.linear import SparseLinear
 from offpath.nn.quantise import quantise_rows
-from offpath.nn.sparse_weight import CsrWeightModule
+from offpath.nn.sparse_weight import CsrWeightModule, check_when_compiled
 from offpath.ops import ACTIVATIONS, PREFERENCES, Connections, int8_linear
 from offpath.pattern import Pattern
 
@@ -78,7 +78,9 @@ class Int8SparseLinear(CsrWeightModule):
             raise ValueError(
                 f"expected an input of {self.in_features} features in its last dimension, got shape {tuple(x.shape)}"
             )
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            check_when_compiled(self)
+        else:
             self._check_digest()
         x = input_under_autocast(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)

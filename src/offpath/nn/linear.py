@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from offpath import pattern as patterns
 from offpath.nn.autocast import under_autocast
-from offpath.nn.sparse_weight import CsrWeightModule
+from offpath.nn.sparse_weight import CsrWeightModule, check_when_compiled
 from offpath.ops import PREFERENCES, Explanation, explain, sparse_linear
 from offpath.pattern import Pattern
 
@@ -64,7 +64,9 @@ class SparseLinear(CsrWeightModule):
             raise ValueError(
                 f"expected an input of {self.in_features} features in its last dimension, got shape {tuple(x.shape)}"
             )
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            check_when_compiled(self)
+        else:
             self._check_digest()
         connections = self._connections
         # As attributes, nn.Module would look for each in three places, in Python: together a microsecond.
@@ -82,7 +84,7 @@ class SparseLinear(CsrWeightModule):
     def explain(self, batch: int) -> Explanation:
         """How this layer computes its products for a batch of so many tokens, and what the alternatives cost.
 
-        The first call on a machine measures its kernels, which takes seconds.
+        The first call on a machine measures its kernels, which takes seconds. Raises `ValueError` for what is no count.
 
         >>> layer = SparseLinear(64, 64)
         >>> layer.explain(256).chosen["forward"] in ("bucketed", "row-wise", "bitmap", "filled", "dense")

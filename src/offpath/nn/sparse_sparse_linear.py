@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from offpath.nn.autocast import under_autocast
 from offpath.nn.linear import SparseLinear
-from offpath.nn.sparse_weight import SparseWeightModule
+from offpath.nn.sparse_weight import SparseWeightModule, check_when_compiled
 from offpath.ops import SparseRows, sparse_matmul, sparse_matmul_of_nonzeros
 from offpath.ops.library import as_rows
 from offpath.pattern import Pattern
@@ -58,7 +58,9 @@ class SparseSparseLinear(SparseWeightModule):
     def forward(self, x: SparseRows | Tensor) -> Tensor:
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"expected SparseRows or a tensor of {self.in_features} features, got shape {x.shape}")
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            check_when_compiled(self)
+        else:
             self._check_digest()
         operand = x if isinstance(x, Tensor) else x.values
         operand, weight, bias = under_autocast(operand, self.values, self.bias)

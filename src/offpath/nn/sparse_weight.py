@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from offpath import pattern as patterns
 from offpath.nn.loading import holds_mask, load_problem
@@ -166,7 +167,11 @@ class SparseWeightModule(nn.Module):
         self._digest = self._connections.digest()
         self._digest_seen = None
         digest = torch.tensor(self._digest, device=connections.device)
-        self.register_buffer("topology_digest", digest, persistent=False)
+        there = self._buffers.get("topology_digest")
+        if there is None or there.device != digest.device or there.is_inference() or there.is_meta:
+            self.register_buffer("topology_digest", digest, persistent=False)
+        else:
+            there.copy_(digest)  # in place: who shares the memory, as another process may, has to hear of it
 
     def _check_digest(self) -> None:
         # As an attribute, nn.Module would look for it in three places, in Python.
@@ -194,7 +199,10 @@ class SparseWeightModule(nn.Module):
         replace_values(self.values, self.values.new_empty(nnz).detach())
 
     def _apply(self: _Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
+        digest = self.topology_digest
         super()._apply(fn, recurse)
+        if self.topology_digest.dtype is not digest.dtype:  # `Module.type` casts whole numbers as well
+            self.topology_digest = digest.to(self.topology_digest.device)
         if not self._connections.col_indices.is_meta or self.values.is_meta:
             self._connections = self._connections.to(self.values.device)
         return self
@@ -244,6 +252,22 @@ class SparseWeightModule(nn.Module):
         for name in self.index_names:
             if prefix + name in unexpected_keys:  # torch knows parameters and buffers only
                 unexpected_keys.remove(prefix + name)
+
+
+def check_when_compiled(layer: SparseWeightModule) -> None:
+    """What every call of an eager layer looks at, looked at once: when the call is compiled."""
+    if torch.compiler.is_dynamo_compiling():
+        _looked_at(layer)
+
+
+def _looked_at(layer: SparseWeightModule) -> bool:
+    if not isinstance(layer.topology_digest, FakeTensor):
+        layer._check_digest()
+    return True
+
+
+# All that torch.compiler.assume_constant_result does, which brings the compiler with it: seconds of an import.
+_looked_at._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class CsrWeightModule(SparseWeightModule):

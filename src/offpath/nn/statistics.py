@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 _Self = TypeVar("_Self", bound="KeepsStatistics")
+
+
+def is_recomputing() -> bool:
+    """Whether a backward pass runs this forward pass once more, as activation checkpointing does.
+
+    Its samples have been counted. (A compiler that recomputes has its own copy of what it reads.)
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
 
 
 class KeepsStatistics(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from offpath.nn.sparse_output import as_output, check_k, check_output, flatten
-from offpath.nn.statistics import KeepsStatistics
+from offpath.nn.statistics import KeepsStatistics, is_recomputing
 from offpath.ops import SparseRows, above, batch_topk, topk_rows
 
 
@@ -99,7 +99,8 @@ class BatchTopK(KeepsStatistics):
             raise ValueError(f"expected k of at most the {n} units of a sample, got {k}")
         if self.training:
             rows = batch_topk(x, k * samples)
-            self._track(rows.values)
+            if not is_recomputing():
+                self._track(rows.values)
             return rows
         if self.num_batches_tracked == 0:
             return topk_rows(x, k)

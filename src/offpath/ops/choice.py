@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -128,7 +129,13 @@ def any_forced() -> bool:
 
 
 def explain(values: Tensor, shape: tuple[int, int], batch: int, prefer: str = "speed") -> Explanation:
-    """How the products of a weight of `shape` (out, in) with these `values` are computed, and what they would cost."""
+    """How the products of a weight of `shape` (out, in) with these `values` are computed, and what they would cost.
+
+    Raises `ValueError` for a batch that is no number of tokens.
+    """
+    if not isinstance(batch, Integral) or batch < 0:
+        got = type(batch).__name__ if isinstance(batch, Tensor) else repr(batch)
+        raise ValueError(f"expected the number of tokens of a batch, such as 128, got {got}")
     backend, dtype = kernels.select(values.device.type, values.dtype), values.dtype
     size = (*shape, values.numel(), batch)
     seconds = seconds_of(backend, dtype, *shape)

@@ -35,6 +35,8 @@ class Capture:
         self._hook = _Hook(layer)
         self.history: tuple[Pass, ...] = ()
         self._handle: RemovableHandle | None = None
+        # The layer holds the hook: without its topology, it would go on and keep the passes of every step.
+        weakref.finalize(self, self._hook.retire).atexit = False
 
     def arm(self) -> None:
         """Watch from now on."""
@@ -110,6 +112,12 @@ class _Hook:
         if self._handle is not None:
             self._handle.remove()
             self._handle = self._values = None
+
+    def retire(self) -> None:
+        """Never watch again."""
+        self._layer = None
+        self.unfollow()
+        self.clear()
 
     def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         own = self._layer() if self._layer is not None else None

@@ -1,0 +1,53 @@
+"""Activation checkpointing runs forward passes again: what they count, and what depends on what was counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from offpath.nn import BatchTopK, KWinners, KWinners2d, SparseAutoencoder
+
+X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("make", [lambda: KWinners(8, 0.5), lambda: KWinners2d(8, 0.5)], ids=["KWinners", "KWinners2d"])
+def test_winners_are_not_chosen_again_by_a_boost_that_has_moved_on(make, use_reentrant: bool) -> None:
+    layer = make()
+    x = (X if isinstance(layer, KWinners) else X.view(3, 8, 2, 1)).clone().requires_grad_()
+    y = checkpoint(layer, x, use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match="Leave it out of what is checkpointed"):
+        y.sum().backward()
+    layer.eval()
+    checkpoint(layer, x, use_reentrant=use_reentrant).sum().backward()
+    gradient, x.grad = x.grad, None
+    layer(x).sum().backward()
+    assert torch.equal(gradient, x.grad)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize(
+    "make", [lambda: BatchTopK(2, output="dense"), lambda: SparseAutoencoder(8, 16, 2, activation="batch_topk")]
+)
+def test_samples_are_counted_once(make, use_reentrant: bool) -> None:
+    torch.manual_seed(0)
+    layer = make()
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+
+    def run(checkpointed: bool) -> tuple[dict[str, Tensor], Tensor | None]:
+        layer.load_state_dict(state)
+        x = X.clone().requires_grad_()
+
+        def loss(x: Tensor) -> Tensor:
+            return layer.loss(x).total if isinstance(layer, SparseAutoencoder) else layer(x).square().sum()
+
+        (checkpoint(loss, x, use_reentrant=use_reentrant) if checkpointed else loss(x)).backward()
+        return {name: value.clone() for name, value in layer.state_dict().items()}, x.grad
+
+    (counted, gradient), (expected, expected_gradient) = run(True), run(False)
+    assert gradient is not None and torch.equal(gradient, expected_gradient)
+    assert counted.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in counted.items())
+    assert any(not torch.equal(value, state[name]) for name, value in counted.items())
