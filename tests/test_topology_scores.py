@@ -307,6 +307,30 @@ def test_what_hooks_make_of_an_output_counts_in_the_score(hook: str) -> None:
     assert (layer.pattern.to_mask() & ~before).nonzero()[:, 0].tolist() == [0] * 4  # others have no gradient
 
 
+@pytest.mark.parametrize("recipe", ["RigL", "MEST", "momentum"])
+def test_a_layer_that_the_step_leaves_out_has_a_gradient_of_zero(recipe: str) -> None:
+    """As a router or layer drop leave some out."""
+    states = []
+    for leaves_out in (True, False):
+        model = nn.ModuleList([model_of(), model_of(seed=1)])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        topology = {
+            "RigL": partial(offpath.RigL, end_step=100),
+            "MEST": offpath.MEST,
+            "momentum": partial(growing_by_momentum, steps=2),
+        }[recipe](model, optimizer, update_freq=2)
+        for step in (1, 2):
+            optimizer.zero_grad()
+            loss = model[0](_batch(step)).square().mean()
+            other = model[1](_batch(step)).square().mean() if step == 1 or not leaves_out else 0.0
+            (loss + other * (step == 1)).backward()
+            optimizer.step()
+            update = topology.step()
+        assert update.grown > 0
+        states.append(model.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def test_an_update_without_a_pass_is_refused() -> None:
     model = model_of()
     _, topology = _rigl(model, update_freq=1)

@@ -97,6 +97,17 @@ def test_training_equals_the_loop_by_hand(tmp_path: Path, one_thread: None, reci
     assert any(layer.unmoved < layer.initial_nnz for layer in callback.topology.survey())
 
 
+def test_a_compiled_model_runs_uncompiled_while_it_is_watched(tmp_path: Path, one_thread: None) -> None:
+    models = [Model(), Model()]
+    for model in models:
+        compiled = {"torch_compile": True, "torch_compile_backend": "eager"} if model is models[1] else {}
+        _trainer(model, tmp_path, TopologyCallback(MAKES["RigL"]), **compiled).train()
+    _assert_same(*models)
+    calls = []
+    torch.compile(lambda x: x + 1, backend=lambda graph, _: calls.append(graph) or graph)(torch.ones(1))
+    assert calls, "what was compiled before is compiled again"
+
+
 # Two steps before an update, one before, right after one; in the middle and at the end of an epoch.
 @pytest.mark.parametrize(("recipe", "step"), [("SET", 4), ("RigL", 5), ("RigL", 6), ("RigL", 12), ("GMP", 5)])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, one_thread: None, recipe: str, step: int) -> None:

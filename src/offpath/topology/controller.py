@@ -17,7 +17,7 @@ from offpath.topology.decide import Decision, decide_drops, decide_growth
 from offpath.topology.distributed import Processes, fingerprint, unwrapped
 from offpath.topology.errors import TopologyError
 from offpath.topology.grow import gradient_decay, gradient_steps, needs_dense_gradient
-from offpath.topology.layer import LayerView
+from offpath.topology.layer import LayerView, with_unused
 from offpath.topology.managed import FilterFn, ManagedLayer, check_plain, managed_layers, warn_of_staying
 from offpath.topology.recipe import Recipe
 from offpath.topology.record import LayerState, LayerUpdate, TopologyUpdate
@@ -256,7 +256,8 @@ class Topology:
     def _views(self) -> list[LayerView]:
         """The layers that may change; those that are frozen keep their connections."""
         average = self._processes.average
-        return [managed.view(self._generator, average) for managed in self._managed if not managed.frozen]
+        views = [managed.view(self._generator, average) for managed in self._managed if not managed.frozen]
+        return with_unused(views, needs_dense_gradient(self.recipe.grow))
 
     def _edits(self, decisions: list[Decision]) -> list[Edit | None]:
         """The decisions as edits, all of them checked against layers and optimizer; None where nothing changes."""

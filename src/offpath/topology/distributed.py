@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from offpath.topology.capture import Pass
 from offpath.topology.errors import TopologyError
-from offpath.topology.layer import LayerView
+from offpath.topology.layer import LayerView, empty_pass
 
 if distributed.is_available():
     # Its functions keep the process group that is there when they are imported, as a default, and a
@@ -102,7 +101,7 @@ class Processes:
         seen = torch.tensor([len(layer.passes) for layer in layers], device=layers[0].values.device)
         distributed.all_reduce(seen, group=self._group)
         return [
-            layer if layer.passes or not anywhere else replace(layer, passes=(_empty_pass(layer),))
+            layer if layer.passes or not anywhere else replace(layer, passes=(empty_pass(layer),))
             for layer, anywhere in zip(layers, seen.tolist(), strict=True)
         ]
 
@@ -155,8 +154,3 @@ def fingerprint(*parts: object) -> int:
 
 def _is_initialized() -> bool:
     return distributed.is_available() and distributed.is_initialized()
-
-
-def _empty_pass(layer: LayerView) -> Pass:
-    rows, columns = layer.pattern.shape
-    return Pass(layer.values.new_empty(0, columns), layer.values.new_empty(0, rows))

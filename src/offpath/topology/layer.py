@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -117,6 +117,27 @@ class LayerView:
         wide = torch.float64 if self.values.dtype == torch.float64 else torch.float32
         both = (*self.history, *self.passes)
         return tuple(Pass(_rows(x).to(wide), _rows(dy).to(wide), weight) for x, dy, weight in both)
+
+
+def with_unused(layers: Sequence[LayerView], reads_passes: bool) -> list[LayerView]:
+    """A layer that the step did not use, as others were, has a gradient of zero: a router may have left it out."""
+    used_passes = reads_passes and any(layer.passes for layer in layers)
+    if not any(layer.values_grad is not None for layer in layers):
+        return list(layers)
+    completed = []
+    for layer in layers:
+        gradient = torch.zeros_like(layer.values) if layer.values_grad is None else layer.values_grad
+        # With a gradient and without a pass, a layer was used, but not seen: compiled, for one.
+        unused = used_passes and not layer.passes and not bool(gradient.any())
+        passes = (empty_pass(layer),) if unused else layer.passes
+        completed.append(replace(layer, values_grad=gradient, passes=passes))
+    return completed
+
+
+def empty_pass(layer: LayerView) -> Pass:
+    """A pass of no tokens."""
+    rows, columns = layer.pattern.shape
+    return Pass(layer.values.new_empty(0, columns), layer.values.new_empty(0, rows))
 
 
 def _rows(x: Tensor) -> Tensor:

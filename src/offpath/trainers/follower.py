@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -18,6 +19,7 @@ class Follower:
 
     A hook of the optimizer's own says when: gradient accumulation, clipping, and whoever calls the optimizer make no
     difference, and the gradients are still there. What was seen of a step that a gradient scaler skips is forgotten.
+    Compiled models run uncompiled in the steps that the topology watches: they would not notice it.
 
     >>> import torch
     >>> from offpath import SET, SparseLinear
@@ -36,6 +38,13 @@ class Follower:
         self._updates: list[TopologyUpdate] = []
         self._announced = False
         self._handle = optimizer.register_step_post_hook(self._after_step)
+        self._stance: Any = None
+        self._set_stance(topology.watching)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a topology's `state`. Raises `TopologyError` for one that does not fit."""
+        self.topology.load_state_dict(state)
+        self._set_stance(self.topology.watching)
 
     def announce(self) -> None:
         """Say that the trainer is about to ask for a step; if none has come until `take_updates`, it was skipped."""
@@ -53,6 +62,14 @@ class Follower:
         """Follow no more, and watch no more passes."""
         self._handle.remove()
         self.topology.close()
+        self._set_stance(watching=False)
+
+    def _set_stance(self, watching: bool) -> None:
+        if watching and self._stance is None:
+            self._stance = torch.compiler.set_stance("force_eager")
+        elif not watching and self._stance is not None:
+            self._stance.__exit__(None, None, None)  # to what it was
+            self._stance = None
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Fused optimizers are called in skipped steps as well, and find out by this tensor of the scaler's.
@@ -61,6 +78,7 @@ class Follower:
             return
         self._announced = False
         update = self.topology.step()
+        self._set_stance(self.topology.watching)
         if update is not None:
             self._updates.append(update)
 

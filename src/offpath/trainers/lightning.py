@@ -79,7 +79,8 @@ class TopologyCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on from the checkpoint: model and optimizer have been loaded."""
         if self._saved:
-            self.topology.load_state_dict(self._saved)
+            assert self._follower is not None
+            self._follower.load_state_dict(self._saved)
             self._saved = None
         elif trainer.global_step > 0 and trainer.ckpt_path:
             raise TopologyError(

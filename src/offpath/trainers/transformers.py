@@ -78,7 +78,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
         follower = Follower(self._make(model, inner), inner)
         if state.global_step > 0:
             try:
-                follower.topology.load_state_dict(self._saved(state))
+                follower.load_state_dict(self._saved(state))
             except BaseException:
                 follower.remove()
                 raise
