@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from children import environment
 from commands import run_offpath
 from offpath.kernels import calibration, measured
 from offpath.studies import RunError, train
+from offpath.studies.checkpoint import load_checkpoint, save_checkpoint
 from offpath.studies.compression.folder import StudyFolder as CompressionFolder
 from offpath.studies.data import load
 from offpath.studies.files import write_text, write_whole
@@ -25,6 +28,7 @@ from offpath.studies.run import Run
 from offpath.studies.sae.activations import _count, _shards
 from offpath.studies.topology.folder import StudyFolder
 from offpath.trainers.plain import from_plain, to_plain
+from run_checks import assert_same
 from test_train_methods import SMALL, Stopper
 
 WRITERS = """
@@ -51,8 +55,8 @@ def test_what_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) ->
     path = tmp_path / "out.json"
     write_text(path, "old")
 
-    def fails(beside: Path) -> None:
-        beside.write_text("half")
+    def fails(file: IO[bytes]) -> None:
+        file.write(b"half")
         raise OSError("no space")
 
     with pytest.raises(RunError, match="no space; free space"):
@@ -61,6 +65,29 @@ def test_what_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) ->
     assert path.read_text() == "old"
     write_text(path, "new")
     assert path.read_text() == "new" and [left.name for left in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_checkpoint_that_is_synced_is_the_one_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = [], os.fsync
+
+    def watched(handle: int) -> None:
+        fsync(handle)
+        synced.append((os.fstat(handle).st_ino, os.fstat(handle).st_size))
+
+    monkeypatch.setattr(os, "fsync", watched)
+    path = tmp_path / "checkpoint.safetensors"
+    (tmp_path / ".checkpoint.safetensors.tmp").write_bytes(b"of a killed process" * 100_000)
+    run = Run(SMALL, load("digits"))
+    for _ in range(2):
+        run.advance()
+        save_checkpoint(run, path)
+        assert synced[-1] == (path.stat().st_ino, path.stat().st_size)
+    (tmp_path / "new").touch()
+    assert path.stat().st_mode == (tmp_path / "new").stat().st_mode
+    assert {left.name for left in tmp_path.iterdir()} == {"checkpoint.safetensors", "new"}
+    again = Run(SMALL, load("digits"))
+    load_checkpoint(again, path)
+    assert_same(again.model.state_dict(), run.model.state_dict())
 
 
 def test_text_is_utf8_and_the_terminal_shows_what_it_can(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from offpath.studies.sae.activations import Activations, load
 from offpath.studies.sae.report import write_race_report, write_train_report
 from offpath.studies.sae.run import SaeRun
 from offpath.studies.sae.tables import race_rows
-from offpath.studies.sae.text import read_text
+from offpath.studies.sae.text import TINYSHAKESPEARE_SHA256, read_text
 from run_checks import SMALL, Watcher, assert_same
 
 TINY = SaeConfig(data="synthetic", latents=128, k=8, epochs=2, batch_size=2000, seed=1)
@@ -71,6 +72,10 @@ def short_text(tmp_path: Path) -> Path:
 def _numbers(path: Path) -> list[dict[str, Any]]:
     clock = {"train_seconds", "tokens_per_second", "step_seconds"}
     return [{k: v for k, v in record.items() if k not in clock} for record in RunFolder(path).metrics()]
+
+
+def _contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("model", ["sae", "sae-batch-topk", "sae-jumprelu"])
@@ -193,6 +198,40 @@ def test_taking_activations_stops_and_goes_on_and_is_done_once(
 
 
 @needs_minilm
+@pytest.mark.parametrize("command", ["train", "race"])
+def test_another_text_than_the_run_was_started_on_is_refused(
+    tmp_path: Path, short_text: Path, cache: Path, command: str
+) -> None:
+    small = ["--model", "sae", "--latents", 64, "--k", 4, "--batch-size", 1000, "--epochs", 1]
+    out = tmp_path / "run"
+    assert run_offpath(command, *small, "--data-dir", short_text, "--out", out).exit_code == 0
+    text = short_text.read_text()
+    short_text.write_text(text.replace("nobler", "better"))
+    before = _contents(tmp_path)
+    other = run_offpath(command, "--resume", "--epochs", 2, "--out", out)
+    assert other.exit_code == 1 and "expected the text that the run was started on" in other.stderr
+    assert str(short_text) in other.stderr and _contents(tmp_path) == before
+    moved = tmp_path / "moved.txt"
+    moved.write_text(text)
+    finished = run_offpath(command, "--resume", "--epochs", 2, "--data-dir", moved, "--out", out)
+    assert finished.exit_code == 0, finished.stderr
+
+
+@needs_minilm
+def test_run_of_before_texts_were_told_apart_goes_on(
+    tmp_path: Path, short_text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(TINY, data="tinyshakespeare", data_dir=str(short_text), epochs=1, batch_size=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(SaeConfig, "to_json", lambda self: {k: v for k, v in asdict(self).items() if k != "text_sha256"})
+        assert train(config, tmp_path / "run", SaeWatcher())
+    assert "text_sha256" not in RunFolder(tmp_path / "run").config_values()
+    assert train(replace(config, epochs=2), tmp_path / "run", SaeWatcher(), resume=True)
+    known = RunFolder(tmp_path / "run").config_values()["text_sha256"]
+    assert known == hashlib.sha256(short_text.read_bytes()).hexdigest()
+
+
+@needs_minilm
 def test_layer_and_text_that_do_not_fit_are_refused(tmp_path: Path, short_text: Path, cache: Path) -> None:
     config = replace(TINY, data="tinyshakespeare", data_dir=str(short_text))
     with pytest.raises(RunError, match="expected a layer from 1 to 6, got 7"):
@@ -213,9 +252,9 @@ def test_text_is_found_by_file_folder_and_variable(
 ) -> None:
     monkeypatch.delenv("OFFPATH_DATA", raising=False)
     assert read_text("tinyshakespeare", short_text) == read_text("tinyshakespeare", tmp_path)
-    with pytest.raises(DataNotFoundError, match="no file was named; next step: download"):
+    with pytest.raises(DataNotFoundError, match=r"expected a text file .* got no file was named; next step: name one"):
         read_text("tinyshakespeare", None)
-    with pytest.raises(DataNotFoundError, match="none in "):
+    with pytest.raises(DataNotFoundError, match=r"none at .*nowhere, and no tinyshakespeare"):
         read_text("tinyshakespeare", tmp_path / "nowhere")
     monkeypatch.setenv("OFFPATH_DATA", str(tmp_path))
     assert read_text("tinyshakespeare", None)[1] == str(short_text)
@@ -347,3 +386,25 @@ def test_options_that_mean_nothing_here_are_refused(tmp_path: Path, arguments: l
     finished = run_offpath("train", *arguments, "--out", tmp_path / "run")
     assert finished.exit_code == 1 and message in finished.stderr and finished.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@needs_minilm
+@pytest.mark.parametrize("command", ["train", "race"])
+def test_text_of_ones_own_goes_by_the_name_of_its_file(
+    tmp_path: Path, short_text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """With --quick as well, which would otherwise read a file of Python's."""
+    monkeypatch.chdir(tmp_path)
+    own = short_text.rename(tmp_path / "my.txt")
+    asked = [command, "--model", "sae", "--data-dir", own, "--quick", "--latents", 64, "--k", 4, "--batch-size", 1000]
+    finished = run_offpath(*asked)
+    assert finished.exit_code == 0, finished.stderr
+    assert "latents, on my.txt" in finished.stdout and "tinyshakespeare" not in finished.stdout
+    page = (tmp_path / "runs" / f"{command}-my.txt-sae-k4-seed0" / "report.html").read_text()
+    assert "sae on my.txt</title>" in page
+
+
+def test_tinyshakespeare_goes_by_its_name_whatever_its_file_is_called() -> None:
+    config = SaeConfig(data_dir="/data/input.txt")
+    assert config.data_name == "input.txt" and SaeConfig().data_name == "tinyshakespeare"
+    assert replace(config, text_sha256=TINYSHAKESPEARE_SHA256).data_name == "tinyshakespeare"

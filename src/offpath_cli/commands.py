@@ -49,7 +49,11 @@ LearningRate = Annotated[float, typer.Option(help="Adam's learning rate.")]
 Seed = Annotated[int, typer.Option(help="Seed of the initial weights, the connections and the data order.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda; offpath info says what is missing for the latter.")]
 DataDir = Annotated[
-    Path | None, typer.Option(help="Folder with the data files (default: OFFPATH_DATA and known places).")
+    Path | None,
+    typer.Option(
+        help="Folder with the data files (default: OFFPATH_DATA and known places); for an sae a text file of your own "
+        "(default: OFFPATH_DATA)."
+    ),
 ]
 Out = Annotated[
     Path | None, typer.Option(help="Where to write (default: a folder in runs, named by command, options and seed).")

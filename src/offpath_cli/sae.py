@@ -99,12 +99,12 @@ def _asked(command: str, context: typer.Context) -> tuple[Path, Any]:
     quick, out = context.params["quick"], context.params["out"]
     if not context.params["resume"]:
         if quick:
-            asked = {"data": "python-source" if minilm.is_installed() else "synthetic"} | QUICK | asked
+            text = {} if "data_dir" in asked else {"data": "python-source" if minilm.is_installed() else "synthetic"}
+            asked = text | QUICK | asked
             asked["epochs"] = min(asked["epochs"], QUICK["epochs"])
         config = SaeConfig(**asked)
         _refuse_layer(options, config)
-        name = f"{command}-{config.data}-{config.model}-k{config.k}-seed{config.seed}"
-        return out or Path("runs") / name, config
+        return out or _default_folder(command, config), config
     if quick:
         raise RunError("expected --quick on a new run only; with --resume, say how many --epochs")
     if out is None:
@@ -120,6 +120,15 @@ def _asked(command: str, context: typer.Context) -> tuple[Path, Any]:
     if asked.get("epochs", config.epochs) < config.epochs:
         raise RunError(f"expected at least the {config.epochs} epochs that the run has, got {asked['epochs']}")
     return out, replace(config, **{name: asked[name] for name in asked.keys() & {"epochs", "data_dir"}})
+
+
+def _default_folder(command: str, config: SaeConfig) -> Path:
+    from offpath.studies.sae.text import read_text, text_sha256
+
+    if config.data_dir is not None:  # what is in the file says whether it is tinyshakespeare
+        text, _ = read_text(config.data, Path(config.data_dir))
+        config = replace(config, text_sha256=text_sha256(text))
+    return Path("runs") / f"{command}-{config.data_name}-{config.model}-k{config.k}-seed{config.seed}"
 
 
 def _refuse_layer(options: set[str], config: SaeConfig) -> None:

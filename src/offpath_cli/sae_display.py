@@ -94,7 +94,7 @@ def print_sae_race(result: SaeRaceResult, display: SaeRaceDisplay) -> None:
 
 
 def _description(config: SaeConfig) -> str:
-    return f"{config.model}, {config.k} of {config.latents:,} latents, on {config.data}"
+    return f"{config.model}, {config.k} of {config.latents:,} latents, on {config.data_name}"
 
 
 def _tokens_per_second(run: SaeRun) -> float:

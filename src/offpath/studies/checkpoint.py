@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from offpath.studies.config import RunError
@@ -25,8 +25,9 @@ from offpath.studies.resumable import Checkpointed
 from offpath.topology import Topology, TopologyError
 
 FORMAT_VERSION = 1
-# What may differ when a run goes on: it can be given more epochs, and its data may have moved.
-CHANGEABLE = {"epochs", "data_dir"}
+# What may differ when a run goes on: it can be given more epochs, and its data may have moved. A text is compared when
+# it is read: checkpoints once did not tell it.
+CHANGEABLE = {"epochs", "data_dir", "text_sha256"}
 # What a topology's state holds of each layer in tensors.
 LAYER_TENSORS = ("unmoved", "explored")
 
@@ -55,7 +56,8 @@ def save_checkpoint(run: Checkpointed, path: Path) -> None:
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     text = json.dumps(header)
     metadata = {"offpath_run": text, "sha256": _digest(text, contiguous)}
-    write_whole(path, lambda beside: save_file(contiguous, beside, metadata=metadata))
+    # As bytes: `save_file` writes to a file of its own, which nobody would lock or sync, and renames that.
+    write_whole(path, lambda file: file.write(to_bytes(contiguous, metadata)))
 
 
 def load_checkpoint(run: Checkpointed, path: Path) -> None:

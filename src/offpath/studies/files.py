@@ -9,13 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import SafetensorError
-
 from offpath.studies.config import RunError
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then rename it there: `path` is the old file or the whole new one.
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let `write` fill an open file beside `path`, then rename it there: `path` is the old file or the whole new one.
 
     Raises `RunError` when it cannot be written (a full disk, a folder without permission). The file beside has one
     name, so that what a killed process left is overwritten; processes that write the same file take turns.
@@ -24,19 +22,21 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         with _locked(beside) as file:
             try:
-                write(beside)
+                file.truncate(0)
+                write(file)
+                file.flush()
                 os.fsync(file.fileno())  # or a crash could leave the new name on unwritten blocks
             except BaseException:
                 beside.unlink(missing_ok=True)
                 raise
             beside.replace(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise RunError(f"expected to write {path}, got: {error}; free space or choose another --out") from error
 
 
 @contextmanager
 def _locked(beside: Path) -> Iterator[IO[bytes]]:
-    """`beside`, opened and this process's alone until it is closed; `write` fills the same file by its name."""
+    """`beside`, opened and this process's alone until it is closed."""
     while True:
         with beside.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -55,7 +55,7 @@ def _is(path: Path, opened: os.stat_result) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` as a whole."""
-    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def five_digits(value: Any) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from offpath.convert import prune, sparsify
@@ -142,12 +142,8 @@ class Arms:
         path = self.folder.teacher_file
         if not path.exists():
             made = embed(dense, ids, partial(self.watch, "the dense model's embeddings"))
-            write_whole(path, partial(_save, made))
+            write_whole(path, lambda file: file.write(to_bytes({"embeddings": made.to(torch.float16)})))
         return _read(path)
-
-
-def _save(embeddings: Tensor, path: Path) -> None:
-    save_file({"embeddings": embeddings.to(torch.float16)}, path)
 
 
 def _read(path: Path) -> Tensor:

@@ -107,6 +107,8 @@ def compress_checkpoint(config: CompressConfig, out: Path, watch: Watch) -> dict
             )
             watch("saving", 0, 1)
             save(model, folder / MODEL_FILE)
+        # Older versions of transformers know it as torch_dtype.
+        setattr(model.config, "dtype" if hasattr(model.config, "dtype") else "torch_dtype", DTYPES[dtype])
         model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]
         pretrained.tokenizer.save_pretrained(folder)
         report = {
@@ -176,9 +178,10 @@ def _new_folder(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
-        raise RunError(f"expected a writable folder {out.parent}, got: {error}; choose another --out") from error
+        raise RunError(f"expected to write {out}, got: {error.strerror}; choose another --out") from error
     try:
-        yield beside
+        with _said_of(out, beside):
+            yield beside
         beside.chmod(0o755)
         try:
             beside.replace(out)
@@ -189,3 +192,17 @@ def _new_folder(out: Path) -> Iterator[Path]:
             ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def _said_of(out: Path, beside: Path) -> Iterator[None]:
+    """Name `out` in errors of writing that name `beside`, which is gone when they are read, or nothing at all."""
+    try:
+        yield
+    except (OSError, RunError) as error:
+        told = str(error).replace(str(beside.resolve()), str(out)).replace(str(beside), str(out))
+        if isinstance(error, OSError) and error.strerror and (error.filename is None or told != str(error)):
+            told = f"expected to write {out}, got: {error.strerror}; free space or choose another --out"
+        if told == str(error):
+            raise
+        raise RunError(told) from error

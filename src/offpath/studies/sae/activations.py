@@ -15,12 +15,13 @@ from filelock import FileLock
 from torch import Tensor
 
 from offpath.kernels.measured import cache_folder
+from offpath.studies.config import RunError
 from offpath.studies.data.errors import DataError
 from offpath.studies.files import write_whole
 from offpath.studies.interrupt import StopRequest
 from offpath.studies.sae import minilm
 from offpath.studies.sae.config import SaeConfig
-from offpath.studies.sae.text import read_text
+from offpath.studies.sae.text import read_text, text_sha256
 
 WINDOW_TOKENS = 126  # with its two marks, the 128 that the model was trained with
 SHARD_WINDOWS = 64
@@ -31,12 +32,16 @@ SYNTHETIC = {"d_model": 64, "directions": 256, "per_sample": 8, "samples": 20_00
 
 @dataclass(frozen=True)
 class Activations:
-    """Samples [n, d_model] float32, divided by the standard deviation of the training part around its `mean`."""
+    """Samples [n, d_model] float32, divided by the standard deviation of the training part around its `mean`.
+
+    `text_sha256` is that of the text that they were taken from.
+    """
 
     train: Tensor
     test: Tensor
     mean: Tensor
     source: str
+    text_sha256: str | None = None
 
 
 def load(
@@ -45,12 +50,20 @@ def load(
     """The activations that `config` asks for; None where `stop` was made before all had been taken.
 
     Those of a transformer are taken once and kept as float16, in `OFFPATH_CACHE_DIR` or else the user's cache;
-    `on_shard(done, total)` is told of every part. What is there is not taken again. Raises `DataError` or `RunError`.
+    `on_shard(done, total)` is told of every part. What is there is not taken again. Raises `DataError`, or `RunError`
+    such as for a text that is not the one whose `text_sha256` is in `config`.
     """
+    sha256 = None
     if config.data == "synthetic":
         samples, source = _synthetic(), "made here: sums of 8 of 256 random directions of 64 dimensions"
     else:
         text, place = read_text(config.data, Path(config.data_dir) if config.data_dir else None)
+        sha256 = text_sha256(text)
+        if config.text_sha256 not in (None, sha256):
+            raise RunError(
+                f"expected the text that the run was started on, of sha256 {config.text_sha256}, got {sha256} in "
+                f"{place}; bring that text back, name its file with --data-dir, or start a new run with another --out"
+            )
         try:
             folder = cache_folder() / "activations" / _fingerprint(text, config.layer)
         except FileNotFoundError as error:
@@ -63,7 +76,7 @@ def load(
     train, test = samples[:-held_back].float(), samples[-held_back:].float()
     mean = train.mean(0)
     scale = (train - mean).square().mean().sqrt()
-    return Activations(train.div_(scale), test.div_(scale), mean / scale, source)
+    return Activations(train.div_(scale), test.div_(scale), mean / scale, source, sha256)
 
 
 def _fingerprint(text: str, layer: int) -> str:
@@ -90,8 +103,8 @@ def _take(
                 on_shard(done, len(windows))
                 if not path.exists():
                     values = activations(some).flatten(0, 1).half().numpy()
-                    write_whole(path, partial(_save, values))
-            write_whole(count, lambda beside: beside.write_text(str(len(windows))))
+                    write_whole(path, partial(np.save, arr=values))
+            write_whole(count, lambda file: file.write(str(len(windows)).encode()))
         return torch.from_numpy(np.concatenate([_read(p) for p in _shards(folder, _count(count))]))
 
 
@@ -106,11 +119,6 @@ def _count(path: Path) -> int:
 
 def _shards(folder: Path, count: int) -> list[Path]:
     return [folder / f"{number:05}.npy" for number in range(count)]
-
-
-def _save(values: np.ndarray, path: Path) -> None:
-    with path.open("wb") as file:  # given a name, numpy would append .npy to it
-        np.save(file, values)
 
 
 def _read(path: Path) -> np.ndarray:

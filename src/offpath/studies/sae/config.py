@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from offpath.studies.config import RunError
+from offpath.studies.sae.text import TINYSHAKESPEARE_SHA256
 
 # Name on the command line: the activation of the autoencoder.
 MODELS = {"sae": "topk", "sae-batch-topk": "batch_topk", "sae-jumprelu": "jumprelu"}
@@ -17,6 +19,8 @@ TYPES: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
     "str | None": (str, type(None)),
 }
+# What configs did not have at first.
+ADDED_LATER = {"text_sha256"}
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,9 @@ class SaeConfig:
     """One run: the same config gives the same numbers on the same backend, ISA, threads and measured costs.
 
     `data` is a text whose activations are taken after transformer layer `layer`, or "synthetic", which has neither
-    text nor transformer. `dense` computes the same autoencoder with every latent of every row. Raises `RunError` for a
-    value that cannot be run.
+    text nor transformer. `dense` computes the same autoencoder with every latent of every row. `text_sha256` is that of
+    the text a run was started on, and None as long as nobody has read it. Raises `RunError` for a value that cannot be
+    run.
     """
 
     data: str = "tinyshakespeare"
@@ -39,6 +44,7 @@ class SaeConfig:
     seed: int = 0
     data_dir: str | None = None
     dense: bool = False
+    text_sha256: str | None = None
 
     def __post_init__(self) -> None:
         for name, choice, known in (("data", self.data, DATA), ("model", self.model, tuple(MODELS))):
@@ -61,6 +67,13 @@ class SaeConfig:
         if not 0 <= self.seed < 2**32:
             raise RunError(f"expected a seed in [0, 2^32), got {self.seed}")
 
+    @property
+    def data_name(self) -> str:
+        """What a reader knows the data by: a text of the user's own by its file."""
+        if self.data_dir is None or self.text_sha256 == TINYSHAKESPEARE_SHA256:
+            return self.data
+        return Path(self.data_dir).name
+
     def to_json(self) -> dict[str, Any]:
         """The config as plain JSON values."""
         return asdict(self)
@@ -69,7 +82,7 @@ class SaeConfig:
     def from_json(cls, values: dict[str, Any]) -> SaeConfig:
         """The config that `to_json` gave. Raises `RunError` for anything else, a config of another model included."""
         known = {field.name: str(field.type) for field in fields(cls)}
-        if not isinstance(values, dict) or values.keys() != known.keys():
+        if not isinstance(values, dict) or not known.keys() - ADDED_LATER <= values.keys() <= known.keys():
             raise RunError(f"expected the config of an sae with the keys {sorted(known)}, got {values!r}")
         for name, value in values.items():
             if not isinstance(value, TYPES[known[name]]) or (isinstance(value, bool) and known[name] != "bool"):

@@ -17,7 +17,7 @@ from offpath.studies.race import RaceObserver, step_quartiles, take_turns
 from offpath.studies.sae.config import SaeConfig
 from offpath.studies.sae.memory import sae_memory
 from offpath.studies.sae.run import SaeRun
-from offpath.studies.sae.train import TakingObserver, taken
+from offpath.studies.sae.train import TakingObserver, pinned, taken
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,13 @@ def race(config: SaeConfig, out: Path, observer: SaeRaceObserver, resume: bool =
     with root.locked():
         if not resume:
             root.refuse_existing()
+        config = pinned(config, root)
         data = taken(config, observer)
         if data is None:
             root.lanes()
             root.write_config(config)
             return None
+        config = replace(config, text_sha256=data.text_sha256)
         runs = {dense: SaeRun(replace(config, dense=dense), data) for dense in (True, False)}
         lanes = {name: (runs[name == "dense"], folder) for name, folder in root.lanes().items()}
         for run, folder in lanes.values():

@@ -10,6 +10,7 @@ from offpath.studies.config import RunError
 from offpath.studies.folder import RunFolder
 from offpath.studies.page import write_page
 from offpath.studies.plots import to_svg
+from offpath.studies.sae.config import SaeConfig
 from offpath.studies.sae.plots import race_figures, train_figures
 from offpath.studies.sae.race import SaeRaceResult
 from offpath.studies.sae.tables import race_rows
@@ -26,6 +27,7 @@ def write_train_report(folder: Path) -> None:
         "sae/train_report.html.jinja",
         machine=asdict(this_machine()),
         config=run.config_values(),
+        data_name=SaeConfig.from_json(run.config_values()).data_name,
         last=records[-1],
         figures={title: to_svg(figure, salt=title) for title, figure in train_figures(records).items()},
     )
@@ -38,6 +40,7 @@ def write_race_report(result: SaeRaceResult, path: Path) -> None:
         "sae/race_report.html.jinja",
         machine=result.machine,
         result=result,
+        data_name=SaeConfig.from_json(result.config).data_name,
         header=("", "dense", "sparse", "dense / sparse"),
         rows=race_rows(result),
         figures={title: to_svg(figure, salt=title) for title, figure in race_figures(result).items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from offpath.studies.data.errors import DataError, DataNotFoundError
 from offpath.studies.data.locate import DATA_DIR_VARIABLE
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 FILE_NAMES = ("tinyshakespeare.txt", "input.txt")
 
 
@@ -26,6 +28,11 @@ def read_text(name: str, data_dir: Path | None) -> tuple[str, str]:
         raise DataError(f"a text in {path}", str(error), "name the file with --data-dir FILE") from error
 
 
+def text_sha256(text: str) -> str:
+    """What tells a text from another, wherever its file lies."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _find(data_dir: Path | None) -> Path:
     place = data_dir or (Path(os.environ[DATA_DIR_VARIABLE]) if os.environ.get(DATA_DIR_VARIABLE) else None)
     if place is not None:
@@ -34,7 +41,8 @@ def _find(data_dir: Path | None) -> Path:
             if path.is_file():
                 return path
     raise DataNotFoundError(
-        "the text tinyshakespeare in one file",
-        "no file was named" if place is None else f"none in {place}",
-        f"download {TINYSHAKESPEARE_URL} and name it with --data-dir FILE, or train on --data python-source",
+        "a text file to take activations of",
+        "no file was named" if place is None else f"none at {place}, and no {' or '.join(FILE_NAMES)} in it",
+        f"name one with --data-dir FILE (tinyshakespeare is at {TINYSHAKESPEARE_URL}), or train on --data "
+        "python-source",
     )

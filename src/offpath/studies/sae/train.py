@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -36,17 +37,26 @@ def train(config: SaeConfig, out: Path, observer: SaeObserver, resume: bool = Fa
     with folder.locked():
         if not resume:
             folder.refuse_existing()
+        config = pinned(config, folder)
         data = taken(config, observer)
         if not resume and data is None:
             folder.start(config)  # nothing has been trained, but --resume finds what was asked for
         if data is None:
             return False
+        config = replace(config, text_sha256=data.text_sha256)
         run = SaeRun(config, data)
         if resume:
             folder.restore(run)
         else:
             folder.start(config)
         return advance_to_the_end(run, folder, observer)
+
+
+def pinned(config: SaeConfig, folder: RunFolder) -> SaeConfig:
+    """`config` with the text that the run in `folder` was started on, where that is known."""
+    if not folder.config_file.exists():
+        return config
+    return replace(config, text_sha256=SaeConfig.from_json(folder.config_values()).text_sha256)
 
 
 def taken(config: SaeConfig, observer: TakingObserver) -> Activations | None:
