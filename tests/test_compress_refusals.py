@@ -114,6 +114,14 @@ def test_refusals_name_what_is_wrong_and_change_nothing(change, arguments, error
     assert same(before, snapshot(model))
 
 
+def test_a_filter_that_takes_nothing_is_told_of() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    report = compress(model, batch=1, filter_fn=lambda module, name: False)
+    assert str(report).startswith("filter_fn took none of the 2 layers") and "mostly zero" not in str(report)
+    some = compress(model, batch=1, filter_fn=lambda module, name: name == "2")
+    assert str(some).startswith("no layer that can be swapped is mostly zero") and some.left_out == 1
+
+
 def test_a_bare_layer_and_what_is_no_module_are_refused() -> None:
     with pytest.raises(ValueError, match="from_dense"):
         compress(nn.Linear(3, 3))

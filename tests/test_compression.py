@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import shutil
 import signal
 from collections.abc import Iterator
@@ -137,6 +138,9 @@ def test_dtype_of_the_checkpoint_is_kept_where_a_kernel_computes_in_it(
     report = json.loads((out / "report.json").read_text())
     assert report["dtype"] == {k: str(v)[len("torch.") :] for k, v in (("checkpoint", stored), ("saved", saved))}
     assert report["bytes"]["checkpoint"] == 2 * sum(p.numel() for p in dense.model.parameters())
+    config = json.loads((out / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == str(saved).removeprefix("torch.")
+    assert "and not from_pretrained, which leaves the sparse layers random" in made.output.splitlines()[-1]
     model = offpath.load(out)
     assert {p.dtype for p in model.parameters()} == {saved}
     offpath.densify(model)
@@ -239,6 +243,48 @@ def test_refusals_leave_nothing_behind(checkpoints: dict[str, Path], text: Path,
     with pytest.raises(RunError, match="expected a new or empty folder"):
         compress_checkpoint(CompressConfig(bert, 0.5), out, _unwatched)
     assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_full_disk_names_the_folder_that_was_asked_for(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the same calls fail, with another number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = tmp_path / "out"
+
+    def full(what: str, done: int, total: int) -> None:
+        if what == "saving":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+
+    try:
+        with pytest.raises(RunError, match="free space or choose another") as refused:
+            compress_checkpoint(CompressConfig(str(checkpoints["bert"]), 0.5), out, full)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(refused.value).startswith(f"expected to write {out / 'model.safetensors'}, got: ")
+    assert str(refused.value).count(";") == 1
+    assert ".out." not in str(refused.value) and not list(tmp_path.iterdir())
+    with pytest.raises(RunError, match="expected to write /proc/self/out, got") as refused:  # not even root may
+        compress_checkpoint(CompressConfig(str(checkpoints["bert"]), 0.5), Path("/proc/self/out"), _unwatched)
+    assert ".out." not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--method", "magnitude"], "no --method without --sparsity"),
+        (["--scope", "layer"], "no --scope without --sparsity"),
+        (["--distribution", "erk"], "no --distribution without --sparsity"),
+        (["--seed", "0"], "no --seed without --sparsity"),
+        (["--quick"], "no --quick without --data"),
+        (["--sparsity", "0.9", "--seed", "3"], "no --seed with --method magnitude"),
+        (["--sparsity", "0.9", "--method", "random", "--quick"], "no --quick without --data"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(
+    checkpoints: dict[str, Path], tmp_path: Path, options: list[str], said: str
+) -> None:
+    refused = CliRunner().invoke(app, ["compress", str(checkpoints["bert"]), *options, "--out", str(tmp_path / "out")])
+    assert refused.exit_code == 1 and f"expected {said}, which would change nothing" in refused.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_leaves_nothing_behind(checkpoints: dict[str, Path], tmp_path: Path) -> None:

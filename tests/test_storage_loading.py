@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import offpath
 from offpath import SparseLinear, StorageError, pattern as patterns
@@ -268,6 +269,21 @@ def test_a_model_that_does_not_fit_is_left_as_it_was(tmp_path: Path, change) -> 
     assert str(tmp_path / "m") in str(raised.value)
     after = _frozen(other)
     assert after[1:] == before[1:] and all(torch.equal(after[0][key], value) for key, value in before[0].items())
+
+
+def test_masks_that_only_the_file_has_are_named(tmp_path: Path) -> None:
+    pruned = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    prune.l1_unstructured(pruned[1], "weight", 0.5)
+    offpath.save(pruned, tmp_path / "m")
+    plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    with pytest.raises(StorageError) as raised:
+        offpath.load(tmp_path / "m", plain)
+    said = str(raised.value)
+    assert "only the model has '1.weight', and only the file has '1.weight_mask', '1.weight_orig'" in said
+    assert "torch.nn.utils.prune.remove" in said
+    prune.remove(pruned[1], "weight")
+    offpath.save(pruned, tmp_path / "m")
+    assert torch.equal(offpath.load(tmp_path / "m", plain)[1].weight, pruned[1].weight)
 
 
 def test_ctrl_c_while_loading_leaves_the_model_as_it_was(tmp_path: Path) -> None:

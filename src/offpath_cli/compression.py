@@ -5,11 +5,15 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from offpath_cli.asked import given
 from offpath_cli.commands import app, reports_errors
+
+if TYPE_CHECKING:
+    from offpath.studies.compression.compress import CompressConfig
 
 Checkpoint = Annotated[
     str,
@@ -49,6 +53,7 @@ BenchQuick = Annotated[bool, typer.Option("--quick", help="A small test and a sh
 @app.command()
 @reports_errors
 def compress(
+    context: typer.Context,
     checkpoint: Checkpoint,
     sparsity: Sparsity = None,
     method: Method = "magnitude",
@@ -84,6 +89,7 @@ def compress(
         seed=seed,
         quick=quick,
     )
+    _refuse_idle(given(context), config)
     out = out or Path("runs") / f"compress-{Path(checkpoint).expanduser().resolve().name}"
     with WatchDisplay() as display:
         report = compress_checkpoint(config, out, display.watch)
@@ -98,7 +104,24 @@ def compress(
     if embeddings and not report["compress"]["embeddings"]:
         display.say("no embedding became int8: the report says why")
     display.say(f"layer by layer: {out / 'report.html'}   numbers: {out / REPORT_FILE}")
-    display.say(f"in Python: offpath.load({str(out)!r})   beside dense: offpath bench {shlex.quote(str(out))}")
+    display.say(f"beside dense: offpath bench {shlex.quote(str(out))}")
+    display.say(
+        f"in Python: offpath.load({str(out)!r}), and not from_pretrained, which leaves the sparse layers random"
+    )
+
+
+def _refuse_idle(options: set[str], config: CompressConfig) -> None:
+    """Raise `RunError` for an option that would change nothing."""
+    from offpath.studies import RunError
+
+    for names, is_idle, without in (
+        (("method", "scope", "distribution", "seed"), config.sparsity is None, "without --sparsity"),
+        (("seed",), config.method != "random", f"with --method {config.method}"),
+        (("quick",), config.data is None, "without --data"),
+    ):
+        for name in names:
+            if name in options and is_idle:
+                raise RunError(f"expected no --{name} {without}, which would change nothing; leave it out")
 
 
 @app.command()

@@ -36,9 +36,22 @@ def fit(model: nn.Module, contents: Contents) -> None:
             raise StorageError(f"expected tensors that fit the model, got: {error}") from error
         prefixes = tuple(f"{name}." for name in (*contents.layers, *contents.header.shared))
         missing = [key for key in result.missing_keys if not key.startswith(prefixes)]
-        for kind, keys in (("the model has", missing), ("the file has", result.unexpected_keys)):
-            if keys:
-                raise StorageError(f"expected the same names, but only {kind} {', '.join(map(repr, keys[:8]))}")
+        _check_same(missing, result.unexpected_keys)
+
+
+def _check_same(of_model: list[str], of_file: list[str]) -> None:
+    """Raise `StorageError` for names that only one of the two has."""
+    if not of_model and not of_file:
+        return
+    told = [
+        f"only {owner} has {', '.join(map(repr, names[:8]))}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
+        for owner, names in (("the model", of_model), ("the file", of_file))
+        if names
+    ]
+    step = ""
+    if any(name.endswith(("_orig", "_mask")) for name in of_file):
+        step = "; make masks permanent before saving, with torch.nn.utils.prune.remove(module, name)"
+    raise StorageError(f"expected the same names, but {', and '.join(told)}{step}")
 
 
 def _fit_root(model: nn.Module, root: nn.Module, contents: Contents) -> None:

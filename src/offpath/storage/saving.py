@@ -68,7 +68,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     contiguous = {key: _written_out(tensor) for key, tensor in tensors.items() if key not in tied}
     text = Header(entries, shared, tied, describe(model)).to_text()
     metadata = {"format": "pt", FORMAT: text, "sha256": digest(text, contiguous)}
-    write_whole(path, lambda beside: _write(contiguous, beside, metadata))
+    try:
+        write_whole(path, lambda beside: _write(contiguous, beside, metadata))
+    except OSError as error:  # which names the file beside, if any
+        told = type(error)(
+            f"expected to write {path}, got: {error.strerror or error}; free space or choose another place"
+        )
+        told.errno = error.errno
+        raise told from error
 
 
 def _check_place(path: Path) -> None:
@@ -172,4 +179,4 @@ def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> 
     except KeyError as error:
         raise StorageError(f"expected dtypes that safetensors can hold, got {error}; convert those tensors") from error
     except SafetensorError as error:
-        raise OSError(f"expected to write {path.parent}, got: {error}") from error
+        raise OSError(str(error)) from error

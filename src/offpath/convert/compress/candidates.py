@@ -33,19 +33,22 @@ class Candidate:
 
 def find(
     model: nn.Module, filter_fn: FilterFn | None, min_sparsity: float
-) -> tuple[list[Candidate], list[tuple[str, str]]]:
-    """The layers of which at least `min_sparsity` is zero, in the model's order; and (name, reason) of the others.
+) -> tuple[list[Candidate], list[tuple[str, str]], int]:
+    """The layers of which at least `min_sparsity` is zero, in the model's order; (name, reason) of those that stay.
+
+    The number is that of the layers that `filter_fn` left out.
 
     Raises `ValueError`, naming the layer, for one on another device than the CPU, a mask of the wrong shape, and NaN or
     infinity in one that is mostly zero.
     """
     owners, read = parameter_owners(model), read_by_their_owner(model)
-    found, skipped = [], []
+    found, skipped, left_out = [], [], 0
     for name, module in model.named_modules():
         reason = _foreign(module)
         if reason is None and kind_of(module) is None:
             continue
         if filter_fn is not None and not filter_fn(module, name):
+            left_out += 1
             continue
         reason = reason or _obstacle(module, owners) or read.get(module)
         nnz = 0
@@ -66,7 +69,7 @@ def find(
             found.append(Candidate(name, module, kind, nnz))
         else:
             skipped.append((name, reason))
-    return found, skipped
+    return found, skipped, left_out
 
 
 def _foreign(module: nn.Module) -> str | None:

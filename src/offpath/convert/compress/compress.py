@@ -78,7 +78,7 @@ def compress(
     ):
         if value not in choices:
             raise ValueError(f"expected {name} to be {' or '.join(map(repr, choices))}, got {value!r}")
-    candidates, skipped = find(model, filter_fn, min_sparsity)
+    candidates, skipped, left_out = find(model, filter_fn, min_sparsity)
     whole = None if example is None else Example(model, example)
     entered, unreached = contests(candidates, batch, whole, precision, progress)
     rest = measure(model, whole, entered, progress)
@@ -108,7 +108,7 @@ def compress(
         end_to_end = swap_and_compare(whole, replacements, bounds, _predicted_share(layers, rest))
     after = memory_bytes(model)
     left_alone = (*skipped, *unreached)
-    return CompressReport(min_sparsity, tuple(layers), left_alone, before, after, end_to_end, tuple(tables))
+    return CompressReport(min_sparsity, tuple(layers), left_alone, before, after, end_to_end, tuple(tables), left_out)
 
 
 def _predicted_share(layers: Sequence[CompressedLayer], rest: Rest | None) -> float:

@@ -96,7 +96,8 @@ class EndToEnd:
 class CompressReport:
     """Prints as a table. `layers` are those that are mostly zero; `skipped` the others, each with the reason.
 
-    `model_bytes_before` and `model_bytes_after` are those of the whole model: parameters, buffers, indices and plans.
+    `left_out` counts the layers that `filter_fn` did not take. `model_bytes_before` and `model_bytes_after` are those
+    of the whole model: parameters, buffers, indices and plans.
     """
 
     min_sparsity: float
@@ -106,6 +107,7 @@ class CompressReport:
     model_bytes_after: int
     end_to_end: EndToEnd | None = None
     embeddings: tuple[CompressedEmbedding, ...] = ()
+    left_out: int = 0
 
     @property
     def swapped(self) -> tuple[CompressedLayer, ...]:
@@ -139,7 +141,9 @@ class CompressReport:
 
     def __str__(self) -> str:
         lines = []
-        if not self.layers:
+        if not self.layers and not self.skipped and self.left_out:
+            lines.append(f"filter_fn took none of the {self.left_out} layers; it gets (module, name)")
+        elif not self.layers:
             dense = too_dense(self.min_sparsity) in (reason for _, reason in self.skipped)
             lines.append(
                 f"no layer that can be swapped is mostly zero (at least {percent(self.min_sparsity)})"
