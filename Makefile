@@ -90,12 +90,17 @@ dev:
 	mkdir -p $(VENV) && touch $(VENV)/.editable
 	$(MAKE) $(VENV)/.installed
 
+# Into a new environment, packages come while the wheel is built: the pinned ones, which are the large ones. Then all of it
+# is compiled to bytecode on all cores: pip takes one, for more than a minute. (Some packages carry templates that are no
+# Python; that is no matter.)
 $(VENV)/.installed: $(SOURCES)
-	@# A new environment is compiled to bytecode on all cores: pip takes one, for more than a minute. (Some packages carry
-	@# templates that are no Python; that is no matter.)
 	test -x $(BIN)/python || { $(PYTHON) -m venv $(VENV) && touch $(VENV)/.new; }
+	@rm -rf build/wheel
+	test ! -e $(VENV)/.new || test -e $(VENV)/.editable || { \
+		$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel . & wheel=$$!; \
+		$(BIN)/pip install --quiet --no-compile --requirement constraints.txt && wait $$wheel; }
 	$(BIN)/pip install --quiet $$(test ! -e $(VENV)/.new || echo --no-compile) \
-		$$(test ! -e $(VENV)/.editable || echo --editable) '.[cli,dev]'
+		$$(test ! -e $(VENV)/.editable || echo --editable) "$$(ls build/wheel/*.whl 2>/dev/null || echo .)[cli,dev]"
 	test ! -e $(VENV)/.new || { $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true; rm $(VENV)/.new; }
 	@touch $@
 

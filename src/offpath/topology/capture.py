@@ -124,12 +124,8 @@ class _Hook:
         if own is None or own is not layer or not y.requires_grad or not own.values.requires_grad:
             return
         self.follow(own.values)
-        given, pending, confirmed, values = (
-            args[0] if args else kwargs["x"],
-            self._pending,
-            self.confirmed,
-            self._values,
-        )
+        pending, confirmed, values = self._pending, self.confirmed, self._values
+        given = args[0] if args else kwargs["x"]
         may_be_written = (given if given._base is None else given._base).is_leaf
 
         def keep(seen: Pass) -> None:
