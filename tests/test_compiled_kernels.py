@@ -21,6 +21,8 @@ FILES = {
 }
 
 
+@pytest.mark.long
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("files", FILES.values(), ids=FILES)
 def test_kernels(files: list[str]) -> None:
     run_tests(files, "-p", "compiled_on_cpu", "-k", "not mutant and not mistakes")

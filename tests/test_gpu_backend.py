@@ -107,6 +107,7 @@ def _options(backend: kernels.Backend):
         return SparseLinear(8, 8).explain(3).options
 
 
+@pytest.mark.long
 def test_the_whole_stack_runs_through_the_interpreter() -> None:
     """Layers, both gradients, topology updates, an autoencoder, checkpoints: on the kernels that a GPU runs."""
     finished = _run(

@@ -389,6 +389,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_training_can_go_on(where: 
     assert topology.step() is not None
 
 
+@pytest.mark.long
 def test_a_huge_layer_is_made_and_trained_a_step_with_rigl_in_less_than_a_byte_a_position() -> None:
     # What the kernels cost is measured once on a machine, with operands of its own that take as much again.
     offpath.SparseLinear(2048, 2048)(torch.randn(8, 2048))

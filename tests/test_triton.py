@@ -17,6 +17,8 @@ from offpath.kernels import KernelError
 from offpath.kernels.gpu import counting_sort, densely, expand, few_tokens, gather, sparse_weight, ties
 
 
+@pytest.mark.long
+@pytest.mark.timeout(600)
 def test_every_kernel_in_python() -> None:
     """In a process of its own, as Triton decides when it is imported how kernels run."""
     files = [f"{name}_in_python.py" for name in ("triton", "gradients", "selection", "memory")]
