@@ -51,3 +51,19 @@ def test_samples_are_counted_once(make, use_reentrant: bool) -> None:
     assert counted.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in counted.items())
     assert any(not torch.equal(value, state[name]) for name, value in counted.items())
+
+
+@pytest.mark.parametrize("make", [lambda: BatchTopK(2, output="dense"), lambda: KWinners(8, 0.5)])
+def test_what_trains_inside_of_a_backward_pass_is_counted(make) -> None:
+    """As in a hook that trains on gradients."""
+    layer, twin = make(), make()
+
+    def train(gradient: Tensor) -> None:
+        with torch.enable_grad():
+            layer(gradient.detach().requires_grad_()).sum().backward()
+
+    h = X.clone().requires_grad_() * 1
+    h.register_hook(train)
+    (h * X).sum().backward()
+    twin(X)
+    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in layer.state_dict().items())

@@ -15,7 +15,7 @@ from torch.library import opcheck
 from cases import gaussian, small_integers
 from offpath import kernels
 from offpath.kernels import Backend
-from offpath.ops import encode_topk
+from offpath.ops import SparseRows, encode_topk
 from row_cases import PROBLEMS, RowProblem
 
 OPS = torch.ops.offpath
@@ -265,3 +265,9 @@ def test_a_whole_layer_compiles_without_graph_breaks() -> None:
         dy = torch.randn_like(expected)
         gradients, others = (torch.autograd.grad(y, leaves, dy) for y in (result, expected))
         assert all(map(torch.equal, gradients, others))
+
+
+def test_entries_at_one_place_add_up_in_float32() -> None:
+    """bfloat16 would count to 256."""
+    rows = SparseRows(torch.tensor([0, 2000]).int(), torch.zeros(2000).int(), torch.ones(2000).bfloat16(), 2)
+    assert rows.to_dense().tolist() == [[2000, 0]]

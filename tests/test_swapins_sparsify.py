@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2Model
 from checkers import gamma, unit_roundoff
 from offpath.kernels import KernelError
 from offpath.swapins import sparsify as swapin
-from offpath.swapins.encoder import LazyPreActivations
+from offpath.swapins.encoder import LazyPreActivations, activations_at
 from offpath.swapins.patching import Patch, SwapInError
 
 WIDTH, LATENTS, ROWS = 12, 64, 40
@@ -222,6 +222,31 @@ def test_all_pre_activations_are_stored_only_where_they_are_used() -> None:
 
     assert not stored() and not stored(activation="groupmax")
     assert stored(multi_topk=True)
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_look_without_gradients_leaves_the_pre_activations_theirs(looks: bool) -> None:
+    with swapin.patch():
+        torch.manual_seed(0)
+        coder, x = SparseCoder(8, SaeConfig(num_latents=32, k=4)), torch.randn(16, 8)
+        out = coder.encode(x)
+        if looks:
+            with torch.no_grad():
+                out.pre_acts.mean()  # a log
+        (seen,) = torch.autograd.grad(out.pre_acts.sum(), coder.encoder.weight)
+        (expected,) = torch.autograd.grad(F.relu(coder.encoder(x)).sum(), coder.encoder.weight)
+        assert _close({"": seen}, {"": expected})
+        with torch.no_grad():
+            out = coder.encode(x)
+        assert not (out.pre_acts + 0).requires_grad
+
+
+def test_the_gradient_of_a_bias_in_16_bits_is_summed_wide() -> None:
+    """A latent that fires in every one of 8192 rows: bfloat16 counts to 256."""
+    x, weight = torch.zeros(8192, 4).bfloat16(), torch.zeros(3, 4).bfloat16()
+    bias = torch.zeros(3, dtype=torch.bfloat16, requires_grad=True)
+    activations_at(torch.ones(8192, 1).int(), x, weight, bias).sum().backward()
+    assert bias.grad.tolist() == [0, 8192, 0]
 
 
 def test_pre_acts_of_an_encoder_that_has_changed_are_refused() -> None:

@@ -11,7 +11,7 @@ from offpath.nn.autocast import under_autocast
 from offpath.nn.autoencoder_loss import SAELoss, expect_variance, variance_of
 from offpath.nn.row_blocks import encode_above, encode_batch_topk
 from offpath.nn.statistics import KeepsStatistics, is_recomputing
-from offpath.nn.straight_through import jump, step
+from offpath.nn.straight_through import jump, step, thresholds_of, wide
 from offpath.ops import SparseRows, encode_topk
 
 ACTIVATIONS = ("topk", "batch_topk", "jumprelu")
@@ -203,10 +203,12 @@ class SparseAutoencoder(KeepsStatistics):
         least = chosen.values.min()
         if not least.isfinite():
             raise ValueError(f"expected finite pre-activations, got one of {float(least)}; look for NaN in the input")
+        # Only what is larger than a threshold lives.
         if self.activation == "jumprelu":
-            self.log_threshold.copy_(least.log().expand(self.latents))
+            log, eps = least.float().log(), torch.finfo(self.log_threshold.dtype).eps
+            self.log_threshold.copy_((log - 2 * eps * log.abs().clamp(min=1)).expand(self.latents))
         else:
-            self.threshold.copy_(least)
+            self.threshold.copy_(least.nextafter(least.new_tensor(-math.inf)))
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
@@ -261,8 +263,8 @@ class SparseAutoencoder(KeepsStatistics):
             return encode_above(*operands, self.threshold.expand(self.latents)), None
         thresholds = self.log_threshold.exp() if trains else self.log_threshold.exp().detach()
         margin = self.bandwidth / 2 if trains else 0.0
-        rows = encode_above(*operands, thresholds.detach() - margin)
-        return rows, thresholds[rows.indices.long()]
+        rows = encode_above(*operands, wide(thresholds.detach()) - margin)
+        return rows, thresholds_of(rows, thresholds)
 
     def _jumped(self, rows: SparseRows, thresholds: Tensor) -> SparseRows:
         return rows.with_values(jump(rows.values, thresholds, self.bandwidth))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from offpath.nn.sparse_output import as_output, check_output, flatten
-from offpath.nn.straight_through import jump, step
+from offpath.nn.straight_through import jump, step, thresholds_of, wide
 from offpath.ops import SparseRows, above
 
 
@@ -71,9 +71,9 @@ class JumpReLU(nn.Module):
 
     def forward(self, x: Tensor, with_l0: bool = False) -> SparseRows | Tensor | tuple[SparseRows | Tensor, Tensor]:
         threshold = self.threshold
-        lowest = threshold.detach() - self.bandwidth / 2 if threshold.requires_grad else threshold
+        lowest = wide(threshold.detach()) - self.bandwidth / 2 if threshold.requires_grad else threshold
         near = above(flatten(x, self.n), lowest)
-        theta = threshold[near.indices.long()]
+        theta = thresholds_of(near, threshold)
         output = as_output(near.with_values(jump(near.values, theta, self.bandwidth)), x, self.output)
         if not with_l0:
             return output

@@ -12,11 +12,18 @@ _Self = TypeVar("_Self", bound="KeepsStatistics")
 
 
 def is_recomputing() -> bool:
-    """Whether a backward pass runs this forward pass once more, as activation checkpointing does.
+    """Whether activation checkpointing runs this forward pass once more, inside of a backward pass.
 
     Its samples have been counted. (A compiler that recomputes has its own copy of what it reads.)
     """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
+        return False
+    # Others train in a backward pass as well. torch has no question for it: one kind of checkpoint is a node of the
+    # graph, the other one fills its saved tensors through hooks of this name.
+    node = torch._C._current_autograd_node()
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    by_hooks = hooks is not None and hooks[0].__qualname__.startswith("_recomputation_hook")
+    return by_hooks or (node is not None and node.name() == "CheckpointFunctionBackward")
 
 
 class KeepsStatistics(nn.Module):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from offpath.ops import SparseRows
+
 
 def jump(values: Tensor, thresholds: Tensor, bandwidth: float) -> Tensor:
     """The values that are larger than their threshold (or NaN), and 0 in place of the others; all [nnz].
@@ -31,6 +33,16 @@ def step(values: Tensor, thresholds: Tensor, bandwidth: float) -> Tensor:
     tensor([0., 1.])
     """
     return _Step.apply(values, thresholds, bandwidth)
+
+
+def thresholds_of(rows: SparseRows, thresholds: Tensor) -> Tensor:
+    """The threshold of each entry [nnz]; the gradients of a unit's entries are summed in float32 and rounded once."""
+    return wide(thresholds)[rows.indices.long()].to(thresholds.dtype)
+
+
+def wide(thresholds: Tensor) -> Tensor:
+    """In float32 at least: in 16 bits, a threshold less half a bandwidth may be the threshold itself."""
+    return thresholds.to(torch.promote_types(thresholds.dtype, torch.float32))
 
 
 class _Jump(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from offpath import kernels
 from offpath.kernels import KernelError
-from offpath.kernels.operands import row_numbers
+from offpath.kernels.operands import row_numbers, wide
 from offpath.ops.library import define, direct
 
 
@@ -130,7 +130,9 @@ def to_dense(crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int
     """
     rows = crow_indices.shape[0] - 1
     places = row_numbers(crow_indices, indices.shape[0]) * columns + indices
-    return values.new_zeros(rows * columns).index_put_((places,), values, accumulate=not distinct).view(rows, columns)
+    added = values if distinct else wide(values)
+    dense = added.new_zeros(rows * columns).index_put_((places,), added, accumulate=not distinct)
+    return dense.to(values.dtype).view(rows, columns)
 
 
 def _save_encode(ctx, inputs, output):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
+from offpath.kernels.operands import wide
 from offpath.ops import SparseRows
 from offpath.ops.library import direct
 from offpath.ops.row_choice import SURELY_SPARSE
@@ -72,7 +73,8 @@ def activations_at(indices: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> 
     """
     crow_indices = row_pointer(indices.shape[0], indices.shape[1], indices.device)
     flat = indices.flatten()
-    return (direct.rows_dots(x, crow_indices, flat, weight) + bias.index_select(0, flat)).view(indices.shape)
+    of_latents = wide(bias).index_select(0, flat).to(bias.dtype)
+    return (direct.rows_dots(x, crow_indices, flat, weight) + of_latents).view(indices.shape)
 
 
 class LazyPreActivations(Tensor):
@@ -90,6 +92,7 @@ class LazyPreActivations(Tensor):
     _compute: Callable[..., Tensor]
     _operands: tuple[Tensor, ...]
     _versions: tuple[int, ...]
+    _has_gradient: bool  # as where it was encoded: a look from elsewhere is no other one
     _computed: Tensor | None
 
     @staticmethod
@@ -98,6 +101,7 @@ class LazyPreActivations(Tensor):
         lazy: LazyPreActivations = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=x.dtype, device=x.device)
         lazy._compute, lazy._operands, lazy._computed = compute, (x, weight, *others), None
         lazy._versions = tuple(map(_version, lazy._operands))
+        lazy._has_gradient = torch.is_grad_enabled()
         return lazy
 
     def __init__(self, *operands: Any) -> None:
@@ -126,7 +130,12 @@ def _computed(operand: Any) -> Any:
                 "expected the input and the encoder as they were when it encoded, but one of them has been written to "
                 "since; look at the pre-activations before the optimizer's step"
             )
-        with torch.autocast("cpu", enabled=False):
+        inference = any(used.is_inference() for used in operand._operands)
+        with (
+            torch.autocast("cpu", enabled=False),
+            torch.inference_mode(inference),
+            torch.set_grad_enabled(operand._has_gradient),
+        ):
             operand._computed = operand._compute(*operand._operands)
     return operand._computed
 

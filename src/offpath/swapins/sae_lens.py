@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offpath.kernels.operands import wide
 from offpath.nn.autocast import under_autocast
 from offpath.ops import SparseRows, encode_topk, topk_rows
 from offpath.swapins.encoder import LazyPreActivations, activations_at, few_live, pre_activations
@@ -152,7 +153,7 @@ class _LiveActivations:
         self._rows, self._leading = rows, leading
 
     def __mul__(self, scale: Tensor) -> _LiveActivations:
-        values = self._rows.values * scale.index_select(0, self._rows.indices)
+        values = self._rows.values * _of_latents(scale, self._rows.indices)
         return _LiveActivations(self._rows.with_values(values), self._leading)
 
     def __matmul__(self, weight: Tensor) -> Tensor:
@@ -199,8 +200,13 @@ def _encode(x: Tensor, weight: Tensor, bias: Tensor, norm: Tensor | None, k: int
     with torch.no_grad():
         scale = norm.to(x.dtype)
         chosen = encode_topk(x, weight * scale[:, None], bias * scale, k).indices.view(x.shape[0], k)
-    values = activations_at(chosen, x, weight, bias) * norm.index_select(0, chosen.flatten()).view(chosen.shape)
+    values = activations_at(chosen, x, weight, bias) * _of_latents(norm, chosen.flatten()).view(chosen.shape)
     return SparseRows.from_topk(values, chosen, weight.shape[0])
+
+
+def _of_latents(numbers: Tensor, indices: Tensor) -> Tensor:
+    """Those of the entries; the gradients of all entries of a latent are summed in float32 and rounded once."""
+    return wide(numbers).index_select(0, indices).to(numbers.dtype)
 
 
 def _hidden_pre(x: Tensor, weight: Tensor, bias: Tensor, norm: Tensor | None = None) -> Tensor:
