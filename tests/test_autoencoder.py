@@ -383,7 +383,7 @@ print(before, peak_bytes())
     assert after - before < 4 * 8192 * 8192 // 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["batch_topk", "jumprelu"])
 def test_what_the_threshold_was_calibrated_by_lives(activation: str, dtype: torch.dtype) -> None:
     for scale in (1e-3, 1.0, 300.0):

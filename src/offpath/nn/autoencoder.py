@@ -205,7 +205,7 @@ class SparseAutoencoder(KeepsStatistics):
             raise ValueError(f"expected finite pre-activations, got one of {float(least)}; look for NaN in the input")
         # Only what is larger than a threshold lives.
         if self.activation == "jumprelu":
-            log, eps = least.float().log(), torch.finfo(self.log_threshold.dtype).eps
+            log, eps = wide(least).log(), torch.finfo(self.log_threshold.dtype).eps
             self.log_threshold.copy_((log - 2 * eps * log.abs().clamp(min=1)).expand(self.latents))
         else:
             self.threshold.copy_(least.nextafter(least.new_tensor(-math.inf)))
