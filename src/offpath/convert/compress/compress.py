@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 from torch import nn
 
+from offpath.convert.buffers import buffers_restored
 from offpath.convert.compress.candidates import FilterFn, find
 from offpath.convert.compress.contest import Contest, Rest, contests, measure
 from offpath.convert.compress.decide import GOALS, decide
@@ -79,36 +80,40 @@ def compress(
         if value not in choices:
             raise ValueError(f"expected {name} to be {' or '.join(map(repr, choices))}, got {value!r}")
     candidates, skipped, left_out = find(model, filter_fn, min_sparsity)
-    whole = None if example is None else Example(model, example)
-    entered, unreached = contests(candidates, batch, whole, precision, progress)
-    rest = measure(model, whole, entered, progress)
-    layers = [_layer(contest, goal, whole is not None) for contest in entered]
-    replacements: dict[nn.Module, nn.Module] = {}
-    bounds: dict[nn.Module, Bound] = {}
-    for contest, layer in zip(entered, layers, strict=True):
-        if layer.swapped:
-            replacements[contest.dense] = contest.sparse
-            bounds[contest.dense] = swap_bound(contest.stand_in, contest.sparse)
-    tables = []
-    if embeddings is not None:
-        found, left = int8_embeddings(model, filter_fn)
-        skipped += left
-        for name, (table, small) in found.items():
-            replacements[table], bounds[table] = small, embedding_bound(small)
-            tables.append(
-                CompressedEmbedding(
-                    name, (table.num_embeddings, table.embedding_dim), memory_bytes(table), memory_bytes(small)
+    # The example runs the model many times, which may remember what it saw.
+    with buffers_restored(model):
+        whole = None if example is None else Example(model, example)
+        entered, unreached = contests(candidates, batch, whole, precision, progress)
+        rest = measure(model, whole, entered, progress)
+        layers = [_layer(contest, goal, whole is not None) for contest in entered]
+        replacements: dict[nn.Module, nn.Module] = {}
+        bounds: dict[nn.Module, Bound] = {}
+        for contest, layer in zip(entered, layers, strict=True):
+            if layer.swapped:
+                replacements[contest.dense] = contest.sparse
+                bounds[contest.dense] = swap_bound(contest.stand_in, contest.sparse)
+        tables = []
+        if embeddings is not None:
+            found, left = int8_embeddings(model, filter_fn)
+            skipped += left
+            for name, (table, small) in found.items():
+                replacements[table], bounds[table] = small, embedding_bound(small)
+                tables.append(
+                    CompressedEmbedding(
+                        name, (table.num_embeddings, table.embedding_dim), memory_bytes(table), memory_bytes(small)
+                    )
                 )
-            )
 
-    before, end_to_end = memory_bytes(model), None
-    if whole is None:
-        swap_modules(model, replacements)
-    else:
-        end_to_end = swap_and_compare(whole, replacements, bounds, _predicted_share(layers, rest))
-    after = memory_bytes(model)
-    left_alone = (*skipped, *unreached)
-    return CompressReport(min_sparsity, tuple(layers), left_alone, before, after, end_to_end, tuple(tables), left_out)
+        before, end_to_end = memory_bytes(model), None
+        if whole is None:
+            swap_modules(model, replacements)
+        else:
+            end_to_end = swap_and_compare(whole, replacements, bounds, _predicted_share(layers, rest))
+        after = memory_bytes(model)
+        left_alone = (*skipped, *unreached)
+        return CompressReport(
+            min_sparsity, tuple(layers), left_alone, before, after, end_to_end, tuple(tables), left_out
+        )
 
 
 def _predicted_share(layers: Sequence[CompressedLayer], rest: Rest | None) -> float:

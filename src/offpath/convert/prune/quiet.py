@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from offpath.convert.buffers import buffers_restored
 from offpath.convert.uncompiled import uncompiled
 
 
@@ -19,17 +20,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     mode is set and put back in each module by itself.
     """
     modes = [(module, module.training) for module in model.modules()]
-    # Tensors of inference mode cannot be written to here.
-    kept = [
-        (module, name, buffer, buffer._version, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not buffer.is_inference()
-    ]
     cuda = {tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(sorted(cuda)))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(buffers_restored(model))
         stack.enter_context(uncompiled(model))
         try:
             for module, _ in modes:
@@ -38,8 +33,3 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
-            for module, name, buffer, version, copy in kept:
-                if buffer._version != version:
-                    buffer.copy_(copy)
-                if module._buffers.get(name) is not buffer:
-                    module._buffers[name] = buffer

@@ -42,10 +42,11 @@ class Survey:
 
     def note(self, layer: Layer, x: Tensor) -> None:
         """A layer is fed `x`."""
-        version = 0 if x.is_inference() else x._version
+        # A tensor of inference mode counts no writes: each call may be fed something else.
+        version = None if x.is_inference() else x._version
         # The tensor is held, so that no other can take its place in memory.
-        if self._latest is None or self._latest[0] is not x or self._latest[1] != version:
-            self._latest = (x, version)
+        if version is None or self._latest is None or self._latest[0] is not x or self._latest[1] != version:
+            self._latest = None if version is None else (x, version)
             self._number += 1
         calls = self.calls[layer]
         calls.inputs.append(self._number)
