@@ -326,3 +326,9 @@ def test_an_infinite_input_reaches_only_what_is_connected_to_it(backend: Backend
             y = layer.to(dtype)(x.to(dtype))
         assert not bool(y.isnan().any())
         assert torch.equal(y.isinf(), torch.stack([connected & (i == 1) for i in range(3)]))
+
+
+@pytest.mark.parametrize("batch", [torch.ones(3, 12), None, -1, 2.5])
+def test_what_is_no_number_of_tokens_is_not_explained(batch) -> None:
+    with pytest.raises(ValueError, match="expected the number of tokens of a batch, such as 128, got"):
+        SparseLinear(12, 8).explain(batch)

@@ -317,3 +317,16 @@ def test_meta_device() -> None:
         assert y.is_meta and y.shape == (5, 4)
         assert all(tensor.is_meta for tensor in module.state_dict().values())
         repr(module)
+
+
+def test_the_gradient_of_a_threshold_in_16_bits_is_summed_wide_and_misses_nobody() -> None:
+    """8192 rows within the bandwidth of the threshold, and a bandwidth that bfloat16 would round away."""
+    for bandwidth, value in ((0.25, 1.015625), (0.001, 1.0)):
+        gradients = []
+        for dtype in (torch.float32, torch.bfloat16):
+            layer = JumpReLU(2, bandwidth=bandwidth, threshold=1.0).to(dtype)
+            layer(torch.full((8192, 2), value, dtype=dtype)).to_dense().sum().backward()
+            gradients.append(layer.log_threshold.grad.float())
+        # The whole sum is rounded once; each entry's own share has been rounded to bfloat16 before.
+        assert gradients[0].abs().min() > 0
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=2 * 2**-8, atol=0)

@@ -401,12 +401,6 @@ def test_layer_compiles_without_graph_breaks() -> None:
     assert torch.equal(compiled(x), model(x))
 
 
-@pytest.mark.parametrize("batch", [torch.ones(3, 12), None, -1, 2.5])
-def test_what_is_no_number_of_tokens_is_not_explained(batch) -> None:
-    with pytest.raises(ValueError, match="expected the number of tokens of a batch, such as 128, got"):
-        _layer().explain(batch)
-
-
 def test_extra_repr() -> None:
     assert repr(_layer()) == "SparseLinear(in_features=12, out_features=10, bias=True, nnz=24, sparsity=0.8)"
     assert "bias=False" in repr(_layer(bias=False))

@@ -22,7 +22,11 @@ def buffers_restored(model: nn.Module) -> Iterator[None]:
         if not any(buffer is not None and is_lazy(buffer) for buffer in module._buffers.values())
     ]
     distinct = {id(buffer): buffer for _, buffers, _ in kept for buffer in buffers.values() if buffer is not None}
-    copies = [(buffer, buffer.clone()) for buffer in distinct.values() if not buffer.is_inference()]
+    copies = [
+        (buffer, buffer._version, buffer.clone())
+        for buffer in distinct.values()
+        if not buffer.is_inference() and not buffer.is_meta
+    ]
     try:
         yield
     finally:
@@ -31,7 +35,9 @@ def buffers_restored(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
             module._non_persistent_buffers_set = not_saved
         with torch.no_grad():
-            for buffer, copy in copies:
-                # Contents tell: torch's batch norm, and what is written through `.data`, count no version.
-                if not buffer.is_meta and not torch.equal(buffer, copy):
+            for buffer, version, copy in copies:
+                # The contents tell: torch's batch norm, and writes through `.data`, count no version. Sparse tensors
+                # cannot be compared.
+                comparable = buffer.layout is torch.strided
+                if not torch.equal(buffer, copy) if comparable else buffer._version != version:
                     buffer.copy_(copy)

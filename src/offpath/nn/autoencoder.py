@@ -11,8 +11,9 @@ from offpath.nn.autocast import under_autocast
 from offpath.nn.autoencoder_loss import SAELoss, expect_variance, variance_of
 from offpath.nn.row_blocks import encode_above, encode_batch_topk
 from offpath.nn.statistics import KeepsStatistics, is_recomputing
-from offpath.nn.straight_through import jump, step, thresholds_of, wide
+from offpath.nn.straight_through import jump, step, thresholds_of
 from offpath.ops import SparseRows, encode_topk
+from offpath.ops.library import wide
 
 ACTIVATIONS = ("topk", "batch_topk", "jumprelu")
 # BatchTopK's threshold for inference follows the batches of about this many training steps.
@@ -263,6 +264,7 @@ class SparseAutoencoder(KeepsStatistics):
             return encode_above(*operands, self.threshold.expand(self.latents)), None
         thresholds = self.log_threshold.exp() if trains else self.log_threshold.exp().detach()
         margin = self.bandwidth / 2 if trains else 0.0
+        # Wide: in 16 bits, a threshold less half a bandwidth may be the threshold itself.
         rows = encode_above(*operands, wide(thresholds.detach()) - margin)
         return rows, thresholds_of(rows, thresholds)
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from offpath.nn.sparse_output import as_output, check_output, flatten
-from offpath.nn.straight_through import jump, step, thresholds_of, wide
+from offpath.nn.straight_through import jump, step, thresholds_of
 from offpath.ops import SparseRows, above
+from offpath.ops.library import wide
 
 
 class JumpReLU(nn.Module):
@@ -71,6 +72,7 @@ class JumpReLU(nn.Module):
 
     def forward(self, x: Tensor, with_l0: bool = False) -> SparseRows | Tensor | tuple[SparseRows | Tensor, Tensor]:
         threshold = self.threshold
+        # Wide: in 16 bits, a threshold less half a bandwidth may be the threshold itself.
         lowest = wide(threshold.detach()) - self.bandwidth / 2 if threshold.requires_grad else threshold
         near = above(flatten(x, self.n), lowest)
         theta = thresholds_of(near, threshold)

@@ -22,7 +22,7 @@ def is_recomputing() -> bool:
     # graph, the other one fills its saved tensors through hooks of this name.
     node = torch._C._current_autograd_node()
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    by_hooks = hooks is not None and hooks[0].__qualname__.startswith("_recomputation_hook")
+    by_hooks = hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_recomputation_hook")
     return by_hooks or (node is not None and node.name() == "CheckpointFunctionBackward")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from offpath.ops import SparseRows
+from offpath.ops.library import wide
 
 
 def jump(values: Tensor, thresholds: Tensor, bandwidth: float) -> Tensor:
@@ -38,11 +39,6 @@ def step(values: Tensor, thresholds: Tensor, bandwidth: float) -> Tensor:
 def thresholds_of(rows: SparseRows, thresholds: Tensor) -> Tensor:
     """The threshold of each entry [nnz]; the gradients of a unit's entries are summed in float32 and rounded once."""
     return wide(thresholds)[rows.indices.long()].to(thresholds.dtype)
-
-
-def wide(thresholds: Tensor) -> Tensor:
-    """In float32 at least: in 16 bits, a threshold less half a bandwidth may be the threshold itself."""
-    return thresholds.to(torch.promote_types(thresholds.dtype, torch.float32))
 
 
 class _Jump(torch.autograd.Function):

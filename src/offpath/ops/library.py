@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from offpath.kernels import KernelError
 from offpath.kernels.one_pass import alone
+from offpath.kernels.operands import wide as wide
 from offpath.ops import batching
 
 library = torch.library.Library("offpath", "DEF")

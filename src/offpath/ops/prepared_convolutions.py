@@ -68,7 +68,7 @@ class PreparedConvolutions:
     @property
     def bytes(self) -> int:
         """Bytes of the plans; the bitmap is the matrix's."""
-        return sum(plans.bytes for plans in list(self._made.values()))
+        return sum(plans.bytes for plans in list(self._made.values()))  # a list: other threads may make some
 
     def _densely(
         self,
@@ -80,14 +80,15 @@ class PreparedConvolutions:
         prefer: str,
     ) -> bool:
         """`pays_densely`, remembered as long as no method is forced."""
-        nnz = self._matrix.col_indices.numel()
-        if any_forced():
-            return pays_densely(backend, product, convolution, nnz, like, channels_last, prefer)
+        forced = any_forced()
         key = backend.name, product, convolution, like.dtype, like.shape[0], channels_last, prefer
-        found = self._pays_densely.get(key)  # once: hashing the sizes takes as long as the rest
+        # Once: hashing the sizes takes as long as the rest.
+        found = None if forced else self._pays_densely.get(key)
         if found is None:
+            nnz = self._matrix.col_indices.numel()
             found = pays_densely(backend, product, convolution, nnz, like, channels_last, prefer)
-            self._pays_densely[key] = found
+            if not forced:
+                self._pays_densely[key] = found
         return found
 
     def _plans(self, backend: Backend, convolution: Convolution, dtype: torch.dtype) -> Any:

@@ -73,8 +73,12 @@ def activations_at(indices: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> 
     """
     crow_indices = row_pointer(indices.shape[0], indices.shape[1], indices.device)
     flat = indices.flatten()
-    of_latents = wide(bias).index_select(0, flat).to(bias.dtype)
-    return (direct.rows_dots(x, crow_indices, flat, weight) + of_latents).view(indices.shape)
+    return (direct.rows_dots(x, crow_indices, flat, weight) + of_latents(bias, flat)).view(indices.shape)
+
+
+def of_latents(numbers: Tensor, indices: Tensor) -> Tensor:
+    """Those of the entries; the gradients of all entries of a latent are summed in float32 and rounded once."""
+    return wide(numbers).index_select(0, indices).to(numbers.dtype)
 
 
 class LazyPreActivations(Tensor):

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offpath.kernels.operands import wide
 from offpath.nn.autocast import under_autocast
 from offpath.ops import SparseRows, encode_topk, topk_rows
-from offpath.swapins.encoder import LazyPreActivations, activations_at, few_live, pre_activations
+from offpath.swapins.encoder import LazyPreActivations, activations_at, few_live, of_latents, pre_activations
 from offpath.swapins.patching import Patch, SwapInError
 
 try:
@@ -153,7 +152,7 @@ class _LiveActivations:
         self._rows, self._leading = rows, leading
 
     def __mul__(self, scale: Tensor) -> _LiveActivations:
-        values = self._rows.values * _of_latents(scale, self._rows.indices)
+        values = self._rows.values * of_latents(scale, self._rows.indices)
         return _LiveActivations(self._rows.with_values(values), self._leading)
 
     def __matmul__(self, weight: Tensor) -> Tensor:
@@ -200,13 +199,8 @@ def _encode(x: Tensor, weight: Tensor, bias: Tensor, norm: Tensor | None, k: int
     with torch.no_grad():
         scale = norm.to(x.dtype)
         chosen = encode_topk(x, weight * scale[:, None], bias * scale, k).indices.view(x.shape[0], k)
-    values = activations_at(chosen, x, weight, bias) * _of_latents(norm, chosen.flatten()).view(chosen.shape)
+    values = activations_at(chosen, x, weight, bias) * of_latents(norm, chosen.flatten()).view(chosen.shape)
     return SparseRows.from_topk(values, chosen, weight.shape[0])
-
-
-def _of_latents(numbers: Tensor, indices: Tensor) -> Tensor:
-    """Those of the entries; the gradients of all entries of a latent are summed in float32 and rounded once."""
-    return wide(numbers).index_select(0, indices).to(numbers.dtype)
 
 
 def _hidden_pre(x: Tensor, weight: Tensor, bias: Tensor, norm: Tensor | None = None) -> Tensor:

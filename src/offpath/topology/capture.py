@@ -34,25 +34,17 @@ class Capture:
         self._layer = layer
         self._hook = _Hook(layer)
         self.history: tuple[Pass, ...] = ()
-        self._handle: RemovableHandle | None = None
         # The layer holds the hook: without its topology, it would go on and keep the passes of every step.
-        weakref.finalize(self, self._hook.retire).atexit = False
+        weakref.finalize(self, self._hook.unwatch).atexit = False
 
     def arm(self) -> None:
         """Watch from now on."""
-        if self._handle is None:
-            # Before hooks of others, who may return something else than the layer did.
-            self._handle = self._layer.register_forward_hook(self._hook, with_kwargs=True, prepend=True)
-            self._hook.follow(self._layer.values)
+        self._hook.watch(self._layer)
 
     def disarm(self) -> None:
         """Watch no more, and forget."""
-        self.clear()
         self.history = ()
-        self._hook.unfollow()
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        self._hook.unwatch()
 
     def clear(self) -> None:
         """Forget the passes since the last step; passes whose backward is still to come are forgotten as well."""
@@ -90,7 +82,8 @@ class _Hook:
 
     def __init__(self, layer: SparseLinear | None = None) -> None:
         self._layer = weakref.ref(layer) if layer is not None else None
-        self._handle: RemovableHandle | None = None
+        self._of_layer: RemovableHandle | None = None
+        self._of_values: RemovableHandle | None = None
         self._values: Tensor | None = None  # the parameter itself; a call may be given others
         self.clear()
 
@@ -102,28 +95,30 @@ class _Hook:
     def passes(self) -> list[Pass]:
         return [seen for seen, _ in self.confirmed]
 
-    def follow(self, values: Tensor) -> None:
-        """Hear of gradients that are added to those of `values`, which may have been frozen until now."""
-        if self._handle is None and values.is_leaf and values.requires_grad:
-            self._handle = values.register_post_accumulate_grad_hook(self._confirm)
-            self._values = values
+    def watch(self, layer: SparseLinear) -> None:
+        if self._of_layer is None:
+            # Before hooks of others, who may return something else than the layer did.
+            self._of_layer = layer.register_forward_hook(self, with_kwargs=True, prepend=True)
+            self._follow(layer.values)
 
-    def unfollow(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = self._values = None
-
-    def retire(self) -> None:
-        """Never watch again."""
-        self._layer = None
-        self.unfollow()
+    def unwatch(self) -> None:
+        for handle in (self._of_layer, self._of_values):
+            if handle is not None:
+                handle.remove()
+        self._of_layer = self._of_values = self._values = None
         self.clear()
+
+    def _follow(self, values: Tensor) -> None:
+        """Hear of gradients that are added to those of `values`, which may have been frozen until now."""
+        if self._of_values is None and values.is_leaf and values.requires_grad:
+            self._of_values = values.register_post_accumulate_grad_hook(self._confirm)
+            self._values = values
 
     def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         own = self._layer() if self._layer is not None else None
         if own is None or own is not layer or not y.requires_grad or not own.values.requires_grad:
             return
-        self.follow(own.values)
+        self._follow(own.values)
         pending, confirmed, values = self._pending, self.confirmed, self._values
         given = args[0] if args else kwargs["x"]
         may_be_written = (given if given._base is None else given._base).is_leaf
