@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 from compress_cases import CONTEST, few_rounds as few_rounds, pruned_model, same, set_to_zero, snapshot
 from offpath import SparseLinear, compress
 from offpath.convert.compress.example import largest_difference
+from offpath.nn import Int8SparseLinear
 
 
 def test_layers_that_cannot_be_swapped_are_left_and_named() -> None:
@@ -140,6 +141,28 @@ def test_autocast_is_refused_and_inference_mode_leaves_no_trace() -> None:
     assert type(model[0]) is SparseLinear
     model(x).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_a_model_that_asks_for_autocast_itself_is_compressed(precision: str | None) -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = pruned_model()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.inner(x)
+
+    model, x = Cast(), torch.randn(3, 96)
+    with torch.no_grad():
+        before = model(x).double()
+    whole = compress(model, example=x, goal="size", precision=precision).end_to_end
+    swapped = SparseLinear if precision is None else Int8SparseLinear
+    assert type(model.inner[0]) is type(model.inner[2][0]) is swapped and whole is not None
+    with torch.no_grad():
+        difference = model(x).double() - before
+    assert float(difference.norm() / before.norm()) <= whole.bound
 
 
 def test_a_model_that_was_built_in_inference_mode_is_compressed() -> None:

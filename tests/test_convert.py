@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -145,6 +147,46 @@ class _Reader(nn.Module):
         return self.inner.deep(self.called(self.cast(x.to(self.cast.weight.dtype))))
 
 
+class _Named(nn.Module):
+    """Reads weights in methods whose names are almost those of methods that prepare a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.set_up = (nn.Linear(8, 8) for _ in range(4))
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        self.set_up.weight.data.zero_()
+
+    def tie_weights(self) -> None:
+        self.set_up.weight.data.zero_()
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.set_up.weight.data.zero_()
+
+    def init_hidden(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first.weight.new_zeros(len(x), 8)
+
+    @property
+    def properties(self) -> torch.dtype:
+        return self.second.weight.dtype
+
+    def preset(self) -> torch.device:
+        return self.third.weight.device
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(self.init_hidden(x) + x.to(self.preset()))
+        return self.set_up(self.third(self.second(x.to(self.properties))))
+
+
+def test_only_what_prepares_a_model_may_read_a_weight_that_is_gone() -> None:
+    model = _Named()
+    report = sparsify(model, 0.5)
+    assert [layer.name for layer in report.layers] == ["set_up"]
+    assert [name for name, _ in report.skipped] == ["first", "second", "third"]
+    model(torch.randn(2, 8))
+
+
 def test_layers_whose_weight_is_read_are_left_and_still_run() -> None:
     model = _Reader()
     report = sparsify(model, 0.5)
@@ -189,6 +231,39 @@ def test_tied_bias_and_tied_values_are_left_alone() -> None:
     tied = nn.Sequential(SparseLinear(4, 4), SparseLinear(4, 4))
     tied[1].values = tied[0].values
     assert len(densify(tied).skipped) == 2
+    one_memory = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    one_memory[0].weight = nn.Parameter(one_memory[2].weight.detach())
+    assert [name for name, _ in sparsify(one_memory, 0.5).skipped] == ["0", "2"]
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (torch.randn(4, 4).half(), "no kernel computes in torch.float16"),
+        (torch.randn(4, 4, dtype=torch.complex64), "no kernel computes in torch.complex64"),
+        (torch.randn(4, 4).to_sparse(), "of layout torch.sparse_coo, not a plain dense tensor"),
+    ],
+    ids=["float16", "complex64", "sparse"],
+)
+@pytest.mark.parametrize("method", ["random", "magnitude"])
+def test_weights_that_no_kernel_takes_are_left(weight: torch.Tensor, reason: str, method: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    model[0].weight = nn.Parameter(weight)
+    assert reason in sparsify(model, 0.5, method=method).skipped[0][1]
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude"])
+@pytest.mark.parametrize("built_inside", [False, True])
+def test_what_is_swapped_in_inference_mode_can_be_trained(method: str, built_inside: bool) -> None:
+    with torch.inference_mode(built_inside):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    with torch.inference_mode():
+        sparsify(model, 0.5, method=method)
+        copy = deepcopy(model)
+        densify(copy)
+    for sparse_or_dense in (model, copy):
+        sparse_or_dense(torch.randn(3, 8)).sum().backward()
+        torch.optim.SGD(sparse_or_dense.parameters(), 0.1).step()
 
 
 @pytest.mark.parametrize(
@@ -212,6 +287,10 @@ def test_nan_weights_have_no_magnitude_and_change_nothing() -> None:
     model = _model()
     model[3].weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN in layer '3'"):
+        sparsify(model, 0.5, method="magnitude")
+    assert type(model[0]) is nn.Linear
+    model[3].to("meta")
+    with pytest.raises(ValueError, match="'3' on the meta device; load its weights first"):
         sparsify(model, 0.5, method="magnitude")
     assert type(model[0]) is nn.Linear
 

@@ -15,6 +15,8 @@ from torch.nn.utils import prune
 import offpath
 from children import environment
 from offpath import SparseLinear, SparseRows, nn as layers, ops, pattern as patterns
+from offpath.convert.compress.verify import right_output
+from offpath.cost.bounds import excess
 from offpath.kernels import KernelError
 from offpath.kernels.methods import METHODS
 
@@ -186,7 +188,8 @@ def test_autocast_takes_no_numbers_that_are_not_real(dtype: torch.dtype) -> None
 def test_the_batch_of_a_dense_input_of_sparse_both_is_dynamic() -> None:
     layer, x = layers.SparseSparseLinear(20, 30, sparsity=0.5).eval(), _x(8, 20).relu()
     exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
-    assert torch.equal(exported(x[:3]), layer(x[:3]))
+    right = right_output(layer.to_sparse_linear().to_dense(), x[:3])
+    assert excess(exported(x[:3]).detach(), right) is None  # an eager layer may add up in another order
 
 
 ELSEWHERE = """

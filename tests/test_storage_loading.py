@@ -56,6 +56,36 @@ def test_a_model_of_ones_own_code_comes_back_with_its_ties_and_shared_modules(tm
         offpath.load(tmp_path / "net.safetensors")
 
 
+def test_what_the_model_ties_and_the_file_does_not(tmp_path: Path) -> None:
+    untied = sparse_net()
+    untied.head.weight = nn.Parameter(untied.head.weight.detach().clone())
+    other = Net()
+    other.head.weight = other.embed.weight
+    offpath.save(untied, tmp_path / "alike")
+    offpath.load(tmp_path / "alike", other)
+    assert other.head.weight is other.embed.weight and torch.equal(other.head.weight, untied.head.weight)
+    untied.head.weight.data[0, 0] += 1
+    offpath.save(untied, tmp_path / "different")
+    before = other.head.weight.clone()
+    with pytest.raises(
+        StorageError, match=r"one tensor for 'embed\.weight' and 'head\.weight', which the model has tied"
+    ):
+        offpath.load(tmp_path / "different", other)
+    assert other.head.weight is other.embed.weight and torch.equal(other.head.weight, before)
+
+
+@pytest.mark.parametrize("built_inside", [False, True])
+def test_what_is_loaded_in_inference_mode_can_be_trained(tmp_path: Path, built_inside: bool) -> None:
+    offpath.save(nn.Sequential(SparseLinear(8, 8), nn.Linear(8, 4)), tmp_path / "m")
+    with torch.inference_mode(built_inside):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    with torch.inference_mode():
+        models = offpath.load(tmp_path / "m"), offpath.load(tmp_path / "m", model)
+    for loaded in models:
+        loaded(torch.randn(3, 8)).sum().backward()
+        torch.optim.SGD(loaded.parameters(), 0.1).step()
+
+
 def test_a_model_that_is_sparse_already_takes_the_connections_of_the_file(tmp_path: Path) -> None:
     offpath.save(sparse_net(0.9), tmp_path / "m")
     assert same(offpath.load(tmp_path / "m", sparse_net(0.5)), sparse_net(0.9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from offpath.convert.report import ConversionReport, LayerReport
@@ -13,6 +14,7 @@ from offpath.nn.sparse_weight import SparseWeightModule
 SPARSE_CLASSES = (SparseLinear, SparseConv1d, SparseConv2d)
 
 
+@torch.inference_mode(False)  # parameters that are made in inference mode could not be trained
 def densify(model: nn.Module) -> ConversionReport:
     """Swap the `SparseLinear` layers of `model` for `nn.Linear` that compute the same, and convolutions, in place.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import re
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
@@ -14,8 +15,9 @@ from torch import nn
 
 # Modules that read `weight` of all layers in them instead of calling these, in a fast path of their own.
 WEIGHT_READERS = (nn.TransformerEncoderLayer,)
-# Methods of such names prepare a model, and are done with it before anybody computes.
-PREPARING = ("init", "reset", "tie", "load")
+# Methods of such names prepare a model, and are done with it before anybody computes: `__init__`, `tie_weights`,
+# `_init_weights`, `reset_parameters`, `load_state_dict`; but not `init_hidden`, which is called along with the model.
+PREPARING = re.compile(r"__init__|_*(tie|load)(_\w+)?|_*(init|initiali[sz]e|reset)(_\w+)?_(weights?|param(eter)?s?)_*")
 
 
 def read_by_their_owner(model: nn.Module) -> dict[nn.Module, str]:
@@ -41,12 +43,8 @@ def read_by_their_owner(model: nn.Module) -> dict[nn.Module, str]:
 def _attributes_whose_weight_is_read(kind: Any) -> frozenset[str]:
     own = [one for one in kind.__mro__ if issubclass(one, nn.Module) and one is not nn.Module]
     members = [(name, member) for one in own for name, member in vars(one).items()]
-    codes = [code for name, member in members if not _prepares(name) for code in _codes(member)]
+    codes = [code for name, member in members if not PREPARING.fullmatch(name) for code in _codes(member)]
     return frozenset(name for code in codes for name in _reads(code))
-
-
-def _prepares(method: str) -> bool:
-    return any(word in method for word in PREPARING)
 
 
 def _codes(member: object) -> Iterator[CodeType]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from offpath import pattern as patterns
 from offpath.convert.report import ConversionReport, LayerReport
-from offpath.convert.swap import obstacles, swap_modules
+from offpath.convert.swap import obstacles, swap_modules, unfit
 from offpath.cost import model_bytes
 from offpath.nn import SparseConv1d, SparseConv2d, SparseLinear
 from offpath.topology import layer_densities
@@ -20,6 +20,7 @@ FilterFn = Callable[[nn.Module, str], bool]
 SPARSE_CLASSES: dict[Any, Any] = {nn.Linear: SparseLinear, nn.Conv1d: SparseConv1d, nn.Conv2d: SparseConv2d}
 
 
+@torch.inference_mode(False)  # parameters that are made in inference mode could not be trained
 def sparsify(
     model: nn.Module,
     sparsity: float = 0.9,
@@ -40,8 +41,8 @@ def sparsify(
     Build the optimizer afterwards: one built before holds the dense parameters. Layers that cannot be swapped
     without changing what the model computes (tied or computed weights, hooks, a `weight` that the code around reads)
     stay dense and stand in the report.
-    Raises `ValueError`, before anything is changed, for a bad argument, a NaN weight or a model that is itself such a
-    layer.
+    Raises `ValueError`, before anything is changed, for a bad argument, a model that is itself such a layer, and a weight
+    that is NaN or has no magnitude because it is on the meta device.
 
     >>> model = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
     >>> print(sparsify(model, sparsity=0.9, seed=0))
@@ -97,11 +98,17 @@ def _choose(
             continue
         elif module in blocked:
             skipped.append((name, blocked[module]))
-        elif getattr(module, "padding_mode", "zeros") != "zeros":
-            skipped.append((name, f"it pads with {module.padding_mode!r}; sparse convolutions pad with zeros"))
+        elif reason := _unfit(module):
+            skipped.append((name, reason))
         else:
             chosen[name] = module
     return chosen, skipped
+
+
+def _unfit(dense: Any) -> str | None:
+    if getattr(dense, "padding_mode", "zeros") != "zeros":
+        return f"it pads with {dense.padding_mode!r}; sparse convolutions pad with zeros"
+    return unfit(dense.weight.detach())
 
 
 def _matrix(dense: Any) -> tuple[int, int]:
@@ -122,6 +129,10 @@ def _random(dense: Any, nnz: int, generator: torch.Generator | None) -> nn.Modul
 
 def _largest(name: str, dense: Any, nnz: int) -> patterns.Pattern:
     magnitudes = dense.weight.detach().abs().flatten()
+    if magnitudes.is_meta:
+        raise ValueError(
+            f"expected weights to rank by magnitude, got layer {name!r} on the meta device; load its weights first"
+        )
     if bool(magnitudes.isnan().any()):
         raise ValueError(f"expected finite weights to rank by magnitude, got NaN in layer {name!r}")
     positions = magnitudes.topk(nnz, sorted=False).indices.sort().values

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from offpath.convert.readers import read_by_their_owner
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # what the kernels compute in
 
 
 def obstacles(model: nn.Module, kind: type[nn.Module], weight: str) -> dict[nn.Module, str]:
@@ -27,13 +30,21 @@ def obstacles(model: nn.Module, kind: type[nn.Module], weight: str) -> dict[nn.M
 
 
 def parameter_owners(model: nn.Module) -> Counter[int]:
-    """How many modules hold each parameter, by its id."""
-    return Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
+    """How many modules hold each parameter, or another one over its memory, by its id."""
+    held = [p for module in model.modules() for p in module._parameters.values() if p is not None]
+    holders = Counter(map(_place, held))
+    return Counter({id(parameter): holders[_place(parameter)] for parameter in held})
+
+
+def unfit(weight: Tensor) -> str | None:
+    """Why no sparse layer can take over what `weight`, without its history, holds."""
+    if type(weight) is not Tensor or weight.layout is not torch.strided:
+        return f"its weight is a {type(weight).__name__} of layout {weight.layout}, not a plain dense tensor"
+    if weight.dim() < 2 or weight.numel() == 0:
+        return f"its weight of shape {tuple(weight.shape)} holds nothing"
+    if weight.dtype not in DTYPES:
+        return f"no kernel computes in {weight.dtype}; cast the model with .bfloat16() or .float()"
+    return None
 
 
 def attachment(module: nn.Module, owners: Counter[int], own_hooks: tuple[type, ...] = ()) -> str | None:
@@ -62,6 +73,12 @@ def _obstacle(module: nn.Module, kind: type[nn.Module], weight: str, owners: Cou
     if type(module) is not kind:
         return f"it is a {type(module).__name__}, whose owner may read its {weight}"
     return attachment(module, owners)
+
+
+def _place(parameter: nn.Parameter) -> object:
+    """The same for parameters that begin at one place of memory; a parameter without any is only itself."""
+    plain = type(parameter) is nn.Parameter and parameter.layout is torch.strided and not parameter.is_meta
+    return (parameter.device, parameter.data_ptr()) if plain and parameter.numel() else id(parameter)
 
 
 def swap_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from offpath.convert.swap import attachment, swap_modules
@@ -116,7 +117,8 @@ def _state(model: nn.Module, contents: Contents) -> dict[str, Tensor]:
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
     state: dict[str, Tensor] = {}
     made: dict[str, nn.Parameter] = {}
-    for key, stored in {**{key: key for key in contents.tensors}, **contents.header.tied}.items():
+    source = {**{key: key for key in contents.tensors}, **contents.header.tied}
+    for key, stored in _as_tied(parameters, source, contents.tensors).items():
         tensor, own = contents.tensors[stored], parameters.get(key)
         if own is None:
             state[key] = tensor
@@ -128,6 +130,28 @@ def _state(model: nn.Module, contents: Contents) -> dict[str, Tensor]:
             made[stored] = nn.Parameter(moved, requires_grad=own.requires_grad)
         state[key] = made[stored]
     return state
+
+
+def _as_tied(
+    parameters: Mapping[str, nn.Parameter], source: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """`source`, each name's own in the file, with one for all names of a parameter that the model has tied."""
+    first_of: dict[int, str] = {}
+    found = dict(source)
+    for key in source:
+        if key in parameters:
+            first = first_of.setdefault(id(parameters[key]), key)
+            if found[key] != found[first] and not _equal(tensors[found[key]], tensors[found[first]]):
+                raise StorageError(
+                    f"expected one tensor for {first!r} and {key!r}, which the model has tied, but they differ in the "
+                    "file; load into a model that does not tie them"
+                )
+            found[key] = found[first]
+    return found
+
+
+def _equal(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.dtype is other.dtype and torch.equal(tensor, other)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from offpath.storage.architecture import build
@@ -17,6 +18,7 @@ FILE_IN_FOLDER = "model.safetensors"
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
+@torch.inference_mode(False)  # parameters that are made in inference mode could not be trained
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """The model that `save` wrote to `path`, or to `model.safetensors` in the folder `path`.
 

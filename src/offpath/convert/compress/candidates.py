@@ -13,11 +13,10 @@ from torch.nn.utils import parametrize
 from offpath.convert.compress.report import too_dense
 from offpath.convert.compress.weights import OWN_HOOKS, evaluated, kind_of, unknown_source
 from offpath.convert.readers import read_by_their_owner
-from offpath.convert.swap import attachment, parameter_owners
+from offpath.convert.swap import attachment, parameter_owners, unfit
 from offpath.nn.sparse_weight import SparseWeightModule
 
 FilterFn = Callable[[nn.Module, str], bool]
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.qat")
 
 
@@ -55,8 +54,9 @@ def find(
         if reason is None:
             weight = evaluated(module, name)
             assert weight is not None
-            reason = _unfit(weight, name)
+            reason = unfit(weight)
             if reason is None:
+                _check_device(weight, name)
                 nnz = int(torch.count_nonzero(weight))
                 if nnz > (1 - min_sparsity) * weight.numel():
                     reason = too_dense(min_sparsity)
@@ -101,17 +101,10 @@ def _companions(module: nn.Module) -> str | None:
     return f"it holds {', '.join(added)} besides its weight and bias, which a new layer would lose" if added else None
 
 
-def _unfit(weight: Tensor, name: str) -> str | None:
-    if type(weight) is not Tensor or weight.layout is not torch.strided:
-        return f"its weight is a {type(weight).__name__} of layout {weight.layout}, not a plain dense tensor"
+def _check_device(weight: Tensor, name: str) -> None:
     if weight.device.type != "cpu":
         step = "load its weights first" if weight.is_meta else "move the model with model.cpu()"
         raise ValueError(f"expected a model on the CPU, got layer {name!r} on {weight.device}; {step}")
-    if weight.dim() < 2 or weight.numel() == 0:
-        return f"its weight of shape {tuple(weight.shape)} holds nothing"
-    if weight.dtype not in DTYPES:
-        return f"no kernel computes in {weight.dtype}; cast the model with .bfloat16() or .float()"
-    return None
 
 
 def _check_finite(tensor: Tensor | None, layer: str, what: str = "weights") -> None:

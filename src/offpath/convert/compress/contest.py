@@ -156,7 +156,8 @@ def _checked(name: str, dense: Dense, calls: Sequence[Input], precision: str | N
             # What int8 weights stand for is not quite what the dense ones do.
             meant = layer.to_sparse(torch.float64).to_dense()
     for seen in dict.fromkeys(calls):
-        check_layer(name, meant, layer, seen.random())
+        with seen.surroundings():
+            check_layer(name, meant, layer, seen.random())
     return layer
 
 

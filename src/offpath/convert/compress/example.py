@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -18,17 +18,26 @@ from offpath.convert.uncompiled import uncompiled
 
 @dataclass(frozen=True)
 class Input:
-    """What a layer is called with. A convolution takes another time for images that are `channels_last`."""
+    """What a layer is called with. A convolution takes another time for images that are `channels_last`.
+
+    `autocast` is the dtype that the model has asked for around the call.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     channels_last: bool = False
+    autocast: torch.dtype | None = None
 
     @classmethod
     def of(cls, x: Tensor) -> Input:
         """The like of `x`."""
         layout = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        return cls(tuple(x.shape), x.dtype, layout)
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        return cls(tuple(x.shape), x.dtype, layout, autocast)
+
+    def surroundings(self) -> AbstractContextManager[object]:
+        """Inside, a layer computes as it did in the model."""
+        return nullcontext() if self.autocast is None else torch.autocast("cpu", self.autocast)
 
     def random(self) -> Tensor:
         """Standard normal numbers, the same for the same shape; leaves torch's global generator alone."""

@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 from offpath.convert.compress.weights import Dense
 from offpath.cost.bounds import HALF_PRECISION, Expected, excess, expected, gamma
 from offpath.nn import Int8Embedding, Int8SparseLinear
+from offpath.nn.autocast import under_autocast
 
 # By how much an output may move when its layer is swapped, given the layer's input.
 Bound = Callable[[Tensor], Tensor]
@@ -24,11 +25,14 @@ def right_output(dense: Dense, x: Tensor, int8: bool = False) -> Expected:
 
     The bound is gamma_k (|W| |x| + |b|) with k the connections of the row and the bias (`offpath.cost.bounds`), and one
     rounding more in half precision; two more still from an `int8` layer, where the sum and its product with the scale
-    may have been rounded, too. Takes the layer's weight in float64 while it runs.
+    may have been rounded, too. Under autocast, what counts is what it makes of the operands. Takes the layer's weight
+    in float64 while it runs.
     """
-    parameters = {name: parameter.detach() for name, parameter in dense.named_parameters()}
-    exact = functional_call(dense, {name: p.double() for name, p in parameters.items()}, x.double())
-    size = functional_call(dense, {name: p.float().abs() for name, p in parameters.items()}, x.float().abs())
+    x, weight, bias = under_autocast(x, dense.weight.detach(), None if dense.bias is None else dense.bias.detach())
+    operands = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    with torch.autocast(x.device.type, enabled=False):
+        exact = functional_call(dense, {name: p.double() for name, p in operands.items()}, x.double())
+        size = functional_call(dense, {name: p.float().abs() for name, p in operands.items()}, x.float().abs())
     terms = torch.count_nonzero(dense.weight.detach().flatten(1), dim=1) + 1
     # Of a convolution's output, the channels are followed by its one or two dimensions.
     terms = terms.view(-1, *(1,) * (dense.weight.dim() - 2))

@@ -7,18 +7,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether `module` is Hugging Face's Conv1D: a linear layer whose weight is (in, out)."""
-    return any(
-        (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
-        for kind in type(module).__mro__
-    )
+    return any(_is_conv1d(kind) for kind in type(module).__mro__)
 
 
 def is_prunable(module: nn.Module) -> bool:
     """Whether `module` is of a kind that can be pruned."""
-    return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) or is_transposed(module)
+    return isinstance(module, KINDS) or is_transposed(module)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a prunable `module` may do something else with its input than to multiply it by its weight."""
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's takes inputs to another device
+        return True
+    for name in ("forward", "_conv_forward"):
+        defined_by = next((kind for kind in type(module).__mro__ if name in vars(kind)), None)
+        if defined_by is not None and defined_by not in KINDS and not _is_conv1d(defined_by):
+            return True
+    return False
+
+
+def _is_conv1d(kind: type) -> bool:
+    return (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 @dataclass(frozen=True, eq=False)

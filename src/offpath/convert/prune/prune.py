@@ -85,7 +85,7 @@ def prune(
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     scope = _check_arguments(sparsity, method, calibration, scope, distribution, blocksize, dampening)
-    layers, skipped = choose(model, filter_fn)
+    layers, skipped = choose(model, filter_fn, by_inputs=calibration is not None)
     unreached: list[tuple[str, str]] = []
     with torch.inference_mode(False), torch.no_grad():
         if calibration is None:

@@ -7,31 +7,38 @@ from math import isfinite
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from offpath.convert.prune.layer import Layer, is_prunable
+from offpath.convert.prune.layer import Layer, has_own_forward, is_prunable
 
 FilterFn = Callable[[nn.Module, str], bool]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 
 
-def choose(model: nn.Module, filter_fn: FilterFn | None) -> tuple[list[Layer], list[tuple[str, str]]]:
+def choose(model: nn.Module, filter_fn: FilterFn | None, by_inputs: bool) -> tuple[list[Layer], list[tuple[str, str]]]:
     """The layers that can be pruned, in the model's order; (name, reason) of those that are left alone.
 
     Raises `ValueError`, naming the layer, for a weight that is NaN or infinite, without memory, or frozen by
-    inference mode.
+    inference mode, and for a model that gets its sizes from its first input, which a look at inputs would be.
     """
     shared = _sharing_memory(model)
     layers, skipped = [], []
     for name, module in model.named_modules():
+        if by_inputs:
+            _check_sizes(name, module)
         if filter_fn is None and isinstance(module, nn.MultiheadAttention):
             skipped.append((name, "the projections of its inputs are parameters of its own and no layers"))
         converted = _converted(module)
         if not (converted or is_prunable(module)) or (filter_fn is not None and not filter_fn(module, name)):
             continue
         reason = converted or _obstacle(module, shared)
+        if reason is None and by_inputs and has_own_forward(module):
+            reason = (
+                "its own forward may change its inputs before they meet its weight; magnitude and random can prune it"
+            )
         if reason:
             skipped.append((name, reason))
         else:
@@ -64,6 +71,8 @@ def _obstacle(module: nn.Module, shared: set[int]) -> str | None:
         if hasattr(module, "weight_mask"):
             return "its weight is computed by a mask; call torch.nn.utils.prune.remove first"
         return "its weight is not a parameter of its own"
+    if isinstance(weight, nn.UninitializedParameter):
+        return "its sizes are those of its first input; call the model once first"
     if type(weight) is not nn.Parameter or weight.layout != torch.strided or weight.dtype not in DTYPES:
         return f"its weight is a {type(weight).__name__} of {weight.dtype}, not plain numbers in floating point"
     if weight.numel() == 0:
@@ -71,6 +80,14 @@ def _obstacle(module: nn.Module, shared: set[int]) -> str | None:
     if id(weight) in shared:
         return "its weight is tied to another module"
     return None
+
+
+def _check_sizes(name: str, module: nn.Module) -> None:
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise ValueError(
+            f"expected layers that have their sizes, got {name!r}, a {type(module).__name__}, which gets them from its "
+            "first input; call the model once first"
+        )
 
 
 def _check(name: str, weight: Tensor) -> None:
