@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import offpath
 from offpath import SparseLinear
 from offpath.topology import Topology
+from topology_oracle import growing_by_momentum
 
 Optimizers = dict[str, Callable[..., torch.optim.Optimizer]]
 
@@ -67,11 +68,24 @@ def model_of(dtype: torch.dtype = torch.float32, density: float = 0.3, seed: int
     return nn.Sequential(layers[0], nn.Tanh(), layers[1])
 
 
+def rigl(model: nn.Module, update_freq: int = 3, **settings):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return optimizer, offpath.RigL(model, optimizer, update_freq=update_freq, end_step=100, **settings)
+
+
+def momentum_of(model: nn.Module, steps: int = 3) -> tuple[torch.optim.Optimizer, Topology]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return optimizer, growing_by_momentum(model, optimizer, steps, update_freq=5)
+
+
+def batch_of(seed: int) -> Tensor:
+    return torch.randn(5, 12, generator=torch.Generator().manual_seed(seed))
+
+
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     dtype = next(model.parameters()).dtype
-    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(step)).to(dtype)
     optimizer.zero_grad()
-    model(x).square().mean().backward()
+    model(batch_of(step).to(dtype)).square().mean().backward()
     optimizer.step()
 
 
