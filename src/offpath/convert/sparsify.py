@@ -41,8 +41,8 @@ def sparsify(
     Build the optimizer afterwards: one built before holds the dense parameters. Layers that cannot be swapped
     without changing what the model computes (tied or computed weights, hooks, a `weight` that the code around reads)
     stay dense and stand in the report.
-    Raises `ValueError`, before anything is changed, for a bad argument, a model that is itself such a layer, and a weight
-    that is NaN or has no magnitude because it is on the meta device.
+    Raises `ValueError`, before anything is changed, for a bad argument, a model that is itself such a layer, and a
+    weight without a magnitude: NaN, or on the meta device.
 
     >>> model = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
     >>> print(sparsify(model, sparsity=0.9, seed=0))

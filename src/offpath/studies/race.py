@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -75,6 +76,7 @@ class RaceResult:
 
 
 Racing = TypeVar("Racing", bound=Resumable)
+Measured = TypeVar("Measured")
 
 
 class RaceObserver(Protocol[Racing]):
@@ -124,15 +126,27 @@ def race(config: RunConfig, out: Path, observer: RaceObserver[Run], resume: bool
                 folder.start(run.config)
         config = lanes["sparse"][0].config
         root.write_config(config)
-        with stop_on_signal() as stop:
-            if not take_turns(lanes, observer, stop):
-                return None
-            observer.on_measuring()
-            with ThreadPoolExecutor() as pool:  # processes that take seconds to start, and do not disturb each other
-                dense, sparse = pool.map(lambda name: _lane(name, *lanes[name]), lanes)
-        result = RaceResult(dense, sparse, config.to_json(), asdict(this_machine(config.device)), dataset.source)
+        measured = run_lanes(lanes, observer, _lane)
+        if measured is None:
+            return None
+        result = RaceResult(*measured, config.to_json(), asdict(this_machine(config.device)), dataset.source)
         write_text(out / "race.json", json.dumps(result.to_json(), indent=1) + "\n")
         return result
+
+
+def run_lanes(
+    lanes: dict[str, tuple[Racing, RunFolder]],
+    observer: RaceObserver[Racing],
+    measure: Callable[[str, Racing, RunFolder], Measured],
+) -> tuple[Measured, Measured] | None:
+    """Train the two in turns, then `measure` what each reached and cost; None when Ctrl-C stopped them."""
+    with stop_on_signal() as stop:
+        if not take_turns(lanes, observer, stop):
+            return None
+        observer.on_measuring()
+        with ThreadPoolExecutor() as pool:  # processes that take seconds to start, and do not disturb each other
+            first, second = pool.map(lambda name: measure(name, *lanes[name]), lanes)
+    return first, second
 
 
 def take_turns(lanes: dict[str, tuple[Racing, RunFolder]], observer: RaceObserver[Racing], stop: StopRequest) -> bool:
@@ -164,10 +178,16 @@ def step_quartiles(epochs: list[dict[str, Any]]) -> tuple[float, float, float]:
     return lower, median, upper
 
 
-def _lane(name: str, run: Run, folder: RunFolder) -> Lane:
+def epochs_of(run: Resumable, folder: RunFolder) -> list[dict[str, Any]]:
+    """The records of all epochs. Raises `RunError` where some are missing."""
     epochs = folder.metrics()
     if len(epochs) != run.config.epochs:
         raise RunError(f"expected {run.config.epochs} records in {folder.metrics_file}, got {len(epochs)}; race again")
+    return epochs
+
+
+def _lane(name: str, run: Run, folder: RunFolder) -> Lane:
+    epochs = epochs_of(run, folder)
     lower, median, upper = step_quartiles(epochs)
     memory = training_memory(run.config, torch.get_num_threads())
     return Lane(

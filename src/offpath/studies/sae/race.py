@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,8 +11,7 @@ from offpath.cost import TrainingBytes, this_machine
 from offpath.studies.config import RunError
 from offpath.studies.files import write_text
 from offpath.studies.folder import RunFolder
-from offpath.studies.interrupt import stop_on_signal
-from offpath.studies.race import RaceObserver, step_quartiles, take_turns
+from offpath.studies.race import RaceObserver, epochs_of, run_lanes, step_quartiles
 from offpath.studies.sae.config import SaeConfig
 from offpath.studies.sae.memory import sae_memory
 from offpath.studies.sae.run import SaeRun
@@ -91,21 +89,16 @@ def race(config: SaeConfig, out: Path, observer: SaeRaceObserver, resume: bool =
                 folder.refuse_existing(started=False)
                 folder.start(run.config)
         root.write_config(config)
-        with stop_on_signal() as stop:
-            if not take_turns(lanes, observer, stop):
-                return None
-            observer.on_measuring()
-            with ThreadPoolExecutor() as pool:  # processes that take seconds to start, and do not disturb each other
-                dense, sparse = pool.map(lambda name: _lane(name, *lanes[name]), lanes)
-        result = SaeRaceResult(dense, sparse, config.to_json(), asdict(this_machine()), data.source)
+        measured = run_lanes(lanes, observer, _lane)
+        if measured is None:
+            return None
+        result = SaeRaceResult(*measured, config.to_json(), asdict(this_machine()), data.source)
         write_text(out / "race.json", json.dumps(result.to_json(), indent=1) + "\n")
         return result
 
 
 def _lane(name: str, run: SaeRun, folder: RunFolder) -> SaeLane:
-    epochs = folder.metrics()
-    if len(epochs) != run.config.epochs:
-        raise RunError(f"expected {run.config.epochs} records in {folder.metrics_file}, got {len(epochs)}; race again")
+    epochs = epochs_of(run, folder)
     lower, median, upper = step_quartiles(epochs)
     memory = sae_memory(run.config)
     return SaeLane(
