@@ -18,7 +18,8 @@ template <class T, int most, class Sums>
     constexpr int lanes = S::lanes;
     offpath::Sum<T> rows[most] = {};
     for (int64_t i = 0; i < count; ++i)
-        rows[i] = static_cast<offpath::Sum<T>>(sums[i]) * (scales[i] * size);
+        // The product of two small scales may be below what a float holds where that with the sum is not.
+        rows[i] = static_cast<offpath::Sum<T>>(static_cast<double>(sums[i]) * (static_cast<double>(scales[i]) * size));
     if (bias)
         for (int64_t i = 0; i < count; ++i)
             rows[i] += compute(bias[i]);

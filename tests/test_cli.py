@@ -13,9 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import typer
 
 from commands import run_offpath
 from offpath_cli import main
+from offpath_cli.commands import reports_errors
 
 SMALL = ["--data", "digits", "--model", "mlp-small", "--epochs", "2"]
 
@@ -154,6 +156,8 @@ def test_race_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:
         (["train", "--data", "digits", "--data-dir", "/tmp"], "digits comes inside a Python package"),
         (["train", "--resume", "--out", "/nonexistent"], "expected a run in /nonexistent"),
         (["data", "digits"], "pip install"),
+        (["crossover", "--batch", str(10**20)], "expected batches from 1 to 16777216"),
+        (["train", "--model", "sae", "--data", "synthetic", "--latents", str(10**20)], "an int32 index can name"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -188,3 +192,15 @@ def test_stopping_leaves_a_usable_checkpoint(tmp_path: Path, number: signal.Sign
     resumed = run_offpath("train", "--out", out, "--resume")
     assert resumed.exit_code == 0, resumed.stderr
     assert f"epoch {epochs + 1:>3}" in resumed.stdout
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: 8 bytes\n at")])
+def test_too_little_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    @reports_errors
+    def command() -> None:
+        raise error
+
+    with pytest.raises(typer.Exit):
+        command()
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: expected enough memory for what was asked, got: ") and printed.count("\n") == 1

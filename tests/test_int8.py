@@ -375,3 +375,36 @@ def test_embeddings_that_do_more_than_read_are_refused() -> None:
     table.weight.data[2, 1] = torch.nan
     with pytest.raises(ValueError, match="row 2"):
         Int8Embedding.from_dense(table)
+
+
+def test_weights_whose_rows_would_be_read_back_as_infinite_are_refused() -> None:
+    largest = torch.finfo(torch.float32).max
+    rows = torch.tensor([0, 0])
+    for weights in (torch.tensor([1e40, -5e39], dtype=torch.float64), torch.tensor([largest, 1.0])):
+        with pytest.raises(ValueError, match="1 rows, the first of which is row 0"):
+            quantise_rows(weights, rows, 1)
+    values, scales = quantise_rows(torch.tensor([largest * (1 - 2**-20), 1.0]), rows, 1)
+    assert bool((values * scales).isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scales_whose_product_no_float_holds_are_no_zero(backend: Backend, dtype: torch.dtype) -> None:
+    columns = 2**14
+    pattern = patterns.full((2, columns))
+    values = torch.full((2 * columns,), 127, dtype=torch.int8)
+    scales, x = torch.full((2,), 1e-24), torch.full((1, columns), 8e-17, dtype=dtype)
+    got = _dots(backend, pattern, (values, scales, x, torch.zeros(2, dtype=dtype)))
+    exact = float(scales[0]) * 127 * columns * float(x[0, 0])
+    # Two divisions by 127, a factor and the result are rounded, all of them normal numbers of float32 or more.
+    assert torch.allclose(got.double(), torch.full((1, 2), exact, dtype=torch.float64), rtol=2**-22, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float32], ids=str)
+def test_casts_of_all_tensors_leave_whole_numbers(dtype: torch.dtype) -> None:
+    layer, table = _layer(), Int8Embedding.from_dense(nn.Embedding(10, 4))
+    expected, rows = layer.values.clone(), table.values.clone()
+    layer.type(dtype)
+    table.type(dtype)
+    assert torch.equal(layer.values, expected) and layer.values.dtype is torch.int8
+    assert torch.equal(table.values, rows) and table.values.dtype is torch.int8
+    assert layer(torch.randn(2, 70, dtype=dtype)).dtype is table(torch.tensor([1])).dtype is dtype

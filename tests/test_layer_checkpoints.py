@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import prune, weight_norm
 
 from offpath import SparseLinear
 from storage_cases import same
@@ -205,3 +205,37 @@ def test_absent_layer_is_a_missing_key_as_everywhere_in_torch() -> None:
     model = nn.Sequential(_layer())
     missing, _ = model.load_state_dict({}, strict=False)
     assert set(missing) == {"0.values", "0.bias", "0.crow_indices", "0.col_indices"}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm:FutureWarning")  # deprecated, and still around
+@pytest.mark.parametrize("dim", [0, None])
+def test_values_that_weight_norm_computes_load_with_their_topology(dim: int | None) -> None:
+    normed, other = _layer(seed=0), _layer(seed=1)
+    for layer in (normed, other):
+        weight_norm(layer, "values", dim=dim)
+    x = torch.randn(3, 12)
+    other.load_state_dict(normed.state_dict())
+    assert torch.equal(other(x), normed(x)) and torch.equal(other.col_indices, normed.col_indices)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    larger = weight_norm(_layer(sparsity=0.5), "values", dim=dim)
+    with pytest.raises(RuntimeError, match="24 connections, as many as values_g and values_v are for, got 60"):
+        other.load_state_dict(larger.state_dict())
+    with pytest.raises(RuntimeError, match=r"values_v with the topology .* but values_g is missing"):
+        other.load_state_dict(_without(normed.state_dict(), "values_g"), strict=False)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_memory_without_contents_is_filled_or_told_of() -> None:
+    layer = _layer().to_empty(device="cpu")
+    layer.topology_digest.zero_()
+    with pytest.raises(RuntimeError, match=r"After to_empty\(\), load a checkpoint or call reset_parameters\(\)"):
+        layer(torch.randn(3, 12))
+    layer.reset_parameters()
+    assert layer(torch.randn(3, 12)).isfinite().all()
+    lost = _layer().to("meta").to_empty(device="cpu")
+    for use in (lost.reset_parameters, lambda: lost(torch.randn(3, 12))):
+        lost.topology_digest.fill_(1)
+        with pytest.raises(RuntimeError, match="left them on the meta device"):
+            use()
+    lost.load_state_dict(_layer().state_dict())
+    assert torch.equal(lost.to_dense().weight, _layer().to_dense().weight)

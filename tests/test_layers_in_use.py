@@ -119,11 +119,13 @@ def test_a_masked_layer_of_another_size_is_left_as_it_was() -> None:
         prune.identity(layer, "values")
     before, x = other.pattern, _x(4, 20)
     y = other(x)
-    with pytest.raises(RuntimeError, match=r"expected 180 connections, as many as the mask .* got 300"):
+    with pytest.raises(
+        RuntimeError, match=r"expected 180 connections, as many as values_orig and values_mask are for, got 300"
+    ):
         other.load_state_dict(one.state_dict())
     assert other.pattern.equals(before) and torch.equal(other(x), y)
     without = {name: value for name, value in other.state_dict().items() if name != "col_indices"}
-    with pytest.raises(RuntimeError, match="the topology that the values belong to, but col_indices is missing"):
+    with pytest.raises(RuntimeError, match="the topology that they belong to, but col_indices is missing"):
         other.load_state_dict(without)
     with pytest.raises(patterns.PatternError, match=r"prune\.remove"):
         layers.rewire(other, patterns.edit(before, torch.arange(5)))
@@ -221,3 +223,28 @@ def test_tensors_of_the_cpu_stay_there_where_another_device_is_the_default(tmp_p
     run = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["cpu", "cpu"]
+
+
+def test_a_cast_of_all_tensors_leaves_counts() -> None:
+    sae = layers.SparseAutoencoder(20, 40, 4, "batch_topk").type(torch.float64)
+    assert sae.loss(_x(8, 20).double()).total.dtype is torch.float64
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of sizes, which are compared as numbers
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_trace_in_grad_mode_can_be_saved(tmp_path: Path) -> None:
+    layer, x = SparseLinear(20, 30, sparsity=0.5), _x(4, 20)
+    torch.jit.trace(layer, x).save(tmp_path / "traced.pt")
+    assert torch.equal(torch.jit.load(tmp_path / "traced.pt")(x), layer(x))
+
+
+def test_only_so_many_choices_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offpath.ops.prepared.CHOICES_KEPT", 4)
+    monkeypatch.setattr("offpath.ops.prepared_convolutions.CHOICES_KEPT", 4)
+    linear, convolution = SparseLinear(20, 30), layers.SparseConv2d(3, 4, 3)
+    with torch.no_grad():
+        for batch in range(1, 12):
+            linear(_x(batch, 20))
+            convolution(_x(batch, 3, 5, 5))
+            assert 1 <= len(linear.connections._prepared._chosen) <= 4
+            assert 1 <= len(convolution.connections._prepared.convolutions._pays_densely) <= 4

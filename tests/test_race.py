@@ -91,3 +91,28 @@ def test_race_does_not_overwrite_a_race_or_a_run(tmp_path: Path) -> None:
 def test_race_needs_a_sparse_twin(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="above 0"):
         race(replace(SMALL, sparsity=0.0), tmp_path / "race", Watcher())
+
+
+def test_a_lane_is_held_while_it_races(tmp_path: Path) -> None:
+    class Intruder(Watcher):
+        refused = 0
+
+        def on_chunk(self, *args) -> None:
+            super().on_chunk(*args)
+            for lane in ("dense", "sparse"):
+                with pytest.raises(RunError, match=f"{lane} to be free, but another process is working in it"):
+                    train(SMALL, tmp_path / "race" / lane, Watcher(), resume=True)
+                self.refused += 1
+
+    watcher = Intruder(stop_after_steps=4)
+    assert race(SMALL, tmp_path / "race", watcher) is None and watcher.refused
+    with RunFolder(tmp_path / "race" / "dense").locked(), pytest.raises(RunError, match="dense to be free"):
+        race(SMALL, tmp_path / "race", Watcher(), resume=True)
+
+
+def test_one_process_races(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match=r"expected one process for a race, got 2 of torchrun; start it without"):
+        race(SMALL, tmp_path / "race", Watcher())
+    assert not (tmp_path / "race").exists()

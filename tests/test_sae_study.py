@@ -229,3 +229,16 @@ def test_options_that_mean_nothing_here_are_refused(tmp_path: Path, arguments: l
     finished = run_offpath("train", *arguments, "--out", tmp_path / "run")
     assert finished.exit_code == 1 and message in finished.stderr and finished.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_its_last_step_has_spoilt_is_not_saved(synthetic: Activations) -> None:
+    run = SaeRun(replace(TINY, batch_size=len(synthetic.train), learning_rate=1e38), synthetic)
+    run.advance()
+    with pytest.raises(RunError, match="expected a finite loss, got nan at step 1"):
+        run.finish_epoch()
+
+
+def test_runs_alike_have_checkpoints_alike(synthetic: Activations) -> None:
+    first = SaeRun(TINY, synthetic)
+    torch.rand(1)
+    assert torch.equal(SaeRun(TINY, synthetic).rng_state, first.rng_state)

@@ -335,3 +335,11 @@ def test_only_the_hidden_layers_become_sparse() -> None:
     assert [type(m) for m in model if not isinstance(m, nn.ReLU)] == [SparseLinear, SparseLinear, nn.Linear]
     dense = Run(replace(SMALL, sparsity=0.0), load("digits")).model
     assert not any(isinstance(m, SparseLinear) for m in dense.modules())
+
+
+def test_a_model_that_its_last_step_has_spoilt_is_not_saved(tmp_path: Path) -> None:
+    whole = replace(SMALL, epochs=1, batch_size=2000, learning_rate=1e38)
+    with pytest.raises(RunError, match=r"expected a finite loss, got nan at step 1; .*smaller --learning-rate"):
+        train(whole, tmp_path / "run", Watcher())
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""

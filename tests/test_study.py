@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,9 @@ COMMAND = [sys.executable, "-c", "from offpath_cli import main; main()", "study"
 # One thread: the equal bits that this asks for, and no waiting for threads that a busy machine does not run.
 SETTINGS = {"COLUMNS": "160", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
 
+
+RECORD: dict[str, Any] = dict.fromkeys(("learning_rate", "parameters", "stored_bytes", "training_bytes"), 1)
+RECORD |= {"topology": {}, "curve": [{}]}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -201,13 +205,14 @@ def test_learning_rate_is_the_best_of_those_tried(tmp_path: Path) -> None:
     accuracies = {1e-3: 0.5, 1e-2: 0.6}
     for trial in QUICK.tuning():
         assert folder.learning_rate(QUICK, "text", Arm("rigl", 0.8)) is None
-        folder.write(trial, {"curve": [{"loss": trial.tuning_rate, "accuracy": accuracies.get(trial.tuning_rate)}]})
+        point = {"loss": trial.tuning_rate, "accuracy": accuracies.get(trial.tuning_rate)}
+        folder.write(trial, RECORD | {"curve": [point]})
         if trial.task == "text" and trial.arm == Arm("static", 0.8):
             break
     assert folder.learning_rate(QUICK, "digits", Arm("gmp", 0.9)) == 1e-2
     with pytest.raises(RunError, match=r"a learning rate that gives text, dense a finite loss|found none"):
         for trial in QUICK.tuning():
-            folder.write(trial, {"curve": [{"loss": None, "accuracy": None}]})
+            folder.write(trial, RECORD | {"curve": [{"loss": None, "accuracy": None}]})
         folder.learning_rate(QUICK, "text", Arm("dense"))
 
 
@@ -268,3 +273,19 @@ def test_schedule_rises_and_falls() -> None:
     values = [schedule(step, 200) for step in range(200)]
     assert max(values) == values[9] and values[0] < 0.2 and values[-1] < 1e-3
     assert values[10:] == sorted(values[10:], reverse=True)
+
+
+def test_records_of_another_shape_are_named(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "study")
+    folder.settle(QUICK)
+    trial = next(iter(QUICK.trials()))
+    folder.write(trial, RECORD)
+    assert folder.record(trial) == RECORD
+    for broken in ({}, [], RECORD | {"curve": []}, RECORD | {"curve": None}):
+        folder.write(trial, broken)
+        with pytest.raises(RunError, match=rf"expected .* in .*{trial.name}\.json; remove it, and it is made again"):
+            folder.record(trial)
+    for broken in ("[]", '{"digits": []}', '{"digits": {"title": "x"}}'):
+        folder.steps_file.write_text(broken)
+        with pytest.raises(RunError, match=r"expected .* in .*steps\.json; remove it"):
+            folder.steps()

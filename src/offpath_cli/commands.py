@@ -93,6 +93,12 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         except ModuleNotFoundError as error:
             raise _shown(f"this command needs {error.name}; install it with: pip install 'offpath[cli]'") from None
         except Exception as error:
+            if _is_about_memory(error):
+                what = str(error).strip().splitlines()
+                raise _shown(
+                    f"expected enough memory for what was asked, got: {what[0] if what else 'none left'}; ask for "
+                    "smaller layers, batches or texts"
+                ) from None
             if not _is_for_the_user(error):
                 raise
             raise _shown(str(error)) from None
@@ -112,6 +118,14 @@ def _is_for_the_user(error: Exception) -> bool:
     from offpath.studies.data import DataError
 
     return isinstance(error, (KernelError, RunError, DataError, OSError))
+
+
+def _is_about_memory(error: Exception) -> bool:
+    import torch
+
+    # On the CPU, torch has no error of its own for it.
+    by_torch = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return by_torch or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def _print_version(wanted: bool) -> None:

@@ -92,7 +92,8 @@ class ConvolutionProducts:
 
     Images are [images, channels, height, width] with any strides; results are contiguous, or `channels_last`.
     `forward(prepared, values, x, bias, channels_last)`; `dx(prepared, values, dy, channels_last)`;
-    `dvalues(prepared, dy, x)`. An infinite x may make gradients of values NaN that a pixel beside it has.
+    `dvalues(prepared, dy, x)`. An infinite x may make gradients of values NaN that a pixel beside it has, and an
+    infinite value those of pixels beside its own.
     """
 
     prepare: Prepare

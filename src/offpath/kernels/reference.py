@@ -108,7 +108,7 @@ def int8_dots(bitmap: Plan, values: Tensor, scales: Tensor, x: Tensor, bias: Ten
     """`int8_spmm` of x with every token rounded to int8 first; sums of products are whole numbers, without error."""
     levels, sizes = quantise_tokens(x)
     sums = spmm(bitmap.crow_indices, bitmap.col_indices, values.double(), levels.double())
-    y = sums.to(wide(x).dtype) * (sizes.unsqueeze(1) * scales)
+    y = (sums * (sizes.double().unsqueeze(1) * scales.double())).to(wide(x).dtype)
     return (y if bias is None else y + wide(bias)).to(x.dtype)
 
 

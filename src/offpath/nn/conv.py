@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from offpath import pattern as patterns
 from offpath.nn.autocast import under_autocast
-from offpath.nn.sparse_weight import CsrWeightModule, check_when_compiled
+from offpath.nn.sparse_weight import CsrWeightModule
+from offpath.nn.when_compiled import check_when_compiled
 from offpath.ops import PREFERENCES, Explanation, explain, explain_conv2d, sparse_conv2d, sparse_linear
 from offpath.pattern import Pattern
 
@@ -213,7 +214,9 @@ class SparseConv2d(_SparseConv):
 
     Nothing is copied once per kernel position. Whether images go over planes, or over the weight written out by torch,
     is measured once for each kind of layer and image and kept on disk; `prefer="memory"` never writes the weight out.
-    Which connections there are is given as for `SparseLinear`. `offpath.topology` does not move them.
+    Which connections there are is given as for `SparseLinear`. `offpath.topology` does not move them. Over planes, an
+    infinite pixel may make gradients of `values` NaN, and an infinite value gradients of pixels, that are finite in
+    `nn.Conv2d`: padding is multiplied as zeros there.
     Raises `ValueError` for sizes that do not fit.
 
     >>> import torch

@@ -81,9 +81,15 @@ class Int8Embedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, dtype={self.dtype}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Embedding:
-        scales, probe = self.scales, fn(torch.empty(0, dtype=self.dtype, device=self.values.device))
+        values, scales, probe = (
+            self.values,
+            self.scales,
+            fn(torch.empty(0, dtype=self.dtype, device=self.values.device)),
+        )
         super()._apply(fn, recurse)
         self.dtype = probe.dtype
         if self.scales.dtype is not torch.float32:
             self.scales = scales.to(self.scales.device)
+        if self.values.dtype is not torch.int8:  # `Module.type` casts whole numbers as well
+            self.values = values.to(self.values.device)
         return self

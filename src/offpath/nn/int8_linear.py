@@ -11,7 +11,8 @@ from offpath import pattern as patterns
 from offpath.nn.autocast import input_under_autocast
 from offpath.nn.linear import SparseLinear
 from offpath.nn.quantise import quantise_rows
-from offpath.nn.sparse_weight import CsrWeightModule, check_when_compiled
+from offpath.nn.sparse_weight import CsrWeightModule
+from offpath.nn.when_compiled import check_when_compiled
 from offpath.ops import ACTIVATIONS, PREFERENCES, Connections, int8_linear
 from offpath.pattern import Pattern
 
@@ -136,8 +137,10 @@ class Int8SparseLinear(CsrWeightModule):
         self.values = self.values.new_empty(nnz)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8SparseLinear:
-        scales = self.scales
+        values, scales = self.values, self.scales
         super()._apply(fn, recurse)
         if self.scales.dtype is not torch.float32:  # .bfloat16() and the like are about activations
             self.scales = scales.to(self.scales.device)
+        if self.values.dtype is not torch.int8:  # `Module.type` casts whole numbers as well
+            self.values = values.to(self.values.device)
         return self

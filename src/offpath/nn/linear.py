@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from offpath import pattern as patterns
 from offpath.nn.autocast import under_autocast
-from offpath.nn.sparse_weight import CsrWeightModule, check_when_compiled
+from offpath.nn.sparse_weight import CsrWeightModule
+from offpath.nn.when_compiled import check_when_compiled
 from offpath.ops import PREFERENCES, Explanation, explain, sparse_linear
 from offpath.pattern import Pattern
 
@@ -23,6 +24,9 @@ class SparseLinear(CsrWeightModule):
     `prefer` "speed" computes each product in whichever way is the fastest on this machine (`explain` tells which),
     "memory" never writes the weight out dense. `feature_major` (see `offpath.fuse`) lets the output be a strided view
     that the next sparse layer need not transpose.
+
+    `torch.nn.utils.prune` and `weight_norm` may compute `values`; parametrizations, whose registry takes no such name,
+    cannot.
 
     Give `sparsity` in [0, 1) (the default is 0.9) or `density` in (0, 1] for a random pattern of exactly
     round(density * out * in) connections, or a `pattern`. Raises `ValueError` for anything else.

@@ -20,13 +20,14 @@ def load_problem(
 
     `dense_shape` is that of the layer which the checkpoint was made of, where it says so.
     """
-    named = ("values_orig", "values_mask", "bias", *layer.value_names, *layer.index_names)
+    sources = sources_of_values(layer)
+    named = (*sources, "bias", *layer.value_names, *layer.index_names)
     entries = {name: state_dict[prefix + name] for name in named if prefix + name in state_dict}
     kinds = [f"{type(entry).__name__} for {name}" for name, entry in entries.items() if not isinstance(entry, Tensor)]
     if kinds:
         return f"expected tensors, got {', '.join(kinds)}; load a checkpoint that state_dict() gave"
     if not layer.owns_values:
-        return _masked_problem(layer, state_dict, prefix) if holds_mask(state_dict, prefix) else None
+        return _computed_problem(layer, sources, state_dict, prefix)
     names = (*layer.value_names, *layer.index_names)
     missing = [name for name in names if prefix + name not in state_dict]
     if prefix + "weight" in state_dict and missing:
@@ -61,20 +62,30 @@ def load_problem(
     return _topology_problem(layer, crow_indices, col_indices)
 
 
-def holds_mask(state_dict: dict[str, Any], prefix: str) -> bool:
-    """Whether a checkpoint has what `torch.nn.utils.prune` makes of `values`: the original ones, and a mask."""
-    return all(prefix + name in state_dict for name in ("values_orig", "values_mask"))
+def sources_of_values(layer: SparseWeightModule) -> list[str]:
+    """What the values of a layer that does not own them are computed from, as torch.nn.utils names it.
+
+    A pruning mask makes `values_orig` and `values_mask` of them, weight_norm `values_g` and `values_v`.
+    """
+    return [name for name in (*layer._parameters, *layer._buffers) if name.startswith("values_")]
 
 
-def _masked_problem(layer: SparseWeightModule, state_dict: dict[str, Any], prefix: str) -> str | None:
-    missing = [name for name in layer.index_names if prefix + name not in state_dict]
+def _computed_problem(
+    layer: SparseWeightModule, sources: list[str], state_dict: dict[str, Any], prefix: str
+) -> str | None:
+    held = [name for name in sources if prefix + name in state_dict]
+    if not held:
+        return None  # nothing about its values: the default loading reports the missing keys
+    missing = [name for name in (*sources, *layer.index_names) if prefix + name not in state_dict]
     if missing:
-        return f"expected the topology that the values belong to, but {', '.join(missing)} is missing"
+        return f"expected {', '.join(held)} with the topology that they belong to, but {', '.join(missing)} is missing"
     crow_indices, col_indices = (state_dict[prefix + name] for name in layer.index_names)
-    if col_indices.numel() != layer.values.numel() or state_dict[prefix + "values_orig"].shape != layer.values.shape:
+    fits = all(state_dict[prefix + name].shape == getattr(layer, name).shape for name in sources)
+    if col_indices.numel() != layer.values.numel() or not fits:
         return (
-            f"expected {layer.values.numel()} connections, as many as the mask of torch.nn.utils.prune is for, got "
-            f"{col_indices.numel()}; load the checkpoint into a layer of that many, or call prune.remove on both first"
+            f"expected {layer.values.numel()} connections, as many as {' and '.join(sources)} are for, got "
+            f"{col_indices.numel()}; load the checkpoint into a layer of that many, or make plain values of both first "
+            "(torch.nn.utils.prune.remove, remove_weight_norm)"
         )
     return _topology_problem(layer, crow_indices, col_indices)
 

@@ -20,7 +20,7 @@ def quantise_rows(weights: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Te
     weights = weights.double()
     largest = weights.new_zeros(count).scatter_reduce_(0, rows, weights.abs(), "amax")
     scales = (largest / LARGEST).float().clamp_(min=torch.finfo(torch.float32).tiny)
-    bad = ~scales.isfinite()
+    bad = ~(scales * LARGEST).isfinite()  # what the largest is read back as
     if bool(bad.any()):
         raise ValueError(
             "expected finite weights within float32 to quantise, got NaN, infinite or larger ones in "

@@ -18,7 +18,8 @@ def rewire(layer: SparseLinear, edit: Edit, grown: Tensor | None = None) -> None
     Surviving values keep their bits, as do their entries of `values.grad`; grown connections begin with `grown` [number
     of grown connections, ascending position] or zero, and with a gradient of zero. `values` stays the same `Parameter`
     object, and as long as the number of connections does not change, it stays in the same memory. An optimizer's state
-    is not looked at here: `offpath.topology` moves both.
+    is not looked at here: `offpath.topology` moves both. No other thread may call the layer meanwhile: it would meet
+    new connections with old values.
     Raises `PatternError`, before anything is changed, for an edit of another pattern or `grown` of another size.
 
     >>> from offpath import pattern as patterns

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from offpath.nn.autocast import under_autocast
 from offpath.nn.linear import SparseLinear
-from offpath.nn.sparse_weight import SparseWeightModule, check_when_compiled
+from offpath.nn.sparse_weight import SparseWeightModule
+from offpath.nn.when_compiled import check_when_compiled
 from offpath.ops import SparseRows, sparse_matmul, sparse_matmul_of_nonzeros
 from offpath.ops.library import as_rows
 from offpath.pattern import Pattern

@@ -8,10 +8,9 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from offpath import pattern as patterns
-from offpath.nn.loading import holds_mask, load_problem
+from offpath.nn.loading import load_problem, sources_of_values
 from offpath.nn.parameter import replace_values
 from offpath.ops import Connections
 from offpath.ops.library import is_transforming, unwrapped
@@ -81,6 +80,8 @@ class SparseWeightModule(nn.Module):
         """
         if self.values.is_meta:
             return
+        self._check_there()
+        self.topology_digest.fill_(self._digest)  # what to_empty() leaves there is no digest
         pattern = self.pattern
         outputs = (pattern.row_indices() if self.sides[0].startswith("out") else pattern.col_indices).long()
         fan_in = torch.bincount(outputs, minlength=self.out_features).double()
@@ -131,7 +132,7 @@ class SparseWeightModule(nn.Module):
 
     @property
     def owns_values(self) -> bool:
-        """Whether `values` are this layer's: torch.nn.utils.prune or a parametrization may have taken them over."""
+        """Whether `values` are this layer's: torch.nn.utils.prune or weight_norm may have taken them over."""
         return "values" in self._parameters or "values" in self._buffers
 
     @classmethod
@@ -157,14 +158,14 @@ class SparseWeightModule(nn.Module):
         )
 
     def _set_connections(self, connections: Connections) -> None:
-        before = getattr(self, "_connections", None)
+        before, new_digest = getattr(self, "_connections", None), connections.digest()
         if before is not None and before is not connections:
             before.outdate()
         self._connections = connections
         # DistributedDataParallel broadcasts the values of one process to all, AveragedModel averages them, and this
         # number goes along: where the topologies differ it no longer fits, instead of values landing on other
         # connections in silence.
-        self._digest = self._connections.digest()
+        self._digest = new_digest
         self._digest_seen = None
         digest = torch.tensor(self._digest, device=connections.device)
         there = self._buffers.get("topology_digest")
@@ -172,6 +173,13 @@ class SparseWeightModule(nn.Module):
             self.register_buffer("topology_digest", digest, persistent=False)
         else:
             there.copy_(digest)  # in place: who shares the memory, as another process may, has to hear of it
+
+    def _check_there(self) -> None:
+        if self._connections.col_indices.is_meta:
+            raise RuntimeError(
+                "expected a layer with connections, but this one left them on the meta device, where tensors hold "
+                "nothing; load a checkpoint with load_state_dict(..., assign=True), or build the layer on its device"
+            )
 
     def _check_digest(self) -> None:
         # As an attribute, nn.Module would look for it in three places, in Python.
@@ -187,11 +195,13 @@ class SparseWeightModule(nn.Module):
         # An ensemble in one call (torch.func.vmap) has the digests of all of its members.
         for found in unwrapped(buffer).flatten().tolist() if is_transforming() else (buffer.item(),):
             if found != self._digest and abs(found - self._digest) > AVERAGING_ERROR * abs(self._digest):
+                self._check_there()
                 raise RuntimeError(
                     "expected values that belong to this layer's topology, but those of another one have been averaged "
                     "or broadcast into it: the topologies differ. A model that averages one whose connections move has "
                     "to be named in also=[...] where the topology is made. In many processes, build the model from one "
-                    "seed in every process, or load one checkpoint in all of them, before wrapping it"
+                    "seed in every process, or load one checkpoint in all of them, before wrapping it. After "
+                    "to_empty(), load a checkpoint or call reset_parameters()"
                 )
         self._digest_seen = seen
 
@@ -240,7 +250,7 @@ class SparseWeightModule(nn.Module):
         if crow_indices is None or col_indices is None:
             if strict:
                 missing_keys += [prefix + name for name in self.index_names]
-        elif self.owns_values or holds_mask(state_dict, prefix):
+        elif self.owns_values or any(prefix + name in state_dict for name in sources_of_values(self)):
             device = col_indices.device if assign else self.values.device
             pattern = Pattern(self.pattern_shape, crow_indices.detach().to(device), col_indices.detach().to(device))
             self._set_connections(self._connections.same_or_new(pattern))
@@ -252,22 +262,6 @@ class SparseWeightModule(nn.Module):
         for name in self.index_names:
             if prefix + name in unexpected_keys:  # torch knows parameters and buffers only
                 unexpected_keys.remove(prefix + name)
-
-
-def check_when_compiled(layer: SparseWeightModule) -> None:
-    """What every call of an eager layer looks at, looked at once: when the call is compiled."""
-    if torch.compiler.is_dynamo_compiling():
-        _looked_at(layer)
-
-
-def _looked_at(layer: SparseWeightModule) -> bool:
-    if not isinstance(layer.topology_digest, FakeTensor):
-        layer._check_digest()
-    return True
-
-
-# All that torch.compiler.assume_constant_result does, which brings the compiler with it: seconds of an import.
-_looked_at._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class CsrWeightModule(SparseWeightModule):

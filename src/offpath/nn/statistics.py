@@ -27,7 +27,7 @@ def is_recomputing() -> bool:
 
 
 class KeepsStatistics(nn.Module):
-    """A module whose buffers stay in float32 where the rest goes to 16 bits.
+    """A module whose buffers stay in float32 where the rest goes to 16 bits, and whole numbers where they are counts.
 
     What one step adds to a running average is often smaller than the rounding of a 16-bit number, and would be lost.
     """
@@ -37,6 +37,8 @@ class KeepsStatistics(nn.Module):
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             after = getattr(self, name)
-            if buffer.element_size() > after.element_size() and after.element_size() < 4:
+            if buffer.is_floating_point() and buffer.element_size() > after.element_size() and after.element_size() < 4:
                 setattr(self, name, buffer.float().to(after.device))
+            elif not buffer.is_floating_point() and after.dtype is not buffer.dtype:  # `Module.type` casts them as well
+                setattr(self, name, buffer.to(after.device))
         return self

@@ -31,6 +31,7 @@ FILLED_MARGIN, NARROW_FILLED_MARGIN = 1.1, 0.9
 # The row-wise form falls behind a plan as soon as its inputs leave a cache, which happens between the sizes measured;
 # and two gradients over plans share the packing of dy, which they are measured without.
 PLAN_MARGIN = 1.15
+CHOICES_KEPT = 1024  # by what was made of one pattern: for each number of tokens, and texts have thousands of lengths
 _OVER_A_PLAN = ("bucketed", "tiled")
 _forced: list[dict[str, str]] = []
 

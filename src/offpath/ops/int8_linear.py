@@ -30,7 +30,8 @@ def int8_linear(
     are taken of values * x as they are, in float32 at least, and then multiplied by the row's scale; in bfloat16, the
     sum and its product with the scale may each be rounded before the bias is added. With `activations="int8"`, each
     token of x is rounded to whole numbers of a 127th of its largest magnitude first, and sums are exact; which inputs a
-    token shares a scale with changes its numbers, as in torch.ao's dynamic quantisation.
+    token shares a scale with changes its numbers, as in torch.ao's dynamic quantisation. That is done in float32: a
+    token whose largest magnitude is below 2^-119 counts as zero, and one beyond float32 becomes NaN.
     Raises `RuntimeError` where a gradient is asked for, `KernelError` and `PatternError` for operands that do not fit.
 
     >>> crow_indices, col_indices = torch.tensor([0, 2, 3]).int(), torch.tensor([0, 2, 1]).int()

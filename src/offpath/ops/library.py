@@ -172,6 +172,16 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def is_tracing() -> bool:
+    """Whether torch.jit.trace writes down which ops are called."""
+    return _tracing_state() is not None
+
+
+def saved_tensor_hooks() -> bool:
+    """Whether somebody has a say in what autograd saves: activation checkpointing, offloading."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def nobody_listens(*operands: Tensor | None) -> bool:
     """Whether the dispatcher would do nothing but call the kernel; the trip through it costs as much as a small layer.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from offpath.kernels import Backend
 from offpath.kernels.methods import PreparedMatrix, PreparedWeight
 from offpath.kernels.operands import on_device_of
-from offpath.ops.choice import any_forced, choose
+from offpath.ops.choice import CHOICES_KEPT, any_forced, choose
 from offpath.ops.library import as_rows
 from offpath.ops.prepared_convolutions import PreparedConvolutions
 from offpath.pattern import Pattern
@@ -124,6 +124,8 @@ class Prepared:
             method = self._choose(backend, product, batch, operand, prefer)
             # While a graph is captured, costs are calculated where they have not been measured.
             if not (operand.is_cuda and torch.cuda.is_current_stream_capturing()):
+                if len(self._chosen) >= CHOICES_KEPT:
+                    self._chosen.clear()
                 self._chosen[key] = method
         return method
 

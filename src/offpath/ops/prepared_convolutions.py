@@ -12,7 +12,7 @@ from torch import Tensor
 from offpath.kernels import Backend
 from offpath.kernels.convolution import Convolution, ConvolutionProducts
 from offpath.kernels.methods import PreparedMatrix
-from offpath.ops.choice import any_forced
+from offpath.ops.choice import CHOICES_KEPT, any_forced
 from offpath.ops.convolution_choice import pays_densely
 from offpath.ops.dense_convolution import DenseConvolution
 
@@ -88,6 +88,8 @@ class PreparedConvolutions:
             nnz = self._matrix.col_indices.numel()
             found = pays_densely(backend, product, convolution, nnz, like, channels_last, prefer)
             if not forced:
+                if len(self._pays_densely) >= CHOICES_KEPT:
+                    self._pays_densely.clear()
                 self._pays_densely[key] = found
         return found
 

@@ -19,11 +19,13 @@ from offpath.ops import sparse_linear_gradients as gradient_ops
 from offpath.ops.library import (
     as_rows,
     batch,
+    is_tracing,
     is_transforming,
     library,
     no_views,
     nobody_listens,
     of_one_device,
+    saved_tensor_hooks,
 )
 from offpath.ops.prepared import prepare
 
@@ -69,7 +71,7 @@ def sparse_linear(
     >>> sparse_linear(x, values, None, crow_indices, col_indices)
     tensor([[201.,  30.]])
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_tracing():
         # Token-major: which layout a method gives is known only when it runs, and a compiler counts on strides.
         return _ops.sparse_linear.default(x, values, bias, crow_indices, col_indices, prefer)
     # What the dispatcher would call first, without the trip through it: a fifth of a small layer's time.
@@ -180,7 +182,8 @@ class _SparseLinear(torch.autograd.Function):
         ctx.feature_major = feature_major_x and not torch.compiler.is_compiling()
         operands, dense = (x, values, bias, crow_indices, col_indices, prefer, feature_major), None
         if wants_dx and wants_dvalues and nobody_listens(x, values, bias):
-            y, dense = _forward_keeping(*operands, keep_dense=True)
+            # Checkpointing counts what is saved: the same in the second pass, whether or not somebody listens then.
+            y, dense = _forward_keeping(*operands, keep_dense=not saved_tensor_hooks())
         else:
             y = _below_autograd(*operands)
         ctx.save_for_backward(
@@ -192,13 +195,12 @@ class _SparseLinear(torch.autograd.Function):
     def backward(ctx, *grad_outputs):
         (dy,) = grad_outputs
         wants_dx, wants_dvalues, wants_dbias, *_ = ctx.needs_input_grad
-        if wants_dx and wants_dvalues and not torch.is_grad_enabled():
-            x, values, crow_indices, col_indices, dense = ctx.saved_tensors
-            if nobody_listens(dy, x, values):
-                operands = dy, x, values, crow_indices, col_indices, ctx.prefer, ctx.feature_major
-                dx, dvalues, dbias = _backward(*operands, dense=dense)
-                return dx, dvalues, dbias if wants_dbias else None, None, None, None, None
-        return *gradient_ops.gradients(ctx, dy, ctx.feature_major), None, None, None, None
+        x, values, crow_indices, col_indices, dense = ctx.saved_tensors
+        saved = x, values, crow_indices, col_indices
+        if wants_dx and wants_dvalues and not torch.is_grad_enabled() and nobody_listens(dy, x, values):
+            dx, dvalues, dbias = _backward(dy, *saved, ctx.prefer, ctx.feature_major, dense=dense)
+            return dx, dvalues, dbias if wants_dbias else None, None, None, None, None
+        return *gradient_ops.gradients(ctx, saved, dy, ctx.feature_major), None, None, None, None
 
 
 def _autograd_forward(x, values, bias, crow_indices, col_indices, prefer="speed", feature_major=False):

@@ -6,6 +6,7 @@ connections, dbias = the sum of dy. So are theirs, which makes derivatives of an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,9 +53,12 @@ def differentiable_backward(dy, x, values, crow_indices, col_indices, prefer="sp
     return _backward(dy, x, values, crow_indices, col_indices, prefer, feature_major)
 
 
-def gradients(ctx: Any, dy: Tensor, feature_major: bool = False) -> tuple[_Some, ...]:
-    """Of all operands of `sparse_linear`, for that of its result; `ctx` is what its forward has left."""
-    x, values, *topology = ctx.saved_tensors[:4]
+def gradients(ctx: Any, saved: Sequence[Tensor], dy: Tensor, feature_major: bool = False) -> tuple[_Some, ...]:
+    """Of all operands of `sparse_linear`, for that of its result; `ctx` and `saved` are what its forward has left.
+
+    Saved tensors are unpacked once: activation checkpointing frees them when they are.
+    """
+    x, values, *topology = saved
     wants_dx, wants_dvalues, wants_dbias, *_ = ctx.needs_input_grad
     of_x = of_values = None
     if wants_dx and wants_dvalues:
@@ -74,7 +78,7 @@ def _save_linear(ctx, inputs, output):
 
 
 def _gradients_of_linear(ctx, dy):
-    return *gradients(ctx, dy), None, None, None
+    return *gradients(ctx, ctx.saved_tensors, dy), None, None, None
 
 
 def _save(ctx, inputs, output):

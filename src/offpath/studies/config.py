@@ -29,6 +29,12 @@ class RunError(Exception):
     """A run cannot start or go on; the message says what was expected, what came and the next step."""
 
 
+def check_seed(seed: int) -> None:
+    """Raise `RunError` for a seed that some generator does not take."""
+    if not 0 <= seed < 2**32:
+        raise RunError(f"expected a seed in [0, 2^32), got {seed}")
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """One training run, complete: the same config gives the same numbers on the same backend, ISA, threads and costs.
@@ -85,8 +91,7 @@ class RunConfig:
                 raise RunError(f"expected {name} of at least 1, got {count}")
         if not 0 < self.learning_rate < float("inf"):
             raise RunError(f"expected a positive, finite learning rate, got {self.learning_rate}")
-        if not 0 <= self.seed < 2**32:
-            raise RunError(f"expected a seed in [0, 2^32), got {self.seed}")
+        check_seed(self.seed)
         _check_device(self.device)
         if self.sparsity > 0:
             kernels.select(torch.device(self.device).type, torch.float32)  # or it would fail at the first step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -75,6 +75,15 @@ class RunFolder:
         """Raise `RunError` when the folder holds a single run."""
         if self.config_file.exists() and not self._has_lanes:
             raise RunError(f"expected a race in {self.path}, but it holds a single run; use offpath train --resume")
+
+    @contextmanager
+    def locked_lanes(self) -> Iterator[dict[str, RunFolder]]:
+        """The folders of the two runs of a race here, by name, held for this process. Raises `RunError` as `locked`."""
+        with ExitStack() as held:
+            lanes = self.lanes()
+            for lane in lanes.values():  # each is a run by itself, which offpath train --resume would go on with
+                held.enter_context(lane.locked())
+            yield lanes
 
     def lanes(self) -> dict[str, RunFolder]:
         """The folders of the two runs of a race here, by name; made where they are not."""
@@ -179,7 +188,10 @@ class RunFolder:
         """
         if not self.metrics_file.exists():
             return []
-        lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        try:
+            lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            raise RunError(f"expected a readable {self.metrics_file}, got: {error}; restore it from a copy") from error
         records = []
         for number, line in enumerate(lines, start=1):
             try:

@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -19,6 +20,7 @@ from offpath.studies.files import write_text
 from offpath.studies.folder import RunFolder
 from offpath.studies.interrupt import StopRequest, stop_on_signal
 from offpath.studies.memory import training_memory
+from offpath.studies.ranks import expect_one_process
 from offpath.studies.resumable import Resumable
 from offpath.studies.run import Run
 
@@ -101,6 +103,7 @@ def race(config: RunConfig, out: Path, observer: RaceObserver[Run], resume: bool
     `out` gets a run folder for each (`dense`, `sparse`) and, at the end, `race.json`. A stopped race goes on with
     `resume`. Raises `RunError` or `DataError`.
     """
+    expect_one_process("a race")
     if config.sparsity == 0:
         raise RunError("expected a sparsity above 0 for the sparse twin, got 0")
     if config.method == "gmp":
@@ -111,11 +114,12 @@ def race(config: RunConfig, out: Path, observer: RaceObserver[Run], resume: bool
         root.expect_race()
         config = root.settled(config)
     twins = {"dense": replace(config, sparsity=0.0, method="static", end_step=None), "sparse": config}
-    with root.locked():
+    with ExitStack() as held:
+        held.enter_context(root.locked())
         if not resume:
             root.refuse_existing()
         runs = {name: Run(twin, dataset) for name, twin in twins.items()}
-        lanes = {name: (runs[name], folder) for name, folder in root.lanes().items()}
+        lanes = {name: (runs[name], folder) for name, folder in held.enter_context(root.locked_lanes()).items()}
         for run, folder in lanes.values():
             if resume:
                 folder.restore(run)

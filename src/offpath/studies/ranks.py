@@ -80,6 +80,12 @@ class Ranks:
 ALONE = Ranks()
 
 
+def expect_one_process(what: str) -> None:
+    """Raise `RunError` where torchrun has started several processes, which would all do the same."""
+    if distributed.is_available() and distributed.is_torchelastic_launched() and os.environ.get("WORLD_SIZE") != "1":
+        raise RunError(f"expected one process for {what}, got {os.environ['WORLD_SIZE']} of torchrun; start it without")
+
+
 @contextmanager
 def ranks_of_torchrun() -> Iterator[Ranks]:
     """The processes that torchrun started, or this one alone when it was not started by torchrun.

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from offpath.studies.config import RunError
 from offpath.studies.ranks import Ranks
 from offpath.topology import Topology
+
+
+def check_finite(loss: float, step: int) -> None:
+    """Raise `RunError` for a loss that training cannot come back from."""
+    if not math.isfinite(loss):
+        raise RunError(
+            f"expected a finite loss, got {loss} at step {step}; start again with a smaller --learning-rate and "
+            "another --out"
+        )
 
 
 class Checkpointed(Protocol):

@@ -16,6 +16,7 @@ from offpath.studies.data import Dataset
 from offpath.studies.methods import end_of_updates, make_topology, topology_record
 from offpath.studies.models import build_model
 from offpath.studies.ranks import ALONE, Ranks
+from offpath.studies.resumable import check_finite
 from offpath.topology import TopologyError
 
 EVALUATION_BATCH = 1024
@@ -123,12 +124,7 @@ class Run:
         (loss if self.ranks.count == 1 else loss * (self.ranks.count * len(mine) / len(batch))).backward()
         self.optimizer.step()
         (loss_sum,) = self.ranks.sum(float(loss.detach()) * len(mine))
-        value = loss_sum / len(batch)
-        if not math.isfinite(value):
-            raise RunError(
-                f"expected a finite loss, got {value} at step {self.step + 1}; start again with a smaller "
-                "--learning-rate and another --out"
-            )
+        check_finite(loss_sum / len(batch), self.step + 1)
         self._move_connections()
         self._wait()
         seconds = time.perf_counter() - start
@@ -170,8 +166,12 @@ class Run:
         return loss_sum / len(self.test_labels), hits / len(self.test_labels)
 
     def finish_epoch(self) -> dict[str, Any]:
-        """Evaluate, return the epoch's record, and start the sums of the next one."""
+        """Evaluate, return the epoch's record, and start the sums of the next one.
+
+        Raises `RunError` when the last step has spoilt the model: a checkpoint of it would go on to nothing.
+        """
         test_loss, test_accuracy = self.evaluate()
+        check_finite(test_loss, self.step)
         meter, self.meter = self.meter, Meter()
         train_seconds = sum(meter.step_seconds)
         moved = {"updates": meter.updates, "dropped": meter.dropped, "grown": meter.grown}

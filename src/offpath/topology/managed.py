@@ -172,7 +172,7 @@ def managed_layers(
         if isinstance(module, SparseLinear) and (filter_fn is None or filter_fn(module, name)):
             if "values" not in module._parameters:
                 raise TopologyError(
-                    f"layer {name!r}: expected values that are a parameter, but a mask or parametrization computes "
+                    f"layer {name!r}: expected values that are a parameter, but a mask or weight_norm computes "
                     "them; remove that first"
                 )
             if module.values.requires_grad:

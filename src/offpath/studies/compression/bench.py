@@ -16,12 +16,12 @@ from torch import nn
 from offpath.cost import Timing, interleaved, this_machine
 from offpath.storage import StorageError, load
 from offpath.studies.compression.bench_report import write_report
-from offpath.studies.compression.compress import MODEL_FILE, REPORT_FILE, mendable
+from offpath.studies.compression.compress import MODEL_FILE, MOST, REPORT_FILE, mendable
 from offpath.studies.compression.folder import read_json
 from offpath.studies.compression.pretrained import Pretrained, open_pretrained, open_tokenizer, quiet, readable
 from offpath.studies.compression.quality import embed, embedding_quality, perplexity
 from offpath.studies.compression.tokens import Inputs, longest, random_tokens, read_lines, text_windows, token_ids
-from offpath.studies.config import RunError
+from offpath.studies.config import RunError, check_seed
 from offpath.studies.data import Pairs, load_pairs
 from offpath.studies.files import five_digits, write_text
 
@@ -49,8 +49,9 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         for name, count in (("batch", self.batch), ("tokens", self.tokens)):
-            if count < 1:
-                raise RunError(f"expected --{name} of at least 1, got {count}")
+            if not 1 <= count <= MOST:
+                raise RunError(f"expected --{name} from 1 to {MOST}, got {count}")
+        check_seed(self.seed)
 
 
 QUICK_SECONDS, QUICK_TESTED = 2.0, 50

@@ -22,12 +22,13 @@ from offpath.storage import save
 from offpath.studies.compression.compress_report import write_report
 from offpath.studies.compression.pretrained import DTYPES, Pretrained, open_pretrained
 from offpath.studies.compression.tokens import Inputs, calibration_inputs, longest, random_tokens, read_lines
-from offpath.studies.config import RunError
+from offpath.studies.config import RunError, check_seed
 from offpath.studies.files import five_digits, write_text
 
 MODEL_FILE, REPORT_FILE = "model.safetensors", "report.json"
 CALIBRATION_BATCHES, CALIBRATION_BATCH = 16, 64
 QUICK_BATCHES = 2
+MOST = 2**20  # texts of a batch, or tokens of a text
 # (texts, tokens): what a model is compressed for unless told otherwise. A decoder answers token by token.
 ENCODER_EXAMPLE, DECODER_EXAMPLE = (32, 64), (1, 1)
 Watch = Callable[[str, int, int], None]
@@ -71,8 +72,9 @@ class CompressConfig:
         if not calibrated and self.data is not None:
             raise RunError(f"expected --data with --sparsity and one of {', '.join(CALIBRATED)} only; leave it out")
         for name, count in (("batch", self.batch), ("tokens", self.tokens)):
-            if count is not None and count < 1:
-                raise RunError(f"expected {name} of at least 1, got {count}")
+            if count is not None and not 1 <= count <= MOST:
+                raise RunError(f"expected {name} from 1 to {MOST}, got {count}")
+        check_seed(self.seed)
 
     def to_json(self) -> dict[str, Any]:
         """The config as plain JSON values."""

@@ -59,7 +59,7 @@ class Distillation:
         )
         self.step, self.meter = 0, Meter()
         self.ranks: Ranks = ALONE
-        self.rng_state = torch.get_rng_state()  # nothing is drawn while it trains
+        self.rng_state = torch.Generator().manual_seed(config.seed).get_state()  # nothing is drawn while it trains
         self._batches: Iterator[list[int]] = iter(())
         self._batches_at = -1
 

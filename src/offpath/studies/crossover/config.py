@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from offpath.cost.crossover import PRODUCTS
-from offpath.studies.config import RunError
+from offpath.studies.config import RunError, check_seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A larger layer's weights alone would take gigabytes, in several copies.
 MAX_FEATURES = 2**17
+MAX_BATCH = 2**24
 DEVICES = ("cpu", "cuda")
 
 
@@ -49,8 +50,8 @@ class CrossoverConfig:
             if not 1 <= size <= MAX_FEATURES:
                 raise RunError(f"expected layers of 1 to {MAX_FEATURES} features, got {size}")
         for batch in self.batches:
-            if batch < 1:
-                raise RunError(f"expected batches of at least 1, got {batch}")
+            if not 1 <= batch <= MAX_BATCH:
+                raise RunError(f"expected batches from 1 to {MAX_BATCH}, got {batch}")
         for dtype in self.dtypes:
             if dtype not in DTYPES:
                 raise RunError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}")
@@ -59,8 +60,7 @@ class CrossoverConfig:
                 raise RunError(f"expected sparsities in [0, 1), got {sparsity}")
         if not 0 < self.budget_seconds < float("inf"):
             raise RunError(f"expected a positive, finite budget_seconds, got {self.budget_seconds}")
-        if not 0 <= self.seed < 2**32:
-            raise RunError(f"expected a seed in [0, 2^32), got {self.seed}")
+        check_seed(self.seed)
         if self.device not in DEVICES:
             raise RunError(f"expected a device among {', '.join(DEVICES)}, got {self.device!r}")
 

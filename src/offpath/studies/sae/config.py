@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from offpath.studies.config import RunError
+from offpath.studies.config import RunError, check_seed
 from offpath.studies.sae.text import TINYSHAKESPEARE_SHA256
 
 # Name on the command line: the activation of the autoencoder.
@@ -20,6 +20,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "str | None": (str, type(None)),
 }
 # What configs did not have at first.
+MOST_LATENTS = 2**31 - 1
 ADDED_LATER = {"text_sha256"}
 
 
@@ -55,6 +56,10 @@ class SaeConfig:
                 f"expected --data-dir with --data tinyshakespeare only, whose text it names, got --data {self.data}; "
                 "leave it out"
             )
+        if self.latents > MOST_LATENTS:
+            raise RunError(
+                f"expected at most {MOST_LATENTS} latents, which an int32 index can name, got {self.latents}"
+            )
         if not 1 <= self.k <= self.latents:
             raise RunError(f"expected k from 1 to the {self.latents} latents, got {self.k}")
         for name, count in (("epochs", self.epochs), ("layer", self.layer)):
@@ -64,8 +69,7 @@ class SaeConfig:
             raise RunError(f"expected batch_size of at least 2, got {self.batch_size}; one row has no variance")
         if not 0 < self.learning_rate < float("inf"):
             raise RunError(f"expected a positive, finite learning rate, got {self.learning_rate}")
-        if not 0 <= self.seed < 2**32:
-            raise RunError(f"expected a seed in [0, 2^32), got {self.seed}")
+        check_seed(self.seed)
 
     @property
     def data_name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from offpath.studies.config import RunError
 from offpath.studies.files import write_text
 from offpath.studies.folder import RunFolder
 from offpath.studies.race import RaceObserver, epochs_of, run_lanes, step_quartiles
+from offpath.studies.ranks import expect_one_process
 from offpath.studies.sae.config import SaeConfig
 from offpath.studies.sae.memory import sae_memory
 from offpath.studies.sae.run import SaeRun
@@ -65,12 +67,14 @@ def race(config: SaeConfig, out: Path, observer: SaeRaceObserver, resume: bool =
     `out` gets a run folder for each (`dense`, `sparse`) and, at the end, `race.json`. A stopped race goes on with
     `resume`. Raises `RunError` or `DataError`.
     """
+    expect_one_process("a race")
     if config.model != "sae":
         raise RunError(f"expected --model sae, which has a dense twin, got {config.model}; use offpath train")
     root = RunFolder(out)
     if resume:
         root.expect_race()
-    with root.locked():
+    with ExitStack() as held:
+        held.enter_context(root.locked())
         if not resume:
             root.refuse_existing()
         config = pinned(config, root)
@@ -81,7 +85,9 @@ def race(config: SaeConfig, out: Path, observer: SaeRaceObserver, resume: bool =
             return None
         config = replace(config, text_sha256=data.text_sha256)
         runs = {dense: SaeRun(replace(config, dense=dense), data) for dense in (True, False)}
-        lanes = {name: (runs[name == "dense"], folder) for name, folder in root.lanes().items()}
+        lanes = {
+            name: (runs[name == "dense"], folder) for name, folder in held.enter_context(root.locked_lanes()).items()
+        }
         for run, folder in lanes.values():
             if resume and folder.config_file.exists():  # one stopped before its first step has empty folders
                 folder.restore(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from offpath.nn import SparseAutoencoder
 from offpath.studies.config import RunError
 from offpath.studies.ranks import ALONE, Ranks
+from offpath.studies.resumable import check_finite
 from offpath.studies.sae.activations import Activations
 from offpath.studies.sae.config import MODELS, SaeConfig
 from offpath.studies.sae.dense import DenseAutoencoder
@@ -70,7 +70,7 @@ class SaeRun:
             except ValueError as error:
                 raise RunError(f"{error}; lower --k or raise --latents") from error
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, fused=True)
-        self.rng_state = torch.get_rng_state()  # nothing is drawn while it trains
+        self.rng_state = generator.get_state()  # nothing is drawn while it trains
         self.step = 0
         self.meter = Meter()
         self._order: tuple[int, Tensor] | None = None
@@ -111,12 +111,7 @@ class SaeRun:
         self.optimizer.step()
         self.model.normalize_decoder_()
         seconds = time.perf_counter() - start
-        value = float(loss.total.detach())
-        if not math.isfinite(value):
-            raise RunError(
-                f"expected a finite loss, got {value} at step {self.step + 1}; start again with a smaller "
-                "--learning-rate and another --out"
-            )
+        check_finite(float(loss.total.detach()), self.step + 1)
         self.meter.fvu_sum += float(loss.fvu.detach()) * len(x)
         self.meter.l0_sum += float(loss.l0) * len(x)
         self.meter.samples += len(x)
@@ -154,8 +149,12 @@ class SaeRun:
         }
 
     def finish_epoch(self) -> dict[str, Any]:
-        """Evaluate, return the epoch's record, and start the sums of the next one."""
+        """Evaluate, return the epoch's record, and start the sums of the next one.
+
+        Raises `RunError` when the last step has spoilt the model: a checkpoint of it would go on to nothing.
+        """
         evaluation = self.evaluate()
+        check_finite(evaluation["test_fvu"], self.step)
         meter, self.meter = self.meter, Meter()
         train_seconds = sum(meter.step_seconds)
         return {

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from offpath.studies.folder import RunFolder
 from offpath.studies.interrupt import stop_on_signal
+from offpath.studies.ranks import expect_one_process
 from offpath.studies.sae.activations import Activations, load
 from offpath.studies.sae.config import SaeConfig
 from offpath.studies.sae.run import SaeRun
@@ -31,6 +32,7 @@ def train(config: SaeConfig, out: Path, observer: SaeObserver, resume: bool = Fa
     The activations are taken first, where the cache has none. With `resume`, the run in `out` goes on, to the same
     numbers as if it had never stopped. Raises `RunError` or `DataError`.
     """
+    expect_one_process("the training of an autoencoder")
     folder = RunFolder(out)
     if resume:
         folder.expect_run()

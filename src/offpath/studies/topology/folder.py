@@ -14,6 +14,9 @@ from offpath.studies.config import RunError
 from offpath.studies.files import write_text
 from offpath.studies.topology.config import Arm, StudyConfig, Trial
 
+IN_EVERY_RECORD = frozenset({"learning_rate", "parameters", "stored_bytes", "training_bytes", "topology", "curve"})
+IN_TIMED_STEPS = frozenset({"title", "seconds_per_step"})
+
 
 class StudyFolder:
     """Where one study keeps its files. Any number of processes may work on it: a trial belongs to who locks it."""
@@ -46,7 +49,10 @@ class StudyFolder:
 
     def steps(self) -> dict[str, Any]:
         """Of each task whose steps have been timed: title, machine and seconds. Raises `RunError` for a broken file."""
-        return _read(self.steps_file) if self.steps_file.exists() else {}
+        steps = _read(self.steps_file) if self.steps_file.exists() else {}
+        for timed in steps.values():
+            _check_keys(timed, IN_TIMED_STEPS, self.steps_file)
+        return steps
 
     def left(self, config: StudyConfig) -> list[Trial]:
         """The trials that are not finished yet, in the order in which they are to be run."""
@@ -58,7 +64,11 @@ class StudyFolder:
 
     def record(self, trial: Trial) -> dict[str, Any]:
         """What came out of a finished trial. Raises `RunError` when its file is broken."""
-        return _read(self._file(trial))
+        record = _read(self._file(trial))
+        _check_keys(record, IN_EVERY_RECORD, self._file(trial))
+        if not isinstance(record["curve"], list) or not record["curve"]:
+            raise _unlike(["a curve"], self._file(trial))
+        return record
 
     def write(self, trial: Trial, record: dict[str, Any]) -> None:
         """Keep what came out of a trial."""
@@ -104,7 +114,17 @@ class StudyFolder:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
+        values: Any = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RunError(f"expected a readable {path}, got: {error}; remove it, and it is made again") from error
-    return values
+    _check_keys(values, frozenset(), path)
+    return dict(values)
+
+
+def _check_keys(values: Any, keys: frozenset[str], path: Path) -> None:
+    if not isinstance(values, dict) or not keys <= values.keys():
+        raise _unlike(sorted(keys), path)
+
+
+def _unlike(expected: list[str], path: Path) -> RunError:
+    return RunError(f"expected {', '.join(expected) or 'an object'} in {path}; remove it, and it is made again")

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from offpath.studies.config import RunError
 from offpath.studies.files import five_digits
 from offpath.studies.topology.config import Arm, StudyConfig, Trial
 from offpath.studies.topology.folder import StudyFolder
@@ -145,7 +146,11 @@ class StudyResult:
 def _cell(task: str, arm: Arm, records: dict[int, dict[str, Any]]) -> Cell:
     first, *others = records.values()
     same = ("learning_rate", "parameters", "stored_bytes")
-    assert all(other[name] == first[name] for other in others for name in same), (task, arm)
+    if any(other[name] != first[name] for other in others for name in same):
+        raise RunError(
+            f"expected one learning rate and size in the trials of {task}, {arm.name}, got different ones, as from "
+            "different machines; remove their files in trials, and they are made again"
+        )
     moved = [record["topology"]["moved_share"] for record in records.values() if record["topology"]]
     last = {seed: record["curve"][-1] for seed, record in records.items()}
     return Cell(

@@ -20,6 +20,7 @@ from offpath.cost.timing import TimingStopped
 from offpath.studies.config import RunError
 from offpath.studies.files import write_text
 from offpath.studies.interrupt import StopRequest, stop_on_signal
+from offpath.studies.ranks import expect_one_process
 from offpath.studies.topology.config import StudyConfig
 from offpath.studies.topology.folder import StudyFolder
 from offpath.studies.topology.result import StudyResult
@@ -48,6 +49,7 @@ def study(config: StudyConfig, out: Path, data: dict[str, str], jobs: int, obser
     `data` says where data sets are, by their names. Ctrl-C, and even a kill, lose the trials in hand and no more: the
     same call goes on. Raises `RunError` or `DataError`.
     """
+    expect_one_process("a study, which starts its own")
     if jobs < 1:
         raise RunError(f"expected at least one process in --jobs, got {jobs}")
     known = {task.data for task in config.tasks}
