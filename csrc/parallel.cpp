@@ -14,20 +14,32 @@ namespace {
 using GompParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
 
 GompParallel gomp_parallel = nullptr;
+int (*thread_number)() = nullptr;
 
 // Several blocks a thread, so that one late thread delays the end by a fraction of its share.
 constexpr int64_t blocks_per_thread = 8;
 
-struct Loop {
-    int64_t count;
-    void (*run)(const void *, int64_t);
-    const void *context;
-    std::atomic<int64_t> next{0};
+// More threads than this begin with the same shares.
+constexpr int64_t most_shares = 64;
 
-    static void work(void *data) {
+struct Loop {
+    struct alignas(64) Cursor { // on a cache line of its own
+        std::atomic<int64_t> next{0};
+    };
+    const SharedWork &work;
+    int64_t shares;
+    Cursor cursors[most_shares];
+
+    static void run(void *data) {
         Loop &loop = *static_cast<Loop *>(data);
-        for (int64_t i; (i = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.count;)
-            loop.run(loop.context, i);
+        const int64_t own = thread_number();
+        for (int64_t i = 0; i < loop.shares; ++i) {
+            const Share share{(own + i) % loop.shares, loop.shares};
+            const int64_t count = loop.work.count(loop.work.context, share);
+            std::atomic<int64_t> &next = loop.cursors[share.index].next;
+            for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+                loop.work.run(loop.work.context, share, task);
+        }
     }
 };
 
@@ -35,7 +47,8 @@ struct Loop {
 
 void find_pool() {
     gomp_parallel = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    if (!gomp_parallel)
+    thread_number = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+    if (!gomp_parallel || !thread_number)
         throw std::runtime_error("no OpenMP runtime is loaded in this process; import torch before offpath's module");
 }
 
@@ -44,12 +57,15 @@ std::string pool_library() {
     return dladdr(reinterpret_cast<void *>(gomp_parallel), &info) && info.dli_fname ? info.dli_fname : "";
 }
 
-void parallel_for(int64_t count, int threads, void (*run)(const void *, int64_t), const void *context) {
-    Loop loop{count, run, context};
-    if (threads <= 1 || count <= 1)
-        Loop::work(&loop);
-    else
-        gomp_parallel(&Loop::work, &loop, static_cast<unsigned>(std::min<int64_t>(threads, count)), 0);
+void run_shares(const SharedWork &work, int64_t tasks, int threads) {
+    const int64_t workers = std::min<int64_t>(threads, tasks);
+    if (workers <= 1) {
+        for (int64_t task = 0; task < tasks; ++task)
+            work.run(work.context, {0, 1}, task);
+        return;
+    }
+    Loop loop{work, std::min(workers, most_shares)};
+    gomp_parallel(&Loop::run, &loop, static_cast<unsigned>(workers), 0);
 }
 
 Blocks::Blocks(const Csr &csr, int64_t batch, int64_t batch_quantum, int threads)

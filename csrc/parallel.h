@@ -15,14 +15,44 @@ void find_pool();
 // The file that the pool's runtime was loaded from.
 std::string pool_library();
 
-// Calls run(context, i) for every i in [0, count), on at most `threads` threads. The indices are handed out one by
-// one: with a fixed share per thread, all would wait for the slowest whenever another process takes a core.
-void parallel_for(int64_t count, int threads, void (*run)(const void *context, int64_t i), const void *context);
+// The part of the work that a thread begins with, of `of` parts.
+struct Share {
+    int64_t index, of;
 
-// The same for anything that can be called with i.
+    int64_t begin(int64_t count) const { return count * index / of; }
+    int64_t end(int64_t count) const { return count * (index + 1) / of; }
+};
+
+// Tasks by the shares that they belong to.
+struct SharedWork {
+    const void *context;
+    int64_t (*count)(const void *context, const Share &share);
+    void (*run)(const void *context, const Share &share, int64_t task);
+};
+
+// Runs the tasks of all shares, `tasks` together, on at most `threads` threads. A thread begins with the share that it
+// had in the last call: what it wrote then, and no other core has read, it writes again at once, where memory that a
+// core with another last-level cache has read takes ten times as long. It takes tasks one by one, and then helps with
+// what others have left: else all would wait for the slowest whenever another process takes a core.
+void run_shares(const SharedWork &work, int64_t tasks, int threads);
+
+// Calls body(i) for every i in [0, count), on at most `threads` threads; a share is a range.
 template <class Body> void parallel_for(int64_t count, int threads, const Body &body) {
-    const auto call = [](const void *context, int64_t i) { (*static_cast<const Body *>(context))(i); };
-    parallel_for(count, threads, call, &body);
+    struct Range {
+        const Body &body;
+        int64_t count;
+    };
+    const Range range{body, count};
+    run_shares({&range,
+                [](const void *context, const Share &share) {
+                    const int64_t all = static_cast<const Range *>(context)->count;
+                    return share.end(all) - share.begin(all);
+                },
+                [](const void *context, const Share &share, int64_t task) {
+                    const Range &own = *static_cast<const Range *>(context);
+                    own.body(share.begin(own.count) + task);
+                }},
+               count, threads);
 }
 
 // Blocks that cover rows x batch exactly once. Rows are split so that blocks hold about the same number of

@@ -7,6 +7,7 @@
 #include "table.h"
 
 #include <algorithm>
+#include <tuple>
 #include <type_traits>
 
 namespace offpath {
@@ -165,8 +166,11 @@ template <class T> class BucketedProduct {
     }
 
     int64_t tasks() const { return chunks * panels; }
-    void run(int64_t task) const {
-        const int64_t begin = task % chunks * groups_per_product, panel = task / chunks;
+    // A share is of the rows, whose values its thread has ordered.
+    int64_t tasks(const Share &share) const { return (share.end(chunks) - share.begin(chunks)) * panels; }
+    void run(const Share &share, int64_t task) const {
+        const int64_t own = share.end(chunks) - share.begin(chunks), panel = task / own;
+        const int64_t begin = (share.begin(chunks) + task % own) * groups_per_product;
         kernel(args, {begin, std::min(args.plan.groups, begin + groups_per_product), panel, panel + 1});
     }
 
@@ -192,16 +196,39 @@ void with_planned_product(const Kernels<T> &kernels, const ProductPlan &plan, co
                                 panels.count));
 }
 
-// Runs the tasks of all parts in one round of the threads, in the order in which they are given.
+// How many tasks of a part belong to a share, and such a task: neighbours, unless the part says otherwise.
+template <class Part> int64_t tasks_of(const Part &part, const Share &share) {
+    if constexpr (requires { part.tasks(share); })
+        return part.tasks(share);
+    else
+        return share.end(part.tasks()) - share.begin(part.tasks());
+}
+
+template <class Part> void run_task(const Part &part, const Share &share, int64_t task) {
+    if constexpr (requires { part.run(share, task); })
+        part.run(share, task);
+    else
+        part.run(share.begin(part.tasks()) + task);
+}
+
+// Runs the tasks of all parts in one round of the threads, each share in the order in which the parts are given.
 template <class... Parts> void run_together(int threads, const Parts &...parts) {
-    parallel_for((parts.tasks() + ...), threads, [&](int64_t i) {
+    const std::tuple<const Parts &...> all(parts...);
+    using All = decltype(all);
+    const auto count = [](const void *context, const Share &share) {
+        return std::apply([&](const auto &...part) { return (tasks_of(part, share) + ...); },
+                          *static_cast<All *>(context));
+    };
+    const auto run = [](const void *context, const Share &share, int64_t i) {
         const auto run_if_here = [&](const auto &part) {
-            if (i >= 0 && i < part.tasks())
-                part.run(i);
-            i -= part.tasks();
+            const int64_t tasks = tasks_of(part, share);
+            if (i >= 0 && i < tasks)
+                run_task(part, share, i);
+            i -= tasks;
         };
-        (run_if_here(parts), ...);
-    });
+        std::apply([&](const auto &...part) { (run_if_here(part), ...); }, *static_cast<All *>(context));
+    };
+    run_shares({&all, count, run}, (parts.tasks() + ...), threads);
 }
 
 // The product of spmm over a plan; y is [rows, batch] where feature_major.

@@ -37,7 +37,10 @@ def test_result_does_not_depend_on_the_thread_count(name: str, product: Product,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    "product", [p for p in PRODUCTS if "spmm" in p.name and "bitmap" not in p.name], ids=lambda p: p.name
+    "product",
+    # Over plans, AVX2 adds up runs of connections and AVX-512 buckets of columns.
+    [p for p in PRODUCTS if "spmm" in p.name and "bitmap" not in p.name and "planned" not in p.name],
+    ids=lambda p: p.name,
 )
 def test_spmm_has_the_same_bits_on_every_isa_with_fma(product: Product, dtype: torch.dtype) -> None:
     for problem in LARGE:
