@@ -21,6 +21,7 @@ struct Share {
 
     int64_t begin(int64_t count) const { return count * index / of; }
     int64_t end(int64_t count) const { return count * (index + 1) / of; }
+    int64_t size(int64_t count) const { return end(count) - begin(count); }
 };
 
 // Tasks by the shares that they belong to.
@@ -43,16 +44,14 @@ template <class Body> void parallel_for(int64_t count, int threads, const Body &
         int64_t count;
     };
     const Range range{body, count};
-    run_shares({&range,
-                [](const void *context, const Share &share) {
-                    const int64_t all = static_cast<const Range *>(context)->count;
-                    return share.end(all) - share.begin(all);
-                },
-                [](const void *context, const Share &share, int64_t task) {
-                    const Range &own = *static_cast<const Range *>(context);
-                    own.body(share.begin(own.count) + task);
-                }},
-               count, threads);
+    run_shares(
+        {&range,
+         [](const void *context, const Share &share) { return share.size(static_cast<const Range *>(context)->count); },
+         [](const void *context, const Share &share, int64_t task) {
+             const Range &own = *static_cast<const Range *>(context);
+             own.body(share.begin(own.count) + task);
+         }},
+        count, threads);
 }
 
 // Blocks that cover rows x batch exactly once. Rows are split so that blocks hold about the same number of

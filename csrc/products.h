@@ -162,22 +162,31 @@ template <class T> class RunProduct {
 template <class T> class BucketedProduct {
   public:
     BucketedProduct(const Kernels<T> &kernels, const bucketed_args<T> &args, int64_t panels)
-        : kernel(kernels.bucketed), args(args), chunks(ceil_div(args.plan.groups, groups_per_product)), panels(panels) {
-    }
+        : kernel(kernels.bucketed), args(args), chunks(ceil_div(args.plan.groups, groups_per_product)), panels(panels),
+          more_packed(panels * kernels.layout.panel_width * args.plan.columns >
+                      args.plan.slot_begin[args.plan.groups]) {}
 
     int64_t tasks() const { return chunks * panels; }
-    // A share is of the rows, whose values its thread has ordered.
-    int64_t tasks(const Share &share) const { return (share.end(chunks) - share.begin(chunks)) * panels; }
+    // A share is of the rows, whose values its thread has ordered, or of the panels that it has packed: of what is
+    // more.
+    int64_t tasks(const Share &share) const {
+        return by_panels(share) ? share.size(panels) * chunks : share.size(chunks) * panels;
+    }
     void run(const Share &share, int64_t task) const {
-        const int64_t own = share.end(chunks) - share.begin(chunks), panel = task / own;
-        const int64_t begin = (share.begin(chunks) + task % own) * groups_per_product;
+        const bool whole_rows = by_panels(share);
+        const int64_t own = whole_rows ? chunks : share.size(chunks);
+        const int64_t panel = (whole_rows ? share.begin(panels) : 0) + task / own;
+        const int64_t begin = ((whole_rows ? 0 : share.begin(chunks)) + task % own) * groups_per_product;
         kernel(args, {begin, std::min(args.plan.groups, begin + groups_per_product), panel, panel + 1});
     }
 
   private:
+    bool by_panels(const Share &share) const { return more_packed && panels >= share.of; }
+
     const Kernel<bucketed_args<T>> kernel;
     const bucketed_args<T> args;
     const int64_t chunks, panels;
+    const bool more_packed;
 };
 
 // Calls body with the product over a plan, of what was packed and ordered.
@@ -201,7 +210,7 @@ template <class Part> int64_t tasks_of(const Part &part, const Share &share) {
     if constexpr (requires { part.tasks(share); })
         return part.tasks(share);
     else
-        return share.end(part.tasks()) - share.begin(part.tasks());
+        return share.size(part.tasks());
 }
 
 template <class Part> void run_task(const Part &part, const Share &share, int64_t task) {
