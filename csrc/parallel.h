@@ -33,7 +33,7 @@ struct SharedWork {
 
 // Runs the tasks of all shares, `tasks` together, on at most `threads` threads. A thread begins with the share that it
 // had in the last call: what it wrote then, and no other core has read, it writes again at once, where memory that a
-// core with another last-level cache has read takes ten times as long. It takes tasks one by one, and then helps with
+// core with another last-level cache has read takes several times as long. It takes tasks one by one, and then helps with
 // what others have left: else all would wait for the slowest whenever another process takes a core.
 void run_shares(const SharedWork &work, int64_t tasks, int threads);
 
