@@ -33,8 +33,8 @@ struct SharedWork {
 
 // Runs the tasks of all shares, `tasks` together, on at most `threads` threads. A thread begins with the share that it
 // had in the last call: what it wrote then, and no other core has read, it writes again at once, where memory that a
-// core with another last-level cache has read takes several times as long. It takes tasks one by one, and then helps with
-// what others have left: else all would wait for the slowest whenever another process takes a core.
+// core with another last-level cache has read takes several times as long. It takes tasks one by one, and then helps
+// with what others have left: else all would wait for the slowest whenever another process takes a core.
 void run_shares(const SharedWork &work, int64_t tasks, int threads);
 
 // Calls body(i) for every i in [0, count), on at most `threads` threads; a share is a range.
