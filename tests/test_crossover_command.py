@@ -172,7 +172,7 @@ def test_existing_result_or_run_is_not_overwritten(tmp_path: Path) -> None:
         ({"shapes": ()}, "at least one of shapes"),
         ({"shapes": ((0, 4),)}, "of 1 to"),
         ({"shapes": ((4, 10**6),)}, "of 1 to"),
-        ({"batches": (0,)}, "batches of at least 1"),
+        ({"batches": (0,)}, "batches from 1 to"),
         ({"dtypes": ("float16",)}, "a dtype among float32, bfloat16"),
         ({"sparsities": (1.0,)}, r"sparsities in \[0, 1\)"),
         ({"sparsities": (math.nan,)}, r"sparsities in \[0, 1\)"),

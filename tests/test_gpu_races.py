@@ -115,7 +115,8 @@ def test_no_race(programs: Programs, name: str) -> None:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_race_is_seen(programs: Programs, name: str) -> None:
-    with pytest.raises(RuntimeError, match="data race"):
+    # What two threads write at once may be read as an address before the race is reported.
+    with pytest.raises(RuntimeError, match="data race|ThreadSanitizer: SEGV"):
         MUTANTS[name][1](programs)
 
 

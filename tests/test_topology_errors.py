@@ -60,7 +60,7 @@ def _pruned() -> nn.Module:
             lambda: offpath.SET(m := _tied(), _sgd(m), filter_fn=lambda _, name: name == "1"),
             "layer '1': .* tied to those of '0', whose connections would not move along",
         ),
-        (lambda: offpath.SET(m := _pruned(), _sgd(m)), "layer '0': .*mask or parametrization"),
+        (lambda: offpath.SET(m := _pruned(), _sgd(m)), "layer '0': .*mask or weight_norm"),
         (lambda: offpath.RigL(m := model_of(density=1.0), _sgd(m), end_step=9), "all are full or empty"),
         (lambda: offpath.SET(m := model_of(), _sgd(m), also=[m]), "got the model itself"),
         (
