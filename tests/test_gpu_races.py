@@ -116,7 +116,7 @@ def test_no_race(programs: Programs, name: str) -> None:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_race_is_seen(programs: Programs, name: str) -> None:
     # What two threads write at once may be read as an address before the race is reported.
-    with pytest.raises(RuntimeError, match="data race|ThreadSanitizer: SEGV"):
+    with pytest.raises(RuntimeError, match=r"data race|ThreadSanitizer: SEGV"):
         MUTANTS[name][1](programs)
 
 
