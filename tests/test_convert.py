@@ -171,11 +171,11 @@ class _Named(nn.Module):
     def properties(self) -> torch.dtype:
         return self.second.weight.dtype
 
-    def preset(self) -> torch.device:
+    def load_balance(self) -> torch.device:
         return self.third.weight.device
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(self.init_hidden(x) + x.to(self.preset()))
+        x = self.first(self.init_hidden(x) + x.to(self.load_balance()))
         return self.set_up(self.third(self.second(x.to(self.properties))))
 
 

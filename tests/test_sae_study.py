@@ -21,7 +21,7 @@ from offpath.studies.sae.report import write_race_report, write_train_report
 from offpath.studies.sae.run import SaeRun
 from offpath.studies.sae.tables import race_rows
 from run_checks import SMALL, Watcher, assert_same
-from sae_runs import TINY, SaeWatcher, cache as cache, numbers
+from sae_runs import TINY, SaeWatcher, numbers
 
 
 @pytest.fixture(scope="module")

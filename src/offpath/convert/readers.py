@@ -16,8 +16,11 @@ from torch import nn
 # Modules that read `weight` of all layers in them instead of calling these, in a fast path of their own.
 WEIGHT_READERS = (nn.TransformerEncoderLayer,)
 # Methods of such names prepare a model, and are done with it before anybody computes: `__init__`, `tie_weights`,
-# `_init_weights`, `reset_parameters`, `load_state_dict`; but not `init_hidden`, which is called along with the model.
-PREPARING = re.compile(r"__init__|_*(tie|load)(_\w+)?|_*(init|initiali[sz]e|reset)(_\w+)?_(weights?|param(eter)?s?)_*")
+# `_init_weights`, `reset_parameters`, `load_state_dict`; but not `init_hidden` or `load_balance`, which are called
+# along with the model. Who takes one for the other leaves a layer dense, or breaks a model.
+PREPARING = re.compile(
+    r"__init__|_*(init|initiali[sz]e|reset|tie|load)(_\w+)?_(weights?|param(eter)?s?|state_dict|pretrained|checkpoint)_*"
+)
 
 
 def read_by_their_owner(model: nn.Module) -> dict[nn.Module, str]:

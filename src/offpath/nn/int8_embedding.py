@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from offpath.nn.casts import keep_dtypes
 from offpath.nn.quantise import quantise_rows
 
 
@@ -81,15 +82,8 @@ class Int8Embedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, dtype={self.dtype}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Embedding:
-        values, scales, probe = (
-            self.values,
-            self.scales,
-            fn(torch.empty(0, dtype=self.dtype, device=self.values.device)),
-        )
+        before = {"values": self.values, "scales": self.scales}
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.values.device)).dtype
         super()._apply(fn, recurse)
-        self.dtype = probe.dtype
-        if self.scales.dtype is not torch.float32:
-            self.scales = scales.to(self.scales.device)
-        if self.values.dtype is not torch.int8:  # `Module.type` casts whole numbers as well
-            self.values = values.to(self.values.device)
+        keep_dtypes(self, before)
         return self

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from offpath import pattern as patterns
 from offpath.nn.autocast import input_under_autocast
+from offpath.nn.casts import keep_dtypes
 from offpath.nn.linear import SparseLinear
 from offpath.nn.quantise import quantise_rows
 from offpath.nn.sparse_weight import CsrWeightModule
@@ -137,10 +138,7 @@ class Int8SparseLinear(CsrWeightModule):
         self.values = self.values.new_empty(nnz)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8SparseLinear:
-        values, scales = self.values, self.scales
+        before = {"values": self.values, "scales": self.scales}
         super()._apply(fn, recurse)
-        if self.scales.dtype is not torch.float32:  # .bfloat16() and the like are about activations
-            self.scales = scales.to(self.scales.device)
-        if self.values.dtype is not torch.int8:  # `Module.type` casts whole numbers as well
-            self.values = values.to(self.values.device)
+        keep_dtypes(self, before)  # .bfloat16() and the like are about activations
         return self

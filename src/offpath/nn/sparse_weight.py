@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from offpath import pattern as patterns
+from offpath.nn.casts import keep_dtypes
 from offpath.nn.loading import load_problem, sources_of_values
 from offpath.nn.parameter import replace_values
 from offpath.ops import Connections
@@ -209,10 +210,9 @@ class SparseWeightModule(nn.Module):
         replace_values(self.values, self.values.new_empty(nnz).detach())
 
     def _apply(self: _Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
-        digest = self.topology_digest
+        before = {"topology_digest": self.topology_digest}
         super()._apply(fn, recurse)
-        if self.topology_digest.dtype is not digest.dtype:  # `Module.type` casts whole numbers as well
-            self.topology_digest = digest.to(self.topology_digest.device)
+        keep_dtypes(self, before)
         if not self._connections.col_indices.is_meta or self.values.is_meta:
             self._connections = self._connections.to(self.values.device)
         return self

@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from offpath.nn.casts import keep_dtypes
+
 _Self = TypeVar("_Self", bound="KeepsStatistics")
 
 
@@ -39,6 +41,5 @@ class KeepsStatistics(nn.Module):
             after = getattr(self, name)
             if buffer.is_floating_point() and buffer.element_size() > after.element_size() and after.element_size() < 4:
                 setattr(self, name, buffer.float().to(after.device))
-            elif not buffer.is_floating_point() and after.dtype is not buffer.dtype:  # `Module.type` casts them as well
-                setattr(self, name, buffer.to(after.device))
+        keep_dtypes(self, {name: buffer for name, buffer in before.items() if not buffer.is_floating_point()})
         return self

@@ -21,4 +21,4 @@ def _looked_at(layer: SparseWeightModule) -> bool:
 
 
 # All that torch.compiler.assume_constant_result does, which brings the compiler with it: seconds of an import.
-_looked_at._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_looked_at._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions declare no attributes

@@ -1,10 +1,11 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and reading what holds the values of an object."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -69,3 +70,21 @@ def five_digits(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [five_digits(entry) for entry in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def read_json(
+    path: Path, keys: Iterable[str] = (), next_step: str = "remove it, and it is made again"
+) -> dict[str, Any]:
+    """The values of a file. Raises `RunError` when it is broken, or lacks one of the `keys`."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"expected a readable {path}, got: {error}; {next_step}") from error
+    check_keys(values, keys, path, next_step)
+    return dict(values)
+
+
+def check_keys(values: Any, keys: Iterable[str], path: Path, next_step: str) -> None:
+    """Raise `RunError` for what is no object with these keys, and came from the file at `path`."""
+    if not isinstance(values, dict) or not {*keys} <= values.keys():
+        raise RunError(f"expected {', '.join(sorted(keys)) or 'an object'} in {path}; {next_step}")

@@ -82,8 +82,9 @@ ALONE = Ranks()
 
 def expect_one_process(what: str) -> None:
     """Raise `RunError` where torchrun has started several processes, which would all do the same."""
-    if distributed.is_available() and distributed.is_torchelastic_launched() and os.environ.get("WORLD_SIZE") != "1":
-        raise RunError(f"expected one process for {what}, got {os.environ['WORLD_SIZE']} of torchrun; start it without")
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1" and distributed.is_available() and distributed.is_torchelastic_launched():
+        raise RunError(f"expected one process for {what}, got {count} of torchrun; start it without")
 
 
 @contextmanager

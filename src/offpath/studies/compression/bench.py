@@ -17,13 +17,12 @@ from offpath.cost import Timing, interleaved, this_machine
 from offpath.storage import StorageError, load
 from offpath.studies.compression.bench_report import write_report
 from offpath.studies.compression.compress import MODEL_FILE, MOST, REPORT_FILE, mendable
-from offpath.studies.compression.folder import read_json
 from offpath.studies.compression.pretrained import Pretrained, open_pretrained, open_tokenizer, quiet, readable
 from offpath.studies.compression.quality import embed, embedding_quality, perplexity
 from offpath.studies.compression.tokens import Inputs, longest, random_tokens, read_lines, text_windows, token_ids
 from offpath.studies.config import RunError, check_seed
 from offpath.studies.data import Pairs, load_pairs
-from offpath.studies.files import five_digits, write_text
+from offpath.studies.files import five_digits, read_json, write_text
 
 BENCH_FILE = "bench.json"
 DENSE, DENSE_BF16, SPARSE = "dense, float32", "dense, bfloat16", "as saved"
@@ -118,7 +117,7 @@ def _make(out: Path) -> None:
 def _made(folder: Path) -> dict[str, Any]:
     if not (folder / REPORT_FILE).is_file():
         raise RunError(f"expected a folder that `offpath compress` made, but {folder} has no {REPORT_FILE}")
-    made = read_json(folder / REPORT_FILE, "compress the checkpoint again")
+    made = read_json(folder / REPORT_FILE, next_step="compress the checkpoint again")
     if not isinstance(made, dict) or not isinstance(made.get("source"), str):
         raise RunError(f"expected the report of `offpath compress` in {folder / REPORT_FILE}, got another")
     return made

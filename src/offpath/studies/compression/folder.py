@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from offpath.studies.compression.config import StudyConfig
 from offpath.studies.config import RunError
-from offpath.studies.files import write_text
+from offpath.studies.files import read_json, write_text
 
 
 class StudyFolder:
@@ -51,12 +50,3 @@ class StudyFolder:
     def version_file(self, name: str) -> Path:
         """What a finished version of the model takes: a model and its measurements stand side by side."""
         return self.versions / f"{name}.json"
-
-
-def read_json(path: Path, next_step: str = "remove it, and it is made again") -> dict[str, Any]:
-    """The values of a file. Raises `RunError` when it is broken."""
-    try:
-        values: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"expected a readable {path}, got: {error}; {next_step}") from error
-    return values

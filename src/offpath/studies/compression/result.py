@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from offpath.studies.compression.config import StudyConfig
-from offpath.studies.compression.folder import StudyFolder, read_json
+from offpath.studies.compression.folder import StudyFolder
 from offpath.studies.compression.pretrained import DTYPES
 from offpath.studies.compression.quality import EmbeddingQuality
 from offpath.studies.compression.versions import VersionSpec
+from offpath.studies.files import read_json
 
 FORMAT_VERSION = 1
 

@@ -11,11 +11,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from offpath.studies.config import RunError
-from offpath.studies.files import write_text
+from offpath.studies.files import check_keys, read_json, write_text
 from offpath.studies.topology.config import Arm, StudyConfig, Trial
 
 IN_EVERY_RECORD = frozenset({"learning_rate", "parameters", "stored_bytes", "training_bytes", "topology", "curve"})
 IN_TIMED_STEPS = frozenset({"title", "seconds_per_step"})
+NEXT_STEP = "remove it, and it is made again"
 
 
 class StudyFolder:
@@ -43,15 +44,15 @@ class StudyFolder:
     def config(self) -> StudyConfig:
         """The study that is here. Raises `RunError` when its file is missing or broken."""
         try:
-            return StudyConfig.from_json(_read(self.study_file))
+            return StudyConfig.from_json(read_json(self.study_file))
         except (TypeError, KeyError, AttributeError) as error:
             raise RunError(f"expected the config of a study in {self.study_file}, got: {error}") from error
 
     def steps(self) -> dict[str, Any]:
         """Of each task whose steps have been timed: title, machine and seconds. Raises `RunError` for a broken file."""
-        steps = _read(self.steps_file) if self.steps_file.exists() else {}
+        steps = read_json(self.steps_file) if self.steps_file.exists() else {}
         for timed in steps.values():
-            _check_keys(timed, IN_TIMED_STEPS, self.steps_file)
+            check_keys(timed, IN_TIMED_STEPS, self.steps_file, NEXT_STEP)
         return steps
 
     def left(self, config: StudyConfig) -> list[Trial]:
@@ -64,10 +65,9 @@ class StudyFolder:
 
     def record(self, trial: Trial) -> dict[str, Any]:
         """What came out of a finished trial. Raises `RunError` when its file is broken."""
-        record = _read(self._file(trial))
-        _check_keys(record, IN_EVERY_RECORD, self._file(trial))
+        record = read_json(self._file(trial), IN_EVERY_RECORD)
         if not isinstance(record["curve"], list) or not record["curve"]:
-            raise _unlike(["a curve"], self._file(trial))
+            raise RunError(f"expected the points of a curve in {self._file(trial)}; {NEXT_STEP}")
         return record
 
     def write(self, trial: Trial, record: dict[str, Any]) -> None:
@@ -110,21 +110,3 @@ class StudyFolder:
 
     def _file(self, trial: Trial) -> Path:
         return self.trials / f"{trial.name}.json"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"expected a readable {path}, got: {error}; remove it, and it is made again") from error
-    _check_keys(values, frozenset(), path)
-    return dict(values)
-
-
-def _check_keys(values: Any, keys: frozenset[str], path: Path) -> None:
-    if not isinstance(values, dict) or not keys <= values.keys():
-        raise _unlike(sorted(keys), path)
-
-
-def _unlike(expected: list[str], path: Path) -> RunError:
-    return RunError(f"expected {', '.join(expected) or 'an object'} in {path}; remove it, and it is made again")
