@@ -78,44 +78,122 @@ template <class T, class Value, class Body>
     }
 }
 
-template <class T, int tokens, bool finite>
-void bitmap_rows(const offpath::bitmap_args<T> &args, const offpath::Block &block) {
+// Calls body(part of the word, first column, bits of each row, values of each row) for each register full of columns
+// of some words of neighbouring rows, and moves `values` on to the words after them.
+template <class T, int rows, class Value, class Body>
+[[gnu::always_inline]] inline void each_part_of_rows(const offpath::Bitmap &bitmap, int64_t row, int64_t word,
+                                                     int64_t last, Value **values, const Body &body) {
+    constexpr int columns = ColumnVector<T>::columns;
+    const uint64_t *words = bitmap.words + row * bitmap.words_per_row;
+    for (; word < last; ++word) {
+        uint64_t of_row[rows];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r)
+            of_row[r] = words[r * bitmap.words_per_row + word];
+        each_part<64 / columns>([&] [[gnu::always_inline]] (int part) {
+            uint32_t bits[rows];
+            Value *at[rows];
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; ++r) {
+                bits[r] = static_cast<uint32_t>(of_row[r] >> part * columns & ((uint64_t{1} << columns) - 1));
+                at[r] = values[r] + __builtin_popcountll(of_row[r] & ((uint64_t{1} << part * columns) - 1));
+            }
+            body(part, word * 64 + part * columns, bits, at);
+        });
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r)
+            values[r] += __builtin_popcountll(of_row[r]);
+    }
+}
+
+// Neighbouring rows that are multiplied together, so that what is loaded of x serves all of them: as many as there are
+// registers for.
+#if defined(__AVX512F__)
+template <int tokens> constexpr int bitmap_rows_together = tokens <= 2 ? 4 : 2;
+#else
+template <int tokens> constexpr int bitmap_rows_together = tokens <= 2 ? 4 : tokens <= 4 ? 2 : 1;
+#endif
+
+// With few tokens, several sums take turns, so that no addition waits for the one before it.
+template <class T, int tokens>
+constexpr int bitmap_turns = tokens <= 2 && 64 / ColumnVector<T>::columns <= 4 ? 64 / ColumnVector<T>::columns : 1;
+
+template <class T, int tokens, bool finite, int rows>
+[[gnu::always_inline]] inline void bitmap_some_rows(const offpath::bitmap_args<T> &args, int64_t row) {
     using S = Simd<offpath::Sum<T>>;
     using C = ColumnVector<T>;
-    // With few tokens, several sums take turns, so that no addition waits for the one before it.
-    constexpr int turns = tokens <= 2 && 64 / C::columns <= 4 ? 64 / C::columns : 1;
-    const int64_t width = 64 * args.bitmap.words_per_row;
-    for (int64_t row = block.row_begin; row < block.row_end; ++row) {
-        typename S::V acc[turns][tokens];
+    constexpr int turns = bitmap_turns<T, tokens>;
+    const offpath::Bitmap &bitmap = args.bitmap;
+    const int64_t width = 64 * bitmap.words_per_row;
+    typename S::V acc[rows][turns][tokens];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
         for (int i = 0; i < turns; ++i)
-            for (int t = 0; t < tokens; ++t)
-                acc[i][t] = S::zero();
-        each_column_vector<T>(
-            args.bitmap, row, args.values,
-            [&] [[gnu::always_inline]] (int part, int64_t column, uint32_t bits, const T *values, bool whole) {
-                const typename C::V spread = C::expand(values, bits, whole);
 #pragma GCC unroll 8
-                for (int t = 0; t < tokens; ++t) { // masked where an infinite input would meet a missing weight's zero
-                    auto &sum = acc[part % turns][t];
-                    const T *x = args.x + t * width + column;
-                    sum = C::multiply_add(spread, finite ? C::load(x) : C::load_where(x, bits), sum);
-                }
-            });
-        for (int i = 1; i < turns; ++i)
             for (int t = 0; t < tokens; ++t)
-                acc[0][t] = S::add(acc[0][t], acc[i][t]);
+                acc[r][i][t] = S::zero();
+    const T *values[rows];
+    for (int r = 0; r < rows; ++r)
+        values[r] = args.values + bitmap.crow_indices[row + r];
+    const bool whole = bitmap.crow_indices[bitmap.rows] - bitmap.crow_indices[row + rows] >= C::columns;
+    each_part_of_rows<T, rows>(
+        bitmap, row, 0, bitmap.words_per_row, values,
+        [&] [[gnu::always_inline]] (int part, int64_t column, const uint32_t (&bits)[rows], const T *const(&at)[rows]) {
+            typename C::V spread[rows];
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; ++r)
+                spread[r] = C::expand(at[r], bits[r], whole);
+#pragma GCC unroll 8
+            for (int t = 0; t < tokens; ++t) {
+                const T *x = args.x + t * width + column;
+                if constexpr (finite) {
+                    const typename C::V of_columns = C::load(x);
+#pragma GCC unroll 4
+                    for (int r = 0; r < rows; ++r) {
+                        auto &sum = acc[r][part % turns][t];
+                        sum = C::multiply_add(spread[r], of_columns, sum);
+                    }
+                } else { // masked where an infinite input would meet a missing weight's zero
+                    for (int r = 0; r < rows; ++r) {
+                        auto &sum = acc[r][part % turns][t];
+                        sum = C::multiply_add(spread[r], C::load_where(x, bits[r]), sum);
+                    }
+                }
+            }
+        });
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+        for (int i = 1; i < turns; ++i)
+#pragma GCC unroll 8
+            for (int t = 0; t < tokens; ++t)
+                acc[r][0][t] = S::add(acc[r][0][t], acc[r][i][t]);
         typename S::V totals[S::lanes];
+#pragma GCC unroll 4
         for (int first = 0; first < tokens; first += S::lanes) {
+#pragma GCC unroll 16
             for (int i = 0; i < S::lanes; ++i)
-                totals[i] = first + i < tokens ? acc[0][first + i] : S::zero();
+                totals[i] = first + i < tokens ? acc[r][0][first + i] : S::zero();
             offpath::Sum<T> sums[S::lanes];
             S::store(sums, sum_each<offpath::Sum<T>>(totals));
             for (int i = 0; i < S::lanes && first + i < tokens; ++i) {
-                const offpath::Sum<T> y = sums[i] + (args.bias ? compute(args.bias[row]) : 0);
-                S::store_first(args.y + (first + i) * args.bitmap.rows + row, S::set1(y), 1);
+                const offpath::Sum<T> y = sums[i] + (args.bias ? compute(args.bias[row + r]) : 0);
+                S::store_first(args.y + (first + i) * bitmap.rows + row + r, S::set1(y), 1);
             }
         }
     }
+}
+
+template <class T, int tokens, bool finite>
+void bitmap_rows(const offpath::bitmap_args<T> &args, const offpath::Block &block) {
+    constexpr int together = finite ? bitmap_rows_together<tokens> : 1;
+    int64_t row = block.row_begin;
+    for (; block.row_end - row >= together; row += together)
+        bitmap_some_rows<T, tokens, finite, together>(args, row);
+    if constexpr (together > 1)
+        for (; row < block.row_end; ++row)
+            bitmap_some_rows<T, tokens, finite, 1>(args, row);
 }
 
 template <class T, bool finite> void bitmap_tokens(const offpath::bitmap_args<T> &args, const offpath::Block &block) {

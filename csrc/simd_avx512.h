@@ -49,9 +49,9 @@ template <> struct Simd<float> {
         return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits),
                                       whole ? load(packed) : load_first(packed, __builtin_popcount(bits)));
     }
-    static void compress(const float *spread, uint32_t bits, float *packed, bool) {
-        store_first(packed, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), load(spread)),
-                    __builtin_popcount(bits));
+    static void compress(const float *spread, uint32_t bits, float *packed, bool whole) {
+        const V side_by_side = _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), load(spread));
+        whole ? store(packed, side_by_side) : store_first(packed, side_by_side, __builtin_popcount(bits));
     }
     static V keep_where(V a, uint32_t bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), a); }
     static V load_first(const bfloat16 *p, int64_t n) {
@@ -116,9 +116,9 @@ template <> struct Simd<double> {
                                       whole ? load(packed) : load_first(packed, __builtin_popcount(bits)));
     }
     static V keep_where(V a, uint32_t bits) { return _mm512_maskz_mov_pd(static_cast<__mmask8>(bits), a); }
-    static void compress(const double *spread, uint32_t bits, double *packed, bool) {
-        store_first(packed, _mm512_maskz_compress_pd(static_cast<__mmask8>(bits), load(spread)),
-                    __builtin_popcount(bits));
+    static void compress(const double *spread, uint32_t bits, double *packed, bool whole) {
+        const V side_by_side = _mm512_maskz_compress_pd(static_cast<__mmask8>(bits), load(spread));
+        whole ? store(packed, side_by_side) : store_first(packed, side_by_side, __builtin_popcount(bits));
     }
     static __mmask8 mask(int64_t n) { return static_cast<__mmask8>((1u << n) - 1); }
 };
@@ -164,8 +164,42 @@ struct BfloatPairs {
     static V expand(const bfloat16 *packed, uint32_t bits, bool whole) {
         return _mm512_maskz_expand_epi16(bits, whole ? load(packed) : load_first(packed, __builtin_popcount(bits)));
     }
-    static void compress(const bfloat16 *spread, uint32_t bits, bfloat16 *packed, bool) {
-        store_first(packed, _mm512_maskz_compress_epi16(bits, load(spread)), __builtin_popcount(bits));
+    static void compress(V spread, uint32_t bits, bfloat16 *packed, bool whole) {
+        const V side_by_side = _mm512_maskz_compress_epi16(bits, spread);
+        whole ? store(packed, side_by_side) : store_first(packed, side_by_side, __builtin_popcount(bits));
+    }
+    static void compress(const bfloat16 *spread, uint32_t bits, bfloat16 *packed, bool whole) {
+        compress(load(spread), bits, packed, whole);
+    }
+    // Pairs of a0 b0, a1 b1 ... of the lower / upper 16 entries.
+    static V pair_low(V a, V b) { return _mm512_permutex2var_epi16(a, places_of_pairs(), b); }
+    static V pair_high(V a, V b) {
+        return _mm512_permutex2var_epi16(a, _mm512_add_epi32(places_of_pairs(), set1(0x00100010)), b);
+    }
+    static V places_of_pairs() {
+        return _mm512_setr_epi32(0x200000, 0x210001, 0x220002, 0x230003, 0x240004, 0x250005, 0x260006, 0x270007,
+                                 0x280008, 0x290009, 0x2A000A, 0x2B000B, 0x2C000C, 0x2D000D, 0x2E000E, 0x2F000F);
+    }
+    static uint32_t pair_at(const bfloat16 *p) {
+        uint32_t pair;
+        __builtin_memcpy(&pair, p, sizeof pair);
+        return pair;
+    }
+    // The lower / upper 16 entries.
+    static __m512 widen_low(V a) { return widen(_mm512_extractf32x8_ps(as_floats(a), 0)); }
+    static __m512 widen_high(V a) { return widen(_mm512_extractf32x8_ps(as_floats(a), 1)); }
+    static __m512 widen(__m256 entries) {
+        return as_floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_castps_si256(entries)), 16));
+    }
+    // Both, rounded.
+    static V narrow(__m512 low, __m512 high) {
+        constexpr int nan_or_subnormal = 0x01 | 0x20 | 0x80; // see Simd<float>::store_first
+        if ((_mm512_fpclass_ps_mask(low, nan_or_subnormal) | _mm512_fpclass_ps_mask(high, nan_or_subnormal)) == 0)
+            return __builtin_bit_cast(V, _mm512_cvtne2ps_pbh(high, low));
+        bfloat16 rounded[entries];
+        Simd<float>::store_first(rounded, low, 16);
+        Simd<float>::store_first(rounded + 16, high, 16);
+        return load(rounded);
     }
     static __m512 as_floats(V a) { return _mm512_castsi512_ps(a); }
     static V as_pairs(__m512 a) { return _mm512_castps_si512(a); }

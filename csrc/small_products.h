@@ -5,11 +5,19 @@
 #include "lanes.h"
 #include "products.h"
 
+#include <bit>
+
 namespace offpath {
 
 constexpr int64_t rows_per_task = 64;
 // Parts that the rows are summed in for the gradient of x: enough for every thread, few enough to be added up quickly.
-constexpr int64_t connections_per_part = 1 << 15, most_parts = 32;
+constexpr int64_t most_parts = 32;
+
+// From one token's `entries` to the next one's: a cache line more than they take, or those of a few tokens could share
+// one set of the first-level cache, which holds eight lines.
+template <class Entry> int64_t token_stride(int64_t entries) {
+    return entries + 64 / static_cast<int64_t>(sizeof(Entry));
+}
 
 // Runs a kernel over `count` things, `step` in one go, as the rows of its block.
 template <class Args> void by_rows(Kernel<Args> kernel, const Args &args, int64_t count, int64_t step, int threads) {
@@ -17,37 +25,73 @@ template <class Args> void by_rows(Kernel<Args> kernel, const Args &args, int64_
                  [&](int64_t i) { kernel(args, {i * step, std::min(count, (i + 1) * step), 0, 0}); });
 }
 
-// x - x is NaN for infinities and NaN, and zero else.
 template <class T> bool all_finite(const T *x, int64_t count) {
-    if constexpr (std::is_same_v<T, bfloat16>) {
-        constexpr uint16_t exponent = 0x7F80;
-        bool finite = true;
-        for (int64_t i = 0; i < count; ++i)
-            finite &= (x[i].bits & exponent) != exponent;
-        return finite;
-    } else {
-        T sum = 0;
-        for (int64_t i = 0; i < count; ++i)
-            sum += x[i] - x[i];
-        return sum == 0;
-    }
+    using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+    constexpr int mantissa = sizeof(T) == 8 ? 52 : sizeof(T) == 4 ? 23 : 7;
+    constexpr Bits exponent = static_cast<Bits>((sizeof(T) == 8 ? 0x7FF : 0xFF) * (uint64_t{1} << mantissa));
+    bool finite = true;
+    for (int64_t i = 0; i < count; ++i)
+        finite &= (std::bit_cast<Bits>(x[i]) & exponent) != exponent;
+    return finite;
+}
+
+// Calls copy(stride of the features): a constant where they stand side by side, for which the compiler has vectors.
+template <class T, class Copy> void with_feature_stride(const Matrix<T> &matrix, const Copy &copy) {
+    if (matrix.feature_stride == 1)
+        copy(std::integral_constant<int64_t, 1>{});
+    else
+        copy(matrix.feature_stride);
 }
 
 // `tokens` rows of a matrix side by side, each `width` entries long and zero from `features` on.
 template <class T, class To>
 void copy_rows(const Matrix<T> &matrix, int64_t first, int64_t tokens, int64_t features, int64_t width, To *rows) {
-    for (int64_t t = 0; t < tokens; ++t) {
-        const T *source = matrix.data + (first + t) * matrix.batch_stride;
-        To *row = rows + t * width;
-        for (int64_t f = 0; f < features; ++f) {
-            const T entry = source[f * matrix.feature_stride];
-            if constexpr (std::is_same_v<T, To>)
-                row[f] = entry;
-            else
-                row[f] = compute(entry);
+    with_feature_stride(matrix, [&](auto stride) {
+        for (int64_t t = 0; t < tokens; ++t) {
+            const T *source = matrix.data + (first + t) * matrix.batch_stride;
+            To *row = rows + t * width;
+            for (int64_t f = 0; f < features; ++f)
+                if constexpr (std::is_same_v<T, To>)
+                    row[f] = source[f * stride];
+                else
+                    row[f] = compute(source[f * stride]);
+            std::fill(row + features, row + width, To{});
         }
-        std::fill(row + features, row + width, To{});
-    }
+    });
+}
+
+// The same with the entries of two tokens in one; an odd one is paired with zeros.
+inline void copy_pairs(const Matrix<bfloat16> &matrix, int64_t tokens, int64_t features, int64_t width,
+                       uint32_t *rows) {
+    with_feature_stride(matrix, [&](auto stride) {
+        for (int64_t t = 0; t < tokens; t += 2) {
+            const bfloat16 *source = matrix.data + t * matrix.batch_stride;
+            uint32_t *row = rows + t / 2 * width;
+            if (t + 1 < tokens)
+                for (int64_t f = 0; f < features; ++f)
+                    row[f] = source[f * stride].bits |
+                             static_cast<uint32_t>(source[matrix.batch_stride + f * stride].bits) << 16;
+            else
+                for (int64_t f = 0; f < features; ++f)
+                    row[f] = source[f * stride].bits;
+            std::fill(row + features, row + width, 0);
+        }
+    });
+}
+
+// Rows of tokens as an ISA multiplies few of them: in the type of the sums, or in pairs.
+template <class T>
+Scratch<Sum<T>> rows_or_pairs(const Kernels<T> &kernels, const Matrix<T> &matrix, int64_t tokens, int64_t features,
+                              int64_t width) {
+    auto rows = scratch<Sum<T>>(tokens * width);
+    if constexpr (std::is_same_v<T, bfloat16>)
+        if (kernels.layout.columns_per_step == 2) {
+            static_assert(sizeof(Sum<T>) == sizeof(uint32_t));
+            copy_pairs(matrix, tokens, features, width, reinterpret_cast<uint32_t *>(rows.get()));
+            return rows;
+        }
+    copy_rows(matrix, 0, tokens, features, width, rows.get());
+    return rows;
 }
 
 // The product of spmm for a few tokens, over bits.
@@ -66,30 +110,29 @@ void bitmap_spmm(const Kernels<T> &kernels, const BitMatrix &matrix, const T *va
     }
 }
 
-// dx[b, c] = sum over the connections of column c of value * dy[b, row]. Parts of the rows are summed apart; how many
-// parts there are must not depend on the threads, or the result would.
-template <class T>
-void bitmap_dx(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const Matrix<T> &dy, int64_t batch,
-               T *dx, int threads) {
+template <class T, class Entry>
+void bitmap_dx_of(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const Matrix<T> &dy,
+                  int64_t batch, T *dx, int threads) {
     const Bitmap view = matrix.view();
-    const int64_t width = 64 * view.words_per_row;
-    const int64_t count = std::clamp<int64_t>(matrix.nnz() / connections_per_part, 1, most_parts);
-    const int64_t rows_per_part = ceil_div(view.rows, count);
-    const auto dy_rows = scratch<Sum<T>>(bitmap_batch * view.rows);
-    const auto parts = scratch<Sum<T>>(count * bitmap_batch * width);
+    const int64_t dy_stride = token_stride<Entry>(view.rows);
+    const int64_t stride = token_stride<Sum<T>>(64 * view.words_per_row);
+    const int64_t rows_per_part = std::max(rows_per_task, ceil_div(view.rows, most_parts));
+    const int64_t count = ceil_div(view.rows, rows_per_part);
+    const auto dy_rows = scratch<Entry>(bitmap_batch * dy_stride);
+    const auto parts = scratch<Sum<T>>(count * bitmap_batch * stride);
     for (int64_t first = 0; first < batch; first += bitmap_batch) {
         const int64_t tokens = std::min<int64_t>(bitmap_batch, batch - first);
-        copy_rows(dy, first, tokens, view.rows, view.rows, dy_rows.get());
-        const bool finite = all_finite(dy_rows.get(), tokens * view.rows);
+        copy_rows(dy, first, tokens, view.rows, dy_stride, dy_rows.get());
+        const bool finite = all_finite(dy_rows.get(), tokens * dy_stride);
         const int workers = threads_for(matrix.nnz() * tokens, threads);
         parallel_for(count, workers, [&](int64_t part) {
-            Sum<T> *sums = &parts[part * tokens * width];
-            std::fill_n(sums, tokens * width, Sum<T>{});
-            const int64_t begin = std::min(view.rows, part * rows_per_part);
-            kernels.bitmap_dx({view, values, dy_rows.get(), sums, tokens, finite},
+            Sum<T> *sums = &parts[part * tokens * stride];
+            std::fill_n(sums, tokens * stride, Sum<T>{});
+            const int64_t begin = part * rows_per_part;
+            kernels.bitmap_dx({view, values, dy_rows.get(), sums, tokens, dy_stride, stride, finite},
                               {begin, std::min(view.rows, begin + rows_per_part), 0, 0});
         });
-        const add_parts_args<T> sum{parts.get(), count, tokens, width, dx + first * view.columns, view.columns};
+        const add_parts_args<T> sum{parts.get(), count, tokens, stride, dx + first * view.columns, view.columns};
         parallel_for(ceil_div(view.columns, columns_per_pack), workers, [&](int64_t i) {
             const int64_t begin = i * columns_per_pack;
             kernels.add_parts(sum, {0, tokens, begin, std::min(view.columns, begin + columns_per_pack)});
@@ -97,17 +140,32 @@ void bitmap_dx(const Kernels<T> &kernels, const BitMatrix &matrix, const T *valu
     }
 }
 
+// dx[b, c] = sum over the connections of column c of value * dy[b, row]. Parts of the rows are summed apart; how many
+// parts there are must not depend on the threads, or the result would.
+template <class T>
+void bitmap_dx(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const Matrix<T> &dy, int64_t batch,
+               T *dx, int threads) {
+    if constexpr (std::is_same_v<T, bfloat16>)
+        if (kernels.layout.columns_per_step == 2)
+            return bitmap_dx_of<T, T>(kernels, matrix, values, dy, batch, dx, threads);
+    bitmap_dx_of<T, Sum<T>>(kernels, matrix, values, dy, batch, dx, threads);
+}
+
 // The weight gradient for a few tokens, over bits.
 template <class T>
 void bitmap_dvalues(const Kernels<T> &kernels, const BitMatrix &matrix, const Matrix<T> &dy, const Matrix<T> &x,
                     int64_t batch, T *dvalues, int threads) {
+    if (batch == 0) {
+        std::fill_n(dvalues, matrix.nnz(), T{});
+        return;
+    }
     const Bitmap view = matrix.view();
-    const int64_t width = 64 * view.words_per_row;
-    const auto dy_rows = scratch<Sum<T>>(batch * view.rows), x_rows = scratch<Sum<T>>(batch * width);
-    copy_rows(dy, 0, batch, view.rows, view.rows, dy_rows.get());
-    copy_rows(x, 0, batch, view.columns, width, x_rows.get());
-    by_rows(kernels.bitmap_dvalues, {view, dy_rows.get(), x_rows.get(), dvalues, batch}, view.rows, rows_per_task,
-            threads_for(matrix.nnz() * batch + matrix.rows * matrix.columns, threads));
+    const int64_t dy_stride = token_stride<Sum<T>>(view.rows);
+    const int64_t x_stride = token_stride<Sum<T>>(64 * view.words_per_row);
+    const auto dy_rows = rows_or_pairs(kernels, dy, batch, view.rows, dy_stride);
+    const auto x_rows = rows_or_pairs(kernels, x, batch, view.columns, x_stride);
+    by_rows(kernels.bitmap_dvalues, {view, dy_rows.get(), x_rows.get(), dvalues, batch, dy_stride, x_stride}, view.rows,
+            rows_per_task, threads_for(matrix.nnz() * batch + matrix.rows * matrix.columns, threads));
 }
 
 // dense[r, c] = the value of connection (r, c), or zero.

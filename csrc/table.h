@@ -113,16 +113,16 @@ template <class T> struct bitmap_args {
 template <class T> struct bitmap_dx_args {
     Bitmap bitmap;
     const T *values;
-    const Sum<T> *dy; // [batch, rows]
-    Sum<T> *sums;     // [batch, 64 * words_per_row]
-    int64_t batch;
+    const void *dy; // [batch, rows], of the panels' type, tokens `dy_stride` apart
+    Sum<T> *sums;   // [batch, 64 * words_per_row], tokens `sums_stride` apart
+    int64_t batch, dy_stride, sums_stride;
     bool dy_is_finite;
 };
 
 // y[b, c] = sum over the parts of parts[part, b, c]; the block's rows are tokens, its batch columns.
 template <class T> struct add_parts_args {
-    const Sum<T> *parts; // [count, batch, width]
-    int64_t count, batch, width;
+    const Sum<T> *parts; // [count, batch, stride]
+    int64_t count, batch, stride;
     T *y; // [batch, columns], contiguous
     int64_t columns;
 };
@@ -130,10 +130,11 @@ template <class T> struct add_parts_args {
 // dvalues[s] = sum over b of dy[b, row of s] * x[b, column of s]; the block's rows are rows.
 template <class T> struct bitmap_dvalues_args {
     Bitmap bitmap;
-    const Sum<T> *dy; // [batch, rows]
-    const Sum<T> *x;  // [batch, 64 * words_per_row]
-    T *dvalues;       // [nnz]
-    int64_t batch;
+    // [batch, rows] and [batch, 64 * words_per_row] of Sum<T>, tokens `dy_stride` and `x_stride` apart; or, where there
+    // are pairs, of two tokens each, the last of which may be zeros.
+    const void *dy, *x;
+    T *dvalues;                         // [nnz]
+    int64_t batch, dy_stride, x_stride; // at least 1 token
 };
 
 // dense[r, c] = the value of connection (r, c), or zero.

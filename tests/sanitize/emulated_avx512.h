@@ -251,6 +251,12 @@ inline __m256bh _mm512_cvtneps_pbh(__m512 a) {
         return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
     });
 }
+inline __m512bh _mm512_cvtne2ps_pbh(__m512 a, __m512 b) {
+    const __m256bh halves[2] = {_mm512_cvtneps_pbh(b), _mm512_cvtneps_pbh(a)};
+    __m512bh both;
+    __builtin_memcpy(&both, halves, sizeof both);
+    return both;
+}
 #endif
 
 // Bits.
@@ -326,6 +332,9 @@ inline __m512 _mm512_permutex2var_ps(__m512 a, __m512i where, __m512 b) {
 }
 inline __m512d _mm512_permutex2var_pd(__m512d a, __m512i where, __m512d b) {
     return emulated::permute_two<double, int64_t>(a, where, b);
+}
+inline __m512i _mm512_permutex2var_epi16(__m512i a, __m512i where, __m512i b) {
+    return emulated::permute_two<short, short>(a, where, b);
 }
 inline __m512i _mm512_permutex2var_epi32(__m512i a, __m512i where, __m512i b) {
     return emulated::permute_two<int, int>(a, where, b);
