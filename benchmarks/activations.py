@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, linear
 
-from measure import Timing, check_product, interleaved, machine_line, speedup
+from measure import Timing, WrongResult, at_least_one, check_product, interleaved, machine_line, speedup
+from offpath.cost.bounds import expected
 from offpath.nn import SparseAutoencoder, SparseInputLinear
 from offpath.ops import SparseRows, above, topk_rows
 from offpath.studies.files import write_text
@@ -277,6 +278,7 @@ def mlp_layer(rounds: int, batch: int = 256, width: int = 2048, k: int = 102) ->
             "ReLU": (torch.relu, above),
             "k-winners": (lambda x: _scattered_topk(x, k), lambda x: topk_rows(x, k)),
         }.items():
+            _check_layer(kind, *layers[dtype], choose_rows(x))
             calls[dtype, kind, "dense"] = lambda run=run, c=choose_dense, d=dtype: run(layers[d][0], c)
             calls[dtype, kind, "rows"] = lambda run=run, c=choose_rows, d=dtype: run(layers[d][1], c)
     timings = interleaved(calls, rounds, sample_seconds=0)
@@ -287,6 +289,18 @@ def mlp_layer(rounds: int, batch: int = 256, width: int = 2048, k: int = 102) ->
             )
 
 
+@torch.no_grad()
+def _check_layer(name: str, dense: nn.Linear, layer: SparseInputLinear, rows: SparseRows) -> None:
+    weight, bias, x = dense.weight.double(), dense.bias.double(), rows.to_dense().double()
+    terms = (x != 0).sum(1, keepdim=True) + 1
+    exact, size = linear(x, weight, bias), linear(x.abs(), weight.abs(), bias.abs())
+    bound = expected(exact, size, terms, dense.weight.dtype).bound
+    # The product is rounded once before the bias is added.
+    bound += torch.finfo(dense.weight.dtype).eps / 2 * ((exact - bias).abs() + bound)
+    if not bool(((layer(rows).double() - exact).abs() <= bound).all()):
+        raise WrongResult(f"SparseInputLinear after {name} is outside its error bound")
+
+
 def _scattered_topk(x: Tensor, k: int) -> Tensor:
     values, indices = x.topk(k, sorted=False)
     return torch.zeros_like(x).scatter(1, indices, values)
@@ -295,7 +309,7 @@ def _scattered_topk(x: Tensor, k: int) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/activations.txt"), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds of each table (default: %(default)s)")
+    parser.add_argument("--rounds", type=at_least_one, default=9, help="rounds of each table (default: %(default)s)")
     parser.add_argument("--memory", nargs=2, metavar=("SIZE", "NAME"), help="only print one process's peak, in MB")
     options = parser.parse_args()
     if options.memory:

@@ -24,7 +24,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from contenders import CONTENDERS, Contender
-from measure import check_forward, check_step, dtype_name, interleaved, machine_line, training_step
+from measure import at_least_one, check_forward, check_step, dtype_name, interleaved, machine_line, training_step
 from offpath.cost import this_machine
 from offpath.kernels import KernelError
 from offpath.studies.files import write_text, write_whole
@@ -90,8 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--outputs", type=int, default=1024)
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--step", action="store_true", help="the training step, not the forward product")
-    parser.add_argument("--max-batch", type=int, default=BATCHES[-1])
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--max-batch", type=at_least_one, default=BATCHES[-1])
+    parser.add_argument("--rounds", type=at_least_one, default=ROUNDS)
     parser.add_argument("--out", type=Path, default=Path("runs/any_batch.svg"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     options.out.parent.mkdir(parents=True, exist_ok=True)

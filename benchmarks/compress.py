@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import offpath
-from measure import Timing, dtype_name, interleaved, machine_line, speedup
+from measure import Timing, at_least_one, dtype_name, interleaved, machine_line, speedup
 from offpath.studies.files import write_text
 from offpath.studies.sae import minilm
 
@@ -122,9 +122,11 @@ def _line(kind: str, report: offpath.convert.CompressReport, sparse: Timing, den
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/compress.txt"), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of each table (default: %(default)s)")
+    parser.add_argument("--rounds", type=at_least_one, default=15, help="rounds of each table (default: %(default)s)")
     parser.add_argument("--only", default="", help="only the cases whose name contains this")
     options = parser.parse_args()
+    if not any(options.only in case.name for case in CASES):
+        parser.error(f"expected --only of {', '.join(case.name for case in CASES)}, got {options.only!r}")
     lines = [machine_line()]
     print(lines[0], flush=True)
     for case in CASES:

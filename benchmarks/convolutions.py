@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from measure import machine_line
+from measure import at_least_one, check_product, machine_line
 from offpath import SparseLinear
 from offpath.nn import SparseConv2d
 from offpath.studies.files import write_text
@@ -41,6 +41,30 @@ def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(layer(x), (x, *layer.parameters()), dy)
 
 
+def _check(layer: SparseConv2d, x: Tensor, dy: Tensor) -> None:
+    """Compare what is timed with float64, raising `WrongResult`: of a batch, what the first image gives."""
+
+    def results(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        leaves = [leaf.detach().double().requires_grad_() for leaf in (x, weight, bias)]
+        y = nn.functional.conv2d(*leaves, padding=layer.padding)
+        return y, *torch.autograd.grad(y, leaves, dy.double())
+
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = layer(leaf)
+    dx, dvalues, dbias = torch.autograd.grad(y, (leaf, layer.values, layer.bias), dy)
+    weight, bias = layer.to_dense().weight, layer.bias
+    exact = results(x[:1], weight, bias, dy[:1])
+    size = results(x[:1].abs(), weight.abs(), bias.abs(), dy[:1].abs())
+    terms = torch.tensor(layer.in_channels * weight[0, 0].numel() + 1)
+    check_product("y", y[:1].detach(), exact[0].detach(), size[0].detach(), terms)
+    check_product("dX", dx[:1], exact[1], size[1], terms)
+    if x.shape[0] == 1:
+        positions = torch.tensor(x[0, 0].numel())
+        connected = layer.pattern.to_mask()
+        check_product("dW", dvalues, exact[2].flatten(1)[connected], size[2].flatten(1)[connected], positions)
+        check_product("db", dbias, exact[3], size[3], positions)
+
+
 def _medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(1 + rounds):
@@ -62,6 +86,7 @@ def _lines(size: int, batch: int, kernel: int, rounds: int) -> Iterator[str]:
     forward, step = {}, {}
     for name, memory_format in FORMATS.items():
         own_x, own_dy = (t.contiguous(memory_format=memory_format) for t in (x, dy))
+        _check(sparse, own_x, own_dy)
         rival = sparse.to_dense().to(memory_format=memory_format) if name == "channels-last" else dense
         for kind, layer in (("sparse", sparse), ("dense", rival)):
             forward[f"{kind} {name}"] = _forward(layer, own_x)
@@ -85,7 +110,7 @@ def _lines(size: int, batch: int, kernel: int, rounds: int) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/convolutions.txt"), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=11, help="default: %(default)s; a third for batches")
+    parser.add_argument("--rounds", type=at_least_one, default=11, help="default: %(default)s; a third for batches")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
@@ -94,7 +119,7 @@ def main() -> None:
     for kernel in (3, 1):
         for size in SIZES:
             for batch in BATCHES:
-                for line in _lines(size, batch, kernel, options.rounds if batch == 1 else options.rounds // 3):
+                for line in _lines(size, batch, kernel, options.rounds if batch == 1 else max(1, options.rounds // 3)):
                     print(line, flush=True)
                     lines.append(line)
     options.out.parent.mkdir(parents=True, exist_ok=True)

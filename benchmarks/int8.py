@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from measure import WrongResult, check_product, interleaved, machine_line
+from measure import WrongResult, at_least_one, check_product, interleaved, machine_line
 from offpath.cost.bounds import expected
 from offpath.nn import Int8SparseLinear, SparseLinear
 from offpath.studies.files import write_text
@@ -68,6 +68,7 @@ def _calls(sparse: SparseLinear, x: Tensor) -> dict[str, Callable[[], Tensor]]:
     _check(int8, x, int8(x))
     _check(int8, small, int8(small))
     _check(sparse, x, sparse(x))
+    _check(sparse_bf16, small, sparse_bf16(small))
     _check_rounding(int8, x, rounding(x))
     return {
         "sparse fp32": partial(sparse, x),
@@ -113,7 +114,7 @@ def _check_rounding(layer: Int8SparseLinear, x: Tensor, y: Tensor) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/int8.txt"), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds of each line (default: %(default)s)")
+    parser.add_argument("--rounds", type=at_least_one, default=9, help="rounds of each line (default: %(default)s)")
     options = parser.parse_args()
     lines = [machine_line()]
     print(lines[0], flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
 import time
@@ -142,6 +143,14 @@ def check_product(name: str, result: Tensor, exact: Tensor, size: Tensor, terms:
     wrong = ~((result.double() - exact).abs() <= bound)  # NaN is wrong, too
     if bool(wrong.any()):
         raise WrongResult(f"{name} is outside its error bound in {int(wrong.sum())} of {wrong.numel()} entries")
+
+
+def at_least_one(text: str) -> int:
+    """The type of an argument that counts what is done, such as rounds."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
 
 
 def machine_line() -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from measure import check_product, dtype_name, interleaved, machine_line, speedup
+from measure import at_least_one, check_product, dtype_name, interleaved, machine_line, speedup
 from offpath import SparseLinear
 from offpath.nn import SparseSparseLinear
 from offpath.ops import SparseRows
@@ -113,7 +113,7 @@ def densities(rounds: int) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/two_sparsities.txt"), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds of each table (default: %(default)s)")
+    parser.add_argument("--rounds", type=at_least_one, default=9, help="rounds of each table (default: %(default)s)")
     options = parser.parse_args()
     lines = [machine_line()]
     print(lines[0], flush=True)

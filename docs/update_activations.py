@@ -11,5 +11,5 @@ from blocks import put_block
 ROOT = Path(__file__).parent.parent
 MADE = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs" / "activations.txt")
 
-shutil.copyfile(MADE, ROOT / "docs" / "bars" / "activations-zen4.txt")
 put_block(ROOT / "docs" / "activations.md", "activations", f"```text\n{MADE.read_text().strip()}\n```")
+shutil.copyfile(MADE, ROOT / "docs" / "bars" / "activations-zen4.txt")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from blocks import put_block
 
+from offpath.studies.compression.config import FULL
 from offpath.studies.compression.plots import figures
 from offpath.studies.compression.result import StudyResult
 from offpath.studies.compression.tables import docs_block
@@ -19,6 +20,8 @@ MADE = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs" / "study-minilm"
 KEPT = ROOT / "docs" / "studies"
 
 result = StudyResult.from_json(json.loads(MADE.read_text()))
+if not result.complete or result.config != FULL:
+    raise SystemExit(f"expected the whole study in {MADE}, got a quick one or a part; go on with make minilm")
 shutil.copyfile(MADE, KEPT / "minilm.json")
 for name, figure in figures(result).items():
     (KEPT / f"minilm-{name}.svg").write_text(to_svg(figure, salt=name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -172,6 +173,39 @@ def _zero_redundancy_optimizer(recipe: str) -> None:
 
 for name in ("RigL", "GMP from dense"):
     check(_zero_redundancy_optimizer, name)
+
+
+def _zero_redundancy_optimizer_resumed() -> None:
+    """From a consolidated state, of which each process keeps its own part."""
+
+    def start(model: nn.Module) -> tuple[nn.Module, ZeroRedundancyOptimizer, offpath.topology.Topology]:
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.01)
+        wrapped = Wrapped(model)
+        return wrapped, optimizer, offpath.SET(wrapped, optimizer, update_freq=2)
+
+    def train(run: tuple[nn.Module, ZeroRedundancyOptimizer, offpath.topology.Topology], steps: range) -> None:
+        wrapped, optimizer, topology = run
+        for step in steps:
+            train_step(wrapped, optimizer, step)
+            topology.step()
+
+    models = [model_of(), model_of()]
+    run = start(models[0])
+    train(run, range(1, 4))
+    _, optimizer, topology = run
+    optimizer.consolidate_state_dict(to=0)
+    held = [optimizer.state_dict() if my_rank() == 0 else None]
+    distributed.broadcast_object_list(held, src=0)
+    models[1].load_state_dict(models[0].state_dict())
+    resumed = start(models[1])
+    resumed[1].load_state_dict(copy.deepcopy(held[0]))  # torch keeps the tensors that it is given
+    resumed[2].load_state_dict(topology.state_dict())
+    for one in (run, resumed):
+        train(one, range(4, 8))
+    assert bits(models[0].state_dict()) == bits(models[1].state_dict())
+
+
+check(_zero_redundancy_optimizer_resumed)
 
 
 def _a_layer_that_one_batch_does_not_use() -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import offpath
 from offpath import topology as parts
@@ -166,6 +168,11 @@ def _sizes_that_cannot_change() -> None:
         _set(Wrapped(model, static_graph=True), offpath.GMP, **settings)
     with refused_everywhere("without a process_group"):
         _set(Wrapped(model, process_group=distributed.new_group(range(count()))), offpath.GMP, **settings)
+    wrapped = Wrapped(model)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, parameters_as_bucket_view=True)
+    offpath.SET(wrapped, optimizer)
+    with refused_everywhere("ZeroRedundancyOptimizer with parameters_as_bucket_view=True, .* make it without"):
+        offpath.GMP(wrapped, optimizer, **settings)
     own, _ = distributed.new_subgroups(1)
     _, topology = _set(model, offpath.GMP, process_group=own, seed=my_rank(), **settings)
     topology.step()
@@ -191,6 +198,13 @@ def _fully_shard() -> None:
     for recipe in (offpath.SET, offpath.Static):
         with refused_everywhere("one plain tensor, got 36 in a DTensor.*leave the sparse layers out of fully_shard"):
             recipe(sharded, optimizers[1])
+    before = bits([entry.full_tensor().detach() for entry in sharded.parameters()])
+    others = model_of(torch.float64, density=0.9).state_dict()
+    with refused_everywhere(
+        "expected 36 connections, for which the values are sharded, got 108; load the checkpoint before fully_shard"
+    ):
+        set_model_state_dict(sharded, others, options=StateDictOptions(full_state_dict=True))
+    assert bits([entry.full_tensor().detach() for entry in sharded.parameters()]) == before
     beside = nn.Sequential(model_of(), nn.Linear(6, 6))
     fully_shard(beside[1])
     offpath.SET(beside[0], torch.optim.SGD(beside.parameters(), lr=0.1))

@@ -157,7 +157,7 @@ def test_time_of_a_larger_batch_is_guessed_from_two_smaller_ones() -> None:
 
 
 def test_existing_result_or_run_is_not_overwritten(tmp_path: Path) -> None:
-    for name, content in (("crossover.json", "{}"), ("config.json", "{}")):
+    for name, content in (("crossover.json", "{}"), ("config.json", "{}"), ("report.html", "")):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text(content)

@@ -10,7 +10,16 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
-from offpath.nn import BatchTopK, JumpReLU, KWinners, KWinners2d, ProductKeyMemory, SparseInputLinear, TopK
+from offpath.nn import (
+    BatchTopK,
+    JumpReLU,
+    KWinners,
+    KWinners2d,
+    ProductKeyMemory,
+    SparseInputLinear,
+    SparseSparseLinear,
+    TopK,
+)
 from offpath.ops import SparseRows, above
 
 # Few different numbers, so that ties are common.
@@ -304,6 +313,30 @@ def test_compiles_without_a_break(module: nn.Module) -> None:
         results.append([y, z.grad, *(p.grad for p in run.parameters()), *run.buffers()])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def test_one_graph_computes_batches_of_all_sizes() -> None:
+    torch.compiler.reset()
+    module = nn.Sequential(nn.Linear(8, 16), BatchTopK(3, output="dense"))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for batch in range(2, 14):  # torch gives up after eight graphs
+        compiled(torch.randn(batch, 8)).sum().backward()
+    exported = torch.export.export(module, (torch.randn(4, 8),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert exported.module()(torch.randn(7, 8)).shape == (7, 16)
+
+
+@pytest.mark.parametrize(
+    "reader", [JumpReLU(8, 0.5, 0.2, output="dense"), nn.Sequential(nn.ReLU(), SparseSparseLinear(8, 4))]
+)
+def test_inductor_compiles_an_empty_batch(reader: nn.Module) -> None:
+    torch.compiler.reset()
+    module = nn.Sequential(nn.Linear(6, 8), reader)
+    compiled = torch.compile(module, fullgraph=True)
+    for batch in (3, 0):
+        x = torch.randn(batch, 6, requires_grad=True)
+        y = compiled(x)
+        y.sum().backward()
+        assert y.shape == module(x).shape and x.grad.shape == (batch, 6)
 
 
 def test_meta_device() -> None:

@@ -140,6 +140,11 @@ def test_folder_of_another_study_is_refused(finished: tuple[Path, StudyResult], 
         study(replace(config, seed=1), finished[0], None, _unwatched)
 
 
+def test_pairs_that_would_not_be_read_are_refused(config: StudyConfig) -> None:
+    with pytest.raises(RunError, match="expected no --data for python-docs, which is always there"):
+        study_texts(replace(config, pairs="python-docs"), Path("pairs.txt"))
+
+
 def test_training_lowers_the_loss(config: StudyConfig) -> None:
     """Beside the same pruning of weights that are not trained."""
     from offpath.studies.compression.distill import Distillation, is_trained

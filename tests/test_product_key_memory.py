@@ -93,6 +93,15 @@ def test_another_query_network() -> None:
     torch.testing.assert_close(memory.eval()(x), written_out(memory, x))
 
 
+def test_a_query_network_that_looks_across_samples_sees_them_one_by_one() -> None:
+    memory = _memory()
+    memory.query = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16)).double()
+    again = copy.deepcopy(memory)
+    x = torch.randn(3, 16, 5, dtype=torch.float64)  # as many tokens as query features
+    torch.testing.assert_close(memory(x), again(x.flatten(0, 1)).view(3, 16, 4), rtol=0, atol=0)
+    assert torch.equal(memory.query[1].running_mean, again.query[1].running_mean)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes_and_autocast(dtype: torch.dtype) -> None:
     memory, x = _memory(dtype=dtype), torch.randn(3, 5, dtype=dtype)
@@ -125,8 +134,9 @@ def test_state_dict_deepcopy_and_edges() -> None:
     ("options", "message"),
     [
         ({"k": 7}, "expected k from 0 to the 6 sub-keys"),
-        ({"k": -1}, "expected k from 0"),
-        ({"k": 2.5}, "expected k from 0"),
+        ({"k": -1}, "expected k to be an int of at least 0"),
+        ({"k": 2.5}, "expected k to be an int of at least 0"),
+        ({"k": True}, "expected k to be an int of at least 0"),
         ({"key_features": 7}, "even key_features"),
         ({"heads": 0}, "heads >= 1"),
         ({"keys": 50000, "device": "meta"}, r"2\^31 - 1 value rows"),

@@ -230,9 +230,17 @@ def test_bad_requests_are_errors(tmp_path: Path) -> None:
         study(QUICK, tmp_path / "a", {}, 0, Watcher())
     with pytest.raises(RunError, match=r"expected --data for cifar10, fashion-mnist, tinyshakespeare, got 'cifar'"):
         study(FULL, tmp_path / "a", {"cifar": "x"}, 1, Watcher())
+    with pytest.raises(RunError, match="expected no --data for digits, which comes inside a Python package"):
+        study(QUICK, tmp_path / "a", {"digits": "x"}, 1, Watcher())
     with pytest.raises(DataError, match="fashion-mnist"):
         study(FULL, tmp_path / "b", {"fashion-mnist": str(tmp_path)}, 1, Watcher())
     assert not (tmp_path / "a").exists()
+    (tmp_path / "report.html").touch()
+    with pytest.raises(RunError, match="holds the report of another; choose another --out"):
+        study(QUICK, tmp_path, {}, 1, Watcher())
+    (tmp_path / "study.json").write_text("{}")
+    with pytest.raises(RunError, match="if another study was started there, choose another --out"):
+        study(QUICK, tmp_path, {}, 1, Watcher())
     (tmp_path / "broken" / "trials").mkdir(parents=True)
     (tmp_path / "broken" / "study.json").write_text("{")
     with pytest.raises(RunError, match=r"expected a readable .*study\.json"):

@@ -143,5 +143,5 @@ def made_once(make: Callable[[], Made], indices: Tensor) -> Made:
 
 def row_numbers(crow_indices: Tensor, nnz: int | None = None) -> Tensor:
     """The row of each entry; a compiler has to be told how many there are."""
-    rows = torch.arange(crow_indices.numel() - 1, device=crow_indices.device)
-    return rows.repeat_interleave(crow_indices.diff(), output_size=nnz)
+    # Not the method of an arange, which compilers decompose into an index that an empty batch is outside of.
+    return torch.repeat_interleave(crow_indices.diff().long(), output_size=nnz)

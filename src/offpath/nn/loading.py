@@ -47,6 +47,11 @@ def load_problem(
         return "expected tensors with data, got a checkpoint on the meta device"
     if values.dim() != 1 or values.numel() != col_indices.numel():
         return f"expected one value a column, got shapes {tuple(values.shape)} and {tuple(col_indices.shape)}"
+    if values.numel() != layer.values.numel() and hasattr(layer.values, "full_tensor"):  # a DTensor
+        return (
+            f"expected {layer.values.numel()} connections, for which the values are sharded, got {values.numel()}; "
+            "load the checkpoint before fully_shard"
+        )
     if (values.dtype is torch.int8) != (layer.values.dtype is torch.int8):
         return (
             f"expected values like {layer.values.dtype}, got {values.dtype}; Int8SparseLinear.from_sparse and "

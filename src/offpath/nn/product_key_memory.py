@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from offpath.nn.sparse_output import flatten
+from offpath.nn.sparse_output import check_k, flatten
 from offpath.ops import SparseRows, topk_rows
 
 
@@ -22,10 +22,10 @@ class ProductKeyMemory(nn.Module):
     scores weighs the value rows, and the heads, which have sub-keys of their own and one table in common, are summed.
 
     Neither scores of all rows nor copies of the chosen ones are ever stored; the gradient of `values` is zero in rows
-    that nobody chose. `query` may be replaced by any module that makes [..., heads * key_features] of the input, such
-    as one that ends with a batch norm, which Lample et al. recommend. Under autocast the table is read in its own
-    dtype, as by `nn.EmbeddingBag`. Raises `ValueError` for an odd `key_features`, k > keys, more than 2^31 - 1 rows,
-    or an input of other than in_features units.
+    that nobody chose. `query` may be replaced by any module that makes [samples, heads * key_features] of the flattened
+    input [samples, in_features], such as one that ends with a batch norm, which Lample et al. recommend. Under autocast
+    the table is read in its own dtype, as by `nn.EmbeddingBag`. Raises `ValueError` for an odd `key_features`, for
+    k > keys, more than 2^31 - 1 rows, or an input of other than in_features units.
 
     >>> import torch
     >>> memory = ProductKeyMemory(16, 8, keys=32, k=4, heads=2)
@@ -49,7 +49,7 @@ class ProductKeyMemory(nn.Module):
         super().__init__()
         if key_features % 2 or key_features < 2 or heads < 1:
             raise ValueError(f"expected an even key_features >= 2 and heads >= 1, got {key_features} and {heads}")
-        if not isinstance(k, int) or not 0 <= k <= keys:
+        if check_k(k) > keys:
             raise ValueError(f"expected k from 0 to the {keys} sub-keys of a half, got {k}")
         if keys**2 >= 2**31:
             raise ValueError(f"expected at most 2^31 - 1 value rows, got {keys} * {keys}")
@@ -80,7 +80,8 @@ class ProductKeyMemory(nn.Module):
 
         Heads may name the same row; inside a head the indices are ascending.
         """
-        samples = flatten(x, self.in_features).shape[0]
+        x = flatten(x, self.in_features)
+        samples = x.shape[0]
         queries = self.query(x).reshape(samples, self.heads, 2, self.key_features // 2)
         scores = torch.einsum("shcf,hcnf->shcn", queries, self.sub_keys)
         best = topk_rows(scores.reshape(samples * self.heads * 2, self.keys), self.k)

@@ -129,6 +129,8 @@ def to_dense(crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int
     Entries at one place add up; where there are none (`distinct`), writing takes a third of the time.
     """
     rows = crow_indices.shape[0] - 1
+    if rows * columns == 0:  # inductor refuses to index nothing with a number of indices that it does not know
+        return values.new_zeros(rows, columns) + values.sum()
     places = row_numbers(crow_indices, indices.shape[0]) * columns + indices
     added = values if distinct else wide(values)
     dense = added.new_zeros(rows * columns).index_put_((places,), added, accumulate=not distinct)
@@ -181,7 +183,7 @@ def gradients_of_encoder(
 
 define("topk_rows(Tensor x, int k) -> (Tensor, Tensor)", _topk, _fake_topk, (_save_topk, _backward_of_topk))
 define(
-    "batch_topk(Tensor x, int k) -> (Tensor, Tensor, Tensor)",
+    "batch_topk(Tensor x, SymInt k) -> (Tensor, Tensor, Tensor)",
     _batch_topk,
     _fake_batch_topk,
     (_save_sparse, _backward_of_sparse),

@@ -54,6 +54,15 @@ def _is(path: Path, opened: os.stat_result) -> bool:
         return False
 
 
+def refuse_other_report(folder: Path, own: str) -> None:
+    """Raise `RunError` where `folder` has a report, and not the file `own` of the command that wants to write one."""
+    if (folder / "report.html").exists() and not (folder / own).exists():
+        raise RunError(
+            f"expected a new folder, or one in which this command has begun, but {folder} holds the report of another; "
+            "choose another --out"
+        )
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` as a whole."""
     write_whole(path, lambda file: file.write(text.encode()))

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from offpath.studies.checkpoint import load_checkpoint, save_checkpoint
 from offpath.studies.config import RunConfig, RunError
-from offpath.studies.files import write_text
+from offpath.studies.files import refuse_other_report, write_text
 from offpath.studies.resumable import Resumable
 
 # The two runs of a race, each in a folder of its own.
@@ -65,6 +65,8 @@ class RunFolder:
         """
         if self.checkpoint_file.exists() or (started and self.config_file.exists()):
             raise RunError(f"{self.path} already holds a run; go on with it by --resume, or choose another --out")
+        if started:
+            refuse_other_report(self.path, self.config_file.name)
 
     def expect_run(self) -> None:
         """Raise `RunError` when the folder holds a race: one more model among its own would be no part of it."""

@@ -29,13 +29,22 @@ def check_grown_state(grown_state: Mapping[str, float | str], keys: Collection[s
             )
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Raises `TopologyError` for one whose state cannot be told apart by parameter."""
+def check_optimizer(optimizer: Optimizer, keeps_nnz: bool) -> None:
+    """Raises `TopologyError` for one whose state cannot be told apart by parameter.
+
+    And, unless a recipe `keeps_nnz`, for one that hands weights on in memory which it has laid out for their old sizes.
+    """
     if any(isinstance(one, torch.optim.LBFGS) for one in _with_inner(optimizer)):
         raise TopologyError(
             "expected an optimizer with a state of its own for each parameter, got LBFGS, which keeps one flat history "
             "of all parameters together: it cannot follow a connection that moves. Take another optimizer, or "
             "offpath.Static"
+        )
+    if not keeps_nnz and getattr(optimizer, "parameters_as_bucket_view", False):
+        raise TopologyError(
+            f"expected an optimizer that follows weights of another size, as this recipe makes them, got "
+            f"{type(optimizer).__name__} with parameters_as_bucket_view=True, which would go on sending their old "
+            "memory to the other processes; make it without"
         )
 
 
@@ -74,25 +83,26 @@ def carry_state(
     other numbers by the key of the state, or "mean" for the mean of what the layer's connections had. Single numbers
     (step counters) stay. As long as the count of connections stays, tensors are written in place.
     """
+    moved: list[tuple[Tensor, Tensor]] = []
     for one in _with_inner(optimizer):
-        _carry_state_of_one(one, parameter, edit, grown_state)
+        state = _state(one, parameter)
+        for key, entry in state.items():
+            if not isinstance(entry, Tensor) or entry.shape != edit.old_to_new.shape:
+                continue
+            # A ZeroRedundancyOptimizer that has loaded a checkpoint shares tensors with the one inside it.
+            known = next((there for before, there in moved if before is entry), None)
+            if known is None:
+                begin = grown_state.get(key, _initial(one, parameter, key))
+                known = _carried(entry, edit, begin)
+                moved.append((entry, known))
+            state[key] = known
 
 
-def _carry_state_of_one(
-    optimizer: Optimizer, parameter: nn.Parameter, edit: Edit, grown_state: Mapping[str, float | str]
-) -> None:
-    state = _state(optimizer, parameter)
-    for key, entry in state.items():
-        if not isinstance(entry, Tensor) or entry.shape != edit.old_to_new.shape:
-            continue
-        begin = grown_state.get(key, _initial(optimizer, parameter, key))
-        if begin == MEAN:
-            begin = float(entry.double().mean()) if entry.numel() else 0.0
-        carried = edit.carry(entry, float(begin))
-        if carried.shape == entry.shape:
-            entry.copy_(carried)
-        else:
-            state[key] = carried
+def _carried(entry: Tensor, edit: Edit, begin: float | str) -> Tensor:
+    if begin == MEAN:
+        begin = float(entry.double().mean()) if entry.numel() else 0.0
+    carried = edit.carry(entry, float(begin))
+    return entry.copy_(carried) if carried.shape == entry.shape else carried
 
 
 def state_entries(optimizer: Optimizer, parameter: nn.Parameter) -> list[tuple[str, Any]]:
@@ -110,8 +120,9 @@ def _with_inner(optimizer: Optimizer) -> list[Optimizer]:
 
 
 def _state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
-    # Asked for with get: a look must not add an entry to the defaultdict that a checkpoint would then hold.
-    return optimizer.state.get(parameter, {})
+    # Asked for with get: a look must not add an entry to the defaultdict that a checkpoint would then hold. Where a
+    # ZeroRedundancyOptimizer has loaded one, the parameters of other processes have None.
+    return optimizer.state.get(parameter) or {}
 
 
 def _tensors_inside(entry: Any) -> list[Tensor]:

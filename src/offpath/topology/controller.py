@@ -78,8 +78,9 @@ class Topology:
         self._optimizer = optimizer
         self._grown_state = dict(grown_state or {})
         check_grown_state(self._grown_state)
+        keeps_nnz = getattr(recipe.budget, "keeps_nnz", recipe.budget is None)
         if recipe.schedule is not None:
-            check_optimizer(optimizer)
+            check_optimizer(optimizer, keeps_nnz)
         self._managed = managed_layers(unwrapped(model), optimizer, also, filter_fn, record_explored)
         if recipe.schedule is not None:
             warn_of_staying(unwrapped(model), filter_fn)
@@ -87,7 +88,6 @@ class Topology:
         self._step = 0
         if recipe.budget is not None:
             recipe.budget.check([managed.view(self._generator) for managed in self._managed])
-        keeps_nnz = getattr(recipe.budget, "keeps_nnz", recipe.budget is None)
         self._processes = Processes(model, process_group, self._sizes if keeps_nnz else None)
         self._check_processes()
         self._processes.follow(self._sizes)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from offpath.studies.compression.config import StudyConfig
 from offpath.studies.config import RunError
-from offpath.studies.files import read_json, write_text
+from offpath.studies.files import read_json, refuse_other_report, write_text
 
 
 class StudyFolder:
@@ -21,6 +21,7 @@ class StudyFolder:
 
     def settle(self, config: StudyConfig) -> None:
         """Make the folder one of `config`. Raises `RunError` when it holds another study."""
+        refuse_other_report(self.path, self.study_file.name)
         for folder in (self.arms, self.versions):
             folder.mkdir(exist_ok=True)
         if not self.study_file.exists():
@@ -33,7 +34,10 @@ class StudyFolder:
         try:
             return StudyConfig.from_json(read_json(self.study_file))
         except (TypeError, KeyError, AttributeError) as error:
-            raise RunError(f"expected the config of a study in {self.study_file}, got: {error}") from error
+            raise RunError(
+                f"expected the config of this study in {self.study_file}, got: {error}; if another study was started "
+                "there, choose another --out"
+            ) from error
 
     def arm_file(self, method: str, sparsity: float) -> Path:
         """What came out of a method at a sparsity."""

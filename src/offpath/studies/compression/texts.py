@@ -11,7 +11,7 @@ import torch
 from offpath.studies.compression.config import StudyConfig
 from offpath.studies.compression.tokens import by_length
 from offpath.studies.config import RunError
-from offpath.studies.data import Pairs, load_pairs
+from offpath.studies.data import PAIRS, Pairs, load_pairs
 
 # Batches that are sorted by length together: enough for little padding, few enough to stay random.
 SORTED_BATCHES = 32
@@ -27,6 +27,8 @@ class StudyTexts:
 
 def study_texts(config: StudyConfig, data: Path | None) -> StudyTexts:
     """Load and split the sets. Raises `DataError`, and `RunError` where there is too little text."""
+    if data is not None and PAIRS[config.pairs] is None:
+        raise RunError(f"expected no --data for {config.pairs}, which is always there; leave it out")
     pairs = load_pairs(config.pairs, data)
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(pairs.queries), generator=generator).tolist()

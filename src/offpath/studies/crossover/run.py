@@ -64,9 +64,9 @@ def crossover(config: CrossoverConfig, out: Path, observer: CrossoverObserver, c
     kernels.default_backend(config.device)
     folder = RunFolder(out)
     with folder.locked():
-        folder.refuse_existing()
         if (out / RESULT_FILE).exists():
             raise RunError(f"{out} already holds a {RESULT_FILE}; choose another --out")
+        folder.refuse_existing()
         date, start = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
         machine = asdict(this_machine(config.device))
         points: list[Point] = []

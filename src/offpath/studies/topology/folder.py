@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from offpath.studies.config import RunError
-from offpath.studies.files import check_keys, read_json, write_text
+from offpath.studies.files import check_keys, read_json, refuse_other_report, write_text
 from offpath.studies.topology.config import Arm, StudyConfig, Trial
 
 IN_EVERY_RECORD = frozenset({"learning_rate", "parameters", "stored_bytes", "training_bytes", "topology", "curve"})
@@ -32,6 +32,7 @@ class StudyFolder:
         """Make the folder one of `config`. Raises `RunError` when it holds another study or cannot be written."""
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"expected a folder to write to, but {self.path} is a file; choose another --out")
+        refuse_other_report(self.path, self.study_file.name)
         try:
             self.trials.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -46,7 +47,10 @@ class StudyFolder:
         try:
             return StudyConfig.from_json(read_json(self.study_file))
         except (TypeError, KeyError, AttributeError) as error:
-            raise RunError(f"expected the config of a study in {self.study_file}, got: {error}") from error
+            raise RunError(
+                f"expected the config of this study in {self.study_file}, got: {error}; if another study was started "
+                "there, choose another --out"
+            ) from error
 
     def steps(self) -> dict[str, Any]:
         """Of each task whose steps have been timed: title, machine and seconds. Raises `RunError` for a broken file."""

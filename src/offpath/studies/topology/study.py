@@ -18,6 +18,7 @@ from filelock import FileLock
 from offpath.cost import this_machine
 from offpath.cost.timing import TimingStopped
 from offpath.studies.config import RunError
+from offpath.studies.data import DATASETS, WheelSpec
 from offpath.studies.files import write_text
 from offpath.studies.interrupt import StopRequest, stop_on_signal
 from offpath.studies.ranks import expect_one_process
@@ -55,6 +56,8 @@ def study(config: StudyConfig, out: Path, data: dict[str, str], jobs: int, obser
     known = {task.data for task in config.tasks}
     if unknown := sorted(data.keys() - known):
         raise RunError(f"expected --data for {', '.join(sorted(known))}, got {unknown[0]!r}")
+    if idle := sorted(name for name in data if isinstance(DATASETS.get(name), WheelSpec)):
+        raise RunError(f"expected no --data for {idle[0]}, which comes inside a Python package; leave it out")
     folder = StudyFolder(out)
     folder.settle(config)
     with stop_on_signal() as stop:
