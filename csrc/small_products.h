@@ -110,6 +110,8 @@ void bitmap_spmm(const Kernels<T> &kernels, const BitMatrix &matrix, const T *va
     }
 }
 
+// dx[b, c] = sum over the connections of column c of value * dy[b, row], with dy copied to rows of `Entry`. Parts of
+// the rows are summed apart; how many parts there are must not depend on the threads, or the result would.
 template <class T, class Entry>
 void bitmap_dx_of(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const Matrix<T> &dy,
                   int64_t batch, T *dx, int threads) {
@@ -117,9 +119,9 @@ void bitmap_dx_of(const Kernels<T> &kernels, const BitMatrix &matrix, const T *v
     const int64_t dy_stride = token_stride<Entry>(view.rows);
     const int64_t stride = token_stride<Sum<T>>(64 * view.words_per_row);
     const int64_t rows_per_part = std::max(rows_per_task, ceil_div(view.rows, most_parts));
-    const int64_t count = ceil_div(view.rows, rows_per_part);
-    const auto dy_rows = scratch<Entry>(bitmap_batch * dy_stride);
-    const auto parts = scratch<Sum<T>>(count * bitmap_batch * stride);
+    const int64_t count = ceil_div(view.rows, rows_per_part), most_tokens = std::min<int64_t>(bitmap_batch, batch);
+    const auto dy_rows = scratch<Entry>(most_tokens * dy_stride);
+    const auto parts = scratch<Sum<T>>(count * most_tokens * stride);
     for (int64_t first = 0; first < batch; first += bitmap_batch) {
         const int64_t tokens = std::min<int64_t>(bitmap_batch, batch - first);
         copy_rows(dy, first, tokens, view.rows, dy_stride, dy_rows.get());
@@ -140,8 +142,7 @@ void bitmap_dx_of(const Kernels<T> &kernels, const BitMatrix &matrix, const T *v
     }
 }
 
-// dx[b, c] = sum over the connections of column c of value * dy[b, row]. Parts of the rows are summed apart; how many
-// parts there are must not depend on the threads, or the result would.
+// The gradient of x for a few tokens, over bits.
 template <class T>
 void bitmap_dx(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const Matrix<T> &dy, int64_t batch,
                T *dx, int threads) {

@@ -371,6 +371,7 @@ PROBLEMS = (
     Problem("only the last row", _only_row(8, 21, 7), 20),
     Problem("rows of one to eight connections", lambda: patterns.from_mask(torch.ones(8, 8).tril().bool()), 17),
     Problem("strips of every width", _random(33, 65, 0.2), 8 * 16 + 4 * 16 + 2 * 16 + 16 + 3),
+    Problem("several strips of several rows", _random(70, 1300, 0.3), 9),
     Problem("several threads", _random(200, 300, 0.1), 150),
     Problem("several threads, one long row", _one_long_row, 70),
     Problem("batch over several sddmm blocks", _random(12, 30, 0.2), 2048 * 2 + 5),
