@@ -17,7 +17,7 @@ from checkers import gamma
 from offpath import SparseLinear, kernels
 from offpath.kernels import Backend, KernelError, calibration
 from offpath.kernels.costs import BATCHES, DENSITIES, GRID, LARGE_SIZES, SMALL_SIZES, CostTable, sizes_for
-from offpath.kernels.methods import METHODS, PRODUCTS
+from offpath.kernels.methods import METHODS, PRODUCTS, PreparedWeight
 from offpath.ops import forced_methods, sparse_linear
 from offpath.ops.choice import filled_margin
 
@@ -68,6 +68,39 @@ def test_what_a_call_costs_besides_its_work_does_not_grow_beyond_the_grid() -> N
     assert table.predict("forward", "row-wise", 4096, 4096, 4096**2, 1) == pytest.approx(1e-3 + 1e-9 * 4096**2)
     table = _table(lambda p, m, size, density, batch: 1e-3 + 1e-5 * batch)
     assert table.predict("forward", "dense", 512, 512, 512, 1000) == pytest.approx(1e-3 + 1e-5 * 1000)
+
+
+def test_values_go_over_a_second_plan_where_dx_goes_over_one(own_cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {"bucketed": 1.0, "tiled": 1.5, "row-wise": 9.0, "bitmap": 1.0, "filled": 9.0, "dense": 9.0}
+    of_dx = {"bucketed": 1.0, "bitmap": 2.0}
+    monkeypatch.setattr(
+        calibration, "measure", lambda *_: _table(lambda p, m, *_: (costs | of_dx if p == "dx" else costs)[m])
+    )
+    backward, seen = PreparedWeight.backward, []
+
+    def watched(self, backend, dx_method, dvalues_method, *operands):
+        seen.append((dx_method, dvalues_method))
+        return backward(self, backend, dx_method, dvalues_method, *operands)
+
+    monkeypatch.setattr(PreparedWeight, "backward", watched)
+    x = torch.randn(16, 64, requires_grad=True)
+    for changed, expected in (({}, ("bucketed", "tiled")), ({"tiled": 1.7}, ("bucketed", "bitmap"))):
+        costs.update(changed)
+        calibration.cost_table.cache_clear()
+        for table in own_cache.glob("costs-*.json"):
+            table.unlink()
+        with kernels.forced(BEST):
+            layer = SparseLinear(64, 64)
+            layer(x).sum().backward()
+            chosen = layer.explain(16).chosen
+        assert seen.pop() == (chosen["dx"], chosen["dvalues"]) == expected
+    of_dx.update({"bucketed": 3.0})
+    costs.update({"tiled": 1.5})
+    calibration.cost_table.cache_clear()
+    for table in own_cache.glob("costs-*.json"):
+        table.unlink()
+    with kernels.forced(BEST):
+        assert SparseLinear(64, 64).explain(16).chosen == {"forward": "bucketed", "dx": "bitmap", "dvalues": "bitmap"}
 
 
 def test_near_ties_go_to_plans_then_to_what_sparsity_does_not_change_then_to_filled(

@@ -33,7 +33,7 @@ class Prepared:
 
     def __init__(self, pattern: Pattern) -> None:
         self.pattern = pattern
-        self._chosen: dict[tuple[str, str, int, torch.dtype, str], str] = {}
+        self._chosen: dict[tuple[str, str, int, torch.dtype, str, str | None], str] = {}
 
     @cached_property
     def _weight(self) -> PreparedWeight:
@@ -105,8 +105,9 @@ class Prepared:
         dense: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dx, dvalues, dbias), where dbias is the sum of dy over the batch; `dense` is what `forward` kept."""
-        methods = self._method(backend, "dx", dy, prefer), self._method(backend, "dvalues", x, prefer)
-        return self._weight.backward(backend, *methods, values, dy, x, feature_major, dense)
+        of_x = self._method(backend, "dx", dy, prefer)
+        of_values = self._method(backend, "dvalues", x, prefer, of_x)
+        return self._weight.backward(backend, of_x, of_values, values, dy, x, feature_major, dense)
 
     @property
     def bytes(self) -> int:
@@ -114,14 +115,16 @@ class Prepared:
         convolutions = self.convolutions.bytes if "convolutions" in vars(self) else 0
         return self.pattern.index_bytes + self._weight.bytes + convolutions
 
-    def _method(self, backend: Backend, product: str, operand: Tensor, prefer: str) -> str:
+    def _method(
+        self, backend: Backend, product: str, operand: Tensor, prefer: str, dx_method: str | None = None
+    ) -> str:
         batch = operand.shape[0] if operand.dim() == 2 else math.prod(operand.shape[:-1])
-        key = backend.name, product, batch, operand.dtype, prefer
+        key = backend.name, product, batch, operand.dtype, prefer, dx_method
         if any_forced():
-            return self._choose(backend, product, batch, operand, prefer)
+            return self._choose(backend, product, batch, operand, prefer, dx_method)
         method = self._chosen.get(key)
         if method is None:
-            method = self._choose(backend, product, batch, operand, prefer)
+            method = self._choose(backend, product, batch, operand, prefer, dx_method)
             # While a graph is captured, costs are calculated where they have not been measured.
             if not (operand.is_cuda and torch.cuda.is_current_stream_capturing()):
                 if len(self._chosen) >= CHOICES_KEPT:
@@ -129,9 +132,12 @@ class Prepared:
                 self._chosen[key] = method
         return method
 
-    def _choose(self, backend: Backend, product: str, batch: int, operand: Tensor, prefer: str) -> str:
+    def _choose(
+        self, backend: Backend, product: str, batch: int, operand: Tensor, prefer: str, dx_method: str | None
+    ) -> str:
+        size = (*self.pattern.shape, self.pattern.nnz, batch)
         with on_device_of(operand):
-            return choose(backend, product, *self.pattern.shape, self.pattern.nnz, batch, operand.dtype, prefer)
+            return choose(backend, product, *size, operand.dtype, prefer, dx_method)
 
 
 class Connections:
