@@ -136,10 +136,15 @@ def _check_y(contender: Contender, x: Tensor, y: Tensor) -> None:
     check_product(f"{contender.name}: y", y, exact, size, (weight != 0).sum(1) + 1)
 
 
-def check_product(name: str, result: Tensor, exact: Tensor, size: Tensor, terms: Tensor) -> None:
+def check_product(
+    name: str, result: Tensor, exact: Tensor, size: Tensor, terms: Tensor, rounded: Tensor | None = None
+) -> None:
+    """Raises `WrongResult` for what lies outside its bound; `rounded` are sizes of what was rounded on the way."""
     if result.shape != exact.shape:
         raise WrongResult(f"{name} should have shape {tuple(exact.shape)}, has {tuple(result.shape)}")
     bound = expected(exact, size, terms, result.dtype).bound
+    if rounded is not None:
+        bound += torch.finfo(result.dtype).eps / 2 * (rounded + bound)
     wrong = ~((result.double() - exact).abs() <= bound)  # NaN is wrong, too
     if bool(wrong.any()):
         raise WrongResult(f"{name} is outside its error bound in {int(wrong.sum())} of {wrong.numel()} entries")

@@ -114,8 +114,8 @@ struct RowsOfColumns<bfloat16, rows, true> {
         for (int p = 0; p < rows / 2; ++p) {
             const B::V first = B::expand(values[2 * p], bits[2 * p], whole);
             const B::V second = B::expand(values[2 * p + 1], bits[2 * p + 1], whole);
-            pair[p][0] = B::pair_low(first, second);
-            pair[p][1] = B::pair_high(first, second);
+            pair[p][0] = B::interleave_low(first, second);
+            pair[p][1] = B::interleave_high(first, second);
         }
     }
     [[gnu::always_inline]] __m512 add(int vector, const bfloat16 *dy, const uint32_t (&)[rows], __m512 sum) const {

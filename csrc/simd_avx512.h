@@ -171,9 +171,9 @@ struct BfloatPairs {
     static void compress(const bfloat16 *spread, uint32_t bits, bfloat16 *packed, bool whole) {
         compress(load(spread), bits, packed, whole);
     }
-    // Pairs of a0 b0, a1 b1 ... of the lower / upper 16 entries.
-    static V pair_low(V a, V b) { return _mm512_permutex2var_epi16(a, places_of_pairs(), b); }
-    static V pair_high(V a, V b) {
+    // Pairs of a0 b0, a1 b1 ... of the lower / upper 16 entries: zips of ordered entries, with half as many shuffles.
+    static V interleave_low(V a, V b) { return _mm512_permutex2var_epi16(a, places_of_pairs(), b); }
+    static V interleave_high(V a, V b) {
         return _mm512_permutex2var_epi16(a, _mm512_add_epi32(places_of_pairs(), set1(0x00100010)), b);
     }
     static V places_of_pairs() {

@@ -40,6 +40,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calibration.cost_table.cache_clear()
 
 
+def _forget(own_cache: Path) -> None:
+    calibration.cost_table.cache_clear()
+    for table in own_cache.glob("costs-*.json"):
+        table.unlink()
+
+
 @pytest.fixture
 def quick_measure(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     """Instead of the measurement, a table by formula; the list says for which dtypes it was asked."""
@@ -86,9 +92,7 @@ def test_values_go_over_a_second_plan_where_dx_goes_over_one(own_cache, monkeypa
     x = torch.randn(16, 64, requires_grad=True)
     for changed, expected in (({}, ("bucketed", "tiled")), ({"tiled": 1.7}, ("bucketed", "bitmap"))):
         costs.update(changed)
-        calibration.cost_table.cache_clear()
-        for table in own_cache.glob("costs-*.json"):
-            table.unlink()
+        _forget(own_cache)
         with kernels.forced(BEST):
             layer = SparseLinear(64, 64)
             layer(x).sum().backward()
@@ -96,9 +100,7 @@ def test_values_go_over_a_second_plan_where_dx_goes_over_one(own_cache, monkeypa
         assert seen.pop() == (chosen["dx"], chosen["dvalues"]) == expected
     of_dx.update({"bucketed": 3.0})
     costs.update({"tiled": 1.5})
-    calibration.cost_table.cache_clear()
-    for table in own_cache.glob("costs-*.json"):
-        table.unlink()
+    _forget(own_cache)
     with kernels.forced(BEST):
         assert SparseLinear(64, 64).explain(16).chosen == {"forward": "bucketed", "dx": "bitmap", "dvalues": "bitmap"}
 
@@ -118,9 +120,7 @@ def test_near_ties_go_to_plans_then_to_what_sparsity_does_not_change_then_to_fil
             ({"dense": 1.11 * 0.95}, "dense"),
         ):
             costs.update(changed)
-            calibration.cost_table.cache_clear()
-            for table in own_cache.glob("costs-*.json"):
-                table.unlink()
+            _forget(own_cache)
             assert set(SparseLinear(64, 64).explain(64).chosen.values()) == {expected}
 
 
