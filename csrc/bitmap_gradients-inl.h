@@ -18,9 +18,7 @@ template <class T> struct ColumnSums {
     }
     // Rounds them and writes those of the connections side by side.
     [[gnu::always_inline]] void compress(uint32_t bits, T *packed, bool whole) const {
-        T rounded[C::columns];
-        S::store_first(rounded, v[0], S::lanes);
-        C::compress(rounded, bits, packed, whole);
+        S::store_first(packed, S::move_together(v[0], bits), whole ? S::lanes : __builtin_popcount(bits));
     }
 };
 

@@ -35,26 +35,39 @@ template <class T, int vectors>
 }
 
 // Writes the connections' entries of a group's sums in the panel that starts at `column`, each row's from its slot on.
+// A whole register is written where the slots of the row's block have room for it: what is too much is written anew.
 // A function of its own: GCC 12 keeps constants of rounding in a register across loops, and a sum in memory instead.
 template <class T, int64_t width>
 [[gnu::noinline]] void pick_connections(const offpath::filled_dvalues_args<T> &args, int64_t group, int64_t column,
-                                        const offpath::Sum<T> *sums, int64_t *slots) {
+                                        const offpath::Sum<T> *sums, int64_t *slots, const int64_t *ends) {
     using S = Simd<offpath::Sum<T>>;
     using C = ColumnVector<T>;
     const int64_t first_row = group * offpath::group_rows;
-    // All rows are rounded before the first is read again: a load would wait for stores that it overlaps.
-    alignas(64) T spread[offpath::group_rows * width + C::columns]; // whole registers are read
-    for (int64_t i = 0; i < offpath::group_rows * width; i += S::lanes)
-        S::store_first(spread + i, S::load(sums + i), S::lanes);
     for (int64_t i = 0; i < offpath::group_rows && first_row + i < args.bitmap.rows; ++i) {
         const int64_t at = (first_row + i) * args.bitmap.words_per_row + column / 64;
         const uint64_t word = args.bitmap.words[at] >> column % 64;
+        int64_t slot = slots[i];
         for (int64_t part = 0; part < width; part += C::columns) {
             const uint32_t bits = static_cast<uint32_t>(word >> part & ((uint64_t{1} << C::columns) - 1));
-            C::compress(spread + i * width + part, bits, args.dvalues + slots[i], false);
-            slots[i] += __builtin_popcount(bits);
+            ColumnSums<T> of_part;
+            for (int v = 0; v < ColumnSums<T>::vectors; ++v) {
+                const int64_t first = part + v * S::lanes;
+                of_part.v[v] = first < width ? S::load(sums + i * width + first) : S::zero();
+            }
+            of_part.compress(bits, args.dvalues + slot, ends[i] - slot >= C::columns);
+            slot += __builtin_popcount(bits);
         }
+        slots[i] = slot;
     }
+}
+
+// The connections of a row before its column `column`.
+inline int64_t slots_before_column(const offpath::Bitmap &bitmap, int64_t row, int64_t column) {
+    const int64_t word = column / 64;
+    if (word >= bitmap.words_per_row)
+        return bitmap.crow_indices[row + 1];
+    const uint64_t before = bitmap.words[row * bitmap.words_per_row + word] & ((uint64_t{1} << column % 64) - 1);
+    return slots_before(bitmap, row, word) + __builtin_popcountll(before);
 }
 
 // Block: rows count groups, batch counts panels of x.
@@ -64,13 +77,13 @@ template <class T> void filled_dvalues(const offpath::filled_dvalues_args<T> &ar
     const int64_t last_row =
         block.row_end * offpath::group_rows < bitmap.rows ? block.row_end * offpath::group_rows : bitmap.rows;
     const int64_t first_column = block.batch_begin * panel_width<T>;
-    // Where the next value of each row goes.
-    int64_t slots[offpath::groups_per_gradient * offpath::group_rows];
+    const int64_t last_column = block.batch_end * panel_width<T>;
+    // Where the next value of each row goes, and where those of the block end.
+    constexpr int64_t most_rows = offpath::groups_per_gradient * offpath::group_rows;
+    int64_t slots[most_rows], ends[most_rows];
     for (int64_t row = first_row; row < last_row; ++row) {
-        const uint64_t word =
-            first_column % 64 ? bitmap.words[row * bitmap.words_per_row + first_column / 64] : uint64_t{0};
-        slots[row - first_row] = slots_before(bitmap, row, first_column / 64) +
-                                 __builtin_popcountll(word & ((uint64_t{1} << first_column % 64) - 1));
+        slots[row - first_row] = slots_before_column(bitmap, row, first_column);
+        ends[row - first_row] = slots_before_column(bitmap, row, last_column);
     }
     for (int64_t panel = block.batch_begin; panel < block.batch_end; ++panel) {
         const int64_t column = panel * panel_width<T>;
@@ -89,9 +102,10 @@ template <class T> void filled_dvalues(const offpath::filled_dvalues_args<T> &ar
                         load_group<T, vectors>(acc, sums);
                     filled_positions<T, vectors>(args, group, x, begin, end, acc);
                     store_group<T, vectors>(acc, sums);
-                    if (end == args.batch)
-                        pick_connections<T, width>(args, group, column, sums,
-                                                   slots + (group - block.row_begin) * offpath::group_rows);
+                    if (end == args.batch) {
+                        const int64_t row = (group - block.row_begin) * offpath::group_rows;
+                        pick_connections<T, width>(args, group, column, sums, slots + row, ends + row);
+                    }
                 }
             }
         });

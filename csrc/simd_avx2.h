@@ -215,12 +215,14 @@ template <> struct Simd<double> {
         return _mm256_and_pd(a, _mm256_castsi256_pd(_mm256_cmpeq_epi64(mine, each)));
     }
     static void compress(const double *spread, uint32_t bits, double *packed, bool whole) {
-        const __m256 as_floats = _mm256_castpd_ps(load(spread));
-        const V side_by_side = _mm256_castps_pd(Simd<float>::move_together(as_floats, lane_orders.of_doubles[bits]));
+        const V side_by_side = move_together(load(spread), bits);
         if (whole)
             store(packed, side_by_side);
         else
             _mm256_maskstore_pd(packed, mask(__builtin_popcount(bits)), side_by_side);
+    }
+    static V move_together(V spread, uint32_t bits) {
+        return _mm256_castps_pd(Simd<float>::move_together(_mm256_castpd_ps(spread), lane_orders.of_doubles[bits]));
     }
     static __m256i mask(int64_t n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
 };

@@ -49,8 +49,11 @@ template <> struct Simd<float> {
         return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits),
                                       whole ? load(packed) : load_first(packed, __builtin_popcount(bits)));
     }
+    static V move_together(V spread, uint32_t bits) {
+        return _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), spread);
+    }
     static void compress(const float *spread, uint32_t bits, float *packed, bool whole) {
-        const V side_by_side = _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), load(spread));
+        const V side_by_side = move_together(load(spread), bits);
         whole ? store(packed, side_by_side) : store_first(packed, side_by_side, __builtin_popcount(bits));
     }
     static V keep_where(V a, uint32_t bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), a); }
@@ -78,7 +81,7 @@ template <> struct Simd<float> {
                                       load_first(packed, whole ? lanes : __builtin_popcount(bits)));
     }
     static void compress(const bfloat16 *spread, uint32_t bits, bfloat16 *packed, bool) {
-        const V side_by_side = _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), load_first(spread, lanes));
+        const V side_by_side = move_together(load_first(spread, lanes), bits);
         _mm256_mask_storeu_epi16(packed, mask(__builtin_popcount(bits)),
                                  _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(side_by_side), 16)));
     }
@@ -116,8 +119,11 @@ template <> struct Simd<double> {
                                       whole ? load(packed) : load_first(packed, __builtin_popcount(bits)));
     }
     static V keep_where(V a, uint32_t bits) { return _mm512_maskz_mov_pd(static_cast<__mmask8>(bits), a); }
+    static V move_together(V spread, uint32_t bits) {
+        return _mm512_maskz_compress_pd(static_cast<__mmask8>(bits), spread);
+    }
     static void compress(const double *spread, uint32_t bits, double *packed, bool whole) {
-        const V side_by_side = _mm512_maskz_compress_pd(static_cast<__mmask8>(bits), load(spread));
+        const V side_by_side = move_together(load(spread), bits);
         whole ? store(packed, side_by_side) : store_first(packed, side_by_side, __builtin_popcount(bits));
     }
     static __mmask8 mask(int64_t n) { return static_cast<__mmask8>((1u << n) - 1); }

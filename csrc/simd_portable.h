@@ -58,6 +58,12 @@ template <class T> struct Simd {
             each = Mask{1, 2, 4, 8};
         return ((Mask{} + bits) & each) == each ? a : zero();
     }
+    static V move_together(V spread, uint32_t bits) {
+        T a[lanes], together[lanes] = {};
+        store(a, spread);
+        compress_lanes(a, bits, lanes, together);
+        return load(together);
+    }
     template <class U> static void compress(const U *spread, uint32_t bits, U *packed, bool) {
         compress_lanes(spread, bits, lanes, packed);
     }

@@ -187,6 +187,10 @@ def test_a_report_without_layers_advises_only_what_helps() -> None:
     model = pruned_model().half()
     text = str(compress(model))
     assert "no kernel computes in torch.float16" in text and "prune first" not in text
+    convolutional = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(16, 4))
+    set_to_zero(convolutional[0].weight, 0.9)
+    text = str(compress(convolutional))
+    assert "give example= for those below that are" in text and "prune first" not in text
     assert "(at least 99.9%); prune first" in str(compress(pruned_model(), min_sparsity=0.999))
     assert "less than 99.9% of its weights" in str(compress(pruned_model(), min_sparsity=0.999))
     text = str(compress(nn.Sequential(nn.Embedding(50, 64)), embeddings="int8"))

@@ -232,6 +232,8 @@ def test_bad_requests_are_errors(tmp_path: Path) -> None:
         study(FULL, tmp_path / "a", {"cifar": "x"}, 1, Watcher())
     with pytest.raises(RunError, match="expected no --data for digits, which comes inside a Python package"):
         study(QUICK, tmp_path / "a", {"digits": "x"}, 1, Watcher())
+    with pytest.raises(RunError, match=r"found nothing there; correct --data cifar10=PATH"):
+        study(FULL, tmp_path / "a", {"cifar10": str(tmp_path / "nowhere")}, 1, Watcher())
     with pytest.raises(DataError, match="fashion-mnist"):
         study(FULL, tmp_path / "b", {"fashion-mnist": str(tmp_path)}, 1, Watcher())
     assert not (tmp_path / "a").exists()

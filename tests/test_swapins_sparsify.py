@@ -329,9 +329,11 @@ def test_switching_on_and_off(names: Callable[[], list]) -> None:
     assert names()[0] is swapin.encode
     with _with(_plain), pytest.raises(SwapInError, match="fused_encoder"):
         patch.undo()
+    again = swapin.patch()  # as a cell of a notebook does that runs twice
+    assert repr(again) == repr(patch)
+    again.undo()
     patch.undo()
-    patch.undo()
-    assert names() == theirs
+    assert names() == theirs and repr(again) == repr(patch) == "Patch(undone)"
 
 
 def test_an_unknown_version_is_refused_as_a_whole(names: Callable[[], list], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import offpath
 from offpath import SparseLinear
+from offpath.nn import Int8SparseLinear, PackedSparseLinear
 from offpath.topology import (
     Constant,
     Cosine,
@@ -62,6 +64,7 @@ def _pruned() -> nn.Module:
         ),
         (lambda: offpath.SET(m := _pruned(), _sgd(m)), "layer '0': .*mask or weight_norm"),
         (lambda: offpath.RigL(m := model_of(density=1.0), _sgd(m), end_step=9), "all are full or empty"),
+        (lambda: offpath.SET(model_of(), None), "expected the optimizer that trains the model, got NoneType"),
         (lambda: offpath.SET(m := model_of(), _sgd(m), also=[m]), "got the model itself"),
         (
             lambda: offpath.SET(m := model_of(), _sgd(m), also=AveragedModel(m)),
@@ -288,8 +291,34 @@ def test_connections_that_somebody_else_has_changed_are_noticed() -> None:
     model = model_of()
     topology = offpath.SET(model, _sgd(model), update_freq=1)
     model.load_state_dict(model_of(seed=5).state_dict())
-    with pytest.raises(TopologyError, match=r"layer '0': .* they have changed since"):
-        topology.step()
+    for ask in (topology.step, topology.survey):
+        with pytest.raises(TopologyError, match=r"layer '0': .* they have changed since"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    "give_away",
+    [
+        lambda layer: layer.state_dict(),
+        lambda layer: layer.to_dense(),
+        Int8SparseLinear.from_sparse,
+        partial(PackedSparseLinear.from_sparse, tokens=4),
+        lambda layer: offpath.densify(nn.Sequential(layer)),
+    ],
+    ids=["state_dict", "to_dense", "int8", "packed", "densify"],
+)
+def test_an_average_over_two_topologies_cannot_be_given_away(give_away: Callable[[SparseLinear], object]) -> None:
+    """What it is given to would belong together, and nobody would notice any more."""
+    layer = SparseLinear(64, 32)
+    optimizer, average = _sgd(layer), AveragedModel(layer)
+    topology = offpath.SET(layer, optimizer, update_freq=1)  # without also=[average]
+    layer(torch.ones(2, 64)).sum().backward()
+    optimizer.step()
+    topology.step()
+    average.update_parameters(layer)
+    give_away(layer)
+    with pytest.raises(RuntimeError, match=r"to be named in also=\[\.\.\.\]"):
+        give_away(average.module)
 
 
 def test_a_copy_that_has_other_connections_by_now_is_noticed_before_anything_changes() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -65,6 +67,53 @@ def test_a_follower_that_was_removed_follows_no_more() -> None:
     assert layer._forward_hooks
     follower.remove()
     assert not layer._forward_hooks
+
+
+def _compiles() -> bool:
+    """Whether a compiled function reaches its backend at the moment."""
+    reached = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        reached.append(graph)
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    return bool(reached)
+
+
+def _watching(update_freq: int) -> tuple[Follower, Callable[[], None]]:
+    """A follower of RigL, and a training step."""
+    layer = SparseLinear(12, 10)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+
+    def step() -> None:
+        layer(torch.ones(2, 12)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Follower(offpath.RigL(layer, optimizer, update_freq=update_freq, end_step=30), optimizer), step
+
+
+def test_compiled_models_run_uncompiled_as_long_as_any_follower_watches() -> None:
+    (first, step_first), (second, step_second) = _watching(2), _watching(3)
+    assert _compiles()
+    step_first()
+    step_second()
+    step_second()
+    assert first.topology.watching and second.topology.watching and not _compiles()
+    step_first()  # the one that began to watch first leaves off first
+    assert not first.topology.watching and not _compiles()
+    step_second()
+    assert _compiles()
+
+
+def test_a_follower_that_is_lost_while_it_watches_leaves_compiled_models_compiled() -> None:
+    follower, step = _watching(2)
+    step()
+    assert not _compiles()
+    del follower, step
+    gc.collect()
+    assert _compiles()
 
 
 @pytest.mark.parametrize(

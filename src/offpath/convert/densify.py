@@ -50,6 +50,7 @@ def densify(model: nn.Module) -> ConversionReport:
             replacements[layer] = dense
             layers.append(LayerReport(name, layer.pattern_shape, layer.nnz, model_bytes(layer), model_bytes(dense)))
         elif isinstance(layer, SparseWeightModule):
-            skipped.append((name, f"it is a {type(layer).__name__}; make a SparseLinear of it first"))
+            step = "its to_sparse() first" if hasattr(layer, "to_sparse") else "make a SparseLinear of it first"
+            skipped.append((name, f"it is a {type(layer).__name__}; {step}"))
     swap_modules(model, replacements)
     return ConversionReport(tuple(layers), tuple(skipped))

@@ -169,7 +169,11 @@ class _SparseConv(CsrWeightModule):
         return layer._hold(pattern, values, conv.weight.requires_grad, conv)
 
     def to_dense(self) -> Any:
-        """The dense layer that computes the same, zeros written out; shares no memory with this layer."""
+        """The dense layer that computes the same, zeros written out; shares no memory with this layer.
+
+        Raises `RuntimeError` where the values are not those of the layer's topology.
+        """
+        self._check_digest()
         conv = self.dense_class(**_settings(self), device="meta", dtype=self.values.dtype)
         weight = self.pattern.to_dense(self.values.detach()).view(conv.weight.shape)
         conv.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)

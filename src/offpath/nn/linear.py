@@ -122,7 +122,11 @@ class SparseLinear(CsrWeightModule):
         return cls._holding(pattern, values, linear.weight.requires_grad, linear)
 
     def to_dense(self) -> nn.Linear:
-        """The `nn.Linear` that computes the same, zeros written out; shares no memory with this layer."""
+        """The `nn.Linear` that computes the same, zeros written out; shares no memory with this layer.
+
+        Raises `RuntimeError` where the values are not those of the layer's topology.
+        """
+        self._check_digest()
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.values.dtype
         )

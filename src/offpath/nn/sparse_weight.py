@@ -218,6 +218,7 @@ class SparseWeightModule(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._check_digest()  # a layer that loads this would take any values for its connections' own
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.index_names:
             destination[prefix + name] = getattr(self, name)

@@ -34,6 +34,11 @@ def check_optimizer(optimizer: Optimizer, keeps_nnz: bool) -> None:
 
     And, unless a recipe `keeps_nnz`, for one that hands weights on in memory which it has laid out for their old sizes.
     """
+    if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
+        raise TopologyError(
+            f"expected the optimizer that trains the model, got {type(optimizer).__name__}; make one after sparsify, "
+            "and hand it over"
+        )
     if any(isinstance(one, torch.optim.LBFGS) for one in _with_inner(optimizer)):
         raise TopologyError(
             "expected an optimizer with a state of its own for each parameter, got LBFGS, which keeps one flat history "

@@ -48,17 +48,20 @@ class ManagedLayer:
     def view(self, generator: torch.Generator, average: Callable[[Tensor], Tensor] = lambda mine: mine) -> LayerView:
         """The layer as the rules see it. Raises `TopologyError` when somebody else has changed its connections."""
         check_plain(self.name, self.layer)
-        if self.digest_now() != self.digest:
-            raise TopologyError(
-                f"layer {self.name!r}: expected the connections that this topology left there, but they have changed "
-                "since; after loading a model's checkpoint, load that of its topology as well"
-            )
+        self._check_unchanged()
         values, gradient = self.layer.values.detach(), self.layer.values.grad
         pattern, capture = self.layer.connections.pattern, self.capture
         if not bool(values.isfinite().all()):
             raise TopologyError(f"layer {self.name!r}: expected finite weights, got NaN or inf")
         seen = capture.passes, capture.history
         return LayerView(self.name, pattern, values, generator, self.initial_nnz, gradient, *seen, average)
+
+    def _check_unchanged(self) -> None:
+        if self.digest_now() != self.digest:
+            raise TopologyError(
+                f"layer {self.name!r}: expected the connections that this topology left there, but they have changed "
+                "since; after loading a model's checkpoint, load that of its topology as well"
+            )
 
     def passes_problem(self) -> str | None:
         """Why what was seen of the step's passes cannot be read any more, or None."""
@@ -92,7 +95,8 @@ class ManagedLayer:
         return edit
 
     def state(self) -> LayerState:
-        """What has become of the layer; O(nnz)."""
+        """What has become of the layer; O(nnz). Raises `TopologyError` as `view` does."""
+        self._check_unchanged()
         pattern = self.layer.connections.pattern
         rows, columns = pattern.shape
         live = pattern.row_counts > 0

@@ -47,7 +47,11 @@ class LayerState:
 
 @dataclass(frozen=True)
 class TopologyUpdate:
-    """One update, after optimizer step number `step`, layer by layer. `dataclasses.asdict` makes it JSON."""
+    """One update, after optimizer step number `step`, layer by layer. `dataclasses.asdict` makes it JSON.
+
+    >>> print(TopologyUpdate(100, (LayerUpdate("0", dropped=30, grown=30, nnz=100, size=1000, unmoved=70),)))
+    step 100: 30 dropped and 30 grown in 1 layer; 100 connections (0.9 sparse), 70 of them unmoved
+    """
 
     step: int
     layers: tuple[LayerUpdate, ...]
@@ -77,3 +81,10 @@ class TopologyUpdate:
         """Sparsity of all layers together."""
         size = sum(layer.size for layer in self.layers)
         return 1 - self.nnz / size if size else 1.0
+
+    def __str__(self) -> str:
+        layers = f"{len(self.layers)} layer" + "s" * (len(self.layers) != 1)
+        return (
+            f"step {self.step}: {self.dropped:,} dropped and {self.grown:,} grown in {layers}; {self.nnz:,} connections "
+            f"({self.sparsity:.4g} sparse), {self.unmoved:,} of them unmoved"
+        )

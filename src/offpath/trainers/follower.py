@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,25 @@ from torch.optim import Optimizer
 from offpath.topology import Topology, TopologyUpdate
 
 MakeTopology = Callable[[nn.Module, Optimizer], Topology]
+
+
+class _Uncompiled:
+    """The process's compiled models, run uncompiled as long as any follower's topology watches their passes."""
+
+    def __init__(self) -> None:
+        self._watchers: set[int] = set()
+        self._stance: Any = None
+
+    def set_watching(self, watcher: int, watching: bool) -> None:
+        (self._watchers.add if watching else self._watchers.discard)(watcher)
+        if self._watchers and self._stance is None:
+            self._stance = torch.compiler.set_stance("force_eager")
+        elif not self._watchers and self._stance is not None:
+            self._stance.__exit__(None, None, None)  # to what it was
+            self._stance = None
+
+
+_uncompiled = _Uncompiled()
 
 
 class Follower:
@@ -38,13 +58,14 @@ class Follower:
         self._updates: list[TopologyUpdate] = []
         self._announced = False
         self._handle = optimizer.register_step_post_hook(self._after_step)
-        self._stance: Any = None
-        self._set_stance(topology.watching)
+        # A training that fails leaves its follower to the garbage collector.
+        weakref.finalize(self, _uncompiled.set_watching, id(self), watching=False).atexit = False
+        _uncompiled.set_watching(id(self), topology.watching)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a topology's `state`. Raises `TopologyError` for one that does not fit."""
         self.topology.load_state_dict(state)
-        self._set_stance(self.topology.watching)
+        _uncompiled.set_watching(id(self), self.topology.watching)
 
     def announce(self) -> None:
         """Say that the trainer is about to ask for a step; if none has come until `take_updates`, it was skipped."""
@@ -62,14 +83,7 @@ class Follower:
         """Follow no more, and watch no more passes."""
         self._handle.remove()
         self.topology.close()
-        self._set_stance(watching=False)
-
-    def _set_stance(self, watching: bool) -> None:
-        if watching and self._stance is None:
-            self._stance = torch.compiler.set_stance("force_eager")
-        elif not watching and self._stance is not None:
-            self._stance.__exit__(None, None, None)  # to what it was
-            self._stance = None
+        _uncompiled.set_watching(id(self), watching=False)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Fused optimizers are called in skipped steps as well, and find out by this tensor of the scaler's.
@@ -78,7 +92,7 @@ class Follower:
             return
         self._announced = False
         update = self.topology.step()
-        self._set_stance(self.topology.watching)
+        _uncompiled.set_watching(id(self), self.topology.watching)
         if update is not None:
             self._updates.append(update)
 

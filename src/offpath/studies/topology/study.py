@@ -58,6 +58,9 @@ def study(config: StudyConfig, out: Path, data: dict[str, str], jobs: int, obser
         raise RunError(f"expected --data for {', '.join(sorted(known))}, got {unknown[0]!r}")
     if idle := sorted(name for name in data if isinstance(DATASETS.get(name), WheelSpec)):
         raise RunError(f"expected no --data for {idle[0]}, which comes inside a Python package; leave it out")
+    for name, path in data.items():
+        if not Path(path).exists():
+            raise RunError(f"expected the data set {name} at {path}, found nothing there; correct --data {name}=PATH")
     folder = StudyFolder(out)
     folder.settle(config)
     with stop_on_signal() as stop:
