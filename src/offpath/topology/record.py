@@ -85,6 +85,6 @@ class TopologyUpdate:
     def __str__(self) -> str:
         layers = f"{len(self.layers)} layer" + "s" * (len(self.layers) != 1)
         return (
-            f"step {self.step}: {self.dropped:,} dropped and {self.grown:,} grown in {layers}; {self.nnz:,} connections "
-            f"({self.sparsity:.4g} sparse), {self.unmoved:,} of them unmoved"
+            f"step {self.step}: {self.dropped:,} dropped and {self.grown:,} grown in {layers}; "
+            f"{self.nnz:,} connections ({self.sparsity:.4g} sparse), {self.unmoved:,} of them unmoved"
         )

@@ -21,7 +21,7 @@ from offpath.studies.compression.pretrained import Pretrained, open_pretrained, 
 from offpath.studies.compression.quality import embed, embedding_quality, perplexity
 from offpath.studies.compression.tokens import Inputs, longest, random_tokens, read_lines, text_windows, token_ids
 from offpath.studies.config import RunError, check_seed
-from offpath.studies.data import Pairs, load_pairs
+from offpath.studies.data import PAIRS, Pairs, load_pairs
 from offpath.studies.files import five_digits, read_json, write_text
 
 BENCH_FILE = "bench.json"
@@ -50,6 +50,8 @@ class BenchConfig:
         for name, count in (("batch", self.batch), ("tokens", self.tokens)):
             if not 1 <= count <= MOST:
                 raise RunError(f"expected --{name} from 1 to {MOST}, got {count}")
+        if self.pairs not in PAIRS:
+            raise RunError(f"expected --pairs to be one of {', '.join(PAIRS)}, got {self.pairs!r}")
         check_seed(self.seed)
 
 

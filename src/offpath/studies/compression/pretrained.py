@@ -74,9 +74,10 @@ def find(place: str) -> Path:
             )
         (folder,) = folders
     if not (folder / CONFIG).is_file() or not has_weights(folder):
+        seen = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         raise RunError(
             f"expected {CONFIG} and the weights of a Hugging Face checkpoint in {folder}, found "
-            f"{', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'}; name the folder of one"
+            f"{', '.join(seen[:8]) or 'nothing'}; name the folder of one"
         )
     return folder.resolve()
 
