@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import prune, weight_norm
 
 from offpath import SparseLinear
@@ -225,6 +226,12 @@ def test_values_that_weight_norm_computes_load_with_their_topology(dim: int | No
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
+def test_a_state_dict_in_a_mode_is_asked_for_no_numbers() -> None:
+    layer = _layer()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer.state_dict().keys() == {"values", "bias", "crow_indices", "col_indices"}
+
+
 def test_memory_without_contents_is_filled_or_told_of() -> None:
     layer = _layer().to_empty(device="cpu")
     layer.topology_digest.zero_()
@@ -233,6 +240,8 @@ def test_memory_without_contents_is_filled_or_told_of() -> None:
     layer.reset_parameters()
     assert layer(torch.randn(3, 12)).isfinite().all()
     lost = _layer().to("meta").to_empty(device="cpu")
+    lost.topology_digest.fill_(1)
+    assert all(lost.state_dict()[name].is_meta for name in ("crow_indices", "col_indices"))  # names and shapes alone
     for use in (lost.reset_parameters, lambda: lost(torch.randn(3, 12))):
         lost.topology_digest.fill_(1)
         with pytest.raises(RuntimeError, match="left them on the meta device"):

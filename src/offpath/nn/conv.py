@@ -173,7 +173,7 @@ class _SparseConv(CsrWeightModule):
 
         Raises `RuntimeError` where the values are not those of the layer's topology.
         """
-        self._check_digest()
+        self._check_given_away()
         conv = self.dense_class(**_settings(self), device="meta", dtype=self.values.dtype)
         weight = self.pattern.to_dense(self.values.detach()).view(conv.weight.shape)
         conv.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)

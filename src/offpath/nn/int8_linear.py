@@ -107,7 +107,7 @@ class Int8SparseLinear(CsrWeightModule):
         """
         if not isinstance(layer, SparseLinear):  # others have patterns that mean something else, or scales
             raise ValueError(f"expected a SparseLinear, got {type(layer).__name__}; SparseLinear.from_dense makes one")
-        layer._check_digest()
+        layer._check_given_away()
         pattern = layer.pattern
         quantised = cls(
             layer.in_features,

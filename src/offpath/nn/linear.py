@@ -126,7 +126,7 @@ class SparseLinear(CsrWeightModule):
 
         Raises `RuntimeError` where the values are not those of the layer's topology.
         """
-        self._check_digest()
+        self._check_given_away()
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.values.dtype
         )

@@ -92,7 +92,7 @@ class PackedSparseLinear(nn.Module):
         """
         if not isinstance(layer, SparseLinear):  # others have patterns that mean something else, or scales
             raise ValueError(f"expected a SparseLinear, got {type(layer).__name__}; SparseLinear.from_dense makes one")
-        layer._check_digest()
+        layer._check_given_away()
         if prefer not in ("speed", "memory"):
             raise ValueError(f"expected prefer to be 'speed' or 'memory', got {prefer!r}")
         if tokens is not None and not 0 <= tokens <= MAX_TILED_TOKENS:

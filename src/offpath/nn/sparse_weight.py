@@ -14,7 +14,7 @@ from offpath.nn.casts import keep_dtypes
 from offpath.nn.loading import load_problem, sources_of_values
 from offpath.nn.parameter import replace_values
 from offpath.ops import Connections
-from offpath.ops.library import is_transforming, unwrapped
+from offpath.ops.library import is_in_a_mode, is_transforming, unwrapped
 from offpath.pattern import Pattern
 
 DEFAULT_SPARSITY = 0.9
@@ -206,6 +206,14 @@ class SparseWeightModule(nn.Module):
                 )
         self._digest_seen = seen
 
+    def _check_given_away(self) -> None:
+        """The look of a call, before values leave with connections: whoever takes both believes that they match.
+
+        What has left its connections on meta has none to give, and no number can be read of a fake tensor.
+        """
+        if not self._connections.col_indices.is_meta and not is_in_a_mode():
+            self._check_digest()
+
     def _resize_values(self, nnz: int) -> None:
         replace_values(self.values, self.values.new_empty(nnz).detach())
 
@@ -218,7 +226,7 @@ class SparseWeightModule(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self._check_digest()  # a layer that loads this would take any values for its connections' own
+        self._check_given_away()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.index_names:
             destination[prefix + name] = getattr(self, name)

@@ -182,6 +182,11 @@ def saved_tensor_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def is_in_a_mode() -> bool:
+    """Whether a mode stands between torch's calls and their kernels, as fake tensors and counters of operations do."""
+    return _count_of_modes() > 0
+
+
 def nobody_listens(*operands: Tensor | None) -> bool:
     """Whether the dispatcher would do nothing but call the kernel; the trip through it costs as much as a small layer.
 
