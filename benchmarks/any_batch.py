@@ -94,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=at_least_one, default=ROUNDS)
     parser.add_argument("--out", type=Path, default=Path("runs/any_batch.svg"), help="default: %(default)s")
     options = parser.parse_args(arguments)
+    if options.max_batch < VECTOR:
+        parser.error(f"expected --max-batch of at least {VECTOR}, a full vector, got {options.max_batch}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     batches = [batch for batch in BATCHES if batch <= options.max_batch]
     layer = f"{options.inputs} -> {options.outputs}, {options.sparsity:.0%}"

@@ -288,6 +288,9 @@ def test_the_plot_over_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert {"fp32 dense", "fp32 offpath", "bf16 dense"} <= set(content["cliffs"])
         assert "<svg" in out.read_text()
         assert "fp32 offpath largest step" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        any_batch.main(["--max-batch", "15", "--out", str(out)])
+    assert "expected --max-batch of at least 16, a full vector, got 15" in capsys.readouterr().err
 
 
 def test_the_costliest_tail() -> None:
