@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import offpath
-from offpath import SparseLinear
+from offpath import SparseLinear, topology as parts
 from offpath.topology import TopologyUpdate
 from offpath.trainers.follower import Follower
 
@@ -114,6 +115,34 @@ def test_a_follower_that_is_lost_while_it_watches_leaves_compiled_models_compile
     del follower, step
     gc.collect()
     assert _compiles()
+
+
+def test_a_checkpoint_that_only_one_of_many_processes_could_resume_is_told_of() -> None:
+    layer = SparseLinear(12, 10)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+    recipe = parts.Recipe(
+        "momentum",
+        schedule=parts.Every(update_freq=2, end_step=10),
+        drop=parts.drop.magnitude,
+        grow=parts.grow.Momentum(momentum=0.9, steps=2),
+        budget=parts.PerLayer(parts.Cosine(drop_fraction=0.3, end_step=10)),
+    )
+    follower = Follower(parts.Topology(layer, optimizer, recipe), optimizer)
+
+    def step() -> None:
+        layer(torch.ones(2, 12)).square().sum().backward()
+        optimizer.step()
+
+    step()
+    follower.state_dict()  # one process: no warning, which pytest would raise
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.warns(UserWarning, match="cannot be resumed in many processes"):
+            follower.state_dict()
+        step()
+        follower.state_dict()  # right after an update
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

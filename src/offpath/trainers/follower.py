@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.optim import Optimizer
 
 from offpath.topology import Topology, TopologyUpdate
@@ -61,6 +62,19 @@ class Follower:
         # A training that fails leaves its follower to the garbage collector.
         weakref.finalize(self, _uncompiled.set_watching, id(self), watching=False).atexit = False
         _uncompiled.set_watching(id(self), topology.watching)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The topology's state, as one process saves it for all; warns where the others could not go on from it."""
+        state = self.topology.state_dict()
+        many = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        if many and any("history" in layer for layer in state["layers"].values()):
+            warnings.warn(
+                "this checkpoint cannot be resumed in many processes: it was saved between two updates of a rule that "
+                "looks at several steps, and holds what one process has seen of them; save right after an update, for "
+                "example every update_freq steps",
+                stacklevel=2,
+            )
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a topology's `state`. Raises `TopologyError` for one that does not fit."""

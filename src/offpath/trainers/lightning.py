@@ -53,7 +53,7 @@ class TopologyCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the topology."""
-        return self._follower.topology.state_dict() if self._follower else {}
+        return self._follower.state_dict() if self._follower else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of a checkpoint until the optimizer's has been loaded as well."""

@@ -57,7 +57,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the topology."""
-        saved = to_plain(self._follower.topology.state_dict()) if self._follower else None
+        saved = to_plain(self._follower.state_dict()) if self._follower else None
         # The args stand for what no JSON can hold; see what is said where they are refused.
         return {"args": {"make": "the function is not saved"}, "attributes": {"topology": saved}}
 

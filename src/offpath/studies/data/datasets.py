@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -135,7 +136,7 @@ def download(name: str, data_dir: Path | None = None, progress: bool = False) ->
     Raises `DataError` where the set is unknown, has no home because it comes inside a Python package, or
     cannot be downloaded whole; nothing half-written is left then.
     """
-    spec = _spec(name)
+    spec = _spec(name, [known for known, spec in DATASETS.items() if not isinstance(spec, WheelSpec)])
     if isinstance(spec, ArchiveSpec):
         return fetch_archive(spec, data_dir, progress)
     if isinstance(spec, WheelSpec):
@@ -147,11 +148,11 @@ def download(name: str, data_dir: Path | None = None, progress: bool = False) ->
     return fetch(spec, data_dir, progress)
 
 
-def _spec(name: str) -> Spec:
+def _spec(name: str, fitting: Collection[str] = DATASETS.keys()) -> Spec:
     if name not in DATASETS:
-        close = get_close_matches(name, DATASETS, n=1)
+        close = get_close_matches(name, fitting, n=1)
         raise DataError(
-            f"the name of a data set: {', '.join(DATASETS)}",
+            f"the name of a data set: {', '.join(fitting)}",
             repr(name),
             f"use {close[0]!r}" if close else "use one of these names",
         )
