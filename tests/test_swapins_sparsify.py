@@ -334,6 +334,15 @@ def test_switching_on_and_off(names: Callable[[], list]) -> None:
     again.undo()
     patch.undo()
     assert names() == theirs and repr(again) == repr(patch) == "Patch(undone)"
+    later = swapin.patch()
+    patch.undo()  # what was undone once is no longer this handle's
+    assert names()[0] is swapin.encode
+    later.undo()
+    with swapin.patch() as patch:
+        patch.undo()
+        sparsify.sparse_coder.fused_encoder = _plain  # somebody else's, from now on
+    assert names()[0] is _plain
+    sparsify.sparse_coder.fused_encoder = theirs[0]
 
 
 def test_an_unknown_version_is_refused_as_a_whole(names: Callable[[], list], monkeypatch: pytest.MonkeyPatch) -> None:

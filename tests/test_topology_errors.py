@@ -64,6 +64,7 @@ def _pruned() -> nn.Module:
         ),
         (lambda: offpath.SET(m := _pruned(), _sgd(m)), "layer '0': .*mask or weight_norm"),
         (lambda: offpath.RigL(m := model_of(density=1.0), _sgd(m), end_step=9), "all are full or empty"),
+        (lambda: offpath.Static(model_of(), None), "expected the optimizer that trains the model, got NoneType"),
         (lambda: offpath.SET(model_of(), None), "expected the optimizer that trains the model, got NoneType"),
         (lambda: offpath.SET(m := model_of(), _sgd(m), also=[m]), "got the model itself"),
         (

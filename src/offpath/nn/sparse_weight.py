@@ -209,9 +209,9 @@ class SparseWeightModule(nn.Module):
     def _check_given_away(self) -> None:
         """The look of a call, before values leave with connections: whoever takes both believes that they match.
 
-        What has left its connections on meta has none to give, and no number can be read of a fake tensor.
+        What has left its connections on meta has none to give; of fake tensors and in a graph, no number can be read.
         """
-        if not self._connections.col_indices.is_meta and not is_in_a_mode():
+        if not (torch.compiler.is_compiling() or self._connections.col_indices.is_meta or is_in_a_mode()):
             self._check_digest()
 
     def _resize_values(self, nnz: int) -> None:

@@ -12,8 +12,8 @@ class SwapInError(RuntimeError):
 
 
 _Replaced = tuple[Any, str, Any, Any]  # module or class, name, what stood there, what stands there
-# What stood where offpath's replacements have been put, by id(module or class) and name.
-_stood: dict[tuple[int, str], Any] = {}
+# What is in place, by id(module or class), name and id(replacement). A patch that finds it there shares it.
+_in_place: dict[tuple[int, str, int], _Replaced] = {}
 
 
 class Patch:
@@ -43,12 +43,13 @@ class Patch:
         self._replaced: list[_Replaced] = []
         self._found: list[_Replaced] = []
         for owner, name, ours in replacements:
-            if vars(owner)[name] is ours:
-                self._found.append((owner, name, _stood[id(owner), name], ours))
-                continue
-            theirs = _stood[id(owner), name] = vars(owner)[name]
-            self._replaced.append((owner, name, theirs, ours))
-            setattr(owner, name, ours)
+            one = (owner, name, vars(owner)[name], ours)
+            if vars(owner)[name] is not ours:
+                _in_place[_key(one)] = one
+                self._replaced.append(one)
+                setattr(owner, name, ours)
+            elif there := _in_place.get(_key(one)):
+                self._found.append(there)
 
     def undo(self) -> None:
         """Put back what stood there; a second time does nothing.
@@ -58,14 +59,17 @@ class Patch:
         self._put_back(self._found + self._replaced)
 
     def _put_back(self, replaced: list[_Replaced]) -> None:
-        for owner, name, theirs, ours in replaced:
-            if vars(owner)[name] not in (ours, theirs):
+        left = [one for one in replaced if _in_place.get(_key(one)) is one]  # the others were put back before
+        for owner, name, _, ours in left:
+            if vars(owner)[name] is not ours:
                 raise SwapInError(
                     f"expected offpath's {_name(owner)}.{name}, found {vars(owner)[name]!r}: it was replaced after "
                     "patch(); undo that first"
                 )
-        for owner, name, theirs, _ in replaced:
+        for one in left:
+            owner, name, theirs, _ = one
             setattr(owner, name, theirs)
+            del _in_place[_key(one)]
 
     def __enter__(self) -> Patch:
         return self
@@ -76,8 +80,13 @@ class Patch:
         self._put_back(self._replaced)
 
     def __repr__(self) -> str:
-        names = [name for owner, name, _, ours in self._found + self._replaced if vars(owner)[name] is ours]
+        names = [one[1] for one in self._found + self._replaced if _in_place.get(_key(one)) is one]
         return f"Patch({', '.join(names) or 'undone'})"
+
+
+def _key(one: _Replaced) -> tuple[int, str, int]:
+    owner, name, _, ours = one
+    return id(owner), name, id(ours)
 
 
 def _name(owner: Any) -> str:

@@ -29,16 +29,19 @@ def check_grown_state(grown_state: Mapping[str, float | str], keys: Collection[s
             )
 
 
-def check_optimizer(optimizer: Optimizer, keeps_nnz: bool) -> None:
-    """Raises `TopologyError` for one whose state cannot be told apart by parameter.
+def check_optimizer(optimizer: Optimizer, keeps_nnz: bool, moves: bool) -> None:
+    """Raises `TopologyError` for what is none, and, for a recipe that `moves`, where its state cannot follow.
 
-    And, unless a recipe `keeps_nnz`, for one that hands weights on in memory which it has laid out for their old sizes.
+    That is a state that cannot be told apart by parameter; and, unless a recipe `keeps_nnz`, weights that are handed on
+    in memory laid out for their old sizes.
     """
     if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
         raise TopologyError(
             f"expected the optimizer that trains the model, got {type(optimizer).__name__}; make one after sparsify, "
             "and hand it over"
         )
+    if not moves:
+        return
     if any(isinstance(one, torch.optim.LBFGS) for one in _with_inner(optimizer)):
         raise TopologyError(
             "expected an optimizer with a state of its own for each parameter, got LBFGS, which keeps one flat history "

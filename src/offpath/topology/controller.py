@@ -79,8 +79,7 @@ class Topology:
         self._grown_state = dict(grown_state or {})
         check_grown_state(self._grown_state)
         keeps_nnz = getattr(recipe.budget, "keeps_nnz", recipe.budget is None)
-        if recipe.schedule is not None:
-            check_optimizer(optimizer, keeps_nnz)
+        check_optimizer(optimizer, keeps_nnz, moves=recipe.schedule is not None)
         self._managed = managed_layers(unwrapped(model), optimizer, also, filter_fn, record_explored)
         if recipe.schedule is not None:
             warn_of_staying(unwrapped(model), filter_fn)
