@@ -238,6 +238,15 @@ def test_a_trace_in_grad_mode_can_be_saved(tmp_path: Path) -> None:
     assert torch.equal(torch.jit.load(tmp_path / "traced.pt")(x), layer(x))
 
 
+@pytest.mark.long
+def test_an_aotinductor_package_computes_what_the_layer_does(tmp_path: Path) -> None:
+    layer, x = SparseLinear(20, 30, sparsity=0.5), _x(4, 20)
+    with torch.no_grad():
+        program = torch.export.export(layer, (x,))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+        assert torch.equal(torch._inductor.aoti_load_package(package)(x), layer(x))
+
+
 def test_only_so_many_choices_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offpath.ops.prepared.CHOICES_KEPT", 4)
     monkeypatch.setattr("offpath.ops.prepared_convolutions.CHOICES_KEPT", 4)

@@ -320,7 +320,7 @@ def names() -> Iterator[Callable[[], list]]:
     ]
 
 
-def test_switching_on_and_off(names: Callable[[], list]) -> None:
+def test_switching_on_and_off(names: Callable[[], list], monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = names()
     patch = swapin.patch()
     assert not any(a is b for a, b in zip(names(), theirs, strict=True))
@@ -340,9 +340,8 @@ def test_switching_on_and_off(names: Callable[[], list]) -> None:
     later.undo()
     with swapin.patch() as patch:
         patch.undo()
-        sparsify.sparse_coder.fused_encoder = _plain  # somebody else's, from now on
+        monkeypatch.setattr(sparsify.sparse_coder, "fused_encoder", _plain)  # somebody else's, from now on
     assert names()[0] is _plain
-    sparsify.sparse_coder.fused_encoder = theirs[0]
 
 
 def test_an_unknown_version_is_refused_as_a_whole(names: Callable[[], list], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import offpath
 from offpath import SparseLinear
-from offpath.nn import Int8SparseLinear, PackedSparseLinear
+from offpath.nn import Int8SparseLinear, PackedSparseLinear, SparseConv2d
 from offpath.topology import (
     Constant,
     Cosine,
@@ -320,6 +320,14 @@ def test_an_average_over_two_topologies_cannot_be_given_away(give_away: Callable
     give_away(layer)
     with pytest.raises(RuntimeError, match=r"to be named in also=\[\.\.\.\]"):
         give_away(average.module)
+
+
+def test_a_convolution_with_values_of_another_topology_cannot_be_given_away() -> None:
+    conv = SparseConv2d(8, 8, 3)
+    conv.to_dense()
+    conv.topology_digest += conv.topology_digest // 2
+    with pytest.raises(RuntimeError, match="the topologies differ"):
+        conv.to_dense()
 
 
 def test_a_copy_that_has_other_connections_by_now_is_noticed_before_anything_changes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -11,9 +12,18 @@ class SwapInError(RuntimeError):
     """A package that is not as the swap-in knows it."""
 
 
-_Replaced = tuple[Any, str, Any, Any]  # module or class, name, what stood there, what stands there
-# What is in place, by id(module or class), name and id(replacement). A patch that finds it there shares it.
-_in_place: dict[tuple[int, str, int], _Replaced] = {}
+@dataclass(frozen=True, eq=False)
+class _Replacement:
+    """`ours` in the place of `theirs`, under the `name` of a module or class."""
+
+    owner: Any
+    name: str
+    theirs: Any
+    ours: Any
+
+
+# What has not been put back. A patch that finds its own replacement there shares it.
+_in_place: list[_Replacement] = []
 
 
 class Patch:
@@ -40,36 +50,25 @@ class Patch:
                     f"expected {_name(owner)}.{name} to replace, found none: offpath does not know this version of the "
                     "package; install the one that the extra names, or report the version"
                 )
-        self._replaced: list[_Replaced] = []
-        self._found: list[_Replaced] = []
+        self._made: list[_Replacement] = []
+        self._found: list[_Replacement] = []
         for owner, name, ours in replacements:
-            one = (owner, name, vars(owner)[name], ours)
-            if vars(owner)[name] is not ours:
-                _in_place[_key(one)] = one
-                self._replaced.append(one)
-                setattr(owner, name, ours)
-            elif there := _in_place.get(_key(one)):
-                self._found.append(there)
+            there = [one for one in _in_place if one.owner is owner and one.name == name and one.ours is ours]
+            if vars(owner)[name] is ours:
+                self._found += there
+                continue
+            for taken_away in there:
+                _in_place.remove(taken_away)
+            self._made.append(_Replacement(owner, name, vars(owner)[name], ours))
+            _in_place.append(self._made[-1])
+            setattr(owner, name, ours)
 
     def undo(self) -> None:
         """Put back what stood there; a second time does nothing.
 
         Raises `SwapInError`, and puts nothing back, when somebody has replaced a name since.
         """
-        self._put_back(self._found + self._replaced)
-
-    def _put_back(self, replaced: list[_Replaced]) -> None:
-        left = [one for one in replaced if _in_place.get(_key(one)) is one]  # the others were put back before
-        for owner, name, _, ours in left:
-            if vars(owner)[name] is not ours:
-                raise SwapInError(
-                    f"expected offpath's {_name(owner)}.{name}, found {vars(owner)[name]!r}: it was replaced after "
-                    "patch(); undo that first"
-                )
-        for one in left:
-            owner, name, theirs, _ = one
-            setattr(owner, name, theirs)
-            del _in_place[_key(one)]
+        _put_back(self._found + self._made)
 
     def __enter__(self) -> Patch:
         return self
@@ -77,16 +76,25 @@ class Patch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._put_back(self._replaced)
+        _put_back(self._made)
 
     def __repr__(self) -> str:
-        names = [one[1] for one in self._found + self._replaced if _in_place.get(_key(one)) is one]
+        names = [one.name for one in self._found + self._made if one in _in_place]
         return f"Patch({', '.join(names) or 'undone'})"
 
 
-def _key(one: _Replaced) -> tuple[int, str, int]:
-    owner, name, _, ours = one
-    return id(owner), name, id(ours)
+def _put_back(replacements: list[_Replacement]) -> None:
+    left = [one for one in replacements if one in _in_place]
+    for one in left:
+        found = vars(one.owner)[one.name]
+        if found is not one.ours:
+            raise SwapInError(
+                f"expected offpath's {_name(one.owner)}.{one.name}, found {found!r}: it was replaced after patch(); "
+                "undo that first"
+            )
+    for one in left:
+        setattr(one.owner, one.name, one.theirs)
+        _in_place.remove(one)
 
 
 def _name(owner: Any) -> str:

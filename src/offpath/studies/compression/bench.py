@@ -21,7 +21,7 @@ from offpath.studies.compression.pretrained import Pretrained, open_pretrained, 
 from offpath.studies.compression.quality import embed, embedding_quality, perplexity
 from offpath.studies.compression.tokens import Inputs, longest, random_tokens, read_lines, text_windows, token_ids
 from offpath.studies.config import RunError, check_seed
-from offpath.studies.data import PAIRS, Pairs, load_pairs
+from offpath.studies.data import Pairs, check_pairs, load_pairs
 from offpath.studies.files import five_digits, read_json, write_text
 
 BENCH_FILE = "bench.json"
@@ -33,7 +33,8 @@ Watch = Callable[[str, int, int], None]
 class BenchConfig:
     """What is measured. `pairs` is the set that an encoder is tested on, `data` the text that a decoder predicts.
 
-    Times are those of one text of a few tokens, and of `batch` texts of `tokens`. Raises `RunError` for none.
+    Times are those of one text of a few tokens, and of `batch` texts of `tokens`. Raises `RunError` for none,
+    and `DataError` for unknown pairs.
     """
 
     folder: str
@@ -50,8 +51,7 @@ class BenchConfig:
         for name, count in (("batch", self.batch), ("tokens", self.tokens)):
             if not 1 <= count <= MOST:
                 raise RunError(f"expected --{name} from 1 to {MOST}, got {count}")
-        if self.pairs not in PAIRS:
-            raise RunError(f"expected --pairs to be one of {', '.join(PAIRS)}, got {self.pairs!r}")
+        check_pairs(self.pairs)
         check_seed(self.seed)
 
 

@@ -63,6 +63,14 @@ WORDNET = PairsSpec(
 PAIRS: dict[str, PairsSpec | None] = {WORDNET.name: WORDNET, PYTHON_DOCS: None}
 
 
+def check_pairs(name: str) -> None:
+    """Raises `DataError` for a name that is none of `PAIRS`."""
+    if name not in PAIRS:
+        close = get_close_matches(name, PAIRS, n=1)
+        next_step = f"use {close[0]!r}" if close else "use one of these names"
+        raise DataError(f"the name of a set of pairs: {', '.join(PAIRS)}", repr(name), next_step)
+
+
 def load_pairs(name: str, data: Path | None = None) -> Pairs:
     """Load the pairs `name`, one of `PAIRS`, without ever downloading.
 
@@ -76,10 +84,7 @@ def load_pairs(name: str, data: Path | None = None) -> Pairs:
     >>> pairs.documents[place]
     'Remove any common leading whitespace from every line in `text`.'
     """
-    if name not in PAIRS:
-        close = get_close_matches(name, PAIRS, n=1)
-        next_step = f"use {close[0]!r}" if close else "use one of these names"
-        raise DataError(f"the name of a set of pairs: {', '.join(PAIRS)}", repr(name), next_step)
+    check_pairs(name)
     spec = PAIRS[name]
     if spec is None:
         texts, source = read_docstrings()
