@@ -2,8 +2,8 @@
 // addresses: kernels/cpu.py is its only caller and has checked device, dtype, shape, strides and the pattern before.
 #include "module.h"
 #include "backward.h"
+#include "bitmap_backward.h"
 #include "digest.h"
-#include "small_products.h"
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -149,6 +149,18 @@ void call_backward(int64_t isa, const nb::tuple &made, int64_t rows, int64_t col
                 at<T>(dbias), threads);
 }
 
+template <class T>
+void call_bitmap_backward(int64_t isa, const BitMatrix &matrix, int64_t batch, Address values, Address dy,
+                          int64_t dy_feature_stride, int64_t dy_batch_stride, Address x, int64_t x_feature_stride,
+                          int64_t x_batch_stride, bool fills_dx, bool fills_dvalues, Address dx, Address dvalues,
+                          Address dbias, int threads) {
+    nb::gil_scoped_release release;
+    bitmap_backward<T>(use_kernels<T>(isa), matrix, at<const T>(values),
+                       {at<const T>(dy), dy_feature_stride, dy_batch_stride},
+                       {at<const T>(x), x_feature_stride, x_batch_stride}, batch, fills_dx, fills_dvalues, at<T>(dx),
+                       at<T>(dvalues), at<T>(dbias), threads);
+}
+
 template <class T> void call_expand(int64_t isa, const BitMatrix &matrix, Address values, Address dense, int threads) {
     nb::gil_scoped_release release;
     expand<T>(use_kernels<T>(isa), matrix, at<const T>(values), at<T>(dense), threads);
@@ -205,6 +217,7 @@ NB_MODULE(_native, m) {
     m.def("bitmap_spmm_" #suffix, &call_bitmap_spmm<T>);                                                               \
     m.def("bitmap_dx_" #suffix, &call_bitmap_dx<T>);                                                                   \
     m.def("bitmap_dvalues_" #suffix, &call_bitmap_dvalues<T>);                                                         \
+    m.def("bitmap_backward_" #suffix, &call_bitmap_backward<T>);                                                       \
     m.def("filled_spmm_" #suffix, &call_filled_spmm<T>);                                                               \
     m.def("filled_dx_" #suffix, &call_filled_dx<T>);                                                                   \
     m.def("filled_dvalues_" #suffix, &call_filled_dvalues<T>);                                                         \

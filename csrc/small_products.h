@@ -110,31 +110,52 @@ void bitmap_spmm(const Kernels<T> &kernels, const BitMatrix &matrix, const T *va
     }
 }
 
+// One part of the rows after the other, each summed apart, for the gradient of x for at most bitmap_batch tokens.
+template <class T> class InputGradientParts {
+  public:
+    InputGradientParts(const Kernels<T> &kernels, const bitmap_dx_args<T> &args, int64_t rows_per_part)
+        : kernel(kernels.bitmap_dx), args(args), rows_per_part(rows_per_part) {}
+
+    int64_t tasks() const { return ceil_div(args.bitmap.rows, rows_per_part); }
+    void run(int64_t part) const {
+        bitmap_dx_args<T> own = args;
+        own.sums += part * args.batch * args.sums_stride;
+        std::fill_n(own.sums, args.batch * args.sums_stride, Sum<T>{});
+        const int64_t begin = part * rows_per_part;
+        kernel(own, {begin, std::min(args.bitmap.rows, begin + rows_per_part), 0, 0});
+    }
+
+  private:
+    const Kernel<bitmap_dx_args<T>> kernel;
+    const bitmap_dx_args<T> args;
+    const int64_t rows_per_part;
+};
+
 // dx[b, c] = sum over the connections of column c of value * dy[b, row], with dy copied to rows of `Entry`. Parts of
-// the rows are summed apart; how many parts there are must not depend on the threads, or the result would.
-template <class T, class Entry>
+// the rows are summed apart; how many parts there are must not depend on the threads, or the result would. What stands
+// `beside` it runs in the first round of the threads, of which there are `threads_beside` then.
+template <class T, class Entry, class... Beside>
 void bitmap_dx_of(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const Matrix<T> &dy,
-                  int64_t batch, T *dx, int threads) {
+                  int64_t batch, T *dx, int threads, int threads_beside, const Beside &...beside) {
     const Bitmap view = matrix.view();
     const int64_t dy_stride = token_stride<Entry>(view.rows);
     const int64_t stride = token_stride<Sum<T>>(64 * view.words_per_row);
     const int64_t rows_per_part = std::max(rows_per_task, ceil_div(view.rows, most_parts));
     const int64_t count = ceil_div(view.rows, rows_per_part), most_tokens = std::min<int64_t>(bitmap_batch, batch);
     const auto dy_rows = scratch<Entry>(most_tokens * dy_stride);
-    const auto parts = scratch<Sum<T>>(count * most_tokens * stride);
+    const auto sums = scratch<Sum<T>>(count * most_tokens * stride);
     for (int64_t first = 0; first < batch; first += bitmap_batch) {
         const int64_t tokens = std::min<int64_t>(bitmap_batch, batch - first);
         copy_rows(dy, first, tokens, view.rows, dy_stride, dy_rows.get());
         const bool finite = all_finite(dy_rows.get(), tokens * dy_stride);
         const int workers = threads_for(matrix.nnz() * tokens, threads);
-        parallel_for(count, workers, [&](int64_t part) {
-            Sum<T> *sums = &parts[part * tokens * stride];
-            std::fill_n(sums, tokens * stride, Sum<T>{});
-            const int64_t begin = part * rows_per_part;
-            kernels.bitmap_dx({view, values, dy_rows.get(), sums, tokens, dy_stride, stride, finite},
-                              {begin, std::min(view.rows, begin + rows_per_part), 0, 0});
-        });
-        const add_parts_args<T> sum{parts.get(), count, tokens, stride, dx + first * view.columns, view.columns};
+        const InputGradientParts<T> parts(
+            kernels, {view, values, dy_rows.get(), sums.get(), tokens, dy_stride, stride, finite}, rows_per_part);
+        if (first == 0)
+            run_together(std::max(workers, threads_beside), beside..., parts);
+        else
+            run_together(workers, parts);
+        const add_parts_args<T> sum{sums.get(), count, tokens, stride, dx + first * view.columns, view.columns};
         parallel_for(ceil_div(view.columns, columns_per_pack), workers, [&](int64_t i) {
             const int64_t begin = i * columns_per_pack;
             kernels.add_parts(sum, {0, tokens, begin, std::min(view.columns, begin + columns_per_pack)});
@@ -143,16 +164,41 @@ void bitmap_dx_of(const Kernels<T> &kernels, const BitMatrix &matrix, const T *v
 }
 
 // The gradient of x for a few tokens, over bits.
-template <class T>
+template <class T, class... Beside>
 void bitmap_dx(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const Matrix<T> &dy, int64_t batch,
-               T *dx, int threads) {
+               T *dx, int threads, int threads_beside = 1, const Beside &...beside) {
     if constexpr (std::is_same_v<T, bfloat16>)
         if (kernels.layout.columns_per_step == 2)
-            return bitmap_dx_of<T, T>(kernels, matrix, values, dy, batch, dx, threads);
-    bitmap_dx_of<T, Sum<T>>(kernels, matrix, values, dy, batch, dx, threads);
+            return bitmap_dx_of<T, T>(kernels, matrix, values, dy, batch, dx, threads, threads_beside, beside...);
+    bitmap_dx_of<T, Sum<T>>(kernels, matrix, values, dy, batch, dx, threads, threads_beside, beside...);
 }
 
-// The weight gradient for a few tokens, over bits.
+// The weight gradient for a few tokens, but at least one, over bits.
+template <class T> class BitmapGradient {
+  public:
+    BitmapGradient(const Kernels<T> &kernels, const BitMatrix &matrix, const Matrix<T> &dy, const Matrix<T> &x,
+                   int64_t batch, T *dvalues)
+        : work(matrix.nnz() * batch + matrix.rows * matrix.columns), dy_stride(token_stride<Sum<T>>(matrix.rows)),
+          x_stride(token_stride<Sum<T>>(64 * matrix.view().words_per_row)),
+          dy_rows(rows_or_pairs(kernels, dy, batch, matrix.rows, dy_stride)),
+          x_rows(rows_or_pairs(kernels, x, batch, matrix.columns, x_stride)), kernel(kernels.bitmap_dvalues),
+          args{matrix.view(), dy_rows.get(), x_rows.get(), dvalues, batch, dy_stride, x_stride} {}
+
+    int64_t tasks() const { return ceil_div(args.bitmap.rows, rows_per_task); }
+    void run(int64_t task) const {
+        const int64_t begin = task * rows_per_task;
+        kernel(args, {begin, std::min(args.bitmap.rows, begin + rows_per_task), 0, 0});
+    }
+
+    const int64_t work;
+
+  private:
+    const int64_t dy_stride, x_stride;
+    const Scratch<Sum<T>> dy_rows, x_rows;
+    const Kernel<bitmap_dvalues_args<T>> kernel;
+    const bitmap_dvalues_args<T> args;
+};
+
 template <class T>
 void bitmap_dvalues(const Kernels<T> &kernels, const BitMatrix &matrix, const Matrix<T> &dy, const Matrix<T> &x,
                     int64_t batch, T *dvalues, int threads) {
@@ -160,13 +206,8 @@ void bitmap_dvalues(const Kernels<T> &kernels, const BitMatrix &matrix, const Ma
         std::fill_n(dvalues, matrix.nnz(), T{});
         return;
     }
-    const Bitmap view = matrix.view();
-    const int64_t dy_stride = token_stride<Sum<T>>(view.rows);
-    const int64_t x_stride = token_stride<Sum<T>>(64 * view.words_per_row);
-    const auto dy_rows = rows_or_pairs(kernels, dy, batch, view.rows, dy_stride);
-    const auto x_rows = rows_or_pairs(kernels, x, batch, view.columns, x_stride);
-    by_rows(kernels.bitmap_dvalues, {view, dy_rows.get(), x_rows.get(), dvalues, batch, dy_stride, x_stride}, view.rows,
-            rows_per_task, threads_for(matrix.nnz() * batch + matrix.rows * matrix.columns, threads));
+    const BitmapGradient<T> gradient(kernels, matrix, dy, x, batch, dvalues);
+    run_together(threads_for(gradient.work, threads), gradient);
 }
 
 // dense[r, c] = the value of connection (r, c), or zero.

@@ -80,6 +80,10 @@ def _backward(dx: str, dvalues: str) -> Callable[[Backend, Pattern, Operands], T
         if dx == "bucketed":
             crow_indices, col_indices, permutation = pattern.transpose()
             transpose = backend.plan(crow_indices, col_indices, pattern.shape[0], operands["values"].dtype, permutation)
+        if "bitmap" in (dx, dvalues):
+            fills = {"fills_dx": dx == "filled", "fills_dvalues": dvalues == "filled"}
+            gradients = backend.bitmap_backward(_bitmap(backend, pattern), *operands.values(), **fills)
+            return torch.cat([g.flatten() for g in gradients])
         if dvalues == "tiled":
             tiles = backend.tiles(pattern.crow_indices, pattern.col_indices, pattern.shape[1])
         bitmap = _bitmap(backend, pattern) if "filled" in (dx, dvalues) else None
@@ -314,8 +318,12 @@ PRODUCTS = (
         Product(
             f"all gradients at once, {dx} and {dvalues}, {layout}", draw, _backward(dx, dvalues), _terms_of_gradients
         )
-        for dx in ("bucketed", "filled")
-        for dvalues in ("tiled", "filled")
+        for dx, dvalues in (
+            *((dx, dvalues) for dx in ("bucketed", "filled") for dvalues in ("tiled", "filled")),
+            ("bitmap", "bitmap"),
+            ("bitmap", "filled"),
+            ("filled", "bitmap"),
+        )
         for layout, draw in (("token-major", _token_major), ("feature-major", _feature_major))
     ),
 )

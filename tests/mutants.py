@@ -188,6 +188,28 @@ def _bitmap_dvalues_reads_the_columns_of_the_row_before(bitmap, dy, x) -> Tensor
     return REFERENCE.bitmap_dvalues(bitmap, dy, x.roll(1, 1))
 
 
+def _bitmap_backward_forgets_the_tokens_after_the_first_eight(
+    bitmap, values, dy, x, fills_dx, fills_dvalues
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dvalues, dbias = REFERENCE.bitmap_backward(bitmap, values, dy, x, fills_dx, fills_dvalues)
+    dx[8:] = 0
+    return dx, dvalues, dbias
+
+
+def _bitmap_backward_forgets_the_last_bias(
+    bitmap, values, dy, x, fills_dx, fills_dvalues
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dvalues, dbias = REFERENCE.bitmap_backward(bitmap, values, dy, x, fills_dx, fills_dvalues)
+    dbias[-1:] = 0
+    return dx, dvalues, dbias
+
+
+def _bitmap_backward_takes_x_of_the_token_before(
+    bitmap, values, dy, x, fills_dx, fills_dvalues
+) -> tuple[Tensor, Tensor, Tensor]:
+    return REFERENCE.bitmap_backward(bitmap, values, dy, x.roll(1, 0), fills_dx, fills_dvalues)
+
+
 def _int8_takes_the_scale_of_the_row_before(bitmap, values, scales, x, bias=None) -> Tensor:
     return REFERENCE.bitmap_int8_spmm(bitmap, values, scales.roll(1), x, bias)
 
@@ -209,6 +231,9 @@ MUTANTS = (
     Mutant(_wrong("bitmap forgets columns", bitmap_spmm=_bitmap_forgets_columns_after_a_word)),
     Mutant(_wrong("bitmap forgets a part", bitmap_dx=_bitmap_dx_forgets_the_last_part)),
     Mutant(_wrong("bitmap reads other columns", bitmap_dvalues=_bitmap_dvalues_reads_the_columns_of_the_row_before)),
+    Mutant(_wrong("few tokens are eight", bitmap_backward=_bitmap_backward_forgets_the_tokens_after_the_first_eight)),
+    Mutant(_wrong("forgets the last bias", bitmap_backward=_bitmap_backward_forgets_the_last_bias)),
+    Mutant(_wrong("x of the token before", bitmap_backward=_bitmap_backward_takes_x_of_the_token_before)),
     Mutant(_wrong("expands over stale memory", expand=_expands_over_stale_memory)),
     Mutant(_wrong("compresses the wrong entries", compress=_compresses_by_column)),
     Mutant(_wrong("tiles keep their own order", tiled_sddmm=_tiles_keep_their_own_order)),

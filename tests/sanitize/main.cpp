@@ -1,6 +1,7 @@
 // Runs every product on every ISA of this CPU, in every dtype, on one to three threads and from two callers at once,
 // and checks each result. Built and run for each checker by `make sanitize`.
 #include "backward.h"
+#include "bitmap_backward.h"
 #include "convolutions.h"
 #include "digest.h"
 #include "int8.h"
@@ -8,7 +9,6 @@
 #include "operands.h"
 #include "rows.h"
 #include "self_test.h"
-#include "small_products.h"
 #include "sparse_rows.h"
 
 #include <string>
@@ -32,22 +32,35 @@ struct Prepared {
           tiles(o.pattern.csr(), o.pattern.columns, threads), bits(o.pattern.csr(), o.pattern.columns, threads) {}
 };
 
+// Runs all gradients at once into memory of their sizes, and checks each.
+template <class T, class Run> void check_gradients(const Operands<T> &o, const std::string &way, const Run &run) {
+    const bool exact = o.draw == Draw::small_integers;
+    const GuardedArray<T> dx(o.dx.size()), dvalues(o.dvalues.size()), dbias(o.dbias.size());
+    run(dx.data(), dvalues.data(), dbias.data());
+    check("backward, dx" + way, dx, o.dx, exact);
+    check("backward, dvalues" + way, dvalues, o.dvalues, exact);
+    check("backward, dbias" + way, dbias, o.dbias, exact);
+}
+
 template <class T>
 void check_backward(const Operands<T> &o, const Kernels<T> &kernels, const Prepared &prepared, const Matrix<T> &dy,
                     const Matrix<T> &x, int threads, const std::string &where) {
-    const bool exact = o.draw == Draw::small_integers;
-    for (const bool planned_dx : {true, false})
-        for (const bool tiled : {true, false}) {
-            const GuardedArray<T> dx(o.dx.size()), dvalues(o.dvalues.size()), dbias(o.dbias.size());
-            const Ways ways = {planned_dx ? &prepared.transposed_plan : nullptr, tiled ? &prepared.tiles : nullptr,
+    for (const bool first : {true, false})
+        for (const bool second : {true, false}) {
+            const Ways ways = {first ? &prepared.transposed_plan : nullptr, second ? &prepared.tiles : nullptr,
                                &prepared.bits};
-            backward<T>(kernels, ways, o.pattern.rows, o.pattern.columns, o.pattern.nnz(), o.values(), dy, x, o.batch,
-                        dx.data(), false, dvalues.data(), dbias.data(), threads);
-            const std::string way =
-                std::string(planned_dx ? " over a plan, " : " filled, ") + (tiled ? "tiled" : "filled") + where;
-            check("backward, dx" + way, dx, o.dx, exact);
-            check("backward, dvalues" + way, dvalues, o.dvalues, exact);
-            check("backward, dbias" + way, dbias, o.dbias, exact);
+            check_gradients(o,
+                            std::string(first ? " over a plan, " : " filled, ") + (second ? "tiled" : "filled") + where,
+                            [&](T *dx, T *dvalues, T *dbias) {
+                                backward<T>(kernels, ways, o.pattern.rows, o.pattern.columns, o.pattern.nnz(),
+                                            o.values(), dy, x, o.batch, dx, false, dvalues, dbias, threads);
+                            });
+            check_gradients(
+                o, std::string(first ? " filled, " : " over bits, ") + (second ? "filled" : "over bits") + where,
+                [&](T *dx, T *dvalues, T *dbias) {
+                    bitmap_backward<T>(kernels, prepared.bits, o.values(), dy, x, o.batch, first, second, dx, dvalues,
+                                       dbias, threads);
+                });
         }
 }
 

@@ -102,6 +102,25 @@ def backward_f32(
     threads: int,
     /,
 ) -> None: ...
+def bitmap_backward_f32(
+    isa: int,
+    bitmap: Bitmap,
+    batch: int,
+    values: int,
+    dy: int,
+    dy_feature_stride: int,
+    dy_batch_stride: int,
+    x: int,
+    x_feature_stride: int,
+    x_batch_stride: int,
+    fills_dx: bool,
+    fills_dvalues: bool,
+    dx: int,
+    dvalues: int,
+    dbias: int,
+    threads: int,
+    /,
+) -> None: ...
 def filled_spmm_f32(
     isa: int,
     bitmap: Bitmap,
@@ -193,6 +212,8 @@ tiled_sddmm_f64 = tiled_sddmm_f32
 tiled_sddmm_bf16 = tiled_sddmm_f32
 backward_f64 = backward_f32
 backward_bf16 = backward_f32
+bitmap_backward_f64 = bitmap_backward_f32
+bitmap_backward_bf16 = bitmap_backward_f32
 filled_spmm_f64 = filled_spmm_f32
 filled_spmm_bf16 = filled_spmm_f32
 bitmap_dx_f64 = bitmap_dx_f32

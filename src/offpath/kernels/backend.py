@@ -104,6 +104,14 @@ class Backward(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
+class BitmapBackward(Protocol):
+    """The same for a few tokens, over the bitmap of the weight, where not both of dx and dvalues fill in zeros."""
+
+    def __call__(
+        self, bitmap: Any, values: Tensor, dy: Tensor, x: Tensor, /, fills_dx: bool, fills_dvalues: bool
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 class Sddmm(Protocol):
     """dvalues[s] = <dy[:, r], x[:, col_indices[s]]> for the slots s of row r.
 
@@ -168,6 +176,7 @@ class Backend:
     bitmap_spmm: PreparedSpmm
     bitmap_dx: Callable[[Any, Tensor, Tensor], Tensor]
     bitmap_dvalues: PreparedSddmm
+    bitmap_backward: BitmapBackward
     filled_spmm: PlannedSpmm
     filled_dx: Callable[[Any, Tensor, Tensor], Tensor]
     filled_dvalues: PreparedSddmm

@@ -18,6 +18,7 @@ from offpath.kernels.operands import DTYPES, address, are_indices, refuse
 from offpath.kernels.plans import make_bitmap, make_plan, make_tiles
 from offpath.kernels.variant import Variant
 from offpath.kernels.variant_convolution import ConvolutionVariant
+from offpath.kernels.variant_gradients import GradientVariant
 from offpath.kernels.variant_int8 import Int8Variant
 from offpath.kernels.variant_rows import RowVariant
 
@@ -58,24 +59,25 @@ def make_backend(isa: str) -> Backend:
         available = ", ".join(name for name, runs_here in built.items() if runs_here)
         raise KernelError(f"expected an ISA that runs here ({available}), got {isa!r}: {reason}")
     index = list(built).index(isa)
-    variant, int8 = Variant(index), Int8Variant(index)
+    variant, gradients, int8 = Variant(index), GradientVariant(index), Int8Variant(index)
     return Backend(
         name=f"cpu:{isa}",
         computes=_computes,
         spmm=variant.spmm,
-        sddmm=variant.sddmm,
+        sddmm=gradients.sddmm,
         plan=partial(make_plan, index),
         planned_spmm=variant.planned_spmm,
         tiles=make_tiles,
-        tiled_sddmm=variant.tiled_sddmm,
-        backward=variant.backward,
+        tiled_sddmm=gradients.tiled_sddmm,
+        backward=gradients.backward,
         bitmap=make_bitmap,
         bitmap_spmm=variant.bitmap_spmm,
-        bitmap_dx=variant.bitmap_dx,
-        bitmap_dvalues=variant.bitmap_dvalues,
+        bitmap_dx=gradients.bitmap_dx,
+        bitmap_dvalues=gradients.bitmap_dvalues,
+        bitmap_backward=gradients.bitmap_backward,
         filled_spmm=variant.filled_spmm,
-        filled_dx=variant.filled_dx,
-        filled_dvalues=variant.filled_dvalues,
+        filled_dx=gradients.filled_dx,
+        filled_dvalues=gradients.filled_dvalues,
         bitmap_int8_spmm=int8.bitmap_spmm,
         planned_int8_spmm=int8.planned_spmm,
         int8_dots=int8.dots,

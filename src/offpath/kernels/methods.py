@@ -26,6 +26,7 @@ METHODS = {
 }
 # Those whose memory is not O(nnz + rows x columns / 64).
 DENSE_METHODS = ("dense",)
+_OVER_A_BITMAP = ("bitmap", "filled")
 
 
 class PreparedMatrix:
@@ -182,12 +183,15 @@ class PreparedWeight:
         feature_major: bool = False,
         dense: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dx, dvalues, dbias): in one go where both are computed for many tokens."""
+        """(dx, dvalues, dbias): in one go where a backend has that."""
         if dx_method in ("bucketed", "filled") and dvalues_method in ("tiled", "filled"):
             transpose = self.transpose.plan(backend, values.dtype) if dx_method == "bucketed" else None
             tiles = self.matrix.tiles(backend) if dvalues_method == "tiled" else None
             bitmap = self.matrix.bitmap(backend) if "filled" in (dx_method, dvalues_method) else None
             return backend.backward(transpose, tiles, bitmap, values, dy, x, feature_major=feature_major)
+        if dx_method in _OVER_A_BITMAP and dvalues_method in _OVER_A_BITMAP:
+            fills = {"fills_dx": dx_method == "filled", "fills_dvalues": dvalues_method == "filled"}
+            return backend.bitmap_backward(self.matrix.bitmap(backend), values, dy, x, **fills)
         dbias = dy.sum(0)
         if backend.lay_by_feature is not None and dx_method == dvalues_method == "row-wise":
             dy = backend.lay_by_feature(dy)

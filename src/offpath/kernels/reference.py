@@ -82,6 +82,13 @@ def backward(
     return dx, tiled_sddmm(cast(Plan, tiles or bitmap), dy, x), wide(dy).sum(0).to(dy.dtype)
 
 
+def bitmap_backward(
+    bitmap: Plan, values: Tensor, dy: Tensor, x: Tensor, fills_dx: bool, fills_dvalues: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same over a bitmap alone; whether zeros are filled in makes no difference here."""
+    return backward(None, None, bitmap, values, dy, x)
+
+
 def int8_spmm(plan: Plan, values: Tensor, scales: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """y[:, r] = bias[r] + scales[r] * sum over row r's slots s of values[s] * x[:, col_indices[s]].
 
@@ -142,6 +149,7 @@ BACKEND = Backend(
     bitmap_spmm=planned_spmm,
     bitmap_dx=bitmap_dx,
     bitmap_dvalues=tiled_sddmm,
+    bitmap_backward=bitmap_backward,
     filled_spmm=planned_spmm,
     filled_dx=bitmap_dx,
     filled_dvalues=tiled_sddmm,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from offpath.kernels.convolution import Convolution, ConvolutionProducts
 from offpath.kernels.operands import DTYPES, address, are_indices, is_vector, refuse
+from offpath.kernels.outputs import output
 from offpath.kernels.plans import native_of_each_dtype
-from offpath.kernels.variant import output
 
 _MAKE_PLAN, _MAKE_TILES = map(native_of_each_dtype, ("make_convolution_plan", "make_convolution_tiles"))
 _FORWARD, _DX, _DVALUES = map(native_of_each_dtype, ("convolve", "convolution_dx", "convolution_dvalues"))

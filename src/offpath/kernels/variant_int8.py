@@ -7,8 +7,8 @@ from torch import Tensor
 
 from offpath.kernels.backend import KernelError
 from offpath.kernels.operands import address, is_matrix, is_vector, one_unit_stride, refuse
+from offpath.kernels.outputs import output
 from offpath.kernels.plans import Prepared, native_of_each_dtype
-from offpath.kernels.variant import output
 
 _BITMAP, _PLANNED = native_of_each_dtype("bitmap_int8_spmm"), native_of_each_dtype("planned_int8_spmm")
 _DOTS = native_of_each_dtype("int8_dots")

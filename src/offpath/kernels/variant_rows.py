@@ -10,11 +10,11 @@ from torch import Tensor
 from offpath.kernels import _native
 from offpath.kernels.backend import KernelError
 from offpath.kernels.operands import address, is_matrix, is_vector, one_unit_stride, refuse
+from offpath.kernels.outputs import output
 from offpath.kernels.plans import native_of_each_dtype
 from offpath.kernels.reference_rows import check_k
 from offpath.kernels.row_operands import check_rows_fit, contiguous_rows, has_rows
 from offpath.kernels.row_products import RowProducts
-from offpath.kernels.variant import output
 from offpath.kernels.variant_sparse_rows import sparse_dots, sparse_matmul, sparse_weight_gradient
 
 _MATMUL, _DOTS = native_of_each_dtype("rows_matmul"), native_of_each_dtype("rows_dots")

@@ -6,9 +6,9 @@ import torch  # first: the native module joins the OpenMP pool that torch has lo
 from torch import Tensor
 
 from offpath.kernels.operands import address, are_indices, is_matrix, is_vector, refuse
+from offpath.kernels.outputs import output
 from offpath.kernels.plans import native_of_each_dtype
 from offpath.kernels.row_operands import check_rows_fit, contiguous_rows
-from offpath.kernels.variant import output
 
 _MATMUL, _DOTS = native_of_each_dtype("sparse_matmul"), native_of_each_dtype("sparse_dots")
 _WEIGHT_GRADIENT = native_of_each_dtype("sparse_weight_gradient")

@@ -163,9 +163,8 @@ class SparseWeightModule(nn.Module):
         if before is not None and before is not connections:
             before.outdate()
         self._connections = connections
-        # DistributedDataParallel broadcasts the values of one process to all, AveragedModel averages them, and this
-        # number goes along: where the topologies differ it no longer fits, instead of values landing on other
-        # connections in silence.
+        # DistributedDataParallel broadcasts one process's values to all, AveragedModel averages them, and this number
+        # goes along: where topologies differ it no longer fits, instead of values landing on other connections unseen.
         self._digest = new_digest
         self._digest_seen = None
         digest = torch.tensor(self._digest, device=connections.device)
@@ -204,7 +203,8 @@ class SparseWeightModule(nn.Module):
                     "seed in every process, or load one checkpoint in all of them, before wrapping it. After "
                     "to_empty(), load a checkpoint or call reset_parameters()"
                 )
-        self._digest_seen = seen
+        if seen != self._digest_seen:  # nn.Module takes a microsecond to set an attribute
+            self._digest_seen = seen
 
     def _check_given_away(self) -> None:
         """The look of a call, before values leave with connections: whoever takes both believes that they match.

@@ -54,6 +54,7 @@ def make_backend() -> Backend:
         bitmap_spmm=_refusing("products over a bitmap", _METHODS_INSTEAD),
         bitmap_dx=_refusing("products over a bitmap", _METHODS_INSTEAD),
         bitmap_dvalues=_refusing("products over a bitmap", _METHODS_INSTEAD),
+        bitmap_backward=_refusing("products over a bitmap", _METHODS_INSTEAD),
         filled_spmm=_refusing("products that fill in zeros", _METHODS_INSTEAD),
         filled_dx=_refusing("products that fill in zeros", _METHODS_INSTEAD),
         filled_dvalues=_refusing("products that fill in zeros", _METHODS_INSTEAD),
