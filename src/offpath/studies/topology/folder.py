@@ -1,4 +1,4 @@
-"""The study's folder: `study.json` says what is trained, and every finished trial is a file in `trials`."""
+"""The folder of the study of topologies: every finished trial is a file in `trials`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from offpath.studies import study_folder
 from offpath.studies.config import RunError
-from offpath.studies.files import check_keys, read_json, refuse_other_report, write_text
+from offpath.studies.files import check_keys, read_json, write_text
 from offpath.studies.topology.config import Arm, StudyConfig, Trial
 
 IN_EVERY_RECORD = frozenset({"learning_rate", "parameters", "stored_bytes", "training_bytes", "topology", "curve"})
@@ -19,38 +20,16 @@ IN_TIMED_STEPS = frozenset({"title", "seconds_per_step"})
 NEXT_STEP = "remove it, and it is made again"
 
 
-class StudyFolder:
+class StudyFolder(study_folder.StudyFolder[StudyConfig]):
     """Where one study keeps its files. Any number of processes may work on it: a trial belongs to who locks it."""
 
+    config_type = StudyConfig
+    folders = ("trials",)
+
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.study_file = path / "study.json"
+        super().__init__(path)
         self.steps_file = path / "steps.json"
         self.trials = path / "trials"
-
-    def settle(self, config: StudyConfig) -> None:
-        """Make the folder one of `config`. Raises `RunError` when it holds another study or cannot be written."""
-        if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"expected a folder to write to, but {self.path} is a file; choose another --out")
-        refuse_other_report(self.path, self.study_file.name)
-        try:
-            self.trials.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"expected a writable folder {self.path}, got: {error}; choose another --out") from error
-        if not self.study_file.exists():
-            write_text(self.study_file, json.dumps(config.to_json(), indent=1) + "\n")
-        elif self.config() != config:
-            raise RunError(f"expected this study in {self.path}, but another was started there; choose another --out")
-
-    def config(self) -> StudyConfig:
-        """The study that is here. Raises `RunError` when its file is missing or broken."""
-        try:
-            return StudyConfig.from_json(read_json(self.study_file))
-        except (TypeError, KeyError, AttributeError) as error:
-            raise RunError(
-                f"expected the config of this study in {self.study_file}, got: {error}; if another study was started "
-                "there, choose another --out"
-            ) from error
 
     def steps(self) -> dict[str, Any]:
         """Of each task whose steps have been timed: title, machine and seconds. Raises `RunError` for a broken file."""
