@@ -28,6 +28,10 @@ def _set(model: nn.Module, recipe: Callable[..., Topology] = offpath.SET, **sett
 
 def _other_connections() -> None:
     model = model_of(seed=my_rank())
+    parts.check_same_connections(model_of())
+    parts.check_same_connections(nn.Linear(4, 4))
+    with refused_everywhere("the same connections in all .* but rank 1.* from one seed in every process"):
+        parts.check_same_connections(model)
     for wrapped in (model, Wrapped(model)):  # the wrapper has broadcast rank 0's digest with its values
         with refused_everywhere("the same connections in all .* but rank 1.* from one seed in every process"):
             _set(wrapped)

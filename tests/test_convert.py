@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import prune
 
@@ -322,3 +323,25 @@ def test_erk_at_zero_sparsity_is_dense_and_of_nothing_is_nothing() -> None:
 def test_a_model_without_linear_layers_gives_an_empty_report() -> None:
     report = sparsify(nn.Sequential(nn.ReLU()), 0.9)
     assert report.layers == () and "total" in str(report)
+
+
+def test_adapters_of_peft_stay_dense() -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    sparsify(model, 0.5, filter_fn=lambda module, name: name == "0")
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["2"]))
+    x = torch.randn(3, 16)
+    before = adapted(x)
+    skipped = dict(sparsify(adapted, 0.5).skipped)
+    assert skipped["base_model.model.2.lora_A.default"] == "a Linear reads its weight instead of calling it"
+    assert torch.equal(adapted(x), before)
+    merged = adapted.merge_and_unload()
+    assert isinstance(merged[0], SparseLinear) and torch.allclose(merged(x), before, atol=1e-6)
+
+
+def test_a_sparse_layer_says_that_it_has_no_weight() -> None:
+    layer = SparseLinear(4, 4)
+    assert not hasattr(layer, "weight")
+    with pytest.raises(AttributeError, match=r"SparseLinear has `values` and no `weight`.* Leave this layer dense"):
+        _ = layer.weight
+    with pytest.raises(AttributeError, match="no attribute 'weights'"):
+        _ = layer.weights

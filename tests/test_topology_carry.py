@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from collections import deque
 from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,7 +185,16 @@ def test_a_layer_called_twice_and_a_model_shared_in_two_places_are_one_layer() -
     assert topology.layer_names == ("0",)
 
 
-@pytest.mark.parametrize("entry", [torch.zeros(3, 2), [torch.zeros(3)], {"a": torch.zeros(36, 2)}])
+UNMOVABLE = (
+    torch.zeros(3, 2),
+    [torch.zeros(3)],
+    {"a": torch.zeros(36, 2)},
+    deque([torch.zeros(36)]),
+    SimpleNamespace(graft=SimpleNamespace(momentum=torch.zeros(36))),
+)
+
+
+@pytest.mark.parametrize("entry", UNMOVABLE)
 def test_state_that_cannot_follow_is_refused_and_nothing_changes(entry: object) -> None:
     model = model_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -194,6 +205,18 @@ def test_state_that_cannot_follow_is_refused_and_nothing_changes(entry: object) 
     with pytest.raises(TopologyError, match="layer '2': expected the state 'history' of SGD"):
         topology.step()
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+
+def test_a_state_that_is_not_kept_by_its_weight_is_refused() -> None:
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    topology = offpath.SET(model, optimizer, update_freq=1)
+    train_step(model, optimizer, 1)
+    optimizer.state["trac"] = {weight: weight.detach().clone() for weight in model.parameters()}
+    with pytest.raises(TopologyError, match=r"layer '0': expected SGD to keep .* in the state of that .*under 'trac'"):
+        topology.step()
+    del optimizer.state["trac"]
+    topology.step()
 
 
 def test_an_optimizer_with_one_state_for_all_is_refused_inside_another_as_well() -> None:

@@ -54,6 +54,10 @@ def _pruned() -> nn.Module:
     ("build", "message"),
     [
         (lambda: offpath.SET(m := nn.Linear(4, 4), _sgd(m)), "found none; make some with offpath.sparsify"),
+        (
+            lambda: offpath.SET(m := offpath.SparseLinear(4, 4).requires_grad_(False), _sgd(m)),
+            r"found none; 1 are frozen, which requires_grad_\(True\) changes",
+        ),
         (lambda: offpath.SET(m := model_of(), _sgd(m), filter_fn=lambda _, fqn: False), "none that filter_fn takes"),
         (lambda: offpath.SET(m := model_of().requires_grad_(False), _sgd(m)), "trainable SparseLinear layers"),
         (lambda: offpath.SET(model_of(), _sgd(model_of())), "layer '0': expected an optimizer that holds its values"),

@@ -15,6 +15,8 @@ from torch import nn
 
 # Modules that read `weight` of all layers in them instead of calling these, in a fast path of their own.
 WEIGHT_READERS = (nn.TransformerEncoderLayer,)
+# The same, of a package that is not imported for it: module and name of a base class.
+PEFT_LAYER = ("peft.tuners.tuners_utils", "BaseTunerLayer")
 # Methods of such names prepare a model, and are done with it before anybody computes: `__init__`, `tie_weights`,
 # `_init_weights`, `reset_parameters`, `load_state_dict`; but not `init_hidden` or `load_balance`, which are called
 # along with the model. Who takes one for the other leaves a layer dense, or breaks a model.
@@ -30,7 +32,7 @@ def read_by_their_owner(model: nn.Module) -> dict[nn.Module, str]:
     """
     found: dict[nn.Module, str] = {}
     for owner in model.modules():
-        if isinstance(owner, WEIGHT_READERS):
+        if isinstance(owner, WEIGHT_READERS) or _is_from_peft(owner):
             reason = f"a {type(owner).__name__} reads its weight instead of calling it"
             found |= {module: reason for module in owner.modules() if module is not owner}
     for owner in model.modules():
@@ -40,6 +42,10 @@ def read_by_their_owner(model: nn.Module) -> dict[nn.Module, str]:
             if module is not owner and path.rpartition(".")[2] in names:
                 found.setdefault(module, f"a {kind.__name__} reads its weight")
     return found
+
+
+def _is_from_peft(module: nn.Module) -> bool:
+    return any((kind.__module__, kind.__name__) == PEFT_LAYER for kind in type(module).__mro__)
 
 
 @cache

@@ -32,8 +32,8 @@ def load_problem(
     missing = [name for name in names if prefix + name not in state_dict]
     if prefix + "weight" in state_dict and missing:
         return (
-            "the checkpoint holds a dense weight here; load it into the dense model and convert that with "
-            f"{layer.from_dense_by}"
+            "the checkpoint holds a dense weight here, or whoever read it made a dense model of a sparse one; load it "
+            f"into the dense model and convert that with {layer.from_dense_by}, or load the state_dict in it yourself"
         )
     if len(missing) == len(names):
         return None  # nothing about this layer: the default loading reports the missing keys

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -11,13 +10,13 @@ from torch import Tensor, nn
 
 from offpath import pattern as patterns
 from offpath.nn.casts import keep_dtypes
+from offpath.nn.density import density_of
 from offpath.nn.loading import load_problem, sources_of_values
 from offpath.nn.parameter import replace_values
 from offpath.ops import Connections
 from offpath.ops.library import is_in_a_mode, is_transforming, unwrapped
 from offpath.pattern import Pattern
 
-DEFAULT_SPARSITY = 0.9
 # What an average of equal digests may be off by: torch averages whole numbers in float32, so that each update rounds by
 # 2^-24 of them, and an update by 2^-10 of the difference does not mend that. Different ones are hardly ever so close.
 AVERAGING_ERROR = 2**-12
@@ -60,7 +59,7 @@ class SparseWeightModule(nn.Module):
         if (sparsity is not None) + (density is not None) + (pattern is not None) > 1:
             raise ValueError("expected one of sparsity=, density= and pattern=, got several")
         if pattern is None:
-            nnz = round(_density(sparsity, density) * out_features * in_features)
+            nnz = round(density_of(sparsity, density) * out_features * in_features)
             pattern = patterns.random(shape, nnz, generator, device)
         elif pattern.shape != shape:
             raise ValueError(f"expected a pattern of shape ({', '.join(self.sides)}) = {shape}, got {pattern.shape}")
@@ -93,6 +92,14 @@ class SparseWeightModule(nn.Module):
                 # Drawn on the CPU so that a seed gives the same numbers on every device.
                 draw = torch.rand(parameter.shape, generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
                 parameter.copy_(draw.to(parameter.device) * scale)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                f"a {type(self).__name__} has `values` and no `weight`, which the code around it reads. Leave this "
+                "layer dense (filter_fn of sparsify and compress), or make it so again with .to_dense()"
+            )
+        return super().__getattr__(name)
 
     @property
     def pattern(self) -> Pattern:
@@ -287,14 +294,3 @@ class CsrWeightModule(SparseWeightModule):
     def col_indices(self) -> Tensor:
         """The column of each connection, int32 [nnz]: a copy."""
         return self._connections.col_indices.clone()
-
-
-def _density(sparsity: float | None, density: float | None) -> float:
-    if density is not None:
-        if not 0 < density <= 1:  # also refuses NaN
-            raise ValueError(f"expected density in (0, 1], got {density}")
-        return density
-    sparsity = DEFAULT_SPARSITY if sparsity is None else sparsity
-    if not (0 <= sparsity < 1) or math.isnan(sparsity):
-        raise ValueError(f"expected sparsity in [0, 1), got {sparsity}; 0.9 keeps one connection in ten")
-    return 1 - sparsity

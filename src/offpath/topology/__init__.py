@@ -8,6 +8,7 @@ from offpath.topology.budget import (
     Shrink as Shrink,
 )
 from offpath.topology.controller import Topology as Topology
+from offpath.topology.distributed import check_same_connections as check_same_connections
 from offpath.topology.distribution import DISTRIBUTIONS as DISTRIBUTIONS, layer_densities as layer_densities
 from offpath.topology.errors import TopologyError as TopologyError
 from offpath.topology.layer import LayerView as LayerView

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Collection, Mapping
 from numbers import Real
 from typing import Any
@@ -63,6 +64,13 @@ def owns(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
 
 def state_problem(optimizer: Optimizer, parameter: nn.Parameter) -> str | None:
     """Why the optimizer's state of `parameter` [nnz] cannot be moved with its connections; None if it can."""
+    for one in _with_inner(optimizer):
+        for name, by_weight in one.state.items():  # TRAC keeps its reference weights so
+            if isinstance(by_weight, Mapping) and any(weight is parameter for weight in by_weight):
+                return (
+                    f"expected {type(one).__name__} to keep what belongs to a weight in the state of that weight, got "
+                    f"some under {name!r}; it cannot follow a connection that moves"
+                )
     for key, entry in state_entries(optimizer, parameter):
         tensors = [entry] if isinstance(entry, Tensor) else _tensors_inside(entry)
         if isinstance(entry, Tensor) and entry.shape == parameter.shape and entry.device != parameter.device:
@@ -134,11 +142,22 @@ def _state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
 
 
 def _tensors_inside(entry: Any) -> list[Tensor]:
-    if isinstance(entry, Tensor):
-        return [entry]
-    if isinstance(entry, Mapping):
-        entry = list(entry.values())
-    return [t for item in entry for t in _tensors_inside(item)] if isinstance(entry, list | tuple) else []
+    """Those in containers and in the attributes of objects, however deep."""
+    found, pending, seen = [], [entry], set()
+    while pending:
+        one = pending.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, Tensor):
+            found.append(one)
+        elif isinstance(one, Mapping):
+            pending += one.values()
+        elif isinstance(one, list | tuple | set | deque):
+            pending += one
+        elif not callable(one) and hasattr(one, "__dict__"):
+            pending += vars(one).values()
+    return found
 
 
 def _initial(optimizer: Optimizer, parameter: nn.Parameter, key: str) -> float:

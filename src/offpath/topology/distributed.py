@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from offpath.nn.sparse_weight import SparseWeightModule
 from offpath.topology.errors import TopologyError
 from offpath.topology.layer import LayerView, empty_pass
 
@@ -134,6 +135,21 @@ class Processes:
         if self._wrapper.process_group is not distributed.group.WORLD:
             return "wrap the model without a process_group: only in the default one can it be laid out anew"
         return None
+
+
+def check_same_connections(model: nn.Module, process_group: ProcessGroup | None = None) -> None:
+    """Raise `TopologyError`, in every process, unless the sparse layers of `model` connect the same in all of them.
+
+    For wrappers that say nothing of it, such as `fully_shard`, before any forward pass; all processes of
+    `process_group` (default: all there are) have to call it. With one process, there is nothing to compare.
+
+    >>> from offpath import SparseLinear
+    >>> check_same_connections(nn.Sequential(SparseLinear(4, 2), nn.ReLU()))
+    """
+    layers = [module.connections for module in model.modules() if isinstance(module, SparseWeightModule)]
+    device = layers[0].device if layers else torch.get_default_device()
+    connections = fingerprint([layer.digest() for layer in layers])
+    Processes(model, process_group, None).check_same(device, connections=connections)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

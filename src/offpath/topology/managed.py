@@ -172,21 +172,29 @@ def managed_layers(
         got = type(also).__name__ if isinstance(also, nn.Module) else repr(also)
         raise TopologyError(f"expected a list of models in also, got {got}; write also=[model]")
     chosen: dict[str, SparseLinear] = {}
+    frozen = 0
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear) and (filter_fn is None or filter_fn(module, name)):
             if "values" not in module._parameters:
                 raise TopologyError(
-                    f"layer {name!r}: expected values that are a parameter, but a mask or weight_norm computes "
-                    "them; remove that first"
+                    f"layer {name!r}: expected values that are a parameter, but a mask or weight_norm computes them, "
+                    "or FullyShardedDataParallel, which shards them; remove that first"
                 )
             if module.values.requires_grad:
                 check_plain(name, module)
                 chosen[name] = module
+            else:
+                frozen += 1
     if not chosen:
+        advice = (
+            f"{frozen} are frozen, which requires_grad_(True) changes"
+            if frozen
+            else "make some with offpath.sparsify(model, 0.9), before the optimizer is built"
+        )
         raise TopologyError(
             "expected a model with trainable SparseLinear layers, found none"
             + (" that filter_fn takes" if filter_fn else "")
-            + "; make some with offpath.sparsify(model, 0.9), before the optimizer is built"
+            + f"; {advice}"
             + (f". The connections of {staying} cannot be moved" if (staying := _staying(model, filter_fn)) else "")
         )
     owner = {
