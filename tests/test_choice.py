@@ -124,6 +124,17 @@ def test_near_ties_go_to_plans_then_to_what_sparsity_does_not_change_then_to_fil
             assert set(SparseLinear(64, 64).explain(64).chosen.values()) == {expected}
 
 
+def test_near_ties_go_to_what_computes_both_gradients_in_one_call(own_cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {"bucketed": 9e-5, "tiled": 4e-5, "row-wise": 9e-5, "bitmap": 4.9e-5, "filled": 9e-5, "dense": 9e-5}
+    monkeypatch.setattr(calibration, "measure", lambda *_: _table(lambda p, m, *point: costs[m]))
+    for bitmap, expected in ((4.9e-5, "bitmap"), (5.1e-5, "tiled")):
+        costs["bitmap"] = bitmap
+        _forget(own_cache)
+        with kernels.forced(BEST):
+            chosen = SparseLinear(64, 64).explain(4).chosen
+        assert chosen == {"forward": "bitmap", "dx": "bitmap", "dvalues": expected}
+
+
 @pytest.mark.parametrize(("rows", "columns", "nnz", "batch"), [(0, 5, 0, 3), (5, 0, 0, 3), (5, 5, 0, 0), (1, 1, 1, 1)])
 def test_prediction_of_what_lies_below_the_grid_is_its_edge(rows: int, columns: int, nnz: int, batch: int) -> None:
     table = _table(lambda p, m, size, density, batch: 1e-6 * size)

@@ -15,6 +15,7 @@ import offpath
 from compress_cases import CONTEST, few_rounds as few_rounds, pruned_model, same, set_to_zero, snapshot
 from offpath import SparseLinear, compress
 from offpath.convert.compress.decide import decide
+from offpath.convert.compress.example import Example
 from offpath.convert.compress.measure import Trial, in_rotation
 from offpath.convert.compress.report import CompressReport, Measured
 
@@ -170,6 +171,15 @@ def test_the_example_tells_shapes_and_the_report_compares_the_whole_model() -> N
     assert whole is not None and 0 <= whole.difference <= whole.bound < 1e-4 and model.drop.training
     assert whole.predicted_speedup > 0 and whole.measured_speedup > 0 and "on the example" in str(report)
     assert steps == sorted(steps) and steps[-1][0] == steps[-1][1]
+
+
+def test_outputs_may_differ_by_one_rounding_where_the_bound_came_out_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Example, "outputs_off_by_the_bound", lambda self, bounds: self.outputs())
+    model = nn.Sequential(nn.Linear(8, 8))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(8) * 2)  # nothing is rounded
+    whole = compress(model, example=torch.ones(2, 8), goal="size").end_to_end
+    assert whole is not None and whole.bound == torch.finfo(torch.float32).eps
 
 
 def test_nothing_that_is_mostly_zero_is_a_clear_report() -> None:

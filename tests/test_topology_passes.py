@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import offpath
 from offpath import SparseLinear
 from offpath.topology import TopologyError
 from topology_checks import batch_of, model_of, momentum_of, rigl, train_step
@@ -176,3 +180,21 @@ def test_recomputed_activations_count_once(use_reentrant: bool) -> None:
         y.sum().backward()
         topology.step()
     assert models[0][0].pattern.equals(models[1][0].pattern)
+
+
+def test_what_is_copied_while_a_topology_watches_is_a_model_as_any_other(tmp_path: Path) -> None:
+    model = nn.Sequential(SparseLinear(8, 6, sparsity=0.5), nn.ReLU(), SparseLinear(6, 4, sparsity=0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    topology = offpath.RigL(model, optimizer, update_freq=1, end_step=100)
+    x = torch.randn(3, 8)
+    model(x).sum().backward()
+    assert model[0]._forward_hooks and model[0].values._post_accumulate_grad_hooks
+    for watched in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        offpath.save(watched, tmp_path / "model.safetensors")
+        assert torch.equal(offpath.load(tmp_path / "model.safetensors")(x), model(x))
+        offpath.load(tmp_path / "model.safetensors", copy.deepcopy(watched))
+    topology.close()
+    copied = copy.deepcopy(model)
+    assert len(offpath.densify(copied).layers) == 2
+    model[0].register_forward_hook(lambda *_: None)
+    assert "it carries hooks" in str(offpath.densify(model))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from offpath.convert.readers import read_by_their_owner
+from offpath.nn.watching import hooks_of_others
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # what the kernels compute in
 
@@ -51,18 +52,10 @@ def attachment(module: nn.Module, owners: Counter[int], own_hooks: tuple[type, .
     """What hangs on `module` and a new layer would lose; hooks of the types `own_hooks` do not count."""
     if "forward" in module.__dict__:
         return "its forward was replaced"
-    hooks: list[object] = [
-        hook
-        for name, registered in vars(module).items()
-        if "_hooks" in name and isinstance(registered, dict)
-        for hook in registered.values()
-        if not isinstance(hook, own_hooks)
-    ]
     for name, parameter in module._parameters.items():
         if parameter is not None and owners[id(parameter)] > 1:
             return f"its {name} is tied to another module"
-        hooks += [getattr(parameter, kind_of, None) for kind_of in ("_backward_hooks", "_post_accumulate_grad_hooks")]
-    if any(hooks):
+    if any(not isinstance(hook, own_hooks) for hook in hooks_of_others(module)):
         return "it carries hooks, which a new layer would lose"
     return None
 

@@ -12,6 +12,7 @@ from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from offpath.nn import SparseLinear
+from offpath.nn.watching import Watch
 
 
 class Pass(NamedTuple):
@@ -72,7 +73,7 @@ class Capture:
         return any(_versions(*seen) != versions for seen, versions in self._hook.confirmed)
 
 
-class _Hook:
+class _Hook(Watch):
     """A forward hook that works on its own layer alone: copies and pickles of a model bring an idle one along.
 
     What it sees is pending until the gradient of `values` has been accumulated in the same call of the engine:
