@@ -35,8 +35,8 @@ PLAN_MARGIN = 1.15
 # With 16 tokens at 1024 x 1024 and 3072 x 768, steps over two plans were 3 to 12 % faster where tiles were predicted to
 # take 1.3 to 1.6 times as long as bits, and 1 % slower at 1.7.
 TILED_BESIDE_PLAN_MARGIN = 1.6
-# One call for both gradients checks operands, sums dy and wakes threads once: a tenth of a small layer's step. Costs are
-# measured without a step around them, where less of that is seen.
+# One call for both gradients checks operands, sums dy and wakes threads once: a tenth of a small layer's step. Costs
+# are measured without a step around them, where less of that is seen.
 APART_SECONDS = 1e-5
 _IN_ONE_CALL = {
     "bucketed": ("tiled", "filled"),
