@@ -141,7 +141,20 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check("x", x, values, col_indices)
     _check_gradient_of(x, dy, crow_indices)
-    backend = kernels.select(dy.device.type, dy.dtype)
+    return _checked_backward(dy, x, values, crow_indices, col_indices, prefer, feature_major, dense)
+
+
+def _checked_backward(
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    prefer: str,
+    feature_major: bool,
+    dense: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    backend = kernels.select("cpu" if dy.is_cpu else dy.device.type, dy.dtype)
     prepared = prepare(backend, crow_indices, col_indices, (crow_indices.shape[0] - 1, x.shape[-1]))
     dx, dvalues, dbias = prepared.backward(
         backend, values, as_rows(dy), as_rows(x), prefer, feature_major and x.dim() == 2, dense
@@ -198,7 +211,8 @@ class _SparseLinear(torch.autograd.Function):
         x, values, crow_indices, col_indices, dense = ctx.saved_tensors
         saved = x, values, crow_indices, col_indices
         if wants_dx and wants_dvalues and not torch.is_grad_enabled() and nobody_listens(dy, x, values):
-            dx, dvalues, dbias = _backward(dy, *saved, ctx.prefer, ctx.feature_major, dense=dense)
+            # The forward pass has checked what was saved, and autograd that dy is like y.
+            dx, dvalues, dbias = _checked_backward(dy, *saved, ctx.prefer, ctx.feature_major, dense)
             return dx, dvalues, dbias if wants_dbias else None, None, None, None, None
         return *gradient_ops.gradients(ctx, saved, dy, ctx.feature_major), None, None, None, None
 
