@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from offpath import SparseLinear, pattern as patterns
-from offpath.nn.sparse_weight import DEFAULT_SPARSITY
+from offpath.nn.density import DEFAULT_SPARSITY
 from storage_cases import same
 
 
