@@ -210,11 +210,19 @@ class _SparseLinear(torch.autograd.Function):
         wants_dx, wants_dvalues, wants_dbias, *_ = ctx.needs_input_grad
         x, values, crow_indices, col_indices, dense = ctx.saved_tensors
         saved = x, values, crow_indices, col_indices
-        if wants_dx and wants_dvalues and not torch.is_grad_enabled() and nobody_listens(dy, x, values):
-            # The forward pass has checked what was saved, and autograd that dy is like y.
+        if torch.is_grad_enabled() or not nobody_listens(dy, x, values):
+            return *gradient_ops.gradients(ctx, saved, dy, ctx.feature_major), None, None, None, None
+        # Below, the forward pass has checked what was saved, and autograd that dy is like y.
+        dx = dvalues = dbias = None
+        if wants_dx and wants_dvalues:
             dx, dvalues, dbias = _checked_backward(dy, *saved, ctx.prefer, ctx.feature_major, dense)
-            return dx, dvalues, dbias if wants_dbias else None, None, None, None, None
-        return *gradient_ops.gradients(ctx, saved, dy, ctx.feature_major), None, None, None, None
+        elif wants_dx:
+            dx = _dx(dy, values, crow_indices, col_indices, ctx.in_features, ctx.prefer)
+        elif wants_dvalues:  # the first layer of a model
+            dvalues = _dvalues(dy, x, crow_indices, col_indices, ctx.prefer)
+        if wants_dbias and dbias is None:
+            dbias = as_rows(dy).sum(0)
+        return dx, dvalues, dbias if wants_dbias else None, None, None, None, None
 
 
 def _autograd_forward(x, values, bias, crow_indices, col_indices, prefer="speed", feature_major=False):
