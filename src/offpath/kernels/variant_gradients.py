@@ -24,7 +24,7 @@ class GradientVariant:
 
     def sddmm(self, crow_indices: Tensor, col_indices: Tensor, dy: Tensor, x: Tensor) -> Tensor:
         rows, dtype = crow_indices.shape[0] - 1, dy.dtype
-        if not (are_indices(crow_indices, col_indices) and _fit(dy, x, dtype, rows, x.shape[-1])):
+        if not (are_indices(crow_indices, col_indices) and _fit(dy, x, dtype, rows)):
             refuse(crow_indices=crow_indices, col_indices=col_indices, dy=dy, x=x)
         dy, dy_strides = one_unit_stride(dy)
         x, x_strides = one_unit_stride(x)
@@ -176,6 +176,11 @@ class GradientVariant:
         return dx, dvalues, dbias
 
 
-def _fit(dy: Tensor, x: Tensor, dtype: torch.dtype, rows: int, columns: int) -> bool:
-    """Whether these are the gradient of a layer's output and its input, for as many tokens."""
-    return is_matrix(dy, dtype) and is_matrix(x, dtype) and dy.shape == (x.shape[0], rows) and x.shape[1] == columns
+def _fit(dy: Tensor, x: Tensor, dtype: torch.dtype, rows: int, columns: int | None = None) -> bool:
+    """Whether these are the gradient of a layer's output and its input (of any width, or this), for as many tokens."""
+    return (
+        is_matrix(dy, dtype)
+        and is_matrix(x, dtype)
+        and dy.shape == (x.shape[0], rows)
+        and (columns is None or x.shape[1] == columns)
+    )
