@@ -37,7 +37,7 @@ template <class T> class TokenSums {
 };
 
 // dx [batch, columns], dvalues and dbias; each of the first two with absent connections filled with zeros, if asked to.
-// The threads meet as often as for dx alone.
+// The threads meet as often as for dx alone, and once more where dvalues packs x.
 template <class T>
 void bitmap_backward(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const Matrix<T> &dy,
                      const Matrix<T> &x, int64_t batch, bool fills_dx, bool fills_dvalues, T *dx, T *dvalues, T *dbias,

@@ -178,8 +178,20 @@ def test_outputs_may_differ_by_one_rounding_where_the_bound_came_out_smaller(mon
     model = nn.Sequential(nn.Linear(8, 8))
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(8) * 2)  # nothing is rounded
-    whole = compress(model, example=torch.ones(2, 8), goal="size").end_to_end
+    whole = compress(copy.deepcopy(model), example=torch.ones(2, 8), goal="size").end_to_end
     assert whole is not None and whole.bound == torch.finfo(torch.float32).eps
+
+    class Both(nn.Module):  # what bfloat16 rounds by excuses no float32 beside it
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            off = 1e-3 if isinstance(self.inner[0], SparseLinear) else 0.0
+            return self.inner(x) + off, x.bfloat16()
+
+    with pytest.raises(RuntimeError, match=r"differ by .* where the bounds of its layers explain 1\.19e-07"):
+        compress(Both(), example=torch.ones(2, 8), goal="size")
 
 
 def test_nothing_that_is_mostly_zero_is_a_clear_report() -> None:

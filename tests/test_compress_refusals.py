@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 from compress_cases import CONTEST, few_rounds as few_rounds, pruned_model, same, set_to_zero, snapshot
 from offpath import SparseLinear, compress
-from offpath.convert.compress.example import largest_difference
+from offpath.convert.compress.example import differences
 from offpath.nn import Int8SparseLinear
 
 
@@ -276,8 +276,8 @@ def test_an_interruption_anywhere_leaves_the_model_as_it_was(moment: int) -> Non
 
 def test_differences_count_shapes_and_what_is_not_finite() -> None:
     a = torch.tensor([3.0, 4.0, math.inf])
-    assert largest_difference([a], [torch.tensor([3.0, 4.5, math.inf])]) == pytest.approx(0.1)
-    assert largest_difference([a], [torch.tensor([3.0, 4.0, 5.0])]) == math.inf
-    assert largest_difference([a], []) == math.inf and largest_difference([a], [a[:2]]) == math.inf
+    assert differences([a, a], [torch.tensor([3.0, 4.5, math.inf]), a]) == pytest.approx([0.1, 0])
+    assert differences([a, a], [torch.tensor([3.0, 4.0, 5.0]), a]) == [math.inf, 0]
+    assert differences([a], []) == [math.inf] and differences([a, a], [a, a[:2]]) == [math.inf] * 2
     zeros = torch.zeros(2)
-    assert largest_difference([zeros], [zeros]) == 0 and largest_difference([zeros], [zeros + 1]) == math.inf
+    assert differences([zeros, zeros], [zeros, zeros + 1]) == [0, math.inf]

@@ -332,7 +332,7 @@ def test_adapters_of_peft_stay_dense() -> None:
     x = torch.randn(3, 16)
     before = adapted(x)
     skipped = dict(sparsify(adapted, 0.5).skipped)
-    assert skipped["base_model.model.2.lora_A.default"] == "a Linear reads its weight instead of calling it"
+    assert skipped["base_model.model.2.lora_A.default"] == "it belongs to an adapter of PEFT, which reads weights"
     assert torch.equal(adapted(x), before)
     merged = adapted.merge_and_unload()
     assert isinstance(merged[0], SparseLinear) and torch.allclose(merged(x), before, atol=1e-6)
@@ -345,3 +345,5 @@ def test_a_sparse_layer_says_that_it_has_no_weight() -> None:
         _ = layer.weight
     with pytest.raises(AttributeError, match="no attribute 'weights'"):
         _ = layer.weights
+    layer.register_buffer("weight", torch.ones(1))
+    assert layer.weight == 1  # somebody gave it one

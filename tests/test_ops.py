@@ -301,3 +301,14 @@ def test_inference_mode() -> None:
     with torch.inference_mode():
         result = sparse_linear(x, values, None, pattern.crow_indices, pattern.col_indices)
     assert torch.equal(result, sparse_linear(x, values, None, pattern.crow_indices, pattern.col_indices))
+
+
+def test_values_that_were_exchanged_between_forward_and_backward_are_refused() -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    with kernels.forced(kernels.default_backend()[0]):
+        layer = SparseLinear(8, 8, sparsity=0.5)
+        with forced_methods(forward="row-wise", dx="row-wise", dvalues="row-wise"):
+            y = layer(x)
+            layer.values.data = torch.zeros(layer.nnz + 1)  # autograd does not count it
+            with pytest.raises(KernelError, match="one value for each of the 32 connections"):
+                y.sum().backward()

@@ -185,12 +185,20 @@ def test_a_layer_called_twice_and_a_model_shared_in_two_places_are_one_layer() -
     assert topology.layer_names == ("0",)
 
 
+class Slotted:
+    __slots__ = ("momentum",)
+
+    def __init__(self, momentum: Tensor) -> None:
+        self.momentum = momentum
+
+
 UNMOVABLE = (
     torch.zeros(3, 2),
     [torch.zeros(3)],
     {"a": torch.zeros(36, 2)},
     deque([torch.zeros(36)]),
     SimpleNamespace(graft=SimpleNamespace(momentum=torch.zeros(36))),
+    Slotted(torch.zeros(36)),
 )
 
 
@@ -215,8 +223,10 @@ def test_a_state_that_is_not_kept_by_its_weight_is_refused() -> None:
     optimizer.state["trac"] = {weight: weight.detach().clone() for weight in model.parameters()}
     with pytest.raises(TopologyError, match=r"layer '0': expected SGD to keep .* in the state of that .*under 'trac'"):
         topology.step()
-    del optimizer.state["trac"]
-    topology.step()
+    optimizer.state["trac"] = dict.fromkeys(model.parameters(), "a name")
+    weight = model[0].values
+    optimizer.state[weight]["beside"] = SimpleNamespace(step=torch.tensor(3.0), of=weight, by=optimizer, module=torch)
+    assert topology.step().grown > 0
 
 
 def test_an_optimizer_with_one_state_for_all_is_refused_inside_another_as_well() -> None:

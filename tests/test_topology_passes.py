@@ -193,8 +193,11 @@ def test_what_is_copied_while_a_topology_watches_is_a_model_as_any_other(tmp_pat
         offpath.save(watched, tmp_path / "model.safetensors")
         assert torch.equal(offpath.load(tmp_path / "model.safetensors")(x), model(x))
         offpath.load(tmp_path / "model.safetensors", copy.deepcopy(watched))
-    topology.close()
     copied = copy.deepcopy(model)
+    assert "a topology watches it" in str(offpath.densify(model)) and isinstance(model[0], SparseLinear)
+    with pytest.raises(offpath.StorageError, match=r"a topology watches it for its next update; call topology\.close"):
+        offpath.load(tmp_path / "model.safetensors", model)
+    topology.close()
     assert len(offpath.densify(copied).layers) == 2
     model[0].register_forward_hook(lambda *_: None)
     assert "it carries hooks" in str(offpath.densify(model))

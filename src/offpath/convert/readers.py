@@ -33,7 +33,9 @@ def read_by_their_owner(model: nn.Module) -> dict[nn.Module, str]:
     found: dict[nn.Module, str] = {}
     for owner in model.modules():
         if isinstance(owner, WEIGHT_READERS) or _is_from_peft(owner):
-            reason = f"a {type(owner).__name__} reads its weight instead of calling it"
+            of_peft = "it belongs to an adapter of PEFT, which reads weights"
+            fast_path = f"a {type(owner).__name__} reads its weight instead of calling it"
+            reason = fast_path if isinstance(owner, WEIGHT_READERS) else of_peft
             found |= {module: reason for module in owner.modules() if module is not owner}
     for owner in model.modules():
         kind: Any = type(owner)

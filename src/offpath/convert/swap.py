@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from offpath.convert.readers import read_by_their_owner
-from offpath.nn.watching import hooks_of_others
+from offpath.nn.watching import hooks_of_others, is_watched
 
+WATCHED = "a topology watches it for its next update; call topology.close() first"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # what the kernels compute in
 
 
@@ -65,7 +66,7 @@ def _obstacle(module: nn.Module, kind: type[nn.Module], weight: str, owners: Cou
         return f"its {weight} is computed by a mask or parametrization; remove that first"
     if type(module) is not kind:
         return f"it is a {type(module).__name__}, whose owner may read its {weight}"
-    return attachment(module, owners)
+    return WATCHED if is_watched(module) else attachment(module, owners)
 
 
 def _place(parameter: nn.Parameter) -> object:

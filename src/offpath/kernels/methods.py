@@ -26,7 +26,8 @@ METHODS = {
 }
 # Those whose memory is not O(nnz + rows x columns / 64).
 DENSE_METHODS = ("dense",)
-_OVER_A_BITMAP = ("bitmap", "filled")
+# What computes dvalues in one call with dx: the method of dx, those of dvalues.
+AT_ONCE = {"bucketed": ("tiled", "filled"), "filled": ("tiled", "filled", "bitmap"), "bitmap": ("filled", "bitmap")}
 
 
 class PreparedMatrix:
@@ -184,14 +185,15 @@ class PreparedWeight:
         dense: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dx, dvalues, dbias): in one go where a backend has that."""
-        if dx_method in ("bucketed", "filled") and dvalues_method in ("tiled", "filled"):
+        at_once = dvalues_method in AT_ONCE.get(dx_method, ())
+        if at_once and "bitmap" in (dx_method, dvalues_method):
+            fills = {"fills_dx": dx_method == "filled", "fills_dvalues": dvalues_method == "filled"}
+            return backend.bitmap_backward(self.matrix.bitmap(backend), values, dy, x, **fills)
+        if at_once:
             transpose = self.transpose.plan(backend, values.dtype) if dx_method == "bucketed" else None
             tiles = self.matrix.tiles(backend) if dvalues_method == "tiled" else None
             bitmap = self.matrix.bitmap(backend) if "filled" in (dx_method, dvalues_method) else None
             return backend.backward(transpose, tiles, bitmap, values, dy, x, feature_major=feature_major)
-        if dx_method in _OVER_A_BITMAP and dvalues_method in _OVER_A_BITMAP:
-            fills = {"fills_dx": dx_method == "filled", "fills_dvalues": dvalues_method == "filled"}
-            return backend.bitmap_backward(self.matrix.bitmap(backend), values, dy, x, **fills)
         dbias = dy.sum(0)
         if backend.lay_by_feature is not None and dx_method == dvalues_method == "row-wise":
             dy = backend.lay_by_feature(dy)

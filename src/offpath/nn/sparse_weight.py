@@ -94,12 +94,15 @@ class SparseWeightModule(nn.Module):
                 parameter.copy_(draw.to(parameter.device) * scale)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight":
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name != "weight":
+                raise
             raise AttributeError(
                 f"a {type(self).__name__} has `values` and no `weight`, which the code around it reads. Leave this "
                 "layer dense (filter_fn of sparsify and compress), or make it so again with .to_dense()"
-            )
-        return super().__getattr__(name)
+            ) from error
 
     @property
     def pattern(self) -> Pattern:

@@ -16,7 +16,7 @@ from offpath import kernels
 from offpath.kernels import Backend, KernelError
 from offpath.kernels.calibration import cost_table
 from offpath.kernels.costs import sizes_for
-from offpath.kernels.methods import DENSE_METHODS, METHODS, PRODUCTS
+from offpath.kernels.methods import AT_ONCE, DENSE_METHODS, METHODS, PRODUCTS
 from offpath.kernels.operands import on_device_of
 
 PREFERENCES = ("speed", "memory")
@@ -36,13 +36,8 @@ PLAN_MARGIN = 1.15
 # take 1.3 to 1.6 times as long as bits, and 1 % slower at 1.7.
 TILED_BESIDE_PLAN_MARGIN = 1.6
 # One call for both gradients checks operands, sums dy and wakes threads once: a tenth of a small layer's step. Costs
-# are measured without a step around them, where less of that is seen.
+# are measured without a step around them, where less of that is seen. Beside a plan, the margin above has it in it.
 APART_SECONDS = 1e-5
-_IN_ONE_CALL = {
-    "bucketed": ("tiled", "filled"),
-    "filled": ("tiled", "filled", "bitmap"),
-    "bitmap": ("filled", "bitmap"),
-}
 CHOICES_KEPT = 1024  # by what was made of one pattern: for each number of tokens, and texts have thousands of lengths
 _OVER_A_PLAN = ("bucketed", "tiled")
 _forced: list[dict[str, str]] = []
@@ -121,9 +116,8 @@ def choose(
     if seconds is None:
         return "row-wise"
     costs = {m: seconds(product, m, rows, columns, nnz, batch) for m in allowed}
-    joined = _IN_ONE_CALL.get(dx_method) if dx_method and backend.native else None
-    if joined:
-        costs = {m: cost if m in joined else cost + APART_SECONDS for m, cost in costs.items()}
+    if dx_method in ("filled", "bitmap") and backend.native:
+        costs = {m: cost if m in AT_ONCE[dx_method] else cost + APART_SECONDS for m, cost in costs.items()}
     best = min(costs, key=costs.__getitem__)
     filled, dense = costs.get("filled", math.inf), costs.get("dense", math.inf)
     if min(filled, dense) <= STEADY_MARGIN * costs[best]:

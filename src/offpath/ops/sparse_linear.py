@@ -139,12 +139,11 @@ def _backward(
     feature_major: bool = False,
     dense: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check("x", x, values, col_indices)
     _check_gradient_of(x, dy, crow_indices)
-    return _checked_backward(dy, x, values, crow_indices, col_indices, prefer, feature_major, dense)
+    return _all_gradients(dy, x, values, crow_indices, col_indices, prefer, feature_major, dense)
 
 
-def _checked_backward(
+def _all_gradients(
     dy: Tensor,
     x: Tensor,
     values: Tensor,
@@ -154,6 +153,7 @@ def _checked_backward(
     feature_major: bool,
     dense: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check("x", x, values, col_indices)
     backend = kernels.select("cpu" if dy.is_cpu else dy.device.type, dy.dtype)
     prepared = prepare(backend, crow_indices, col_indices, (crow_indices.shape[0] - 1, x.shape[-1]))
     dx, dvalues, dbias = prepared.backward(
@@ -212,10 +212,10 @@ class _SparseLinear(torch.autograd.Function):
         saved = x, values, crow_indices, col_indices
         if torch.is_grad_enabled() or not nobody_listens(dy, x, values):
             return *gradient_ops.gradients(ctx, saved, dy, ctx.feature_major), None, None, None, None
-        # Below, the forward pass has checked what was saved, and autograd that dy is like y.
         dx = dvalues = dbias = None
         if wants_dx and wants_dvalues:
-            dx, dvalues, dbias = _checked_backward(dy, *saved, ctx.prefer, ctx.feature_major, dense)
+            # Autograd has seen to it that dy is like y; but `.data` of what was saved may be another one since.
+            dx, dvalues, dbias = _all_gradients(dy, *saved, ctx.prefer, ctx.feature_major, dense)
         elif wants_dx:
             dx = _dx(dy, values, crow_indices, col_indices, ctx.in_features, ctx.prefer)
         elif wants_dvalues:  # the first layer of a model

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
@@ -87,6 +87,9 @@ class _Hook(Watch):
         self._of_values: RemovableHandle | None = None
         self._values: Tensor | None = None  # the parameter itself; a call may be given others
         self.clear()
+
+    def watches(self, module: nn.Module) -> bool:
+        return self._layer is not None and self._layer() is module
 
     def clear(self) -> None:
         self._pending: list[tuple[int, Pass, tuple[int, int]]] = []

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Collection, Mapping
 from numbers import Real
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from offpath.pattern import Edit
 from offpath.topology.errors import TopologyError
 
 MEAN = "mean"
+# What a state may refer to without keeping it.
+NOT_STATE = (str, bytes, int, float, type, FunctionType, ModuleType, Optimizer)
 
 
 def check_grown_state(grown_state: Mapping[str, float | str], keys: Collection[str] | None = None) -> None:
@@ -66,13 +69,14 @@ def state_problem(optimizer: Optimizer, parameter: nn.Parameter) -> str | None:
     """Why the optimizer's state of `parameter` [nnz] cannot be moved with its connections; None if it can."""
     for one in _with_inner(optimizer):
         for name, by_weight in one.state.items():  # TRAC keeps its reference weights so
-            if isinstance(by_weight, Mapping) and any(weight is parameter for weight in by_weight):
+            of_weight = isinstance(by_weight, Mapping) and [v for k, v in by_weight.items() if k is parameter]
+            if of_weight and _tensors_inside(of_weight):
                 return (
                     f"expected {type(one).__name__} to keep what belongs to a weight in the state of that weight, got "
                     f"some under {name!r}; it cannot follow a connection that moves"
                 )
     for key, entry in state_entries(optimizer, parameter):
-        tensors = [entry] if isinstance(entry, Tensor) else _tensors_inside(entry)
+        tensors = [entry] if isinstance(entry, Tensor) else _tensors_inside(entry, parameter)
         if isinstance(entry, Tensor) and entry.shape == parameter.shape and entry.device != parameter.device:
             return (
                 f"expected the state {key!r} of {type(optimizer).__name__} on {parameter.device}, where its weight is, "
@@ -141,22 +145,23 @@ def _state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
     return optimizer.state.get(parameter) or {}
 
 
-def _tensors_inside(entry: Any) -> list[Tensor]:
-    """Those in containers and in the attributes of objects, however deep."""
-    found, pending, seen = [], [entry], set()
+def _tensors_inside(entry: Any, parameter: Tensor | None = None) -> list[Tensor]:
+    """Those of several numbers in containers and in the attributes of objects, but for `parameter`, however deep."""
+    found, pending, seen = [], [entry], {id(parameter)}
     while pending:
-        one = pending.pop(0)
-        if id(one) in seen:
+        one = pending.pop()
+        if id(one) in seen or isinstance(one, NOT_STATE):
             continue
         seen.add(id(one))
         if isinstance(one, Tensor):
-            found.append(one)
+            found += [one] if one.numel() != 1 else []
         elif isinstance(one, Mapping):
             pending += one.values()
-        elif isinstance(one, list | tuple | set | deque):
+        elif isinstance(one, list | tuple | set | frozenset | deque):
             pending += one
-        elif not callable(one) and hasattr(one, "__dict__"):
-            pending += vars(one).values()
+        else:
+            pending += getattr(one, "__dict__", {}).values()
+            pending += (getattr(one, slot, None) for slot in getattr(type(one), "__slots__", ()))
     return found
 
 

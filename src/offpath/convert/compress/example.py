@@ -119,19 +119,20 @@ class Example:
             return self.outputs()
 
 
-def largest_difference(outputs: list[Tensor], others: list[Tensor]) -> float:
-    """max over the tensors of ||a - b|| / ||a||, infinite where only one of both is finite or shapes differ."""
+def differences(outputs: list[Tensor], others: list[Tensor]) -> list[float]:
+    """||a - b|| / ||a|| of each, infinite where only one of both is finite, and where any shapes differ."""
     if [t.shape for t in outputs] != [t.shape for t in others]:
-        return math.inf
-    differences = [0.0]
+        return [math.inf] * len(outputs)
+    found = []
     for a, b in zip(outputs, others, strict=True):
         finite = torch.isfinite(a)
         if not torch.equal(finite, torch.isfinite(b)):
-            return math.inf
+            found.append(math.inf)
+            continue
         norm = float(a[finite].double().norm())
         difference = float((a[finite].double() - b[finite].double()).norm())
-        differences.append(difference / norm if norm else math.inf if difference else 0.0)
-    return max(differences)
+        found.append(difference / norm if norm else math.inf if difference else 0.0)
+    return found
 
 
 @contextmanager

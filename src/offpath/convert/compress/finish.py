@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from offpath.convert.compress.example import Example, largest_difference
+from offpath.convert.compress.example import Example, differences
 from offpath.convert.compress.report import EndToEnd
 from offpath.convert.compress.verify import Bound
 from offpath.convert.swap import swap_modules
@@ -35,17 +35,18 @@ def swap_and_compare(
             "expected finite numbers among what the model returns for the example, in tensors, mappings, sequences or "
             "dataclasses, to compare before and after; got none. Check the example, or give batch= instead"
         )
-    # The layers behind round what reaches them: less than a few last bits of what the model returns tells nothing.
-    least = max(torch.finfo(output.dtype).eps for output in outputs)
-    bound = max(largest_difference(outputs, example.outputs_off_by_the_bound(bounds)), least)
+    # The layers behind round what reaches them: less than one rounding of what the model returns tells nothing.
+    explained = max(differences(outputs, example.outputs_off_by_the_bound(bounds)))
+    allowed = [max(explained, torch.finfo(output.dtype).eps) for output in outputs]
     back = {sparse: dense for dense, sparse in replacements.items()}
     before, after = [], []
     try:
         swap_modules(example.model, replacements)
-        difference = largest_difference(outputs, example.outputs())
+        found = differences(outputs, example.outputs())
+        difference, bound = max(zip(found, allowed, strict=True), key=lambda pair: pair[0] / pair[1])
         if not difference <= bound:
             swap_modules(example.model, back)
-            drift = largest_difference(outputs, example.outputs())
+            drift = max(differences(outputs, example.outputs()))
             if drift:
                 raise ValueError(
                     "expected a model that returns the same whenever it is called with the example, but its dense "
