@@ -17,12 +17,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import PRODUCTS, Operands, Product, gaussian
+from cases import PRODUCTS, Operands, Product
 from contenders import SHAPES, Refused
 from measure import check_product, dtype_name
 from offpath import kernels, pattern as patterns
 from offpath.kernels import KernelError
 from offpath.pattern import Pattern
+from problems import gaussian
 
 SPARSITY = 0.9
 ONE_TOKEN = (4096, 4096, 1)

@@ -8,10 +8,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from cases import Operands, Problem, Product, gaussian, small_integers
+from cases import Operands, Product
 from offpath import kernels
 from offpath.kernels import Backend
 from offpath.pattern import Pattern
+from problems import Problem, gaussian, small_integers
 
 REFERENCE = kernels.backends()["reference"]
 

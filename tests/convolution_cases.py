@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cases import Draw, Operands, gaussian, small_integers
+from cases import Operands
 from checkers import REFERENCE, gamma, in_float64, poisoned_memory, unit_roundoff
 from offpath import pattern as patterns
 from offpath.kernels import Backend
 from offpath.kernels.convolution import Convolution
 from offpath.pattern import Pattern
+from problems import Draw, gaussian, small_integers
 
 
 @dataclass(frozen=True)

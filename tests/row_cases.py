@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Draw, Operands
+from cases import Operands
 from offpath import kernels, pattern as patterns
 from offpath.kernels.row_products import RowProducts
 from offpath.pattern import Pattern
+from problems import Draw
 
 # The fields of `RowProducts` that each native variant computes itself; the rest is still the shared definition.
 NATIVE = frozenset(field.name for field in fields(RowProducts)) - {"counts"}

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cases import Operands, gaussian, small_integers
+from cases import Operands
 from checkers import gamma, in_float64, poisoned_memory, unit_roundoff
 from offpath.kernels import KernelError, reference_rows
 from offpath.kernels.row_products import RowProducts
+from problems import gaussian, small_integers
 from row_cases import (
     PRODUCTS,
     SPECIAL_PROBLEMS,

@@ -335,7 +335,7 @@ def test_adapters_of_peft_stay_dense() -> None:
     assert skipped["base_model.model.2.lora_A.default"] == "it belongs to an adapter of PEFT, which reads weights"
     assert torch.equal(adapted(x), before)
     merged = adapted.merge_and_unload()
-    assert isinstance(merged[0], SparseLinear) and torch.allclose(merged(x), before, atol=1e-6)
+    assert isinstance(merged[0], SparseLinear) and torch.equal(merged(x), before)  # a new adapter adds zero
 
 
 def test_a_sparse_layer_says_that_it_has_no_weight() -> None:

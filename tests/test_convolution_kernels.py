@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from cases import gaussian
 from checkers import REFERENCE
 from convolution_cases import (
     LAYOUTS,
@@ -24,6 +23,7 @@ from convolution_cases import (
 from offpath import kernels
 from offpath.kernels import Backend, KernelError
 from offpath.kernels.convolution import Convolution
+from problems import gaussian
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 CHECKS = {"exact": check_exact, "bounded": check_bounded}

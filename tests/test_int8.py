@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.library import opcheck
 
-from cases import PROBLEMS, WIDTHS, Problem, gaussian, small_integers
 from checkers import gamma, poisoned_memory
 from offpath import kernels, pattern as patterns
 from offpath.kernels import Backend, KernelError, cpu
@@ -20,6 +19,7 @@ from offpath.kernels.reference import quantise_tokens
 from offpath.nn import Int8SparseLinear, SparseLinear
 from offpath.ops import forced_methods, int8_linear
 from offpath.pattern import Pattern
+from problems import PROBLEMS, WIDTHS, Problem, gaussian, small_integers
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 REFERENCE = kernels.backends()["reference"]

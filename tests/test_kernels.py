@@ -8,9 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import LARGE_PROBLEMS, PROBLEMS, PRODUCTS, WIDTHS, Product
+from cases import PRODUCTS, Product
 from checkers import check_bounded, check_exact
 from offpath.kernels import Backend
+from problems import LARGE_PROBLEMS, PROBLEMS, WIDTHS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 

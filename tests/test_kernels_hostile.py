@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from cases import PROBLEMS, PRODUCTS, Problem, Product, gaussian
+from cases import PRODUCTS, Product
 from checkers import poisoned_memory
 from children import outcomes_under
 from offpath import kernels, pattern as patterns
 from offpath.kernels import KernelError, _native, cpu, variant
+from problems import PROBLEMS, Problem, gaussian
 
 NATIVE = [name for name in kernels.backends() if name.startswith("cpu:")]
 LARGE = [p for p in PROBLEMS if p.name.startswith("several threads")]

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
-from cases import PROBLEMS, WIDTHS, Problem, gaussian
 from checkers import gamma
 from offpath import SparseLinear, kernels, pattern as patterns
 from offpath.kernels import Backend, KernelError
@@ -21,6 +20,7 @@ from offpath.nn import SparseConv2d
 from offpath.ops import forced_methods, sparse_linear
 from offpath.ops.prepared import _entries
 from offpath.pattern import Pattern, PatternError
+from problems import PROBLEMS, WIDTHS, Problem, gaussian
 
 SMALL = [p for p in (*WIDTHS[:4], *PROBLEMS) if not p.name.startswith(("several", "batch over", "strips"))]
 OPS = torch.ops.offpath

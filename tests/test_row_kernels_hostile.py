@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Operands, gaussian, small_integers
+from cases import Operands
 from offpath import kernels
 from offpath.kernels import Backend, KernelError, cpu
 from offpath.kernels.row_products import RowProducts
+from problems import gaussian, small_integers
 from row_cases import (
     BAD_ROWS,
     ENCODE_PROBLEMS,

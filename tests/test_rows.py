@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
-from cases import gaussian, small_integers
 from offpath import kernels
 from offpath.kernels import Backend
 from offpath.ops import SparseRows, encode_topk
+from problems import gaussian, small_integers
 from row_cases import PROBLEMS, RowProblem
 
 OPS = torch.ops.offpath

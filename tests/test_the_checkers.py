@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import PROBLEMS, PRODUCTS, WIDTHS
+from cases import PRODUCTS
 from checkers import REFERENCE, check_bounded, check_exact
 from mutants import MUTANTS, Mutant
 from offpath.kernels import Backend
+from problems import PROBLEMS, WIDTHS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

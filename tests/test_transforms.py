@@ -18,11 +18,11 @@ from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vjp, vmap
 
 import offpath
-from cases import PROBLEMS, gaussian
 from offpath import SparseLinear
 from offpath.kernels import Backend
 from offpath.nn import SparseAutoencoder, SparseConv2d
 from offpath.ops import sparse_linear
+from problems import PROBLEMS, gaussian
 
 SMALL = [p for p in PROBLEMS if p.name in ("one connection", "no connections", "rows of one to eight connections")]
 pytestmark = pytest.mark.usefixtures("one_thread")

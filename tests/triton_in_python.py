@@ -22,12 +22,13 @@ from triton.runtime import interpreter
 import checkers
 import row_checkers
 import watched_memory
-from cases import PROBLEMS, PRODUCTS, WIDTHS, Problem
+from cases import PRODUCTS
 from offpath import pattern as patterns
 from offpath.kernels import Backend, KernelError, reference, reference_rows
 from offpath.kernels.gpu import counting_sort, densely, expand, few_tokens, gather, launch, sparse_weight
 from offpath.kernels.gpu.gather import named_row
 from offpath.kernels.row_products import RowProducts
+from problems import PROBLEMS, WIDTHS, Problem
 from row_cases import (
     BAD_ROWS,
     PROBLEMS as ROW_CASES,

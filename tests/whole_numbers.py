@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cases import small_integers
 from offpath import pattern as patterns
 from offpath.pattern import Pattern
+from problems import small_integers
 
 
 def whole_numbers(

@@ -32,10 +32,8 @@ def read_by_their_owner(model: nn.Module) -> dict[nn.Module, str]:
     """
     found: dict[nn.Module, str] = {}
     for owner in model.modules():
-        if isinstance(owner, WEIGHT_READERS) or _is_from_peft(owner):
-            of_peft = "it belongs to an adapter of PEFT, which reads weights"
-            fast_path = f"a {type(owner).__name__} reads its weight instead of calling it"
-            reason = fast_path if isinstance(owner, WEIGHT_READERS) else of_peft
+        reason = _reads_all(owner)
+        if reason:
             found |= {module: reason for module in owner.modules() if module is not owner}
     for owner in model.modules():
         kind: Any = type(owner)
@@ -46,8 +44,12 @@ def read_by_their_owner(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
-def _is_from_peft(module: nn.Module) -> bool:
-    return any((kind.__module__, kind.__name__) == PEFT_LAYER for kind in type(module).__mro__)
+def _reads_all(owner: nn.Module) -> str | None:
+    if isinstance(owner, WEIGHT_READERS):
+        return f"a {type(owner).__name__} reads its weight instead of calling it"
+    if any((kind.__module__, kind.__name__) == PEFT_LAYER for kind in type(owner).__mro__):
+        return "it belongs to an adapter of PEFT, which reads weights"
+    return None
 
 
 @cache

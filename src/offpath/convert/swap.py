@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from offpath.convert.readers import read_by_their_owner
-from offpath.nn.watching import hooks_of_others, is_watched
+from offpath.nn.watching import Watch
 
-WATCHED = "a topology watches it for its next update; call topology.close() first"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # what the kernels compute in
 
 
@@ -56,9 +55,27 @@ def attachment(module: nn.Module, owners: Counter[int], own_hooks: tuple[type, .
     for name, parameter in module._parameters.items():
         if parameter is not None and owners[id(parameter)] > 1:
             return f"its {name} is tied to another module"
-    if any(not isinstance(hook, own_hooks) for hook in hooks_of_others(module)):
+    hooks = [hook for hook in _hooks(module) if not isinstance(hook, own_hooks)]
+    if any(not isinstance(hook, Watch) for hook in hooks):
         return "it carries hooks, which a new layer would lose"
+    if any(isinstance(hook, Watch) and hook.watches(module) for hook in hooks):
+        return "a topology watches it for its next update; call topology.close() first"
     return None
+
+
+def _hooks(module: nn.Module) -> list[object]:
+    """Those on the module and its parameters; of a bound method, the object."""
+    hooks = [
+        hook
+        for name, registered in vars(module).items()
+        if "_hooks" in name and isinstance(registered, dict)
+        for hook in registered.values()
+        if callable(hook)  # and not what torch remembers of one
+    ]
+    for parameter in module._parameters.values():
+        for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            hooks += (getattr(parameter, kind, None) or {}).values()
+    return [getattr(hook, "__self__", hook) for hook in hooks]
 
 
 def _obstacle(module: nn.Module, kind: type[nn.Module], weight: str, owners: Counter[int]) -> str | None:
@@ -66,7 +83,7 @@ def _obstacle(module: nn.Module, kind: type[nn.Module], weight: str, owners: Cou
         return f"its {weight} is computed by a mask or parametrization; remove that first"
     if type(module) is not kind:
         return f"it is a {type(module).__name__}, whose owner may read its {weight}"
-    return WATCHED if is_watched(module) else attachment(module, owners)
+    return attachment(module, owners)
 
 
 def _place(parameter: nn.Parameter) -> object:

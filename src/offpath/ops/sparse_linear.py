@@ -137,10 +137,9 @@ def _backward(
     col_indices: Tensor,
     prefer: str = "speed",
     feature_major: bool = False,
-    dense: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_gradient_of(x, dy, crow_indices)
-    return _all_gradients(dy, x, values, crow_indices, col_indices, prefer, feature_major, dense)
+    return _all_gradients(dy, x, values, crow_indices, col_indices, prefer, feature_major, None)
 
 
 def _all_gradients(

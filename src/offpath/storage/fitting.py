@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offpath.convert.swap import WATCHED, attachment, swap_modules
+from offpath.convert.swap import attachment, swap_modules
 from offpath.nn.sparse_weight import SparseWeightModule
-from offpath.nn.watching import is_watched
 from offpath.storage.contents import Contents
 from offpath.storage.errors import StorageError
 from offpath.storage.layers import LAYERS
@@ -85,7 +84,7 @@ def _replacements(model: nn.Module, contents: Contents) -> dict[nn.Module, nn.Mo
             problem = "one module of two names in the model, two in the file"
         if problem:
             raise StorageError(f"expected layer {name!r} to take the place of one of its size, got {problem}")
-        attached = WATCHED if is_watched(module) else attachment(module, Counter())
+        attached = attachment(module, Counter())
         if attached:
             raise StorageError(
                 f"expected layer {name!r} to take the place of one that nothing hangs on, but {attached}; load into a "

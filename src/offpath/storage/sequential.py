@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from offpath.convert.swap import attachment
+from offpath.nn.watching import Watch
 from offpath.storage.contents import Contents
 from offpath.storage.errors import StorageError
 from offpath.storage.layers import LAYERS, as_json
@@ -66,7 +67,7 @@ def build(description: Mapping[str, Any], contents: Contents) -> nn.Module:
 
 
 def _described(module: nn.Module | None, name: str, seen: dict[nn.Module, str]) -> dict[str, Any] | None:
-    if module is None or attachment(module, Counter()):
+    if module is None or attachment(module, Counter(), own_hooks=(Watch,)):
         return None
     if module in seen:
         return {"same_as": seen[module]}

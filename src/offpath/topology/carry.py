@@ -68,9 +68,12 @@ def owns(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
 def state_problem(optimizer: Optimizer, parameter: nn.Parameter) -> str | None:
     """Why the optimizer's state of `parameter` [nnz] cannot be moved with its connections; None if it can."""
     for one in _with_inner(optimizer):
-        for name, by_weight in one.state.items():  # TRAC keeps its reference weights so
-            of_weight = isinstance(by_weight, Mapping) and [v for k, v in by_weight.items() if k is parameter]
-            if of_weight and _tensors_inside(of_weight):
+        for name, by_weight in one.state.items():
+            if isinstance(name, Tensor) or not isinstance(by_weight, Mapping):
+                continue
+            # TRAC keeps its reference weights so.
+            of_weight = [kept for weight, kept in by_weight.items() if weight is parameter]
+            if _tensors_inside(of_weight, parameter):
                 return (
                     f"expected {type(one).__name__} to keep what belongs to a weight in the state of that weight, got "
                     f"some under {name!r}; it cannot follow a connection that moves"
@@ -145,7 +148,7 @@ def _state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
     return optimizer.state.get(parameter) or {}
 
 
-def _tensors_inside(entry: Any, parameter: Tensor | None = None) -> list[Tensor]:
+def _tensors_inside(entry: Any, parameter: Tensor) -> list[Tensor]:
     """Those of several numbers in containers and in the attributes of objects, but for `parameter`, however deep."""
     found, pending, seen = [], [entry], {id(parameter)}
     while pending:
