@@ -1,4 +1,4 @@
-// Puts the caller's values in the order in which the bucketed product uses them.
+// Puts the caller's values in the order in which the products over plans use them.
 #pragma once
 
 #include "layout-inl.h"
@@ -6,32 +6,47 @@
 
 namespace {
 
+// Two neighbouring slots in one load. Left to itself, the compiler fetches values by gather instructions, which take
+// twice as long as loads one by one on AMD's processors, and on Intel's since their fix for gather data sampling.
+struct TwoSlots {
+    int64_t first, second;
+
+    explicit TwoSlots(const int32_t *slots) {
+        static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the halves below are those of a little-endian CPU");
+        uint64_t both;
+        __builtin_memcpy(&both, slots, sizeof both);
+        first = static_cast<uint32_t>(both);
+        second = static_cast<int64_t>(both) >> 32;
+    }
+};
+
 // `values` of T, or of a type whose every value T can hold.
 template <class T, class Value>
 void gather_values(const offpath::BucketPlan &plan, const Value *values, void *destination,
                    const offpath::Block &block) {
-    if constexpr (!in_pairs<T>) {
-        auto *ordered = static_cast<typename Format<T>::Value *>(destination);
-        const int64_t end = plan.slot_begin[block.row_end];
-        for (int64_t i = plan.slot_begin[block.row_begin]; i < end; ++i)
-            ordered[i] = compute(values[plan.slots ? plan.slots[i] : i]);
-    } else {
-        // The rows of two columns of one mask: the first column's value in the lower half, the second's in the upper.
-        for (int64_t group = block.row_begin; group < block.row_end; ++group) {
-            const int32_t *slots = plan.slots + plan.slot_begin[group];
-            uint32_t *ordered = static_cast<uint32_t *>(destination) + plan.slot_begin[group] / 2;
-            for (int mask = 1; mask < offpath::group_masks; ++mask) {
-                const int rows = __builtin_popcount(mask);
-                for (int32_t pair = plan.mask_counts[group * offpath::group_masks + mask] / 2; pair > 0; --pair) {
-                    for (int row = 0; row < rows; ++row) {
-                        const int32_t first = slots[row], second = slots[rows + row];
-                        const uint32_t high = second < 0 ? 0 : as_bfloat16(values[second]).bits;
-                        *ordered++ = as_bfloat16(values[first]).bits | high << 16;
-                    }
-                    slots += 2 * rows;
-                }
-            }
+    int64_t i = plan.slot_begin[block.row_begin];
+    const int64_t end = plan.slot_begin[block.row_end];
+    auto *ordered = static_cast<typename Format<T>::Value *>(destination) + i / Format<T>::columns_per_step;
+    if constexpr (in_pairs<T>) {
+        // A column's value in the lower half, that of its neighbour, which may be padding, in the upper.
+        for (; i < end; i += 2) {
+            const TwoSlots slots(plan.slots + i);
+            const int64_t padding = slots.second >> 63; // all ones, or zero
+            const uint32_t first = as_bfloat16(values[slots.first]).bits;
+            const uint32_t second = as_bfloat16(values[slots.second & ~padding]).bits & ~padding;
+            *ordered++ = first | second << 16;
         }
+    } else if (!plan.slots) {
+        for (; i < end; ++i)
+            *ordered++ = compute(values[i]);
+    } else {
+        for (; i + 1 < end; i += 2) {
+            const TwoSlots slots(plan.slots + i);
+            *ordered++ = compute(values[slots.first]);
+            *ordered++ = compute(values[slots.second]);
+        }
+        if (i < end)
+            *ordered = compute(values[plan.slots[i]]);
     }
 }
 

@@ -113,7 +113,7 @@ void Plan::count_group(int64_t group, const Csr &csr, Workspace &work) {
 
 void Plan::fill_group(int64_t group, const Csr &csr, const int32_t *permutation, Workspace &work) {
     find_masks(group, csr, work);
-    const int32_t *counts = &mask_counts[group * group_masks];
+    const int32_t *counts = &mask_counts[group * group_masks], step = static_cast<int32_t>(columns_per_step);
     int32_t next_column[group_masks], next_slot[group_masks];
     int32_t column = column_begin[group], slot = slot_begin[group];
     for (int mask = 1; mask < group_masks; ++mask) {
@@ -125,21 +125,29 @@ void Plan::fill_group(int64_t group, const Csr &csr, const int32_t *permutation,
     for (int64_t i = 0; i < work.touched_count; ++i) {
         const int32_t c = work.touched[i];
         const uint8_t mask = work.masks[c];
+        // The slots of columns that are multiplied together take turns.
+        const int32_t turn = next_column[mask] & (step - 1);
         column_order[next_column[mask]++] = c;
-        work.next_slot_of[c] = next_slot[mask];
-        next_slot[mask] += std::popcount(mask);
+        work.next_slot_of[c] = next_slot[mask] + turn;
+        if (turn == step - 1)
+            next_slot[mask] += step * std::popcount(mask);
         work.masks[c] = 0;
     }
     for (int64_t r = group * group_rows; r < std::min(rows, (group + 1) * group_rows); ++r)
-        for (int32_t s = csr.crow_indices[r]; s < csr.crow_indices[r + 1]; ++s)
-            slots[work.next_slot_of[csr.col_indices[s]]++] = permutation ? permutation[s] : s;
+        for (int32_t s = csr.crow_indices[r]; s < csr.crow_indices[r + 1]; ++s) {
+            int32_t &next = work.next_slot_of[csr.col_indices[s]];
+            slots[next] = permutation ? permutation[s] : s;
+            next += step;
+        }
     // What is left of a mask's places is padding.
     column = column_begin[group], slot = slot_begin[group];
     for (int mask = 1; mask < group_masks; ++mask) {
         column += counts[mask];
         slot += counts[mask] * std::popcount(static_cast<unsigned>(mask));
         std::fill(&column_order[next_column[mask]], &column_order[column], static_cast<int32_t>(columns));
-        std::fill(&slots[next_slot[mask]], &slots[slot], -1);
+        for (int32_t turn = step - (column - next_column[mask]); turn < step; ++turn)
+            for (int32_t s = next_slot[mask] + turn; s < slot; s += step)
+                slots[s] = -1;
     }
 }
 

@@ -15,8 +15,9 @@ constexpr int columns_ahead = 8;
 
 // A pattern prepared for the bucketed product. The rows are taken in groups; in a group, a column's mask says which
 // of the rows have a connection to it. The columns of a group stand sorted by mask, the values in the order in which
-// the product uses them: column by column, inside a column by row. Where an ISA multiplies in pairs, each mask has an
-// even number of columns: the padding is a column of zeros, number `columns`, whose slots are -1.
+// the product uses them: column by column, inside a column by row. Where an ISA multiplies in pairs, the slots of two
+// columns take turns, and each mask has an even number of columns: the padding is a column of zeros, number `columns`,
+// whose slots are -1.
 struct BucketPlan {
     const int32_t *mask_counts;  // [groups, group_masks]: how many columns of the group have each mask
     const int32_t *column_order; // the columns of group g start at column_begin[g]; columns_ahead zeros end the list
