@@ -30,23 +30,24 @@ void backward(const Kernels<T> &kernels, const Ways &ways, int64_t rows, int64_t
     const BiasGradient<T> of_bias(kernels, dy_panels, rows, batch, dbias);
     const int packers = threads_for((rows + columns) * batch + nnz, threads);
     const int workers = threads_for((nnz + rows + columns) * batch, threads);
-    // The longest tasks first.
-    const auto finish = [&](const auto &of_x) {
+    const auto with_gradient = [&](const auto &body) {
         if (ways.tiles)
-            run_together(workers, TiledGradient<T>(kernels, *ways.tiles, dy_panels, x_panels, batch, dvalues), of_x,
-                         of_bias);
+            body(TiledGradient<T>(kernels, *ways.tiles, dy_panels, x_panels, batch, dvalues));
         else
-            run_together(workers, FilledGradient<T>(kernels, *ways.bits, dy_panels, x_panels, batch, dvalues), of_x,
-                         of_bias);
+            body(FilledGradient<T>(kernels, *ways.bits, dy_panels, x_panels, batch, dvalues));
     };
+    // The longest tasks first, so that at the end there are only short ones to share out.
     if (ways.transpose) {
         const OrderedValues<T> ordered(kernels, *ways.transpose, values);
         run_together(packers, dy_panels, x_panels, ordered);
-        with_planned_product<T>(kernels, *ways.transpose, ordered, nullptr, dy_panels, batch, dx, feature_major,
-                                finish);
+        with_planned_product<T>(
+            kernels, *ways.transpose, ordered, nullptr, dy_panels, batch, dx, feature_major, [&](const auto &of_x) {
+                with_gradient([&](const auto &of_values) { run_together(workers, of_values, of_x, of_bias); });
+            });
     } else {
         run_together(packers, dy_panels, x_panels);
-        finish(FilledInputGradient<T>(kernels, *ways.bits, values, dy_panels, batch, dx, feature_major, workers));
+        const FilledInputGradient<T> of_x(kernels, *ways.bits, values, dy_panels, batch, dx, feature_major, workers);
+        with_gradient([&](const auto &of_values) { run_together(workers, of_x, of_values, of_bias); });
     }
 }
 

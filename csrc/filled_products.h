@@ -21,17 +21,16 @@ template <class T> class FilledProduct {
                   const Panels<T> &panels, int64_t batch, T *y, bool feature_major, int threads)
         : kernel(kernels.filled), args{matrix.view(), values, bias, panels.data(), y, batch, feature_major, nullptr},
           tile_bytes(tile_groups * group_rows * 64 * args.bitmap.words_per_row * kernels.layout.panel_entry_bytes),
-          groups(ceil_div(matrix.rows, group_rows)), chunks(ceil_div(groups, groups_per_product)), panels(panels.count),
+          groups(ceil_div(matrix.rows, group_rows)), chunks(ceil_div(groups, tile_groups)), panels(panels.count),
           panels_per_tile(panels_sharing(kernels.layout, panels.count, chunks, threads)) {}
 
     int64_t tasks() const { return chunks * ceil_div(panels, panels_per_tile); }
     void run(int64_t task) const {
-        const int64_t group = task % chunks * groups_per_product, panel = task / chunks * panels_per_tile;
+        const int64_t group = task % chunks * tile_groups, panel = task / chunks * panels_per_tile;
         const auto tile = scratch<char>(tile_bytes);
         filled_args<T> own = args;
         own.tile = tile.get();
-        kernel(own,
-               {group, std::min(groups, group + groups_per_product), panel, std::min(panels, panel + panels_per_tile)});
+        kernel(own, {group, std::min(groups, group + tile_groups), panel, std::min(panels, panel + panels_per_tile)});
     }
 
   private:
