@@ -7,7 +7,7 @@
 namespace {
 
 // Two neighbouring slots in one load. Left to itself, the compiler fetches values by gather instructions, which take
-// twice as long as loads one by one on AMD's processors, and on Intel's since their fix for gather data sampling.
+// twice as long as loads one by one on a Zen 4.
 struct TwoSlots {
     int64_t first, second;
 
