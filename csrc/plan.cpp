@@ -122,6 +122,10 @@ void Plan::fill_group(int64_t group, const Csr &csr, const int32_t *permutation,
         column += counts[mask];
         slot += counts[mask] * std::popcount(static_cast<unsigned>(mask));
     }
+    // What no column takes is padding.
+    std::fill(&column_order[column_begin[group]], &column_order[column_begin[group + 1]],
+              static_cast<int32_t>(columns));
+    std::fill(&slots[slot_begin[group]], &slots[slot_begin[group + 1]], -1);
     for (int64_t i = 0; i < work.touched_count; ++i) {
         const int32_t c = work.touched[i];
         const uint8_t mask = work.masks[c];
@@ -139,16 +143,6 @@ void Plan::fill_group(int64_t group, const Csr &csr, const int32_t *permutation,
             slots[next] = permutation ? permutation[s] : s;
             next += step;
         }
-    // What is left of a mask's places is padding.
-    column = column_begin[group], slot = slot_begin[group];
-    for (int mask = 1; mask < group_masks; ++mask) {
-        column += counts[mask];
-        slot += counts[mask] * std::popcount(static_cast<unsigned>(mask));
-        std::fill(&column_order[next_column[mask]], &column_order[column], static_cast<int32_t>(columns));
-        for (int32_t turn = step - (column - next_column[mask]); turn < step; ++turn)
-            for (int32_t s = next_slot[mask] + turn; s < slot; s += step)
-                slots[s] = -1;
-    }
 }
 
 void Plan::place_columns(const int32_t *begin) {

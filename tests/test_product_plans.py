@@ -41,6 +41,23 @@ def test_product_is_exact_in_every_layout(
     assert torch.equal(backend.planned_spmm(transpose, values, dy), (dy.double() @ weight).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_value_that_is_not_finite_reaches_its_own_row_and_column_alone(
+    backend: Backend, size: tuple[int, int, int, float], dtype: torch.dtype
+) -> None:
+    """Padding has no value: not even one that zeros are multiplied with."""
+    pattern, values, x, dy, _ = whole_numbers(*size, dtype)
+    values[0] = torch.nan
+    row, column = int((pattern.crow_indices > 0).nonzero()[0]) - 1, int(pattern.col_indices[0])
+    plan = backend.plan(pattern.crow_indices, pattern.col_indices, pattern.shape[1], dtype)
+    crow_indices, col_indices, permutation = pattern.transpose()
+    transpose = backend.plan(crow_indices, col_indices, pattern.shape[0], dtype, permutation)
+    y, dx = backend.planned_spmm(plan, values, x), backend.planned_spmm(transpose, values, dy)
+    assert y.isnan().any(0).nonzero().flatten().tolist() == [row]
+    assert dx.isnan().any(0).nonzero().flatten().tolist() == [column]
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_int8_values_are_scaled_by_row(backend: Backend, threads: int, size: tuple[int, int, int, float]) -> None:
     pattern, values, x, _, bias = whole_numbers(*size, torch.float32)
