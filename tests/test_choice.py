@@ -113,15 +113,29 @@ def test_near_ties_go_to_plans_then_to_what_sparsity_does_not_change_then_to_fil
     with kernels.forced(BEST):
         chosen = SparseLinear(64, 64).explain(64).chosen
         assert chosen == {"forward": "bucketed", "dx": "bucketed", "dvalues": "row-wise"}
-        almost = 1.11 * filled_margin(kernels.select("cpu", torch.float32)) - 0.01
+        almost = 1.04 * filled_margin(kernels.select("cpu", torch.float32)) - 0.01
         for changed, expected in (
-            ({"dense": 1.11}, "dense"),
+            ({"dense": 1.04}, "dense"),
             ({"filled": almost}, "filled"),
-            ({"dense": 1.11 * 0.95}, "dense"),
+            ({"dense": 1.04 * 0.95}, "dense"),
         ):
             costs.update(changed)
             _forget(own_cache)
             assert set(SparseLinear(64, 64).explain(64).chosen.values()) == {expected}
+
+
+def test_bits_must_gain_more_than_plans_over_what_sparsity_does_not_change(own_cache, monkeypatch) -> None:
+    costs = dict.fromkeys(("bucketed", "tiled", "row-wise", "bitmap", "filled"), 9.0) | {"dense": 1.0}
+    monkeypatch.setattr(calibration, "measure", lambda *_: _table(lambda p, m, *point: costs[m]))
+    with kernels.forced(BEST):
+        for changed, expected in (
+            ({"bitmap": 1 / 1.11}, {"dense"}),
+            ({"bitmap": 1 / 1.13}, {"bitmap"}),
+            ({"bitmap": 9.0, "bucketed": 1 / 1.06, "tiled": 1 / 1.06}, {"bucketed", "tiled"}),
+        ):
+            costs.update(changed)
+            _forget(own_cache)
+            assert set(SparseLinear(64, 64).explain(64).chosen.values()) == expected
 
 
 def test_near_ties_go_to_what_computes_both_gradients_in_one_call(own_cache, monkeypatch: pytest.MonkeyPatch) -> None:
