@@ -21,9 +21,10 @@ from offpath.kernels.operands import on_device_of
 
 PREFERENCES = ("speed", "memory")
 # Filled and dense take the same time at any sparsity and so cannot lose much to `nn.Linear`: the better of them wins
-# near-ties. It wins more of them over what is estimated: a GPU's costs, and those of bits beyond 16 tokens, which are
-# scaled. Steps of 2048 x 2048 with 64 tokens over bits, estimated to take 5 to 10 % less on a CPU, took 7 % more.
-STEADY_MARGIN, STEADY_OVER_ESTIMATES_MARGIN = 1.05, 1.12
+# near-ties. It wins more of them where less is known: on a GPU, whose costs are estimated, and over bits, whose costs
+# beyond 16 tokens are scaled. Steps of 2048 x 2048 with 64 tokens over bits, predicted to take 5 to 10 % less on a CPU,
+# took 7 % more.
+STEADY_MARGIN, STEADY_OVER_UNSURE_MARGIN = 1.05, 1.12
 # A weight that is written out goes through caches which a training step leaves colder than the measurement does: with
 # AVX-512, its step at 1024 x 1024 in bfloat16 takes 6 % longer than predicted, that of filled 1 %. On AVX2 it is the
 # products of filled that take up to 15 % longer (2048 x 2048 and 3072 x 768 in float32), and those of dense do not.
@@ -120,8 +121,8 @@ def choose(
         costs = {m: cost if m in AT_ONCE[dx_method] else cost + APART_SECONDS for m, cost in costs.items()}
     best = min(costs, key=costs.__getitem__)
     filled, dense = costs.get("filled", math.inf), costs.get("dense", math.inf)
-    estimated = best == "bitmap" or not backend.native
-    if min(filled, dense) <= (STEADY_OVER_ESTIMATES_MARGIN if estimated else STEADY_MARGIN) * costs[best]:
+    is_unsure = best == "bitmap" or not backend.native
+    if min(filled, dense) <= (STEADY_OVER_UNSURE_MARGIN if is_unsure else STEADY_MARGIN) * costs[best]:
         return "filled" if filled <= filled_margin(backend) * dense else "dense"
     if best == "bitmap" and dx_method == "bucketed":
         return "tiled" if costs.get("tiled", math.inf) <= TILED_BESIDE_PLAN_MARGIN * costs[best] else best
