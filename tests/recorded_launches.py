@@ -6,6 +6,7 @@ The driver is the benchmarks' stand-in. Triton compiles and launches as for a GP
 from __future__ import annotations
 
 import ctypes
+import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 import gpu_host
 import standin
+from offpath.kernels import KernelError
 from offpath.kernels.gpu import (
     counting_sort,
     densely,
@@ -201,6 +203,29 @@ def test_another_triton_is_asked_every_time(driver: standin.Driver, monkeypatch:
         for _ in range(3):
             sparse_weight.transpose(torch.zeros(4, 16), torch.zeros(16, 16))
         assert len(asked) == times
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), True),
+        (subprocess.CalledProcessError(1, ["gcc"]), True),  # Python.h is missing
+        (RuntimeError("CUDA error: an illegal memory access"), False),
+    ],
+)
+def test_what_triton_lacks_to_build_its_launcher_is_named(error: Exception, refused: bool) -> None:
+    class Kernel:
+        fn, arg_names = None, ["x"]
+
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            return self
+
+        def __call__(self, *arguments: object, **options: object) -> None:
+            raise error
+
+    expected = KernelError if refused else type(error)
+    with pytest.raises(expected, match="expected a C compiler and Python's headers" if refused else "illegal"):
+        launching.launch(Kernel(), (1,), torch.zeros(1), num_warps=1)
 
 
 def test_a_kernel_runs_where_its_tensors_are(driver: standin.Driver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from offpath.cost.crossover import (
     Point,
     measure,
 )
+from offpath.kernels.gpu import rates
 from offpath.kernels.gpu.costs import layer_seconds, row_seconds
 from offpath.kernels.gpu.rates import Rates, is_complete
 from offpath.ops import forced_methods
@@ -181,6 +183,18 @@ def test_where_launches_take_longer_than_the_work_the_fewest_are_chosen() -> Non
     # The transposed order of the values is one of torch's launches.
     assert layer_seconds(slow_host, "dx", "row-wise", 512, 512, 26_000, 1) == 1.5 * slow_host.launch_seconds
     assert _cheapest(slow_host, "forward", 4096, 0.98, 4096) == "row-wise"
+
+
+@pytest.mark.parametrize(("capability", "share"), [((8, 0), 1), ((9, 0), 1), ((8, 6), 1 / 64), ((12, 0), 1 / 64)])
+def test_consumer_cards_have_hardly_any_float64(
+    capability: tuple[int, int], share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    major, minor = capability
+    properties = SimpleNamespace(major=major, minor=minor, multi_processor_count=100, L2_cache_size=2**26)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(rates, "_attribute", lambda device, which, otherwise: otherwise)
+    of_double, of_single = (rates.calculated(0, dtype).dense_flops for dtype in (torch.float64, torch.float32))
+    assert of_double == pytest.approx(share * of_single)  # as products of what the whitepapers say
 
 
 @pytest.mark.parametrize("found", [None, [], {}, {"element_bytes": 2}, asdict(FLOAT32) | {"call_seconds": 0.0}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,11 @@ from offpath.kernels.gpu.formats import pack
 from offpath.kernels.gpu.live import live_matmul
 from test_gpu_formats import csr, random_mask
 
+CALLED = (
+    "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2",
+    "cuModuleLoadData", "cuModuleGetFunction", "cuFuncGetAttribute", "cuFuncSetAttribute", "cuDriverGetVersion",
+    "cuGetErrorString",
+)  # fmt: skip
 OPTIONS = {"BATCH": 1, "BF16": 1, "DEPTH": 4, "WARPS": 8, "BLOCKS": 4}
 
 
@@ -164,6 +170,34 @@ def test_a_packed_weight_begins_at_whole_words(kind: str, name: str) -> None:
         decode(beside, torch.ones(1, 8))
 
 
+def _believe_in_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_attribute", lambda index, number: {97: 232_448, 111: 1024}[number])
+    monkeypatch.setattr(driver, "_index", lambda device: 0)
+    monkeypatch.setattr(driver, "driver", lambda: None)
+    monkeypatch.setattr(nvrtc, "cubin", lambda *_: b"a module")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_a_module_gets_the_memory_that_torch_keeps_without_need(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses, emptied = iter([2] * failures), []
+
+    def loads(*_: object) -> int:
+        return next(statuses, 0)
+
+    _believe_in_an_h100(monkeypatch)
+    functions = dict.fromkeys(CALLED, lambda *_: 0) | {"cuModuleLoadData": loads}
+    monkeypatch.setattr(driver, "driver", lambda: SimpleNamespace(**functions))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    refused = pytest.raises(torch.OutOfMemoryError, match=r"cuModuleLoadData failed: unknown error \(2\)")
+    with refused if failures == 2 else nullcontext():
+        driver._load.__wrapped__("decode.cu", "decode", 0, ())
+    assert len(emptied) == (failures > 0)
+
+
 @pytest.mark.parametrize("counted", [0, 1024], ids=["beside a kernel's own", "among a kernel's own"])
 def test_no_kernel_asks_for_what_the_driver_reserves(counted: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On an H100: 227 KiB of a block, of which one is reserved."""
@@ -175,15 +209,8 @@ def test_no_kernel_asks_for_what_the_driver_reserves(counted: int, monkeypatch: 
         elif name == "cuFuncSetAttribute":
             asked.append(arguments[2])
 
-    monkeypatch.setattr(driver, "_attribute", lambda index, number: {97: 232_448, 111: 1024}[number])
-    monkeypatch.setattr(driver, "_index", lambda device: 0)
+    _believe_in_an_h100(monkeypatch)
     monkeypatch.setattr(driver, "_call", call)
-    monkeypatch.setattr(driver, "driver", lambda: None)
-    monkeypatch.setattr(nvrtc, "cubin", lambda *_: b"a module")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
-    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     limit = driver.shared_bytes_limit(torch.device("cuda"))
     driver._load.__wrapped__("decode.cu", "decode", 0, ())
     assert (asked, limit) == ([231_424], 231_424)

@@ -33,7 +33,8 @@ CARD = {"name": "NVIDIA H200", "capability": "9.0", "multiprocessors": 132, "mem
 def _content() -> dict:
     figure = replace(FIGURE, section="Decoding, 1 token, over the best dense bf16", value=1.6, spread=0.01)
     missed = replace(figure, column="60%", value=1.2)
-    times = [{"section": "s", "row": "r", "column": "c", "side": "copy", "median_seconds": 5e-4}]
+    time = {"section": "s", "row": "r", "column": "c", "median_seconds": 5e-4}
+    times = [time | {"side": "copy", "replayed": False}, time | {"row": "q", "side": "ours", "replayed": True}]
     ran = {"ran": True, "clean": True, "cases": 3, "finished": True, "found_planted": True, "planted": "", "lines": []}
     return {
         "card": CARD,
@@ -54,6 +55,7 @@ def test_the_page_has_everything() -> None:
         "NVIDIA H200", "seed 1", "4.29 TB/s", "decode_n4: 1 of 1 cases right", "live: 0 of 1", "live, two: it is off",
         "memcheck: nothing found in 3 cases; it found the planted mistake", "racecheck: not run: not installed",
         "step: its time ran out", "last words", "1.60x ±1%", "bar 1.5 met", "bar 1.5 missed", "2 bars: 1 met, 1 missed",
+        "timed with their launches, not from CUDA graphs, in s: r, c\n",
     ):  # fmt: skip
         assert words in page, words
     assert json.loads(report_text(content)) == json.loads(json.dumps(content))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from gpu import autoencoder, jobs, layers
+from contenders import Refused
+from gpu import autoencoder, jobs, layers, timing
 from gpu.timing import Effort
 from measure import Timing
 from offpath import SparseLinear
@@ -49,6 +50,22 @@ def test_steps_of_graphs_are_said_to_be_replayed(monkeypatch: pytest.MonkeyPatch
     options = "topk", (8, 2, 4, 4), Effort(), torch.device("cpu")
     assert autoencoder._in_graphs(*options).replayed == {autoencoder.DENSE, autoencoder.OURS}
     assert autoencoder._eager(*options).replayed == frozenset()
+
+
+@pytest.mark.parametrize(("problem", "refused"), [("it waits for the device", False), ("captures_underway", True)])
+def test_a_capture_that_failed_makes_no_launches_of_later_graphs(
+    problem: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A figure that is meant to be of graphs, and has a bar, would be judged by what launches take."""
+
+    def fails(call: timing.Call) -> timing.Call:
+        raise RuntimeError(f"torch says: {problem}")
+
+    monkeypatch.setattr(timing, "captured", fails)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls, tours = {"ours": [lambda: None]}, {"ours": 1}
+    with pytest.raises(Refused, match="a capture that failed before") if refused else nullcontext():
+        assert timing._captured(calls, tours) is None
 
 
 def test_what_launches_take_is_hidden_behind_the_cache_that_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,10 +265,28 @@ def test_what_cannot_be_measured_does_not_pay(
     monkeypatch.setattr(contest, "_pays", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(contest, "problem", lambda part: None)
+    monkeypatch.setattr(contest, "facts", lambda device: [])
     monkeypatch.setattr(contest, "_live_wins", fails)
     weight = torch.ones(20, 8)
     assert not contest.live_pays(2, weight, None) and not contest.live_pays(2, weight, None)
     assert len(asked) == (1 if remembered else 2)
+
+
+def test_later_processes_read_live_rows_where_the_first_one_did(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Near a tie each would measure something else, and compute other bits."""
+    monkeypatch.setenv("OFFPATH_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(contest, "problem", lambda part: None)
+    monkeypatch.setattr(contest, "facts", lambda device: [])
+    times = iter([(1.0, 1.02), (1.0, 1.04)])  # of two shapes: live_matmul takes 2 % longer, and 4 %
+    monkeypatch.setattr(contest, "cold_seconds", lambda calls, device: next(times))
+    first, second = torch.ones(20, 8), torch.ones(24, 8)
+    for _ in range(2):  # processes
+        monkeypatch.setattr(contest, "_pays", {})
+        assert contest.live_pays(3, first, None) and contest.live_pays(4, first, None)
+        assert not contest.live_pays(3, second, None)
 
 
 def test_what_only_follows_shapes_is_not_asked_for_live_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def show(content: Mapping[str, Any], figures: Sequence[Figure]) -> str:
         console.print(f"\n{escape(section)}")
         console.print(table([figure for figure in figures if figure.section == section]))
     console.print()
-    for reason in reasons(figures):
+    for reason in (*_launched(content["times"]), *reasons(figures)):
         console.print(escape(reason))
     if figures:
         console.print(summary(figures))
@@ -56,6 +56,16 @@ def _head(content: Mapping[str, Any]) -> Iterator[str]:
         if part["status"] != "finished":
             yield f"{name}: {part['status']}"
             yield from (f"  {text}" for text in part.get("said", ()))
+
+
+def _launched(times: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """What small products must not be judged by: a launch may take longer than they do."""
+    launched: dict[str, list[str]] = {}
+    for time in times:
+        if not time["replayed"]:
+            launched.setdefault(time["section"], []).append(f"{time['row']}, {time['column']}")
+    for section, figures in launched.items():
+        yield f"timed with their launches, not from CUDA graphs, in {section}: {'; '.join(dict.fromkeys(figures))}"
 
 
 def _checks(checks: Sequence[Mapping[str, Any]]) -> Iterator[str]:

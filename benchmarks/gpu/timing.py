@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from contenders import Refused
 from measure import Timing
 
 Call = Callable[[], object]
@@ -49,7 +50,8 @@ def race(sides: Mapping[str, Sequence[Call]], effort: Effort, graphs: bool = Tru
     """Seconds of one call of each side, a median's worth of rounds; the sides take turns in an order that rotates.
 
     A side is its call once for every copy of its operands; a burst goes through all of them, again and again. All sides
-    run from CUDA graphs or, where one of them cannot be captured (or without `graphs`), none: the second result.
+    run from CUDA graphs or, where one of them cannot be captured (or without `graphs`), none: the second result. Raises
+    `Refused` where that is the fault of another one.
     """
     tours = {name: _tours(calls, effort.burst_seconds) for name, calls in sides.items()}
     replays = _captured(sides, tours) if graphs else None
@@ -128,8 +130,12 @@ def _captured(sides: Mapping[str, Sequence[Call]], tours: Mapping[str, int]) -> 
     for name, calls in sides.items():
         try:
             replays[name] = captured(_run(calls, tours[name]))
-        except RuntimeError:  # it waits for the device, say
+        except RuntimeError as problem:  # it waits for the device, say
             torch.cuda.synchronize()
+            if is_of_an_earlier_capture(problem):
+                raise Refused(
+                    "torch is still in a capture that failed before: all times would be of launches"
+                ) from None
             return None
     return replays
 

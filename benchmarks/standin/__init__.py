@@ -101,7 +101,7 @@ def install(folder: Path) -> Driver:
     of_offpath._index = lambda _: 0
     of_offpath.nvrtc.cubin = lambda *_: b"a module"
     contest.problem = lambda _: None
-    contest._live_wins = lambda *_: True
+    contest._kept_live_wins = lambda *_: True
     return driver
 
 

@@ -136,6 +136,13 @@ def require() -> None:
         raise KernelError(f"expected a GPU that kernels can run on; {missing}")
 
 
+def facts(device: int) -> list[object]:
+    """What a measurement on a device depends on: the device, its driver, and the versions of what computes there."""
+    properties = torch.cuda.get_device_properties(device)
+    described = [properties.name, properties.major, properties.minor, properties.multi_processor_count]
+    return [*described, driver_part().detail, torch.version.cuda, triton_part().detail]
+
+
 def _kind(name: str, needed: Callable[[], Part]) -> Part:
     missing = problem(needed)
     return Part(name, missing is None, missing or ("interpreted" if interpreted() else "usable"))

@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from offpath.kernels.errors import KernelError
-from offpath.kernels.gpu.availability import nvrtc_part, problem
+from offpath.kernels.gpu.availability import facts, nvrtc_part, problem
 from offpath.kernels.gpu.decode import MAX_TOKENS, decode
 from offpath.kernels.gpu.formats import Packed
 from offpath.kernels.gpu.live import DTYPES, live_matmul
 from offpath.kernels.gpu.tensor_cores import multiply_tiles
 from offpath.kernels.gpu.tiles import Tiles
+from offpath.kernels.measured import measured_once
+from offpath.kernels.precision import float32_precision
 
 ROUNDS = 9
 # What the packed product must be faster by, so that a disturbed measurement loses nothing to speak of; and what one
@@ -63,19 +65,22 @@ def tokens_that_pay(packed: Packed, tiles: Tiles | None, weight: Tensor, bias: T
 
 
 def live_pays(tokens: int, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `live_matmul` is not slower than torch even where no input is zero; remembered for the shape.
+    """Whether `live_matmul` is not slower than torch even where no input is zero.
 
-    `weight` [n_inputs, n_outputs]. What cannot be computed does not pay, and nothing is measured while a graph is
-    captured.
+    `weight` [n_inputs, n_outputs]. Measured once for the shape and kept with the device's rates: the two round
+    differently, and near a tie a process that measured anew could compute other bits than the one before. What cannot
+    be computed does not pay, and nothing is measured while a graph is captured.
     """
     if weight.dtype not in DTYPES or weight.shape[1] * weight.element_size() % 16 or weight.data_ptr() % 16:
         return False
-    key = weight.device, weight.dtype, weight.shape, 1 << (tokens - 1).bit_length(), bias is None
+    precision = float32_precision("cuda") if weight.dtype is torch.float32 else ""
+    kind = *weight.shape, 1 << (tokens - 1).bit_length(), bias is None, precision
+    key = weight.device, weight.dtype, kind
     if key not in _pays:
         if torch.cuda.is_current_stream_capturing():
             return False
         try:
-            _pays[key] = problem(nvrtc_part) is None and _live_wins(tokens, weight, bias)
+            _pays[key] = problem(nvrtc_part) is None and _kept_live_wins(kind, tokens, weight, bias)
         except torch.OutOfMemoryError:
             return False  # of what is measured with; there may be room at another time
         except KernelError:
@@ -84,6 +89,12 @@ def live_pays(tokens: int, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 _pays: dict[Hashable, bool] = {}
+
+
+def _kept_live_wins(kind: tuple[object, ...], tokens: int, weight: Tensor, bias: Tensor | None) -> bool:
+    of = [*facts(weight.get_device()), nvrtc_part().detail, ROUNDS, MARGIN, *kind]
+    wins = partial(_live_wins, tokens, weight, bias)
+    return measured_once("gpu-live-rows", "gpu", weight.dtype, of, lambda found: isinstance(found, bool), wins)
 
 
 @torch.inference_mode()

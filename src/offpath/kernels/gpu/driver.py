@@ -12,6 +12,7 @@ import torch
 from offpath.kernels.errors import KernelError
 from offpath.kernels.gpu import nvrtc
 
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _OVERLAP_IN_GRAPHS_FROM = 12030  # CUDA 12.3
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -83,7 +84,8 @@ def load(source: str, name: str, device: torch.device, **defines: int) -> Kernel
     """The function `name` of a file in cuda/, compiled for `device` and loaded there; kept for the next call.
 
     Raises `KernelError` without an NVIDIA GPU, its driver or NVRTC, when the driver is older than NVRTC's code, when
-    the source does not compile, and when it would have to be loaded in the middle of a graph's capture.
+    the source does not compile, and when it would have to be loaded in the middle of a graph's capture; torch's
+    `OutOfMemoryError` where the GPU has no room for it.
     """
     return _load(source, name, _index(device), tuple(sorted(defines.items())))
 
@@ -115,7 +117,11 @@ def _load(source: str, name: str, index: int, defines: tuple[tuple[str, int], ..
     _call("cuDeviceGet", ctypes.byref(handle), index)
     _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
     with _current(context):
-        _call("cuModuleLoadData", ctypes.byref(module), code)
+        try:
+            _call("cuModuleLoadData", ctypes.byref(module), code)
+        except torch.OutOfMemoryError:  # the driver takes memory beside torch, which keeps what tensors gave back
+            torch.cuda.empty_cache()
+            _call("cuModuleLoadData", ctypes.byref(module), code)
         _call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
         static = ctypes.c_int()
         _call("cuFuncGetAttribute", ctypes.byref(static), _STATIC_SHARED_BYTES, function)
@@ -182,4 +188,5 @@ def _call(name: str, *arguments: object) -> None:
     if status:
         text = ctypes.c_char_p()
         functions.cuGetErrorString(status, ctypes.byref(text))
-        raise KernelError(f"{name} failed: {(text.value or b'unknown error').decode()} ({status})")
+        message = f"{name} failed: {(text.value or b'unknown error').decode()} ({status})"
+        raise torch.OutOfMemoryError(message) if status == _OUT_OF_MEMORY else KernelError(message)

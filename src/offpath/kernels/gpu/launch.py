@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
@@ -76,7 +77,15 @@ def _launch_by_triton(
     options: dict[str, int],
 ) -> object:
     assert kernel.arg_names[len(arguments) :] == list(constants), "a compiled kernel takes its arguments by place"
-    return kernel[grid](*arguments, **constants, **options)
+    try:
+        return kernel[grid](*arguments, **constants, **options)
+    except (RuntimeError, CalledProcessError) as error:
+        if isinstance(error, CalledProcessError) or "C compiler" in str(error):
+            raise KernelError(
+                "expected a C compiler and Python's headers, with which Triton builds its launcher once on a machine; "
+                f"install gcc and python3-dev, or name a compiler in CC ({error})"
+            ) from error
+        raise
 
 
 def expect_operands(**given: Tensor) -> None:

@@ -24,9 +24,12 @@ ROUNDS, CALLS = 5, 4
 # What keeps the device busy for about a millisecond.
 BUSY_BYTES, BUSY_WRITES = 2**28, 10
 # Multiply-adds of a clock and multiprocessor on tensor cores in bfloat16, by compute capability (NVIDIA's whitepapers
-# of each architecture); of CUDA cores in float32.
-TENSOR_CORES = {(8, 0): 1024, (8, 6): 512, (8, 9): 512, (9, 0): 2048, (10, 0): 4096, (12, 0): 512}
+# of each architecture); of CUDA cores in float32; in float64 of whichever are more, which consumer cards have few of.
+TENSOR_CORES = {(8, 0): 1024, (9, 0): 2048, (10, 0): 4096, (10, 3): 4096}
+FEWEST_TENSOR_CORES = 512
 CUDA_CORES = {(8, 0): 64}
+DOUBLE_CORES = {(8, 0): 64, (9, 0): 128, (10, 0): 64}
+FEWEST_DOUBLE_CORES = 2
 # What real kernels reach of what a device could do.
 REACHED = 0.7
 # CU_DEVICE_ATTRIBUTE_CLOCK_RATE, _MEMORY_CLOCK_RATE (both in kHz) and _GLOBAL_MEMORY_BUS_WIDTH (bits).
@@ -74,10 +77,7 @@ _known: set[tuple[int, torch.dtype, str]] = set()
 @cache
 def _rates(device: int, dtype: torch.dtype, precision: str) -> Rates:
     try:
-        driver = availability.driver_part().detail
-        properties = torch.cuda.get_device_properties(device)
-        facts: list[object] = [properties.name, properties.major, properties.minor, properties.multi_processor_count]
-        facts += [driver, torch.version.cuda, availability.triton_part().detail, precision, SIZE, DENSITY, TOKENS]
+        facts = [*availability.facts(device), precision, SIZE, DENSITY, TOKENS]
         found = measured_once("gpu", "gpu", dtype, facts, is_complete, lambda: asdict(measure(device, dtype)))
         rates = Rates(**found)
     except torch.OutOfMemoryError:
@@ -100,9 +100,12 @@ def calculated(device: int, dtype: torch.dtype, precision: str = "ieee") -> Rate
     bandwidth = 2e3 * _attribute(device, _MEMORY_CLOCK, 1_000_000) * _attribute(device, _BUS_WIDTH, 2048) / 8
     capability = properties.major, properties.minor
     cycles = clock * properties.multi_processor_count
-    tensor_cores = TENSOR_CORES.get(capability, 512)
+    tensor_cores = TENSOR_CORES.get(capability, FEWEST_TENSOR_CORES)
     lanes = CUDA_CORES.get(capability, 128)
-    multiply_adds = {torch.bfloat16: tensor_cores, torch.float64: 2 if capability[1] else 32}.get(dtype, lanes)
+    multiply_adds = {
+        torch.bfloat16: tensor_cores,
+        torch.float64: DOUBLE_CORES.get(capability, FEWEST_DOUBLE_CORES),
+    }.get(dtype, lanes)
     if dtype is torch.float32 and precision != "ieee":
         multiply_adds = tensor_cores // 2
     gathered = REACHED / 2 * cycles * 128 / dtype.itemsize  # half of what a first-level cache could give
