@@ -93,7 +93,7 @@ def test_a_topology_says_that_the_connections_of_convolutions_stay() -> None:
     assert moving.step() is not None and torch.equal(model[0].col_indices, columns)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        topology.RigL(model, optimizer, end_step=10, filter_fn=lambda module, name: name != "0")
+        topology.RigL(model, optimizer, end_step=1000, filter_fn=lambda module, name: name != "0")
         topology.Static(model, optimizer)
     alone = nn.Sequential(copy.deepcopy(model[0]))
     with pytest.raises(topology.TopologyError, match=r"connections of '0' \(SparseConv2d\) cannot be moved"):

@@ -67,7 +67,7 @@ def _pruned() -> nn.Module:
             "layer '1': .* tied to those of '0', whose connections would not move along",
         ),
         (lambda: offpath.SET(m := _pruned(), _sgd(m)), "layer '0': .*mask or weight_norm"),
-        (lambda: offpath.RigL(m := model_of(density=1.0), _sgd(m), end_step=9), "all are full or empty"),
+        (lambda: offpath.RigL(m := model_of(density=1.0), _sgd(m), end_step=900), "all are full or empty"),
         (lambda: offpath.Static(model_of(), None), "expected the optimizer that trains the model, got NoneType"),
         (lambda: offpath.SET(model_of(), None), "expected the optimizer that trains the model, got NoneType"),
         (lambda: offpath.SET(m := model_of(), _sgd(m), also=[m]), "got the model itself"),
@@ -120,6 +120,11 @@ def _of(**parts: object) -> Recipe:
         (lambda m, o: offpath.SET(m, o, drop_fraction=float("nan")), r"drop_fraction in \(0, 1\]"),
         (lambda m, o: offpath.SET(m, o, update_freq=0), "update_freq of at least 1"),
         (lambda m, o: offpath.SET(m, o, end_step=0), "start_step < end_step"),
+        (
+            lambda m, o: offpath.RigL(m, o, end_step=75),
+            "an update before end_step=75, but the first would be at step 100; lower update_freq, or take Static",
+        ),
+        (lambda m, o: Every(3, end_step=3), "the first would be at step 3"),
         (lambda m, o: offpath.SET(m, o, schedule="linear"), "'constant' or 'cosine', got 'linear'"),
         (lambda m, o: offpath.SET(m, o, distribution="erk"), "per-layer, global, got 'erk'"),
         (offpath.RigL, "an end_step for the cosine schedule"),
@@ -299,6 +304,37 @@ def test_connections_that_somebody_else_has_changed_are_noticed() -> None:
     for ask in (topology.step, topology.survey):
         with pytest.raises(TopologyError, match=r"layer '0': .* they have changed since"):
             ask()
+
+
+def test_state_in_a_tensor_of_another_kind_is_refused_before_anything_changes() -> None:
+    """As optimizers of 8 bits keep it, of large layers only."""
+
+    class Quantised(Tensor):
+        pass
+
+    model = model_of()
+    optimizer = _sgd(model)
+    topology = offpath.SET(model, optimizer, update_freq=1)
+    train_step(model, optimizer, 1)
+    state = optimizer.state[model[2].values]
+    state["momentum_buffer"] = state["momentum_buffer"].as_subclass(Quantised)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TopologyError, match="layer '2': expected the state 'momentum_buffer' of SGD in a plain tensor"):
+        topology.step()
+    assert _equal(before, model.state_dict())
+
+
+@pytest.mark.parametrize("replace", [offpath.densify, lambda model: model.__setitem__(2, SparseLinear(9, 3))])
+def test_layers_that_are_no_longer_in_the_model_are_not_moved(replace: Callable[[nn.Module], object]) -> None:
+    model = nn.Sequential(SparseLinear(12, 9), nn.ReLU(), SparseLinear(9, 4))
+    topology = offpath.SET(model, _sgd(model), update_freq=1)
+    old = [model[0].pattern, model[2].pattern]
+    layers = model[0], model[2]
+    replace(model)
+    for ask in (topology.step, topology.survey):
+        with pytest.raises(TopologyError, match="expected the layer that was in the model when this topology was made"):
+            ask()
+    assert all(layer.pattern.equals(pattern) for layer, pattern in zip(layers, old, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import offpath
 from offpath.topology import Topology, TopologyError
@@ -73,6 +74,32 @@ def test_a_state_dict_is_a_snapshot() -> None:
     before = {name: layer["unmoved"].clone() for name, layer in state["layers"].items()}
     _run(parts, 1, 4)
     assert state["step"] == 0 and all(torch.equal(state["layers"][n]["unmoved"], u) for n, u in before.items())
+
+
+def test_a_copy_of_other_connections_is_noticed_when_the_state_is_loaded() -> None:
+    """Somebody has loaded the model, and forgotten its average."""
+    model, average = model_of(), AveragedModel(model_of())
+    topology = offpath.SET(model, torch.optim.SGD(model.parameters(), lr=0.1), update_freq=1, also=[average])
+    topology.step()
+    resumed, forgotten = model_of(), AveragedModel(model_of())
+    other = offpath.SET(resumed, torch.optim.SGD(resumed.parameters(), lr=0.1), update_freq=1, also=[forgotten])
+    resumed.load_state_dict(model.state_dict())
+    with pytest.raises(TopologyError, match=r"layer '0': expected its copy in also=\[\.\.\.\] to have the connections"):
+        other.load_state_dict(topology.state_dict())
+    forgotten.load_state_dict(average.state_dict())
+    other.load_state_dict(topology.state_dict())
+
+
+def test_another_recipe_is_told_by_what_differs() -> None:
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    saved = offpath.RigL(model, optimizer, update_freq=2, end_step=20).state_dict()
+    with pytest.raises(
+        TopologyError, match=r"^expected a state that was saved with end_step=40, got one with end_step=20; "
+    ):
+        offpath.RigL(model, optimizer, update_freq=2, end_step=40).load_state_dict(saved)
+    with pytest.raises(TopologyError, match=r"^expected a state of the recipe Recipe\(.*SET.*, got one of .*RigL"):
+        offpath.SET(model, optimizer, update_freq=2).load_state_dict(saved)
 
 
 def _tampered(change) -> dict:

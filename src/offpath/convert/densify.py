@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from offpath.convert.report import ConversionReport, LayerReport
-from offpath.convert.swap import obstacles, swap_modules
+from offpath.convert.swap import is_watched, obstacles, swap_modules
 from offpath.cost import model_bytes
 from offpath.nn import SparseConv1d, SparseConv2d, SparseLinear
 from offpath.nn.sparse_weight import SparseWeightModule
@@ -20,7 +20,7 @@ def densify(model: nn.Module) -> ConversionReport:
 
     The zeros are written out. Build the optimizer afterwards. Layers that cannot be swapped without changing what the
     model computes, and sparse layers of other kinds, stay as they are and stand in the report. Raises `ValueError` when
-    the model is itself such a layer.
+    the model is itself such a layer, and, before anything is changed, when a topology watches one for its next update.
 
     >>> from offpath.convert import sparsify
     >>> model = nn.Sequential(nn.Linear(8, 4))
@@ -37,6 +37,12 @@ def densify(model: nn.Module) -> ConversionReport:
             f"expected a model that contains sparse layers, got a {type(model).__name__} itself; use its to_dense(), "
             "or make a SparseLinear of it first"
         )
+    for name, module in model.named_modules():
+        if isinstance(module, SPARSE_CLASSES) and is_watched(module):
+            raise ValueError(
+                f"expected layers that no topology moves, but one watches {name!r} for its next update; call "
+                "topology.close() first, or densify a copy.deepcopy(model)"
+            )
     replacements: dict[nn.Module, nn.Module] = {}
     layers, skipped = [], []
     blocked: dict[nn.Module, str] = {}

@@ -13,6 +13,7 @@ from offpath.convert.report import ConversionReport, LayerReport
 from offpath.convert.swap import obstacles, swap_modules, unfit
 from offpath.cost import model_bytes
 from offpath.nn import SparseConv1d, SparseConv2d, SparseLinear
+from offpath.nn.when_compiled import inside_compiled
 from offpath.topology import layer_densities
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -51,11 +52,14 @@ def sparsify(
     2              10 x 100    100    90.00%         4,040          892
     total                    7,940    90.00%       318,040       64,424
     """
+    model = inside_compiled(model)
     if isinstance(model, tuple(SPARSE_CLASSES)):
         raise ValueError(
             f"expected a model that contains layers, got a {type(model).__name__} itself; use SparseLinear.from_dense, "
             "or that of SparseConv1d and SparseConv2d"
         )
+    if isinstance(modules, type):
+        raise ValueError(f"expected a sequence of classes in modules, got one; write modules=(nn.{modules.__name__},)")
     unknown = [kind for kind in modules if kind not in SPARSE_CLASSES]
     if unknown:
         known = ", ".join(f"nn.{kind.__name__}" for kind in SPARSE_CLASSES)

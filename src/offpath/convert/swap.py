@@ -58,9 +58,18 @@ def attachment(module: nn.Module, owners: Counter[int], own_hooks: tuple[type, .
     hooks = [hook for hook in _hooks(module) if not isinstance(hook, own_hooks)]
     if any(not isinstance(hook, Watch) for hook in hooks):
         return "it carries hooks, which a new layer would lose"
-    if any(isinstance(hook, Watch) and hook.watches(module) for hook in hooks):
+    if _one_watches(hooks, module):
         return "a topology watches it for its next update; call topology.close() first"
     return None
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a topology follows the passes of `module` for its next update."""
+    return _one_watches(_hooks(module), module)
+
+
+def _one_watches(hooks: list[object], module: nn.Module) -> bool:
+    return any(isinstance(hook, Watch) and hook.watches(module) for hook in hooks)
 
 
 def _hooks(module: nn.Module) -> list[object]:

@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from offpath.nn.when_compiled import is_compiled
+
 
 def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
     """No compiled code runs inside, if there is any in `model`."""
-    if any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in model.modules()):
+    if any(module._compiled_call_impl is not None or is_compiled(module) for module in model.modules()):
         return torch.compiler.set_stance("force_eager")
     return nullcontext()

@@ -117,6 +117,9 @@ class _Hook(Watch):
         if self._of_values is None and values.is_leaf and values.requires_grad:
             self._of_values = values.register_post_accumulate_grad_hook(self._confirm)
             self._values = values
+        elif values is self._values:
+            # torch.utils.swap_tensors, with which modules may load and cast, takes hooks along and never calls them.
+            values._post_accumulate_grad_hooks = values._post_accumulate_grad_hooks
 
     def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         own = self._layer() if self._layer is not None else None

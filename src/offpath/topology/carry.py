@@ -80,6 +80,11 @@ def state_problem(optimizer: Optimizer, parameter: nn.Parameter) -> str | None:
                 )
     for key, entry in state_entries(optimizer, parameter):
         tensors = [entry] if isinstance(entry, Tensor) else _tensors_inside(entry, parameter)
+        if isinstance(entry, Tensor) and type(entry) not in (Tensor, nn.Parameter):
+            return (
+                f"expected the state {key!r} of {type(optimizer).__name__} in a plain tensor, got a "
+                f"{type(entry).__name__}; it cannot follow a connection that moves"
+            )
         if isinstance(entry, Tensor) and entry.shape == parameter.shape and entry.device != parameter.device:
             return (
                 f"expected the state {key!r} of {type(optimizer).__name__} on {parameter.device}, where its weight is, "

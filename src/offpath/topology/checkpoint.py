@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from numbers import Real
 from typing import Any
 
@@ -29,7 +30,7 @@ def check_state(state: Any, recipe: str, layers: Sequence[ManagedLayer], rank: i
         )
     _check_entries("the state_dict of a topology", state, ("recipe", "step", "generator", "layers"))
     if state["recipe"] != recipe:
-        raise TopologyError(f"expected a state of the recipe {recipe}, got one of {state['recipe']}")
+        raise TopologyError(_other_recipe(recipe, str(state["recipe"])))
     _check_entries("the layers of the state", state["layers"], ())
     names = [managed.name for managed in layers]
     if set(state["layers"]) != set(names):
@@ -41,6 +42,17 @@ def check_state(state: Any, recipe: str, layers: Sequence[ManagedLayer], rank: i
         problem = managed.load_problem(state["layers"][managed.name], rank)
         if problem:
             raise TopologyError(problem)
+
+
+def _other_recipe(ours: str, saved: str) -> str:
+    """Names the settings in which the two differ, where they have a name and the same ones."""
+    pairs = list(zip_longest(ours.split(", "), saved.split(", "), fillvalue=""))
+    if pairs[0][0] != pairs[0][1] or any(a.rpartition("=")[0] != b.rpartition("=")[0] for a, b in pairs):
+        return f"expected a state of the recipe {ours}, got one of {saved}"
+    # A setting that follows another one's name in brackets: schedule=Every(update_freq=100.
+    changed = [[one.rpartition("(")[2].rstrip(")") for one in pair] for pair in pairs if pair[0] != pair[1]]
+    wanted, got = (", ".join(dict.fromkeys(side)) for side in zip(*changed, strict=True))
+    return f"expected a state that was saved with {wanted}, got one with {got}; make the topology with that"
 
 
 def _check_layer(managed: ManagedLayer, state: Any) -> None:

@@ -18,7 +18,7 @@ from offpath.topology.distributed import Processes, fingerprint, unwrapped
 from offpath.topology.errors import TopologyError
 from offpath.topology.grow import gradient_decay, gradient_steps, needs_dense_gradient
 from offpath.topology.layer import LayerView, with_unused
-from offpath.topology.managed import FilterFn, ManagedLayer, check_plain, managed_layers, warn_of_staying
+from offpath.topology.managed import FilterFn, ManagedLayer, check_inside, check_plain, managed_layers, warn_of_staying
 from offpath.topology.recipe import Recipe
 from offpath.topology.record import LayerState, LayerUpdate, TopologyUpdate
 from offpath.topology.settings import whole
@@ -80,9 +80,10 @@ class Topology:
         check_grown_state(self._grown_state)
         keeps_nnz = getattr(recipe.budget, "keeps_nnz", recipe.budget is None)
         check_optimizer(optimizer, keeps_nnz, moves=recipe.schedule is not None)
-        self._managed = managed_layers(unwrapped(model), optimizer, also, filter_fn, record_explored)
+        self._model = unwrapped(model)
+        self._managed = managed_layers(self._model, optimizer, also, filter_fn, record_explored)
         if recipe.schedule is not None:
-            warn_of_staying(unwrapped(model), filter_fn)
+            warn_of_staying(self._model, filter_fn)
         self._generator = torch.Generator().manual_seed(whole("seed", seed, "pass an int, such as 0"))
         self._step = 0
         if recipe.budget is not None:
@@ -113,6 +114,7 @@ class Topology:
 
     def survey(self) -> tuple[LayerState, ...]:
         """Where each layer stands now, compared with when the topology was made; O(nnz)."""
+        check_inside(self._model, self._managed)
         return tuple(managed.state() for managed in self._managed)
 
     def step(self) -> TopologyUpdate | None:
@@ -254,6 +256,7 @@ class Topology:
 
     def _views(self) -> list[LayerView]:
         """The layers that may change; those that are frozen keep their connections."""
+        check_inside(self._model, self._managed)
         average = self._processes.average
         views = [managed.view(self._generator, average) for managed in self._managed if not managed.frozen]
         return with_unused(views, needs_dense_gradient(self.recipe.grow))

@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from offpath.nn.sparse_weight import SparseWeightModule
+from offpath.nn.when_compiled import inside_compiled
 from offpath.topology.errors import TopologyError
 from offpath.topology.layer import LayerView, empty_pass
 
@@ -153,8 +154,9 @@ def check_same_connections(model: nn.Module, process_group: ProcessGroup | None 
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a `DistributedDataParallel`: layers are called the same in one process and in many."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The model inside `DistributedDataParallel` and `torch.compile`: layers are called the same with and without."""
+    model = inside_compiled(model)
+    return inside_compiled(model.module) if isinstance(model, DistributedDataParallel) else model
 
 
 def fingerprint(*parts: object) -> int:

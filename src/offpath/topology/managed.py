@@ -126,6 +126,11 @@ class ManagedLayer:
                 f"layer {self.name!r}: expected the connections that were there when the state was saved, got "
                 "other ones; load the model's checkpoint before that of its topology"
             )
+        if any(copy.connections.digest() != state["digest"] for copy in self.copies):
+            return (
+                f"layer {self.name!r}: expected its copy in also=[...] to have the connections that were saved, got "
+                "other ones; load the checkpoint of that model before that of the topology"
+            )
         if "history" in state and state["history"]["rank"] != rank:
             return (
                 f"layer {self.name!r}: expected a state saved by rank {rank}, got one of rank "
@@ -142,6 +147,17 @@ class ManagedLayer:
             self.explored.load(state["explored"])
         self.capture.disarm()
         self.capture.load(state["history"]["passes"] if "history" in state else ())
+
+
+def check_inside(model: nn.Module, managed: Sequence[ManagedLayer]) -> None:
+    """Raise `TopologyError` unless the layers are still those of the model, which `densify` or a new head replaces."""
+    inside = set(model.modules())
+    for one in managed:
+        if one.layer not in inside:
+            raise TopologyError(
+                f"layer {one.name!r}: expected the layer that was in the model when this topology was made, but it has "
+                "been replaced since; call topology.close(), and build optimizer and topology anew"
+            )
 
 
 def check_plain(name: str, layer: SparseLinear) -> None:
@@ -189,7 +205,8 @@ def managed_layers(
         advice = (
             f"{frozen} are frozen, which requires_grad_(True) changes"
             if frozen
-            else "make some with offpath.sparsify(model, 0.9), before the optimizer is built"
+            else "make some with offpath.sparsify(model, 0.9), or for GMP with sparsify(model, 0, method='magnitude'), "
+            "before the optimizer is built"
         )
         raise TopologyError(
             "expected a model with trainable SparseLinear layers, found none"

@@ -14,7 +14,7 @@ class Every:
 
     Steps are counted from 1, and step 0 is never due. `end_step=None` never ends.
     Raises `ValueError` for what is no whole number, a frequency below 1, an end before the start, or `at_end` without
-    an end.
+    an end, and where no update would ever be due.
 
     >>> [step for step in range(12) if Every(3, end_step=9).due(step)]
     [3, 6]
@@ -34,6 +34,12 @@ class Every:
         _check_span(self.start_step, self.end_step)
         if self.at_end and self.end_step is None:
             raise ValueError("expected an end_step for an update at the end, got None")
+        first = self.start_step or self.update_freq
+        if self.end_step is not None and first >= self.end_step and not self.at_end:
+            raise ValueError(
+                f"expected an update before end_step={self.end_step}, but the first would be at step {first}; lower "
+                "update_freq, or take Static for connections that stay"
+            )
 
     def due(self, step: int) -> bool:
         """Whether the topology changes after optimizer step number `step`."""

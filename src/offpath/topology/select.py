@@ -116,5 +116,6 @@ def _check_block(name: str, block: Tensor, shape: tuple[int, int]) -> None:
     # The largest entry shows NaN and inf at the price of one pass.
     if block.numel() and not bool(block.amax() < torch.inf):
         raise TopologyError(
-            f"layer {name!r}: expected finite scores, got NaN or inf; activations, gradients or the rule overflowed"
+            f"layer {name!r}: expected finite scores, got NaN or inf; activations, gradients or the rule overflowed. "
+            "After a step that a gradient scaler skipped, call topology.forget() in place of step()"
         )
