@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import offpath
 from offpath import topology as parts
+from offpath.nn import TopK
 from offpath.topology import LayerView, Topology
 from offpath.topology.distributed import Processes
 from ranks import Wrapped, bits, check, count, my_rank, refused_everywhere, train_step
@@ -220,3 +224,16 @@ def _fully_shard() -> None:
 
 
 check(_fully_shard)
+
+
+def _tensor_parallel() -> None:
+    """torch's own error asks for connections that are DTensors as well."""
+    x = distribute_tensor(torch.ones(4, 12), init_device_mesh("cpu", (count(),)), [Shard(1)])
+    for layer in (offpath.SparseLinear(12, 6), TopK(3)):
+        for context in (nullcontext(), torch.no_grad()):
+            with context, refused_everywhere(r"expected plain tensors, got a DTensor .* by x\.full_tensor\(\)"):
+                layer(x)
+        layer(x.full_tensor())
+
+
+check(_tensor_parallel)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from children import numbers_of
-from offpath import Pattern, pattern as patterns
+from offpath import Pattern, SparseLinear, pattern as patterns
+from offpath.nn import SparseConv1d
 from offpath.pattern import PatternError
 
 
@@ -135,6 +138,31 @@ def test_shapes_and_counts_at_the_int32_boundary_are_refused() -> None:
 def test_from_mask_refuses_other_tensors(mask: Tensor) -> None:
     with pytest.raises(PatternError, match="expected a 2-D bool mask"):
         patterns.from_mask(mask)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: patterns.from_mask(np.eye(3) > 0), "expected mask to be a tensor, got a ndarray; torch.from_numpy"),
+        (lambda: patterns.from_dense(np.eye(3)), "expected weight to be a tensor, got a ndarray"),
+        (
+            lambda: patterns.from_dense(torch.eye(3).to_sparse_csr()),
+            "dense, got layout torch.sparse_csr; from_csr takes",
+        ),
+        (lambda: patterns.from_csr(np.arange(3), np.arange(2), (2, 2)), "expected crow_indices to be a tensor, got a"),
+        (lambda: patterns.from_positions(np.arange(2), (2, 2)), "expected positions to be a tensor, got a ndarray"),
+        (lambda: patterns.from_positions(torch.ones(1), (2, 2)), r"positions \[nnz\] in int64, got torch.float32"),
+        (lambda: patterns.from_positions(torch.tensor([1, 100]), (2, 3)), r"positions in \[0, 6\), got 100"),
+        (lambda: patterns.from_positions(torch.tensor([-1, 1]), (2, 3)), r"positions in \[0, 6\), got -1"),
+        (lambda: patterns.random((8, 8), 0.5), "expected nnz to be a whole number, got 0.5"),
+        (lambda: SparseLinear(3, 2, pattern=torch.ones(2, 3) > 0), "an offpath.Pattern, got a Tensor; .*from_mask"),
+        (lambda: SparseLinear.from_dense(nn.Linear(3, 2), torch.ones(2, 3) > 0), "an offpath.Pattern, got a Tensor"),
+        (lambda: SparseConv1d.from_dense(nn.Conv1d(3, 2, 1), torch.ones(2, 3) > 0), "an offpath.Pattern, got a Tenso"),
+    ],
+)
+def test_what_is_no_pattern_is_told_how_to_become_one(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(PatternError, match=message):
+        build()
 
 
 def test_from_dense_keeps_nan() -> None:

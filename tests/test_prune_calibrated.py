@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import offpath
 import prune_oracle as oracle
@@ -253,6 +254,15 @@ class _Switch(nn.Module):
         chosen = x[:, 0] > 0
         y[chosen] += self.rare(x[chosen])
         return y
+
+
+def test_labels_among_the_calibration_data_are_told_how_to_leave() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    loader = DataLoader(TensorDataset(torch.randn(8, 6), torch.zeros(8)), batch_size=4)
+    before = deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"got one of 2 parts .* pass calibration=\[inputs for inputs, _ in loader\]"):
+        offpath.prune(model, 0.5, method="wanda", calibration=loader)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("method", CALIBRATED)

@@ -161,8 +161,7 @@ class _SparseConv(CsrWeightModule):
             raise ValueError(f"expected {cls.dense_class.__name__}, got {type(conv).__name__}")
         weight = conv.weight.detach().flatten(1)
         pattern = patterns.from_dense(weight) if pattern is None else pattern
-        if pattern.shape != tuple(weight.shape):
-            raise ValueError(f"expected a pattern of shape {tuple(weight.shape)}, got {pattern.shape}")
+        patterns.expect(pattern, tuple(weight.shape))
         pattern = pattern.to(weight.device)
         values = weight[pattern.row_indices().long(), pattern.col_indices.long()]
         layer = cls(**_settings(conv), device="meta", dtype=weight.dtype, density=1)

@@ -67,8 +67,7 @@ class Int8SparseLinear(CsrWeightModule):
         self.in_features, self.out_features = in_features, out_features
         self.prefer, self.activations = prefer, activations
         pattern = patterns.random(self.pattern_shape, 0, device=device) if pattern is None else pattern
-        if pattern.shape != self.pattern_shape:
-            raise ValueError(f"expected a pattern of shape (out, in) = {self.pattern_shape}, got {pattern.shape}")
+        patterns.expect(pattern, self.pattern_shape, "(out, in) = ")
         self._set_connections(Connections(pattern.to(device)))
         self.register_buffer("values", torch.zeros(pattern.nnz, dtype=torch.int8, device=device))
         self.register_buffer("scales", torch.ones(out_features, dtype=torch.float32, device=device))

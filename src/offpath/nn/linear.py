@@ -115,8 +115,7 @@ class SparseLinear(CsrWeightModule):
             )
         weight = linear.weight.detach()
         pattern = patterns.from_dense(weight) if pattern is None else pattern
-        if pattern.shape != tuple(weight.shape):
-            raise ValueError(f"expected a pattern of shape {tuple(weight.shape)}, got {pattern.shape}")
+        patterns.expect(pattern, tuple(weight.shape))
         pattern = pattern.to(weight.device)
         values = weight[pattern.row_indices().long(), pattern.col_indices.long()]
         return cls._holding(pattern, values, linear.weight.requires_grad, linear)

@@ -40,7 +40,8 @@ def load_problem(
     if missing:
         return (
             f"expected {', '.join(names)}, but {', '.join(missing)} is missing; values without their topology "
-            "mean nothing, so save the whole state_dict() and load that"
+            "mean nothing, so save the whole state_dict() and load that; of a checkpoint in several files, load all of "
+            "them as one dictionary, or save it in one (max_shard_size)"
         )
     values, crow_indices, col_indices = (state_dict[prefix + name] for name in ("values", *layer.index_names))
     if values.is_meta and not (assign or layer.values.is_meta):

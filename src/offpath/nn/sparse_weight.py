@@ -61,8 +61,8 @@ class SparseWeightModule(nn.Module):
         if pattern is None:
             nnz = round(density_of(sparsity, density) * out_features * in_features)
             pattern = patterns.random(shape, nnz, generator, device)
-        elif pattern.shape != shape:
-            raise ValueError(f"expected a pattern of shape ({', '.join(self.sides)}) = {shape}, got {pattern.shape}")
+        else:
+            patterns.expect(pattern, shape, f"({', '.join(self.sides)}) = ")
         self._set_connections(Connections(pattern.to(device)))
         self.values = nn.Parameter(torch.empty(pattern.nnz, device=device, dtype=dtype))
         if bias:

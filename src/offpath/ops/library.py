@@ -191,7 +191,7 @@ def nobody_listens(*operands: Tensor | None) -> bool:
     """Whether the dispatcher would do nothing but call the kernel; the trip through it costs as much as a small layer.
 
     The meta device, negative views, modes, functorch, batched gradients, tracers, forward-mode differentiation,
-    profilers and subclasses of tensors want more.
+    profilers and subclasses of tensors want more. Raises `KernelError` for a DTensor.
     """
     if (
         _count_of_modes() > 0
@@ -205,5 +205,16 @@ def nobody_listens(*operands: Tensor | None) -> bool:
         return False
     for operand in operands:  # a generator expression would take as long as all the rest
         if operand is not None and (type(operand) not in _PLAIN or operand.is_meta or operand.is_neg()):
+            _refuse_distributed(operand)
             return False
     return True
+
+
+def _refuse_distributed(operand: Tensor) -> None:
+    """torch would ask for connections that are DTensors as well, which nobody can give."""
+    if hasattr(operand, "full_tensor"):
+        raise KernelError(
+            f"expected plain tensors, got a DTensor of shape {tuple(operand.shape)}: sparse layers are not split by "
+            "tensor parallelism. Give them all features in a plain tensor, by x.full_tensor() or, in the plan of the "
+            "layer before, output_layouts=Replicate() and use_local_output=True"
+        )

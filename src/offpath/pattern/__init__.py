@@ -14,4 +14,5 @@ from offpath.pattern.pattern import (
     Pattern as Pattern,
     PatternError as PatternError,
     Transpose as Transpose,
+    expect as expect,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ def from_mask(mask: Tensor) -> Pattern:
     >>> from_mask(torch.eye(4, dtype=torch.bool)).nnz
     4
     """
+    _check_dense("mask", mask)
     if mask.dim() != 2 or mask.dtype != torch.bool:
         raise PatternError(f"expected a 2-D bool mask, got {mask.dtype} of shape {tuple(mask.shape)}")
     positions = mask.contiguous().view(-1).nonzero().squeeze(1)
@@ -40,10 +43,13 @@ def from_mask(mask: Tensor) -> Pattern:
 def from_dense(weight: Tensor) -> Pattern:
     """The pattern of the nonzeros of a 2-D matrix; NaN counts as a nonzero.
 
+    Raises `PatternError` for another number of dimensions, and for what is no dense tensor.
+
     >>> import torch
     >>> from_dense(torch.tensor([[0.0, 2.0], [-1.0, 0.0]])).col_indices.tolist()
     [1, 0]
     """
+    _check_dense("weight", weight)
     return from_mask(weight.detach() != 0)
 
 
@@ -75,6 +81,8 @@ def random(
     1000
     """
     positions = shape[0] * shape[1]
+    if isinstance(nnz, bool) or not isinstance(nnz, Integral):
+        raise PatternError(f"expected nnz to be a whole number, got {nnz!r}; round(density * rows * columns) is one")
     if not 0 <= nnz <= positions:
         raise PatternError(f"expected nnz in [0, {positions}] for shape {shape}, got {nnz}")
     if nnz > INT32_MAX:
@@ -87,18 +95,44 @@ def random(
 
 
 def from_positions(positions: Tensor, shape: tuple[int, int]) -> Pattern:
-    """The pattern of ascending, distinct row-major positions (int64) in a matrix of `shape`."""
+    """The pattern of ascending, distinct row-major positions (int64) in a matrix of `shape`.
+
+    Raises `PatternError` for anything else.
+    """
     rows, columns = shape
+    _check_dense("positions", positions)
+    if positions.dtype != torch.int64 or positions.dim() != 1:
+        raise PatternError(
+            f"expected positions [nnz] in int64, got {positions.dtype} of shape {tuple(positions.shape)}"
+        )
     if positions.numel() > INT32_MAX:
         raise PatternError(f"expected fewer than 2^31 connections, got {positions.numel()}; split the layer")
     if not bool((positions.diff() > 0).all()):
         raise PatternError("expected ascending positions, each one once, got others; sort them with unique()")
+    if positions.numel() and not positions.is_meta:
+        first, last = int(positions[0]), int(positions[-1])
+        if first < 0 or last >= rows * columns:
+            raise PatternError(f"expected positions in [0, {rows * columns}), got {first if first < 0 else last}")
     starts = torch.arange(rows + 1, dtype=torch.int64, device=positions.device) * columns
     crow_indices = torch.searchsorted(positions, starts, out_int32=True)
     return Pattern(shape, crow_indices, (positions % max(columns, 1)).int())
 
 
+def _check_dense(name: str, given: object) -> None:
+    """Raise `PatternError`, which leads on, for arrays of other libraries and for torch's sparse tensors."""
+    if not isinstance(given, Tensor):
+        raise PatternError(
+            f"expected {name} to be a tensor, got a {type(given).__name__}; torch.from_numpy makes one of an array"
+        )
+    if given.layout is not torch.strided:
+        raise PatternError(
+            f"expected {name} to be dense, got layout {given.layout}; from_csr takes the crow_indices() and "
+            "col_indices() of its to_sparse_csr()"
+        )
+
+
 def _to_int32(name: str, indices: Tensor) -> Tensor:
+    _check_dense(name, indices)
     if indices.dtype == torch.int32:
         return indices.clone(memory_format=torch.contiguous_format)
     if indices.dtype not in (torch.int8, torch.int16, torch.uint8, torch.int64):

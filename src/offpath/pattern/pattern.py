@@ -193,3 +193,14 @@ def _check_contents(crow: Tensor, col: Tensor, columns: int) -> None:
             f"expected ascending columns without duplicates in each row, got {kind} in row {row} "
             f"({int(col[slot])} then {int(col[slot + 1])}); sort and merge them first, or build the pattern from a mask"
         )
+
+
+def expect(given: object, shape: tuple[int, ...], sides: str = "") -> None:
+    """Raise `PatternError` unless `given` is a pattern of `shape`, whose `sides` the message names."""
+    if not isinstance(given, Pattern):
+        raise PatternError(
+            f"expected an offpath.Pattern, got a {type(given).__name__}; offpath.pattern.from_mask makes one of a bool "
+            "tensor, from_csr of the two index tensors of CSR"
+        )
+    if given.shape != shape:
+        raise PatternError(f"expected a pattern of shape {sides}{shape}, got {given.shape}")

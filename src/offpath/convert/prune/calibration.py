@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from inspect import signature
 from operator import length_hint
 from typing import Any, TypeVar
 
@@ -120,6 +121,13 @@ def _call(model: nn.Module, batch: Any) -> None:
     if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, (tuple, list)):
+        try:
+            signature(model.forward).bind(*batch)
+        except TypeError as error:
+            raise ValueError(
+                f"expected batches of calibration data to be the model's arguments, got one of {len(batch)} parts "
+                f"({error}); where labels come along, pass calibration=[inputs for inputs, _ in loader]"
+            ) from error
         model(*batch)
     elif isinstance(batch, Tensor):
         model(batch)

@@ -57,7 +57,7 @@ def unreached_reason(layer: Layer) -> str:
 def _converted(module: nn.Module) -> str | None:
     home = type(module).__module__
     if home.startswith("offpath.nn.") and hasattr(module, "nnz"):
-        return "it is sparse already; prune before layers are swapped"
+        return "it is sparse already; prune before layers are swapped, or densify the model, prune and compress it"
     if home.startswith(QUANTISED) and (hasattr(module, "in_features") or hasattr(module, "in_channels")):
         return "it is quantised; prune before that"
     return None
