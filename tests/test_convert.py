@@ -61,6 +61,12 @@ def test_random_is_seeded_without_touching_the_global_generator() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
 
 
+def test_a_layer_that_lost_its_last_connection_is_named() -> None:
+    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(8, 1))
+    assert "no connection is left: 1 (a lower sparsity" in str(sparsify(model, 0.99, seed=0))
+    assert "no connection" not in str(sparsify(nn.Sequential(nn.Linear(64, 48)), 0.99, seed=0))
+
+
 def test_densify_is_the_inverse() -> None:
     model = _model()
     dense = {name: p.clone() for name, p in model.state_dict().items()}
@@ -282,6 +288,11 @@ def test_bad_arguments_change_nothing(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sparsify(model, **arguments)
     assert type(model[0]) is nn.Linear
+
+
+def test_one_class_in_place_of_several_is_told_how_to_be_written() -> None:
+    with pytest.raises(ValueError, match=r"write modules=\(nn\.Conv2d,\)"):
+        sparsify(_model(), 0.5, modules=nn.Conv2d)
 
 
 def test_nan_weights_have_no_magnitude_and_change_nothing() -> None:

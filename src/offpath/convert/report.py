@@ -84,6 +84,10 @@ class ConversionReport:
             )
         )
         lines = aligned(rows)
+        empty = [layer.name for layer in self.layers if layer.nnz == 0 < layer.shape[0] * layer.shape[1]]
+        lines += [
+            f"no connection is left: {name} (a lower sparsity, or distribution='erk', leaves some)" for name in empty
+        ]
         lines += [f"left as it was: {name} ({reason})" for name, reason in self.skipped]
         return "\n".join(lines)
 

@@ -59,6 +59,8 @@ class Topology:
     ...     optimizer.zero_grad()
     >>> update.dropped, update.grown, model[0].nnz
     (72, 72, 205)
+    >>> moving
+    Topology(mine, step 2, 2 layers)
     """
 
     def __init__(
@@ -92,6 +94,9 @@ class Topology:
         self._check_processes()
         self._processes.follow(self._sizes)
         self._watch()
+
+    def __repr__(self) -> str:
+        return f"Topology({self.recipe.name}, step {self._step}, {len(self._managed)} layers)"
 
     @property
     def step_count(self) -> int:
