@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -55,13 +56,21 @@ def _packed(
         x, bias = draw(tokens, columns), draw(rows)
         used = x.double()
         x[:, dead] = torch.nan  # no row has a connection there
-        yield Case(
+        case = Case(
             f"decode_{kind}",
             f"{name}, {tokens} tokens",
             partial(decode, packed, x, bias),
             partial(_right, matrix, used, bias, crow_indices, dtype),
             (x, bias),
         )
+        yield case
+        if tokens == 1:
+            # Behind a copy, which is no kernel: one that may begin before its predecessor ends has to wait for it, too.
+            yield replace(case, name=f"{case.name}, copied", call=partial(_of_a_copy, packed, x, bias))
+
+
+def _of_a_copy(packed: formats.Packed, x: Tensor, bias: Tensor) -> Tensor:
+    return decode(packed, x.clone(), bias)
 
 
 def _right(matrix: Tensor, x: Tensor, bias: Tensor, crow_indices: Tensor, dtype: torch.dtype) -> tuple[Expected, ...]:
