@@ -383,7 +383,8 @@ def test_compiled_models_are_calibrated_uncompiled() -> None:
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         compiled(x)
-    offpath.prune(compiled, 0.5, "wanda", calibration=[x])
+    report = offpath.prune(compiled, 0.5, "wanda", calibration=[x])
+    assert report.layers[0].name == "0" == offpath.compress(deepcopy(compiled), goal="size").layers[0].name
     offpath.prune(twin, 0.5, "wanda", calibration=[x])
     with torch.no_grad():
         assert torch.equal(model[0].weight, twin[0].weight) and torch.equal(compiled(x), twin(x))

@@ -10,6 +10,7 @@ from offpath.convert.swap import is_watched, obstacles, swap_modules
 from offpath.cost import model_bytes
 from offpath.nn import SparseConv1d, SparseConv2d, SparseLinear
 from offpath.nn.sparse_weight import SparseWeightModule
+from offpath.nn.when_compiled import inside_compiled
 
 SPARSE_CLASSES = (SparseLinear, SparseConv1d, SparseConv2d)
 
@@ -32,6 +33,7 @@ def densify(model: nn.Module) -> ConversionReport:
       (0): Linear(in_features=8, out_features=4, bias=True)
     )
     """
+    model = inside_compiled(model)
     if isinstance(model, SparseWeightModule):
         raise ValueError(
             f"expected a model that contains sparse layers, got a {type(model).__name__} itself; use its to_dense(), "

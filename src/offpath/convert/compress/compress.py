@@ -20,6 +20,7 @@ from offpath.convert.compress.verify import Bound, embedding_bound, swap_bound
 from offpath.convert.compress.weights import kind_of
 from offpath.convert.swap import swap_modules
 from offpath.cost import memory_bytes
+from offpath.nn.when_compiled import inside_compiled
 
 PRECISIONS = (None, "int8")
 Progress = Callable[[int, int], object]
@@ -71,6 +72,7 @@ def compress(
     >>> report.skipped
     (('2', 'less than 50% of its weights are zero'),)
     """
+    model = inside_compiled(model)
     _check_arguments(model, batch, example, min_sparsity)
     for name, value, choices in (
         ("goal", goal, GOALS),

@@ -17,6 +17,7 @@ from offpath.convert.prune.quiet import undisturbed
 from offpath.convert.prune.report import PrunedLayer, PruneReport
 from offpath.convert.prune.scores import Progress
 from offpath.convert.prune.targets import FilterFn, choose, unreached_reason
+from offpath.nn.when_compiled import inside_compiled
 from offpath.topology import layer_densities
 
 # Method: the scope it has unless told otherwise. SparseGPT compares within its blocks of columns only.
@@ -84,6 +85,7 @@ def prune(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    model = inside_compiled(model)
     scope = _check_arguments(sparsity, method, calibration, scope, distribution, blocksize, dampening)
     layers, skipped = choose(model, filter_fn, by_inputs=calibration is not None)
     unreached: list[tuple[str, str]] = []
