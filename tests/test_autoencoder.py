@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -327,9 +328,9 @@ def test_nothing_left_to_explain_is_no_nan() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 41}, "k from 1 to the number of latents"),
-        ({"k": 0}, "k from 1 to the number of latents"),
-        ({"k": 2.5}, "k from 1 to the number of latents"),
+        ({"k": 41}, "k to be an int from 1 to 40"),
+        ({"k": 0}, "k to be an int from 1 to 40"),
+        ({"k": 2.5}, "k to be an int from 1 to 40"),
         ({"k_aux": 2.5}, "k_aux of at least 0"),
         ({"dead_after": float("nan")}, "dead_after of at least 1"),
         ({"aux_coefficient": float("nan")}, "finite coefficients"),
@@ -343,6 +344,27 @@ def test_nothing_left_to_explain_is_no_nan() -> None:
 def test_options_that_do_not_fit_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SparseAutoencoder(**{"d_model": D_MODEL, "latents": LATENTS} | options)
+
+
+def test_a_schedule_of_k_is_checked_where_it_is_set(activation: str) -> None:
+    sae = _sae(activation)
+    for wrong in (5.5, 0, -3, True, LATENTS + 1, "4"):
+        with pytest.raises(ValueError, match="expected k to be an int from 1 to 40, got"):
+            sae.k = wrong
+    sae.k = np.int64(2)
+    assert type(sae.k) is int and sae.loss(_x()).total.isfinite()
+    assert SparseAutoencoder(D_MODEL, LATENTS, np.int64(3)).k == 3
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 1.0), (torch.float16, 1e-4), (torch.bfloat16, 1.0)])
+def test_activations_kept_in_16_bits_have_the_loss_of_the_same_numbers(
+    activation: str, dtype: torch.dtype, scale: float
+) -> None:
+    """A sum of squares in float16 ends at 65,504, and those of small ones are 0."""
+    sae = _sae(activation, dtype=torch.float32)
+    x = (scale * torch.randn(8192, D_MODEL, generator=torch.Generator().manual_seed(0))).to(dtype)
+    short, wide = copy.deepcopy(sae).loss(x), sae.loss(x.float())
+    assert torch.equal(short.fvu, wide.fvu) and short.fvu > 0
 
 
 def test_latents_that_do_not_fit_are_refused() -> None:

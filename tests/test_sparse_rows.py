@@ -116,12 +116,14 @@ def test_nan_is_an_entry_and_its_gradient_goes_where_it_stands() -> None:
 
 def test_what_it_prints_and_what_it_carries() -> None:
     rows = SparseRows.from_topk(torch.ones(2, 3, requires_grad=True), torch.tensor([[0, 1, 2], [2, 4, 5]]), 8)
-    assert repr(rows) == "SparseRows(shape=(2, 8), nnz=6, float32, 3 live in a row)"
+    assert repr(rows) == "SparseRows(shape=(2, 8), nnz=6, float32, 3 in a row)"
     assert rows.indices.dtype is torch.int32 and rows.density == 6 / 16
     assert not rows.detach().values.requires_grad and rows.values.requires_grad
     assert rows.to(torch.bfloat16).dtype is torch.bfloat16 and rows.device.type == "cpu"
+    moved = rows.to("meta")
+    assert {part.device.type for part in (moved.crow_indices, moved.indices, moved.values)} == {"meta"}
     empty = SparseRows.from_dense(torch.zeros(0, 4))
-    assert repr(empty) == "SparseRows(shape=(0, 4), nnz=0, float32, 0 live in a row)" and empty.density == 0.0
+    assert repr(empty) == "SparseRows(shape=(0, 4), nnz=0, float32, 0 in a row)" and empty.density == 0.0
     assert (empty @ torch.ones(4, 3)).shape == (0, 3)
 
 

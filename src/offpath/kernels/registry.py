@@ -21,6 +21,7 @@ from offpath.kernels.gpu import availability
 
 CHOICES = ("cpu", "gpu", "reference")
 _forced: list[Backend] = []
+_defaults: dict[str, tuple[Backend, str]] = {}
 
 
 @cache
@@ -39,13 +40,19 @@ def backends(device_type: str = "cpu") -> dict[str, Backend]:
     return {backend.name: backend for backend in found}
 
 
-@cache
 def default_backend(device_type: str = "cpu") -> tuple[Backend, str]:
     """The backend of this process for tensors of a device, and why it is the one.
 
     Raises `KernelError` when `OFFPATH_BACKEND` or `OFFPATH_ISA` asks for what this machine cannot do, and for CUDA
     tensors where something that the GPU's kernels need is missing.
     """
+    found = _defaults.get(device_type)  # not @cache, of which torch.compile warns whoever compiles a loss
+    if found is None:
+        found = _defaults[device_type] = _chosen(device_type)
+    return found
+
+
+def _chosen(device_type: str) -> tuple[Backend, str]:
     wanted, isa = os.environ.get("OFFPATH_BACKEND"), os.environ.get("OFFPATH_ISA")
     if wanted not in (None, "", *CHOICES):
         raise KernelError(f"expected OFFPATH_BACKEND to be one of {', '.join(CHOICES)}, got {wanted!r}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from offpath.nn.autocast import under_autocast
 from offpath.nn.autoencoder_loss import SAELoss, expect_variance, variance_of
 from offpath.nn.row_blocks import encode_above, encode_batch_topk
+from offpath.nn.sparse_output import check_k
 from offpath.nn.statistics import KeepsStatistics, is_recomputing
 from offpath.nn.straight_through import jump, step, thresholds_of
 from offpath.ops import SparseRows, encode_topk
@@ -46,7 +47,7 @@ class SparseAutoencoder(KeepsStatistics):
     >>> optimizer.step()
     >>> sae.normalize_decoder_()
     >>> sae.encode(torch.randn(2, 8))
-    SparseRows(shape=(2, 32), nnz=8, float32, 4 live in a row)
+    SparseRows(shape=(2, 32), nnz=8, float32, 4 in a row)
     """
 
     threshold: Tensor
@@ -73,11 +74,8 @@ class SparseAutoencoder(KeepsStatistics):
         k_aux = d_model // 2 if k_aux is None else k_aux
         if activation not in ACTIVATIONS:
             raise ValueError(f"expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        if d_model < 1 or not isinstance(k, int) or not 1 <= k <= latents:
-            raise ValueError(
-                f"expected d_model of at least 1 and k from 1 to the number of latents, got d_model={d_model}, "
-                f"latents={latents}, k={k}"
-            )
+        if d_model < 1:
+            raise ValueError(f"expected d_model of at least 1, got {d_model}")
         if not isinstance(k_aux, int) or k_aux < 0 or not dead_after >= 1:
             raise ValueError(
                 f"expected k_aux of at least 0 and dead_after of at least 1, got {k_aux} and {dead_after}; "
@@ -87,7 +85,8 @@ class SparseAutoencoder(KeepsStatistics):
             raise ValueError(f"expected finite coefficients, got {aux_coefficient} and {l0_coefficient}")
         if not (math.isfinite(bandwidth) and bandwidth > 0):
             raise ValueError(f"expected a positive bandwidth, got {bandwidth}")
-        self.d_model, self.latents, self.k, self.activation = d_model, latents, k, activation
+        self.d_model, self.latents, self.activation = d_model, latents, activation
+        self.k = k
         self.tied_init, self.k_aux, self.dead_after = tied_init, k_aux, dead_after
         self.aux_coefficient, self.l0_coefficient, self.bandwidth = aux_coefficient, l0_coefficient, bandwidth
         self.encoder_weight, self.decoder_weight = (
@@ -102,6 +101,15 @@ class SparseAutoencoder(KeepsStatistics):
             self.register_buffer("threshold", torch.empty((), device=device, dtype=wide))
         self.register_buffer("tokens_since_fired", torch.empty(latents, dtype=torch.int64, device=device))
         self.reset_parameters(generator)
+
+    @property
+    def k(self) -> int:
+        """How many latents live in a row (on average; of JumpReLU, what L0 is drawn to): to be set by a schedule."""
+        return self._k
+
+    @k.setter
+    def k(self, k: int) -> None:
+        self._k = check_k(k, 1, self.latents)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -162,7 +170,7 @@ class SparseAutoencoder(KeepsStatistics):
             self._count(live, fired)
         residual = x - self.decode(live)
         squares = residual.square().sum()
-        fvu = squares / variance if x.shape[0] else residual.sum() * 0
+        fvu = squares / variance.to(squares.dtype) if x.shape[0] else residual.sum() * 0
         total = fvu.clone()  # who scales it in place does not scale what it consists of
         aux = l0_loss = fvu.new_zeros(())
         dead = self.tokens_since_fired >= self.dead_after
@@ -277,7 +285,7 @@ class SparseAutoencoder(KeepsStatistics):
         rows = encode_topk(centered, weight[dead], bias[dead], min(self.k_aux, len(dead))).relu()
         _, decoder, _ = under_autocast(rows.values, self.decoder_weight[dead], None)
         error, variance = residual - rows.to(decoder.dtype).matmul(decoder), variance_of(residual)
-        return error.sum() * 0 if variance == 0 else error.square().sum() / variance
+        return error.sum() * 0 if variance == 0 else error.square().sum() / variance.to(error.dtype)
 
     @torch.no_grad()
     def _count(self, live: SparseRows, fired: Tensor) -> None:

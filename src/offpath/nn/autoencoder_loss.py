@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from offpath.ops.library import wide
+
 
 @dataclass(frozen=True)
 class SAELoss:
@@ -34,7 +36,11 @@ class SAELoss:
 
 
 def variance_of(rows: Tensor) -> Tensor:
-    """sum (rows - their mean)^2: exactly 0 for rows that are all the same, and where there are none."""
+    """sum (rows - their mean)^2: exactly 0 for rows that are all the same, and where there are none.
+
+    In float32 at least: a sum of squares in float16 is soon infinite.
+    """
+    rows = wide(rows)
     # Their mean is rounded, their differences to the first one are not.
     apart = rows - rows[:1]
     return (apart - apart.mean(0)).square().sum() if rows.shape[0] else rows.new_zeros(())

@@ -98,7 +98,7 @@ class KWinners2d(KWinnersBase):
     tensor([0., 0., 4., 3.])
     >>> layer = KWinners2d(2, percent_on=0.5, local=True, output="rows")
     >>> layer(maps)
-    SparseRows(shape=(2, 2), nnz=2, float32, 1 live in a row)
+    SparseRows(shape=(2, 2), nnz=2, float32, 1 in a row)
     >>> layer.duty_cycle.flatten()
     tensor([0., 1.])
     """

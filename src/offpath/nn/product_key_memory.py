@@ -32,7 +32,7 @@ class ProductKeyMemory(nn.Module):
     >>> memory(torch.randn(2, 5, 16)).shape
     torch.Size([2, 5, 8])
     >>> memory.lookup(torch.randn(10, 16))
-    SparseRows(shape=(10, 1024), nnz=80, float32, 8 live in a row)
+    SparseRows(shape=(10, 1024), nnz=80, float32, 8 in a row)
     """
 
     def __init__(

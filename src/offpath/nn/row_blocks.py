@@ -62,7 +62,7 @@ def _best_of_small_blocks(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tu
     values, floor = x.new_empty(0), 0.0
     for first, scores in _blocks(x, weight, bias):
         found = above(scores, floor)
-        row_numbers = torch.cat([row_numbers, _row_numbers(found, first)])
+        row_numbers = torch.cat([row_numbers, found.row_indices() + first])
         indices, values = torch.cat([indices, found.indices]), torch.cat([values, found.values])
         if len(values) > k:
             # Later entries have to be larger than the least of these: an equal one comes after it in row-major order.
@@ -78,18 +78,13 @@ def _best_on_device(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Te
     values = x.new_empty(0)
     for first, scores in _blocks(x, weight, bias):
         found = batch_topk(scores, min(k, scores.numel()))
-        row_numbers = torch.cat([row_numbers, _row_numbers(found, first)])
+        row_numbers = torch.cat([row_numbers, found.row_indices() + first])
         indices, values = torch.cat([indices, found.indices]), torch.cat([values, found.values])
         if len(values) > k:
             best = batch_topk(values[None], k).indices.long()
             row_numbers, indices, values = row_numbers[best], indices[best], values[best]
     live = (~(values <= 0)).nonzero()[:, 0]
     return row_numbers[live], indices[live], values[live]
-
-
-def _row_numbers(found: SparseRows, first: int) -> Tensor:
-    numbers = torch.arange(first, first + found.shape[0], dtype=torch.int32, device=found.device)
-    return numbers.repeat_interleave(found.crow_indices.diff(), output_size=found.nnz)
 
 
 def _is_on_device(x: Tensor) -> bool:

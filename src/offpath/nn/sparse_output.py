@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
+from contextlib import suppress
+from typing import Any
 
 from torch import Tensor
 
@@ -19,10 +22,14 @@ def check_output(output: str) -> str:
     return output
 
 
-def check_k(k: int) -> int:
-    """Raises `ValueError` unless `k` can be a number of units."""
-    if not isinstance(k, int) or isinstance(k, bool) or k < 0:
-        raise ValueError(f"expected k to be an int of at least 0, got {k!r}; round what a schedule computes")
+def check_k(k: Any, least: int = 0, most: int | None = None) -> int:
+    """`k` as an int. Raises `ValueError` unless it can be a number of units."""
+    if not isinstance(k, int):
+        with suppress(TypeError):
+            k = operator.index(k)  # a whole number of another library
+    if not isinstance(k, int) or isinstance(k, bool) or k < least or (most is not None and k > most):
+        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"expected k to be an int {wanted}, got {k!r}; round what a schedule computes")
     return k
 
 

@@ -24,7 +24,7 @@ class TopK(nn.Module):
     >>> import torch
     >>> layer = TopK(2)
     >>> layer(torch.tensor([[3.0, 1.0, 2.0, -1.0]]))
-    SparseRows(shape=(1, 4), nnz=2, float32, 2 live in a row)
+    SparseRows(shape=(1, 4), nnz=2, float32, 2 in a row)
     >>> layer.k = 1  # annealing
     >>> layer(torch.tensor([[3.0, 1.0, 2.0, -1.0]])).to_dense()
     tensor([[3., 0., 0., 0.]])

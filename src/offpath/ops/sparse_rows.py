@@ -23,7 +23,7 @@ class SparseRows:
     >>> import torch
     >>> rows = SparseRows.from_dense(torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 3.0]]))
     >>> rows
-    SparseRows(shape=(2, 3), nnz=3, float32, 1 to 2 live in a row)
+    SparseRows(shape=(2, 3), nnz=3, float32, 1 to 2 in a row)
     >>> rows @ torch.tensor([[1.0], [10.0], [100.0]])
     tensor([[ 20.],
             [301.]])
@@ -99,7 +99,7 @@ class SparseRows:
 
     @property
     def density(self) -> float:
-        """Share of the matrix that is stored."""
+        """Share of the matrix that is stored, zeros among it: `live_counts` leaves these out."""
         positions = self.shape[0] * self.columns
         return self.nnz / positions if positions else 0.0
 
@@ -125,9 +125,16 @@ class SparseRows:
         """The same numbers without their history."""
         return self.with_values(self.values.detach())
 
-    def to(self, dtype: torch.dtype) -> SparseRows:
-        """The values in another dtype."""
-        return self.with_values(self.values.to(dtype))
+    def to(self, target: torch.dtype | torch.device | str) -> SparseRows:
+        """The values in another dtype, or all parts on another device.
+
+        >>> SparseRows.from_dense(torch.eye(2)).to("meta").indices.device
+        device(type='meta')
+        """
+        values = self.values.to(target)
+        if isinstance(target, torch.dtype):
+            return self.with_values(values)
+        return SparseRows(self.crow_indices.to(target), self.indices.to(target), values, self.columns)
 
     def matmul(self, weight: Tensor) -> Tensor:
         """self @ weight for a dense `weight` [columns, width] of the same dtype: [rows, width].
@@ -167,6 +174,15 @@ class SparseRows:
         """
         return kernels.select(self.device.type, self.dtype).rows.counts(self.indices, self.columns)
 
+    def row_indices(self) -> Tensor:
+        """The row of each entry, int32 [nnz].
+
+        >>> SparseRows.from_dense(torch.tensor([[0.0, 2.0], [1.0, 3.0]])).row_indices()
+        tensor([0, 1, 1], dtype=torch.int32)
+        """
+        numbers = torch.arange(self.shape[0], dtype=torch.int32, device=self.device)
+        return numbers.repeat_interleave(self.crow_indices.diff(), output_size=self.nnz)
+
     def live_counts(self) -> Tensor:
         """In how many entries each column has a value other than zero, int64 [columns]."""
         self._check()
@@ -179,9 +195,9 @@ class SparseRows:
     def __repr__(self) -> str:
         per_row = self.crow_indices.diff() if not self.crow_indices.is_meta else self.crow_indices[:0]
         least, most = (int(per_row.min()), int(per_row.max())) if per_row.numel() else (0, 0)
-        live = f"{least} to {most}" if least != most else str(most)
+        stored = f"{least} to {most}" if least != most else str(most)
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"SparseRows(shape={self.shape}, nnz={self.nnz}, {dtype}, {live} live in a row)"
+        return f"SparseRows(shape={self.shape}, nnz={self.nnz}, {dtype}, {stored} in a row)"
 
 
 def topk_rows(x: Tensor, k: int) -> SparseRows:
