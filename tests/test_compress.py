@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,6 +40,27 @@ def test_layers_that_are_mostly_zero_are_swapped_and_reported() -> None:
     assert report.model_bytes_before - report.model_bytes_after == report.bytes_before - report.bytes_after
     assert json.loads(json.dumps(report.to_dict()))["layers"][0]["nnz"] == report.layers[0].nnz
     assert "total" in str(report) and "256 tokens" in str(report) and "left as it was: 3" in str(report)
+
+
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_what_is_swapped_for_its_size_stays_small_with_any_number_of_tokens(precision: str | None) -> None:
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 256))
+    for layer, sparsity in zip(model, (0.6, 0.75, 0.95), strict=True):
+        prune.random_unstructured(layer, "weight", sparsity)
+    report = compress(model, batch=1, goal="size", precision=precision)
+    assert len(report.swapped) == 3
+    with torch.no_grad():
+        for tokens in (1, 7, 33, 100, 512):
+            model(torch.randn(tokens, 256))
+    assert offpath.cost.memory_bytes(model) <= report.model_bytes_at_most < report.model_bytes_before
+
+
+def test_bytes_with_other_numbers_of_tokens_are_told() -> None:
+    report = compress(pruned_model(), batch=6)
+    layer = replace(report.layers[0], swapped=True, bytes_after=100, bytes_at_most=350)
+    report = replace(report, layers=(layer,), model_bytes_after=1000)
+    assert "1,000 after (up to 1,250 with other numbers of tokens)" in str(report)
+    assert "up to" not in str(replace(report, layers=(replace(layer, bytes_at_most=100),)))
 
 
 @pytest.mark.parametrize("called_before", [False, True])

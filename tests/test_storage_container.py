@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import offpath
 from children import numbers_of
@@ -94,6 +94,13 @@ def test_broken_containers_are_refused(tmp_path: Path, name: str) -> None:
 def test_files_of_other_kinds_are_told_apart(tmp_path: Path) -> None:
     save_file(dense_model().state_dict(), tmp_path / "plain")
     must_be_refused(tmp_path / "plain", r"got 6 plain tensors; .*load_state_dict\(safetensors")
+    sparse, again = dense_model(), dense_model()
+    offpath.sparsify(sparse, 0.5)
+    save_file(sparse.state_dict(), tmp_path / "sparse")
+    must_be_refused(tmp_path / "sparse", r"make them sparse by offpath\.sparsify\(model, filter_fn=")
+    tensors = load_file(tmp_path / "sparse")
+    offpath.sparsify(again, filter_fn=lambda module, name: name + ".values" in tensors)
+    again.load_state_dict(tensors)
     torch.save(dense_model().state_dict(), tmp_path / "pickle")
     must_be_refused(tmp_path / "pickle", "expected a whole safetensors file")
     (tmp_path / "empty").touch()

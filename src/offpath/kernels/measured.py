@@ -18,6 +18,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -82,15 +83,21 @@ def measured_once(
                 kept = {"found": found, "undisturbed": undisturbed}
                 _write(path, kept)
                 if not undisturbed:
-                    _log.warning(
-                        "offpath measured its kernels while other work had the cores, so that its choices may be slow; "
-                        "a process that starts in %d minutes or later, and finds them free, measures again",
-                        RETRY_SECONDS // 60,
-                    )
+                    _warn_of_other_work()
         return kept["found"]
     except OSError as error:
         _log.warning("offpath measures its kernels in every process: cannot use its cache (%s)", error)
         return _made_on_cpu(measure)
+
+
+@cache
+def _warn_of_other_work() -> None:
+    """Once in a process: of convolutions, there is a measurement for each size of images."""
+    _log.warning(
+        "offpath measured its kernels while other work had the cores, so that its choices may be slow; "
+        "a process that starts in %d minutes or later, and finds them free, measures again",
+        RETRY_SECONDS // 60,
+    )
 
 
 def _can_be_bettered(path: Path, kept: dict[str, Any]) -> bool:

@@ -22,7 +22,8 @@ class SparseLinear(CsrWeightModule):
     checkpoint and `offpath.nn.rewire` changes which connections a layer has.
 
     `prefer` "speed" computes each product in whichever way is the fastest on this machine (`explain` tells which),
-    "memory" never writes the weight out dense. `feature_major` (see `offpath.fuse`) lets the output be a strided view
+    "memory" never writes the weight out dense, nor makes a plan that takes a layer beyond its dense weight in
+    inference. `feature_major` (see `offpath.fuse`) lets the output be a strided view
     that the next sparse layer need not transpose.
 
     `torch.nn.utils.prune` and `weight_norm` may compute `values`; parametrizations, whose registry takes no such name,

@@ -41,6 +41,9 @@ TILED_BESIDE_PLAN_MARGIN = 1.6
 APART_SECONDS = 1e-5
 CHOICES_KEPT = 1024  # by what was made of one pattern: for each number of tokens, and texts have thousands of lengths
 _OVER_A_PLAN = ("bucketed", "tiled")
+# What a connection takes beside its value, an index and a place in a plan, which also takes some for each row; and
+# what a position takes in bits, which are kept for few tokens.
+INDEX_BYTES, PLAN_BYTES, PLAN_ROW_BYTES, BITS_BYTES = 4, 8, 80, 0.2
 _forced: list[dict[str, str]] = []
 
 
@@ -102,7 +105,10 @@ def choose(
     prefer: str,
     dx_method: str | None = None,
 ) -> str:
-    """The method for one product; `prefer` "memory" leaves out those that write the weight out dense.
+    """The method for one product.
+
+    `prefer` "memory" leaves out those that write the weight out dense, and those over a plan with which the layer would
+    take more than its dense weight.
 
     For `dvalues`, `dx_method` is what computes the gradient of x in the same call, if one does.
     """
@@ -113,7 +119,7 @@ def choose(
             raise KernelError(f"expected a method that backend {backend.name!r} has ({has}), got {product}={forced!r}")
         return forced
     seconds = seconds_of(backend, dtype, rows, columns)
-    allowed = _allowed(backend, product, prefer)
+    allowed = _allowed(backend, product, rows, columns, nnz, dtype, prefer)
     if seconds is None:
         return "row-wise"
     costs = {m: seconds(product, m, rows, columns, nnz, batch) for m in allowed}
@@ -168,7 +174,7 @@ def explain(values: Tensor, shape: tuple[int, int], batch: int, prefer: str = "s
         options = tuple(
             Option(p, m, _measured(seconds(p, m, *size)) if seconds else None)
             for p in PRODUCTS
-            for m in _allowed(backend, p, prefer)
+            for m in _allowed(backend, p, *shape, values.numel(), dtype, prefer)
         )
         chosen = {p: choose(backend, p, *size, dtype, prefer) for p in PRODUCTS if p != "dvalues"}
         chosen["dvalues"] = choose(backend, "dvalues", *size, dtype, prefer, chosen["dx"])
@@ -187,7 +193,13 @@ def _measured(seconds: float) -> float | None:
     return seconds if math.isfinite(seconds) else None
 
 
-def _allowed(backend: Backend, product: str, prefer: str) -> list[str]:
+def _allowed(
+    backend: Backend, product: str, rows: int, columns: int, nnz: int, dtype: torch.dtype, prefer: str
+) -> list[str]:
     if prefer not in PREFERENCES:
         raise KernelError(f"expected prefer to be 'speed' or 'memory', got {prefer!r}")
-    return [m for m in METHODS[product] if m in backend.methods and (prefer == "speed" or m not in DENSE_METHODS)]
+    left_out: tuple[str, ...] = ()
+    if prefer == "memory":
+        with_plan = nnz * (dtype.itemsize + INDEX_BYTES + PLAN_BYTES) + rows * (PLAN_ROW_BYTES + columns * BITS_BYTES)
+        left_out = DENSE_METHODS + (_OVER_A_PLAN if with_plan > rows * columns * dtype.itemsize else ())
+    return [m for m in METHODS[product] if m in backend.methods and m not in left_out]

@@ -71,9 +71,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         write_whole(path, lambda beside: _write(contiguous, beside, metadata))
     except OSError as error:  # which names the file beside, if any
-        told = type(error)(
-            f"expected to write {path}, got: {error.strerror or error}; free space or choose another place"
-        )
+        room = "" if isinstance(error, PermissionError) else "free space or "
+        told = type(error)(f"expected to write {path}, got: {error.strerror or error}; {room}choose another place")
         told.errno = error.errno
         raise told from error
 

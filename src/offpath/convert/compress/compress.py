@@ -46,7 +46,8 @@ def compress(
     parametrizations, which a swap makes permanent. Each is timed, dense beside sparse, and swapped if it is slower with
     none of the inputs asked for: `batch` tokens a call; what each layer sees while the model runs on `example` (a
     tensor, a tuple of positional or a mapping of keyword arguments); or, with neither, both 1 token and 256.
-    `goal="size"` swaps what gets smaller, whatever its speed. `precision="int8"` makes `nn.Int8SparseLinear` of linear
+    `goal="size"` swaps what gets smaller for whatever number of tokens, for layers of `prefer="memory"`, whatever their
+    speed. `precision="int8"` makes `nn.Int8SparseLinear` of linear
     layers, `embeddings="int8"` turns embeddings into `nn.Int8Embedding`:
     both are for inference, and off by up to half a step of 1/127 of the largest weight of a row.
     `filter_fn(module, fqn)` chooses the layers to look at. `progress(done, total)` is called along the way. Training
@@ -85,7 +86,7 @@ def compress(
     # The example runs the model many times, which may remember what it saw.
     with buffers_restored(model):
         whole = None if example is None else Example(model, example)
-        entered, unreached = contests(candidates, batch, whole, precision, progress)
+        entered, unreached = contests(candidates, batch, whole, precision, goal, progress)
         rest = measure(model, whole, entered, progress)
         layers = [_layer(contest, goal, whole is not None) for contest in entered]
         replacements: dict[nn.Module, nn.Module] = {}
@@ -149,8 +150,8 @@ def _check_arguments(model: nn.Module, batch: int | None, example: object, min_s
 
 
 def _layer(contest: Contest, goal: str, whole_pass: bool) -> CompressedLayer:
-    before, after = memory_bytes(contest.dense), memory_bytes(contest.sparse)
-    swap, reason = decide(goal, contest.measured, whole_pass, before, after)
+    before, after, at_most = memory_bytes(contest.dense), memory_bytes(contest.sparse), contest.bytes_at_most()
+    swap, reason = decide(goal, contest.measured, whole_pass, before, at_most)
     return CompressedLayer(
         contest.candidate.name,
         contest.candidate.kind,
@@ -159,6 +160,7 @@ def _layer(contest: Contest, goal: str, whole_pass: bool) -> CompressedLayer:
         contest.candidate.nnz,
         before,
         after,
+        at_most,
         tuple(contest.measured),
         swap,
         reason,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections import Counter, defaultdict
@@ -19,9 +20,12 @@ from offpath.convert.compress.passes import in_passes
 from offpath.convert.compress.report import NEEDS_EXAMPLE, Measured
 from offpath.convert.compress.verify import check_layer
 from offpath.convert.compress.weights import CONVOLUTIONS, Dense, stand_in
+from offpath.cost import memory_bytes
 from offpath.nn import Int8SparseLinear, SparseConv1d, SparseConv2d, SparseLinear
 
 LATENCY_TOKENS, THROUGHPUT_TOKENS = 1, 256
+# Among them, every way to compute a layer has its place.
+TOKENS = tuple(1 << exponent for exponent in range(10))
 BUDGET_SECONDS = 2.0
 Progress = Callable[[int, int], object]
 Sparse = SparseLinear | Int8SparseLinear | SparseConv1d | SparseConv2d
@@ -35,6 +39,20 @@ class Contest:
     sparse: Sparse
     calls: list[Input]
     measured: list[Measured] = field(default_factory=list)
+
+    @torch.no_grad()
+    def bytes_at_most(self) -> int:
+        """What the sparse layer takes once it has been called with few tokens and with many.
+
+        Each way to compute prepares what it needs when it is first chosen. Found with a copy, which is given back.
+        """
+        if isinstance(self.sparse, SparseConv1d | SparseConv2d):  # asks for the sizes of images
+            return memory_bytes(self.sparse)
+        layer, seen = copy.deepcopy(self.sparse), self.calls[0]
+        with seen.surroundings():
+            for tokens in TOKENS:
+                layer(torch.zeros(tokens, layer.in_features, dtype=seen.dtype))
+        return max(memory_bytes(layer), memory_bytes(self.sparse))
 
     @property
     def dense(self) -> nn.Module:
@@ -58,6 +76,7 @@ def contests(
     batch: int | None,
     example: Example | None,
     precision: str | None,
+    goal: str,
     progress: Progress,
 ) -> tuple[list[Contest], list[tuple[str, str]]]:
     """A contest for each candidate, its sparse layer checked; and (name, reason) of those whose inputs nothing tells.
@@ -82,7 +101,7 @@ def contests(
             tokens = (LATENCY_TOKENS, THROUGHPUT_TOKENS) if batch is None else (batch,)
             assert isinstance(dense, nn.Linear)
             calls = [Input((t, dense.in_features), dense.weight.dtype) for t in tokens]
-        found.append(Contest(candidate, _checked(candidate.name, dense, calls, precision), calls))
+        found.append(Contest(candidate, _checked(candidate.name, dense, calls, precision, goal), calls))
         progress(done + 1, 2 * len(reached))
     return found, missed
 
@@ -142,7 +161,7 @@ def _positions(contest: Contest, seen: Input) -> int:
     return math.prod(seen.shape) // max(channels or seen.shape[-1], 1)
 
 
-def _checked(name: str, dense: Dense, calls: Sequence[Input], precision: str | None) -> Sparse:
+def _checked(name: str, dense: Dense, calls: Sequence[Input], precision: str | None, goal: str) -> Sparse:
     layer: Sparse
     meant = dense
     if isinstance(dense, nn.Conv2d):
@@ -155,6 +174,8 @@ def _checked(name: str, dense: Dense, calls: Sequence[Input], precision: str | N
             layer = Int8SparseLinear.from_sparse(layer)
             # What int8 weights stand for is not quite what the dense ones do.
             meant = layer.to_sparse(torch.float64).to_dense()
+        if goal == "size":  # of speed, a plan for other numbers of tokens than these could take more than it saves
+            layer.prefer = "memory"
     for seen in dict.fromkeys(calls):
         with seen.surroundings():
             check_layer(name, meant, layer, seen.random())

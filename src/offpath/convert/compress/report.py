@@ -24,8 +24,8 @@ class CompressedLayer:
     """A layer that is mostly zero: what it takes dense and sparse, and which of both the model now has.
 
     `kind` is the dense layer's type, `becomes` the sparse one's; `shape` is (out, in). The bytes are those in memory:
-    parameters, buffers, indices and the plans of the products that were measured. `reason` says in numbers why it was
-    swapped or not.
+    parameters, buffers, indices and the plans of the products that were measured; `bytes_at_most` with those of other
+    numbers of tokens, in inference. `reason` says in numbers why it was swapped or not.
     """
 
     name: str
@@ -35,6 +35,7 @@ class CompressedLayer:
     nnz: int
     bytes_before: int
     bytes_after: int
+    bytes_at_most: int
     measured: tuple[Measured, ...]
     swapped: bool
     reason: str
@@ -136,6 +137,11 @@ class CompressReport:
         """Bytes of the layers that took their place."""
         return sum(layer.bytes_after for layer in self.swapped)
 
+    @property
+    def model_bytes_at_most(self) -> int:
+        """Bytes of the whole model once it has computed with few tokens and with many, in inference."""
+        return self.model_bytes_after + sum(layer.bytes_at_most - layer.bytes_after for layer in self.swapped)
+
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, for JSON."""
         return asdict(self)
@@ -161,7 +167,9 @@ class CompressReport:
         lines += [f"left as it was: {layer.name} ({layer.reason})" for layer in self.layers if not layer.swapped]
         for reason in dict.fromkeys(reason for _, reason in self.skipped):
             lines.append(f"left as it was: {', '.join(n for n, r in self.skipped if r == reason)} ({reason})")
-        lines.append(f"whole model: {self.model_bytes_before:,} bytes before, {self.model_bytes_after:,} after")
+        at_most = self.model_bytes_at_most
+        beyond = f" (up to {at_most:,} with other numbers of tokens)" if at_most > self.model_bytes_after else ""
+        lines.append(f"whole model: {self.model_bytes_before:,} bytes before, {self.model_bytes_after:,} after{beyond}")
         if self.end_to_end is not None:
             whole = self.end_to_end
             lines += [
