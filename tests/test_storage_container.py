@@ -97,7 +97,7 @@ def test_files_of_other_kinds_are_told_apart(tmp_path: Path) -> None:
     sparse, again = dense_model(), dense_model()
     offpath.sparsify(sparse, 0.5)
     save_file(sparse.state_dict(), tmp_path / "sparse")
-    must_be_refused(tmp_path / "sparse", r"make them sparse by offpath\.sparsify\(model, filter_fn=")
+    must_be_refused(tmp_path / "sparse", r"make it sparse by offpath\.sparsify\(model, filter_fn=")
     tensors = load_file(tmp_path / "sparse")
     offpath.sparsify(again, filter_fn=lambda module, name: name + ".values" in tensors)
     again.load_state_dict(tensors)

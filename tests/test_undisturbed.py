@@ -81,6 +81,7 @@ def test_another_process_on_the_core_is_seen() -> None:
 def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, bool], object]:
     """Asks for a number that is measured as `value` now, on a machine that is busy or not."""
     monkeypatch.setenv("OFFPATH_CACHE_DIR", str(tmp_path))
+    measured._warn_of_other_work.cache_clear()
 
     def asked(value: str, busy: bool) -> object:
         monkeypatch.setattr(measured, "watched", lambda work: (work(), not busy))
@@ -99,6 +100,9 @@ def test_what_was_measured_on_a_busy_machine_is_measured_again_when_it_is_free(
     later = path.stat().st_mtime - measured.RETRY_SECONDS - 1
     os.utime(path, (later, later))
     assert ask("third", True) == "first"
+    path.unlink()
+    assert ask("first", True) == "first" and caplog.text.count("while other work had the cores") == 1, "said again"
+    os.utime(path, (later, later))
     assert ask("fourth", False) == ask("fifth", True) == "fourth"
     os.utime(path, (later, later))
     assert ask("sixth", False) == "fourth"

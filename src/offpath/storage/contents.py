@@ -77,8 +77,8 @@ def _mapped(path: Path) -> tuple[str, dict[str, Tensor]]:
         ) from error
     if FORMAT not in metadata and any(key.endswith("col_indices") for key in tensors):
         raise StorageError(
-            "expected a file that offpath.save wrote, got the state_dict of a sparse model; build the model, "
-            "make them sparse by offpath.sparsify(model, filter_fn=lambda module, name: name + '.values' in tensors), "
+            "expected a file that offpath.save wrote, got the state_dict of a sparse model; build a dense one, "
+            "make it sparse by offpath.sparsify(model, filter_fn=lambda module, name: name + '.values' in tensors), "
             "and use model.load_state_dict(tensors); offpath.save spares you that"
         )
     if FORMAT not in metadata:

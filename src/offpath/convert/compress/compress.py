@@ -46,10 +46,9 @@ def compress(
     parametrizations, which a swap makes permanent. Each is timed, dense beside sparse, and swapped if it is slower with
     none of the inputs asked for: `batch` tokens a call; what each layer sees while the model runs on `example` (a
     tensor, a tuple of positional or a mapping of keyword arguments); or, with neither, both 1 token and 256.
-    `goal="size"` swaps what gets smaller for whatever number of tokens, for layers of `prefer="memory"`, whatever their
-    speed. `precision="int8"` makes `nn.Int8SparseLinear` of linear
-    layers, `embeddings="int8"` turns embeddings into `nn.Int8Embedding`:
-    both are for inference, and off by up to half a step of 1/127 of the largest weight of a row.
+    `goal="size"` swaps what gets smaller for any number of tokens, for layers of `prefer="memory"`, whatever its speed.
+    `precision="int8"` makes `nn.Int8SparseLinear` of linear layers, `embeddings="int8"` turns embeddings into
+    `nn.Int8Embedding`: both are for inference, and off by up to half a step of 1/127 of the largest weight of a row.
     `filter_fn(module, fqn)` chooses the layers to look at. `progress(done, total)` is called along the way. Training
     and evaluation mode, dtype and `requires_grad` stay; build an optimizer afterwards.
 

@@ -144,7 +144,7 @@ class CompressReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, for JSON."""
-        return asdict(self)
+        return asdict(self) | {"model_bytes_at_most": self.model_bytes_at_most}
 
     def __str__(self) -> str:
         lines = []

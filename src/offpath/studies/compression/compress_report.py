@@ -25,6 +25,10 @@ def summary(report: dict[str, Any]) -> Table:
         _megabytes("file", sizes["checkpoint"], sizes["file"]),
         _megabytes("memory", done["model_bytes_before"], done["model_bytes_after"]),
     ]
+    if done["model_bytes_at_most"] > done["model_bytes_after"]:
+        rows.append(
+            _megabytes("  with other numbers of tokens", done["model_bytes_before"], done["model_bytes_at_most"])
+        )
     whole = done["end_to_end"]
     if whole is not None:
         before, after = whole["dense_seconds"], whole["measured_seconds"]
