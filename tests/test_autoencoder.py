@@ -4,38 +4,20 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from autoencoder_cases import D_MODEL, LATENTS, ROWS, K, sae_of, x_of
 from children import numbers_of
 from dense_autoencoder import dense_loss
 from offpath.cost.bounds import gamma
 from offpath.nn import SparseAutoencoder, row_blocks
 from offpath.nn.autoencoder import ACTIVATIONS
 from offpath.nn.autoencoder_loss import expect_variance
-from offpath.ops import SparseRows
 
-D_MODEL, LATENTS, K, ROWS = 12, 40, 3, 24
 EXACT = {"rtol": 1e-9, "atol": 1e-12}  # float64, where both round at 1e-16
-
-
-def _sae(activation: str = "topk", seed: int = 0, **options) -> SparseAutoencoder:
-    generator = torch.Generator().manual_seed(seed)
-    options = {"dtype": torch.float64, "bandwidth": 0.2, "generator": generator} | options
-    sae = SparseAutoencoder(D_MODEL, LATENTS, K, activation, **options)
-    with torch.no_grad():
-        for bias in (sae.encoder_bias, sae.decoder_bias):
-            bias.copy_(0.1 * torch.randn(bias.shape, generator=generator, dtype=torch.float64))
-    if activation != "topk":
-        sae.calibrate_threshold_(_x(dtype=sae.encoder_weight.dtype))
-    return sae
-
-
-def _x(rows: int = ROWS, seed: int = 7, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(rows, D_MODEL, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @pytest.fixture(params=ACTIVATIONS)
@@ -50,7 +32,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("dead_share", [0.0, 0.05, 0.5, 1.0])
 def test_loss_and_every_gradient_are_those_of_the_dense_one(activation: str, dead_share: float, blocks: None) -> None:
-    sae, x = _sae(activation, dead_after=1000), _x().requires_grad_()
+    sae, x = sae_of(activation, dead_after=1000), x_of().requires_grad_()
     # Latents that fire in this batch are not dead, whatever the counters said.
     sae.tokens_since_fired[: round(dead_share * LATENTS)] = 5000
     loss = sae.loss(x)
@@ -91,7 +73,7 @@ class _Loss(torch.nn.Module):
 
 
 def test_auxiliary_loss_reaches_the_encoder_of_dead_latents_alone() -> None:
-    sae, x = _sae(dead_after=1000), _x()
+    sae, x = sae_of(dead_after=1000), x_of()
     sae.tokens_since_fired[:] = 5000
     loss = sae.loss(x)
     loss.aux.backward()
@@ -102,31 +84,31 @@ def test_auxiliary_loss_reaches_the_encoder_of_dead_latents_alone() -> None:
 
 
 def test_chosen_latents_that_are_not_positive_get_no_gradient(activation: str) -> None:
-    sae = _sae(activation, k_aux=0)
+    sae = sae_of(activation, k_aux=0)
     with torch.no_grad():
         sae.encoder_bias.fill_(-100.0)
         sae.encoder_bias[5] = 100.0
-    sae.loss(_x()).total.backward()
+    sae.loss(x_of()).total.backward()
     others = torch.arange(LATENTS) != 5
     assert (sae.encoder_weight.grad[others] == 0).all() and (sae.encoder_bias.grad[others] == 0).all()
     assert sae.encoder_bias.grad[5] != 0
-    rows = sae.encode(_x())
+    rows = sae.encode(x_of())
     assert rows.to_dense()[:, others].count_nonzero() == 0
 
 
 def test_dead_counters_count_rows(activation: str) -> None:
-    sae = _sae(activation, dead_after=2 * ROWS)
-    loss = sae.loss(_x())
-    fired = (sae.encode(_x()).to_dense() > 0).any(0)
+    sae = sae_of(activation, dead_after=2 * ROWS)
+    loss = sae.loss(x_of())
+    fired = (sae.encode(x_of()).to_dense() > 0).any(0)
     assert torch.equal(sae.tokens_since_fired, torch.where(fired, 0, ROWS)) and loss.dead == 0
-    sae.eval().loss(_x())
+    sae.eval().loss(x_of())
     assert int(sae.tokens_since_fired.max()) == ROWS  # only training counts
-    assert sae.train().loss(_x()).dead == int((~fired).sum()) > 0
+    assert sae.train().loss(x_of()).dead == int((~fired).sum()) > 0
 
 
 def test_forward_is_decode_of_encode_in_the_shape_of_the_input(activation: str) -> None:
-    sae = _sae(activation).eval()
-    x = _x().view(2, 3, 4, D_MODEL)
+    sae = sae_of(activation).eval()
+    x = x_of().view(2, 3, 4, D_MODEL)
     rows = sae.encode(x)
     assert rows.shape == (ROWS, LATENTS)
     torch.testing.assert_close(sae(x), sae.decode(rows).view(x.shape), rtol=0, atol=0)
@@ -134,48 +116,48 @@ def test_forward_is_decode_of_encode_in_the_shape_of_the_input(activation: str) 
 
 
 def test_jumprelu_stores_only_the_live_in_eval() -> None:
-    sae = _sae("jumprelu")
-    training, live = sae.encode(_x()), sae.eval().encode(_x())
+    sae = sae_of("jumprelu")
+    training, live = sae.encode(x_of()), sae.eval().encode(x_of())
     assert training.nnz > live.nnz and (live.values > 0).all()
     assert torch.equal(training.to_dense(), live.to_dense())
 
 
 def test_a_threshold_of_jumprelu_has_its_whole_gradient_in_eval_or_none() -> None:
-    sae = _sae("jumprelu")
-    gradients = [torch.autograd.grad(one.loss(_x()).total, one.log_threshold)[0] for one in (sae, sae.eval())]
+    sae = sae_of("jumprelu")
+    gradients = [torch.autograd.grad(one.loss(x_of()).total, one.log_threshold)[0] for one in (sae, sae.eval())]
     assert torch.equal(*gradients) and gradients[0].count_nonzero()
-    sae(_x()).sum().backward()
+    sae(x_of()).sum().backward()
     assert sae.log_threshold.grad is None and sae.encoder_weight.grad.count_nonzero()
 
 
 def test_batch_topk_keeps_a_threshold_for_eval() -> None:
     sae = SparseAutoencoder(D_MODEL, LATENTS, K, "batch_topk", dtype=torch.float64)
     with pytest.raises(ValueError, match=r"train with loss\(\), or call calibrate_threshold_"):
-        sae.eval().encode(_x())
+        sae.eval().encode(x_of())
     sae.train()
     least = []
     for seed in range(4):
-        sae.loss(_x(seed=seed))
-        least.append(sae.encode(_x(seed=seed)).values.min())
+        sae.loss(x_of(seed=seed))
+        least.append(sae.encode(x_of(seed=seed)).values.min())
     expected = least[0]
     for value in least[1:]:
         expected = expected + (value - expected) / 100
     torch.testing.assert_close(sae.threshold, expected.detach(), **EXACT)
-    scores = (_x() @ sae.encoder_weight.T).detach()
-    assert torch.equal(sae.eval().encode(_x()).to_dense(), scores.where(scores > sae.threshold, 0.0))
-    sae.calibrate_threshold_(_x())
-    assert sae.encode(_x()).nnz == K * ROWS  # the threshold is just below the least of them
+    scores = (x_of() @ sae.encoder_weight.T).detach()
+    assert torch.equal(sae.eval().encode(x_of()).to_dense(), scores.where(scores > sae.threshold, 0.0))
+    sae.calibrate_threshold_(x_of())
+    assert sae.encode(x_of()).nnz == K * ROWS  # the threshold is just below the least of them
 
 
 def test_a_threshold_in_16_bits_follows_the_batches() -> None:
     """What one step of 100 adds would be lost in bfloat16."""
-    saes = [_sae("batch_topk", dtype=torch.float32), _sae("batch_topk", dtype=torch.float32).bfloat16()]
-    saes.append(_sae("batch_topk", dtype=torch.bfloat16))
+    saes = [sae_of("batch_topk", dtype=torch.float32), sae_of("batch_topk", dtype=torch.float32).bfloat16()]
+    saes.append(sae_of("batch_topk", dtype=torch.bfloat16))
     for sae in saes:
         with torch.no_grad():
             sae.threshold.fill_(0.5)
             for seed in range(50):
-                sae.loss(_x(seed=seed, dtype=torch.bfloat16).to(sae.encoder_weight.dtype))
+                sae.loss(x_of(seed=seed, dtype=torch.bfloat16).to(sae.encoder_weight.dtype))
     assert [sae.threshold.dtype for sae in saes] == [torch.float32] * 3
     for sae in saes[1:]:
         # Pre-activations of 12 products and two biases in bfloat16, each rounded to 2^-9 of at most 4 or so.
@@ -184,14 +166,14 @@ def test_a_threshold_in_16_bits_follows_the_batches() -> None:
 
 
 def test_rows_that_are_all_the_same_have_no_variance_to_explain(activation: str) -> None:
-    sae = _sae(activation, dtype=torch.float32)
+    sae = sae_of(activation, dtype=torch.float32)
     for rows in (7, 1000):
         with pytest.raises(ValueError, match=f"expected rows that differ, got {rows} that are all the same"):
             sae.loss(torch.full((rows, D_MODEL), 0.1))
 
 
 def test_a_refused_batch_leaves_everything_as_it_was(activation: str) -> None:
-    sae = _sae(activation)
+    sae = sae_of(activation)
     before = {name: value.clone() for name, value in sae.state_dict().items()}
     with pytest.raises(ValueError, match="expected rows that differ"):
         sae.loss(torch.full((7, D_MODEL), 0.1, dtype=torch.float64))
@@ -212,25 +194,25 @@ def test_nobody_looks_at_the_variance_while_a_graph_is_captured(monkeypatch: pyt
 
 def test_a_threshold_cannot_be_calibrated_where_there_is_none() -> None:
     with pytest.raises(ValueError, match="topk has no threshold"):
-        _sae().calibrate_threshold_(_x())
-    sae = _sae("jumprelu")
+        sae_of().calibrate_threshold_(x_of())
+    sae = sae_of("jumprelu")
     before = sae.log_threshold.clone()
     sae.encoder_bias.data.fill_(-100.0)
     with pytest.raises(ValueError, match="expected 72 positive pre-activations"):
-        sae.calibrate_threshold_(_x())
+        sae.calibrate_threshold_(x_of())
     with pytest.raises(ValueError, match="expected rows to calibrate the threshold on"):
-        sae.calibrate_threshold_(_x(0))
+        sae.calibrate_threshold_(x_of(0))
     sae.encoder_bias.data.zero_()
     with pytest.raises(ValueError, match="expected finite pre-activations, got one of nan"):
-        sae.calibrate_threshold_(torch.cat([_x(), torch.full_like(_x(1), torch.nan)]))
+        sae.calibrate_threshold_(torch.cat([x_of(), torch.full_like(x_of(1), torch.nan)]))
     assert torch.equal(sae.log_threshold, before)
 
 
 def test_decoder_rows_keep_their_norm() -> None:
-    sae = _sae()
+    sae = sae_of()
     sae.project_decoder_gradient_()  # nothing to project yet
     optimizer = torch.optim.Adam(sae.parameters(), lr=0.1)
-    sae.loss(_x()).total.backward()
+    sae.loss(x_of()).total.backward()
     before = sae.decoder_weight.grad.clone()
     sae.project_decoder_gradient_()
     after = sae.decoder_weight.grad
@@ -247,19 +229,19 @@ def test_decoder_rows_keep_their_norm() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_encoder_starts_as_the_decoder_or_on_its_own(tied: bool) -> None:
-    sae = _sae(tied_init=tied)
+    sae = sae_of(tied_init=tied)
     assert torch.equal(sae.encoder_weight, sae.decoder_weight) == tied
     assert sae.encoder_weight.data_ptr() != sae.decoder_weight.data_ptr()
-    assert torch.equal(sae.decoder_weight, _sae(tied_init=tied).decoder_weight)
+    assert torch.equal(sae.decoder_weight, sae_of(tied_init=tied).decoder_weight)
 
 
 def test_checkpoints_and_copies(activation: str) -> None:
-    sae = _sae(activation)
-    sae.loss(_x())
-    other = _sae(activation, seed=1)
+    sae = sae_of(activation)
+    sae.loss(x_of())
+    other = sae_of(activation, seed=1)
     other.load_state_dict(sae.state_dict())
     for twin in (other, copy.deepcopy(sae)):
-        assert torch.equal(twin.eval()(_x()), copy.deepcopy(sae).eval()(_x()))
+        assert torch.equal(twin.eval()(x_of()), copy.deepcopy(sae).eval()(x_of()))
         assert torch.equal(twin.tokens_since_fired, sae.tokens_since_fired)
     weights = {"encoder_weight", "encoder_bias", "decoder_weight", "decoder_bias", "tokens_since_fired"}
     extra = {"batch_topk": {"threshold"}, "jumprelu": {"log_threshold"}}.get(activation, set())
@@ -267,8 +249,8 @@ def test_checkpoints_and_copies(activation: str) -> None:
 
 
 def test_autocast_computes_in_bfloat16_and_sums_in_float32(activation: str) -> None:
-    sae = _sae(activation, dtype=torch.float32, dead_after=1)
-    x = _x(dtype=torch.float32)
+    sae = sae_of(activation, dtype=torch.float32, dead_after=1)
+    x = x_of(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         rows, loss = sae.encode(x), sae.loss(x)
         assert rows.dtype is torch.bfloat16
@@ -287,31 +269,31 @@ def test_autocast_computes_in_bfloat16_and_sums_in_float32(activation: str) -> N
 
 
 def test_empty_batch_has_no_loss(activation: str) -> None:
-    sae = _sae(activation, dead_after=1)
+    sae = sae_of(activation, dead_after=1)
     sae.tokens_since_fired[:] = 5
-    loss = sae.loss(_x(0))
+    loss = sae.loss(x_of(0))
     loss.total.backward()
     assert loss.total == 0 and loss.l0 == 0 and loss.dead == LATENTS
     assert all(p.grad is None or p.grad.count_nonzero() == 0 for p in sae.parameters())
-    assert sae(_x(0).view(0, 2, D_MODEL)).shape == (0, 2, D_MODEL)
+    assert sae(x_of(0).view(0, 2, D_MODEL)).shape == (0, 2, D_MODEL)
 
 
 def test_nan_comes_out_as_nan_and_nothing_fires_by_it(activation: str, blocks: None) -> None:
-    sae, x = _sae(activation), _x()
+    sae, x = sae_of(activation), x_of()
     x[0] = torch.nan
     before = sae.threshold.clone() if activation == "batch_topk" else None
     loss = sae.loss(x)
     assert loss.total.isnan()
     assert sae(x)[0].isnan().all()
     if activation != "batch_topk":  # there, NaN takes the places of others
-        torch.testing.assert_close(sae(x)[1:], sae(_x())[1:], **EXACT)
-        assert torch.equal(sae.tokens_since_fired == 0, (sae.encode(_x()[1:]).to_dense() > 0).any(0))
+        torch.testing.assert_close(sae(x)[1:], sae(x_of())[1:], **EXACT)
+        assert torch.equal(sae.tokens_since_fired == 0, (sae.encode(x_of()[1:]).to_dense() > 0).any(0))
     else:
         assert torch.equal(sae.threshold, before)
 
 
 def test_nothing_left_to_explain_is_no_nan() -> None:
-    sae = _sae(dead_after=1)
+    sae = sae_of(dead_after=1)
     with torch.no_grad():
         sae.encoder_bias.fill_(-100.0)
         sae.decoder_bias.fill_(1.0)
@@ -325,65 +307,15 @@ def test_nothing_left_to_explain_is_no_nan() -> None:
         sae.loss(x[:1])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"k": 41}, "k to be an int from 1 to 40"),
-        ({"k": 0}, "k to be an int from 1 to 40"),
-        ({"k": 2.5}, "k to be an int from 1 to 40"),
-        ({"k_aux": 2.5}, "k_aux of at least 0"),
-        ({"dead_after": float("nan")}, "dead_after of at least 1"),
-        ({"aux_coefficient": float("nan")}, "finite coefficients"),
-        ({"d_model": 0}, "d_model of at least 1"),
-        ({"activation": "relu"}, "topk, batch_topk, jumprelu"),
-        ({"k_aux": -1}, "k_aux of at least 0"),
-        ({"dead_after": 0}, "dead_after of at least 1"),
-        ({"bandwidth": float("nan")}, "positive bandwidth"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SparseAutoencoder(**{"d_model": D_MODEL, "latents": LATENTS} | options)
-
-
-def test_a_schedule_of_k_is_checked_where_it_is_set(activation: str) -> None:
-    sae = _sae(activation)
-    for wrong in (5.5, 0, -3, True, LATENTS + 1, "4"):
-        with pytest.raises(ValueError, match="expected k to be an int from 1 to 40, got"):
-            sae.k = wrong
-    sae.k = np.int64(2)
-    assert type(sae.k) is int and sae.loss(_x()).total.isfinite()
-    assert SparseAutoencoder(D_MODEL, LATENTS, np.int64(3)).k == 3
-
-
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 1.0), (torch.float16, 1e-4), (torch.bfloat16, 1.0)])
 def test_activations_kept_in_16_bits_have_the_loss_of_the_same_numbers(
     activation: str, dtype: torch.dtype, scale: float
 ) -> None:
     """A sum of squares in float16 ends at 65,504, and those of small ones are 0."""
-    sae = _sae(activation, dtype=torch.float32)
+    sae = sae_of(activation, dtype=torch.float32)
     x = (scale * torch.randn(8192, D_MODEL, generator=torch.Generator().manual_seed(0))).to(dtype)
     short, wide = copy.deepcopy(sae).loss(x), sae.loss(x.float())
     assert torch.equal(short.fvu, wide.fvu) and short.fvu > 0
-
-
-def test_latents_that_do_not_fit_are_refused() -> None:
-    sae, rows = _sae(), _sae().encode(_x())
-    with pytest.raises(ValueError, match=r"expected SparseRows of 40 latents, got Tensor of shape \(24, 40\)"):
-        sae.decode(rows.to_dense())
-    with pytest.raises(ValueError, match=r"got SparseRows of shape \(24, 41\)"):
-        sae.decode(SparseRows(rows.crow_indices, rows.indices, rows.values, 41))
-
-
-def test_inputs_that_do_not_fit_are_refused(activation: str) -> None:
-    sae = _sae(activation)
-    for wrong in (_x()[:, 1:], torch.tensor(1.0)):
-        for method in (sae.forward, sae.encode, sae.loss):
-            with pytest.raises(ValueError, match=r"expected an input \[\.\.\., 12\]"):
-                method(wrong)
-    with pytest.raises(ValueError, match=r"expected an input of torch\.float32, got torch\.float64"):
-        SparseAutoencoder(D_MODEL, LATENTS, K, activation).loss(_x())
-    assert int(sae.tokens_since_fired.max()) == 0
 
 
 @pytest.mark.parametrize("activation", ["batch_topk", "jumprelu"])

@@ -9,8 +9,8 @@ from offpath.convert.report import ConversionReport, LayerReport
 from offpath.convert.swap import is_watched, obstacles, swap_modules
 from offpath.cost import model_bytes
 from offpath.nn import SparseConv1d, SparseConv2d, SparseLinear
+from offpath.nn.compiled import inside_compiled
 from offpath.nn.sparse_weight import SparseWeightModule
-from offpath.nn.when_compiled import inside_compiled
 
 SPARSE_CLASSES = (SparseLinear, SparseConv1d, SparseConv2d)
 

@@ -13,7 +13,7 @@ from offpath.convert.report import ConversionReport, LayerReport
 from offpath.convert.swap import obstacles, swap_modules, unfit
 from offpath.cost import model_bytes
 from offpath.nn import SparseConv1d, SparseConv2d, SparseLinear
-from offpath.nn.when_compiled import inside_compiled
+from offpath.nn.compiled import inside_compiled
 from offpath.topology import layer_densities
 
 FilterFn = Callable[[nn.Module, str], bool]

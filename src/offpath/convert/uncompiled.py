@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from offpath.nn.when_compiled import is_compiled
+from offpath.nn.compiled import is_compiled
 
 
 def uncompiled(model: nn.Module) -> AbstractContextManager[object]:

@@ -109,10 +109,9 @@ def from_positions(positions: Tensor, shape: tuple[int, int]) -> Pattern:
         raise PatternError(f"expected fewer than 2^31 connections, got {positions.numel()}; split the layer")
     if not bool((positions.diff() > 0).all()):
         raise PatternError("expected ascending positions, each one once, got others; sort them with unique()")
-    if positions.numel() and not positions.is_meta:
-        first, last = int(positions[0]), int(positions[-1])
-        if first < 0 or last >= rows * columns:
-            raise PatternError(f"expected positions in [0, {rows * columns}), got {first if first < 0 else last}")
+    outside = [place for place in positions[:: max(1, len(positions) - 1)].tolist() if not 0 <= place < rows * columns]
+    if outside:  # the first or the last, as they ascend
+        raise PatternError(f"expected positions in [0, {rows * columns}), got {outside[0]}")
     starts = torch.arange(rows + 1, dtype=torch.int64, device=positions.device) * columns
     crow_indices = torch.searchsorted(positions, starts, out_int32=True)
     return Pattern(shape, crow_indices, (positions % max(columns, 1)).int())

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from offpath.nn.compiled import inside_compiled
 from offpath.nn.sparse_weight import SparseWeightModule
-from offpath.nn.when_compiled import inside_compiled
 from offpath.topology.errors import TopologyError
 from offpath.topology.layer import LayerView, empty_pass
 

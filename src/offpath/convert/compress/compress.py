@@ -20,7 +20,7 @@ from offpath.convert.compress.verify import Bound, embedding_bound, swap_bound
 from offpath.convert.compress.weights import kind_of
 from offpath.convert.swap import swap_modules
 from offpath.cost import memory_bytes
-from offpath.nn.when_compiled import inside_compiled
+from offpath.nn.compiled import inside_compiled
 
 PRECISIONS = (None, "int8")
 Progress = Callable[[int, int], object]

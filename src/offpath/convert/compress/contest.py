@@ -25,7 +25,7 @@ from offpath.nn import Int8SparseLinear, SparseConv1d, SparseConv2d, SparseLinea
 
 LATENCY_TOKENS, THROUGHPUT_TOKENS = 1, 256
 # Among them, every way to compute a layer has its place.
-TOKENS = tuple(1 << exponent for exponent in range(10))
+TOKENS = tuple(1 << exponent for exponent in range(9))
 BUDGET_SECONDS = 2.0
 Progress = Callable[[int, int], object]
 Sparse = SparseLinear | Int8SparseLinear | SparseConv1d | SparseConv2d

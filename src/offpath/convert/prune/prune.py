@@ -17,7 +17,7 @@ from offpath.convert.prune.quiet import undisturbed
 from offpath.convert.prune.report import PrunedLayer, PruneReport
 from offpath.convert.prune.scores import Progress
 from offpath.convert.prune.targets import FilterFn, choose, unreached_reason
-from offpath.nn.when_compiled import inside_compiled
+from offpath.nn.compiled import inside_compiled
 from offpath.topology import layer_densities
 
 # Method: the scope it has unless told otherwise. SparseGPT compares within its blocks of columns only.
