@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # PIP_CONSTRAINT also holds inside pip's isolated builds; the pinned torch is what keeps a CPU machine on the CPU build.
-export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+CONSTRAINTS ?= constraints.txt
+export PIP_CONSTRAINT := $(CURDIR)/$(CONSTRAINTS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # An editable install sees edits of Python files by itself.
-SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*) $(if $(wildcard $(VENV)/.editable),,README.md \
+SOURCES := pyproject.toml CMakeLists.txt $(CONSTRAINTS) $(wildcard csrc/*) $(if $(wildcard $(VENV)/.editable),,README.md \
 	$(shell find src -name '*.py' -o -name '*.pyi' -o -name '*.cu' -o -name '*.jinja' -o -name 'py.typed'))
 
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h tests/sanitize/*.cpp tests/sanitize/*.h \
@@ -15,7 +16,7 @@ CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h tests/sanitize/*.cpp tests/sanitiz
 
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help demo crossover study minilm readme test lint sanitize bars gpu bench format dev clean
+.PHONY: help demo crossover study minilm readme test oldest lint sanitize bars gpu bench format dev clean
 
 help:
 	@echo "make demo       train a dense network and its sparse twin side by side, on real images (4 minutes the first time, most of them compiling)"
@@ -25,6 +26,7 @@ help:
 	@echo "                make study DATA='--data cifar10=cifar-10-python.tar.gz --data tinyshakespeare=input.txt'"
 	@echo "make minilm     prune MiniLM, train it a little and measure it, for docs/studies/minilm.md (half an hour; it can be stopped)"
 	@echo "make test       lint, types and all tests, a worker on each core (15 minutes the first time)"
+	@echo "make oldest     all tests with the lowest versions that pyproject.toml allows (gigabytes, and twenty minutes)"
 	@echo "make lint       formatting, lint and types alone"
 	@echo "make sanitize   the C++ core under AddressSanitizer, UBSan and ThreadSanitizer (up to an hour)"
 	@echo "make bars       every bar of speed beside what this machine reaches (under 12 minutes)"
@@ -58,6 +60,11 @@ minilm: $(VENV)/.installed
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+
+# In an environment of its own; the types are those of the pinned versions, and not looked at.
+oldest:
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -98,7 +105,7 @@ $(VENV)/.installed: $(SOURCES)
 	@rm -rf build/wheel
 	test ! -e $(VENV)/.new || test -e $(VENV)/.editable || { \
 		$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel . & wheel=$$!; \
-		$(BIN)/pip install --quiet --no-compile --requirement constraints.txt && wait $$wheel; }
+		$(BIN)/pip install --quiet --no-compile --requirement $(CONSTRAINTS) && wait $$wheel; }
 	$(BIN)/pip install --quiet $$(test ! -e $(VENV)/.new || echo --no-compile) \
 		$$(test ! -e $(VENV)/.editable || echo --editable) "$$(ls build/wheel/*.whl 2>/dev/null || echo .)[cli,dev]"
 	test ! -e $(VENV)/.new || { $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true; rm $(VENV)/.new; }

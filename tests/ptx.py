@@ -100,7 +100,7 @@ def _instruction(text: str) -> Instruction:
     if found := _GUARD.match(text):
         negated, guard, rest = found[1] == "!", found[2], found[3]
     code, operands = (*rest.split(maxsplit=1), "")[:2]
-    name, *parts = code.split(".")
+    name, *parts = code.replace(".shared::cta", ".shared").split(".")  # which are the same
     types = tuple(part for part in parts if _TYPE.match(part))
     modifiers = tuple(part for part in parts if not _TYPE.match(part))
     places = re.sub(r"(%\w+)\|(%\w+)", r"{\1, \2}", operands)  # two results

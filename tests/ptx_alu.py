@@ -131,7 +131,7 @@ PLAIN: dict[str, Function] = {
     "bfe": _field,
     "bfi": _bits_put,
     "prmt": _bytes_picked,
-    "popc": lambda a: np.bitwise_count(a).astype(np.uint32),
+    "popc": lambda a: np.unpackbits(np.ascontiguousarray(a[:, None]).view(np.uint8), axis=1).sum(1, dtype=np.uint32),
 }
 # Types of two numbers in one register: that of each.
 PAIRS = {

@@ -31,7 +31,8 @@ class Threads:
 class Accesses:
     """Which warps have read and written each byte, and after how many barriers.
 
-    Within a program, what one warp writes another one may touch only behind a barrier; other programs, never.
+    Within a program, what one warp writes another one may touch only behind a barrier, unless both write at once, the
+    same (`put`); other programs, never.
     """
 
     def __init__(self, count: int) -> None:
@@ -59,7 +60,6 @@ class Accesses:
         expect(seen, "a warp writes what another one reads, without a barrier between them")
         self.writing_warp[places], self.writing_program[places] = by.warps, by.programs
         expect(self.writing_program[places] == by.programs, "a program writes what another one has written")
-        expect(self.writing_warp[places] == by.warps, "two warps write to the same place")
         self.written_after[places] = by.passed
 
     def _expect_written_before(self, places: np.ndarray, by: Threads, does: str) -> None:
@@ -118,6 +118,12 @@ class SharedMemory:
 
     def poison(self, places: np.ndarray | slice) -> None:
         self.bytes[places] = 0xFF  # a NaN in every type
+
+
+def put(space: GlobalMemory | SharedMemory, places: np.ndarray, written: np.ndarray) -> None:
+    """Several threads may write the same at once: from Triton 3.8 on, sums of warps that hold the same numbers do."""
+    space.bytes[places] = written
+    expect(space.bytes[places] == written, "threads write different numbers to the same place")
 
 
 class _Region:

@@ -9,6 +9,7 @@ import numpy as np
 import ptx_alu as alu
 from ptx import Address, Instruction
 from ptx_machine import Machine
+from ptx_memory import put
 
 Step = Callable[[Machine, Instruction, np.ndarray], None]
 
@@ -146,7 +147,7 @@ def _store(machine: Machine, one: Instruction, taken: np.ndarray) -> None:
     values = [np.broadcast_to(machine.get(part, kind), machine.count)[threads] for part in sources]
     size = alu.numpy_type(kind).itemsize * len(sources)
     places = machine.touch(address, space, size, threads, writes=True)
-    space.bytes[places] = np.stack(values, 1).view(np.uint8).reshape(threads.size, size)
+    put(space, places, np.stack(values, 1).view(np.uint8).reshape(threads.size, size))
 
 
 def _start_copy(machine: Machine, one: Instruction, taken: np.ndarray) -> None:
@@ -171,7 +172,7 @@ def _wait_for_copies(machine: Machine, one: Instruction, taken: np.ndarray) -> N
     for threads, places, bytes_ in machine.copies:
         mine = taken[threads]
         machine.shared.write(places[mine], machine.by(threads[mine], places.shape[1]))
-        machine.shared.bytes[places[mine]] = bytes_[mine]
+        put(machine.shared, places[mine], bytes_[mine])
         if not mine.all():
             left.append((threads[~mine], places[~mine], bytes_[~mine]))
     machine.copies = left

@@ -39,6 +39,8 @@ def shipped() -> dict[str, tuple[str, dict[str, int]]]:
 
 
 def disassembled(source: str, capability: tuple[int, int], options: dict[str, int], folder: Path) -> str:
+    if nvrtc.library().version < (13, 0) and capability[0] == 12:
+        pytest.skip("the limits are for NVRTC 13; version 12 does not join all stores for these GPUs")
     triton = find_spec("triton")
     if triton is None or not triton.submodule_search_locations:
         pytest.skip("triton, which brings a disassembler, is not installed")

@@ -230,7 +230,7 @@ def test_a_state_dict_in_a_mode_is_asked_for_no_numbers() -> None:
     layer = _layer()
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert layer.state_dict().keys() == {"values", "bias", "crow_indices", "col_indices"}
-    compiled = torch.compile(lambda: layer.state_dict()["values"] * 2, backend="eager", fullgraph=True)
+    compiled = torch.compile(lambda: layer.state_dict()["values"] * 2, backend="eager")
     assert torch.equal(compiled(), layer.values * 2)
 
 

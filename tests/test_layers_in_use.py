@@ -231,7 +231,6 @@ def test_a_cast_of_all_tensors_leaves_counts() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of sizes, which are compared as numbers
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_trace_in_grad_mode_can_be_saved(tmp_path: Path) -> None:
     layer, x = SparseLinear(20, 30, sparsity=0.5), _x(4, 20)
     torch.jit.trace(layer, x).save(tmp_path / "traced.pt")

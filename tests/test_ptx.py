@@ -163,6 +163,11 @@ def test_what_another_warp_wrote_is_read_behind_a_barrier() -> None:
     assert torch.equal(result(inside, threads=64), torch.arange(64, dtype=torch.int32) ^ 1)
 
 
+def test_two_warps_may_write_the_same_at_once() -> None:
+    body = "mov.b32 %r1, 7; st.shared::cta.b32 [global_smem], %r1; bar.sync 0; ld.shared.b32 %r0, [global_smem];"
+    assert torch.equal(result(body, threads=64), torch.full((64,), 7, dtype=torch.int32))
+
+
 SECOND = "st.shared.b32 [%r1], %r0;"
 STORE = "st.global.b32 [%mine], {%r0};"
 
@@ -175,7 +180,7 @@ STORE = "st.global.b32 [%mine], {%r0};"
             THROUGH_SHARED.format(barrier="bar.sync 0;", other=128, after=SECOND),
             "what another one reads, without a bar",
         ),
-        ("st.shared.b32 [global_smem], %r90;", "two warps write to the same place"),
+        ("st.shared.b32 [global_smem], %r90;", "write different numbers to the same place"),
         ("setp.lt.s32 %p1, %r90, 40; @%p1 bar.sync 0;", "wait for others that do not come"),
         ("setp.lt.s32 %p1, %r90, 4; @%p1 shfl.sync.idx.b32 %r0, %r90, 0, 31, -1;", "wait for others that do not come"),
         ("st.shared.b32 [%r90], %r90;", "no multiple of its width"),

@@ -210,6 +210,7 @@ def test_only_the_gradients_asked_for_are_computed(op: Op) -> None:
 
 
 @pytest.mark.parametrize("problem", SMALL[:2], ids=lambda p: p.name)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which opcheck reads
 def test_opcheck(problem: RowProblem) -> None:
     draw, p = gaussian(14, torch.float32), problem
     rows = (p.crow_indices, p.indices)

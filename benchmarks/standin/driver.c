@@ -50,6 +50,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
     }
 }
 
+int cuCtxGetDevice(int* device) { return *device = 0, 0; }
 int cuCtxGetCurrent(void** now) { return *now = context, 0; }
 int cuCtxSetCurrent(void* now) { return context = now, 0; }
 int cuCtxPushCurrent_v2(void* now) { return standin.pushed++, 0; }
@@ -63,6 +64,7 @@ int cuModuleLoadData(void** module, const void* image) {
     return *module = (void*)(next += 64), 0;
 }
 
+int cuModuleUnload(void* module) { return 0; }
 int cuModuleGetFunction(void** function, void* module, const char* name) { return *function = module, 0; }
 int cuFuncGetAttribute(int* value, int attribute, void* function) { return *value = attribute == 0 ? 1024 : 0, 0; }
 int cuFuncSetAttribute(void* function, int attribute, int value) { return 0; }

@@ -30,6 +30,16 @@ def default_folder(command: str, context: typer.Context) -> Path:
     return Path("runs") / name
 
 
+def asked_folder(context: typer.Context) -> Path | None:
+    """What --out says; before 0.29, Typer leaves paths as text in a context."""
+    return None if context.params["out"] is None else Path(context.params["out"])
+
+
+def absolute(path: Path | str) -> str:
+    """A resumed run may start from another folder."""
+    return str(Path(path).expanduser().resolve())
+
+
 def config_of(context: typer.Context, folder: Path, resume: bool, quick: bool) -> RunConfig:
     """The config that the options ask for; with --resume the one in the folder, which options may not contradict."""
     from dataclasses import fields, replace
@@ -40,8 +50,7 @@ def config_of(context: typer.Context, folder: Path, resume: bool, quick: bool) -
     names = [field.name for field in fields(RunConfig) if field.name in context.params]
     asked = {name: context.params[name] for name in names}
     if asked["data_dir"] is not None:
-        # Absolute: a resumed run may start from another folder.
-        asked["data_dir"] = str(asked["data_dir"].expanduser().resolve())
+        asked["data_dir"] = absolute(asked["data_dir"])
     options = given(context) & set(names)
     if not resume:
         config = RunConfig(**asked | ({"epochs": min(asked["epochs"], QUICK_EPOCHS)} if quick else {}))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from offpath_cli.asked import given
+from offpath_cli.asked import absolute, asked_folder, given
 
 if TYPE_CHECKING:
     from offpath.studies.sae import SaeConfig
@@ -25,7 +25,7 @@ def is_meant(context: typer.Context) -> bool:
     from offpath.studies.models import MODELS as OTHER_MODELS
     from offpath.studies.sae import MODELS
 
-    folder, model = context.params["out"], context.params["model"]
+    folder, model = asked_folder(context), context.params["model"]
     if context.params["resume"] and folder is not None:
         from offpath.studies.folder import RunFolder
 
@@ -94,9 +94,8 @@ def _asked(command: str, context: typer.Context) -> tuple[Path, Any]:
         raise RunError(f"expected no --{name.replace('_', '-')} for an autoencoder; leave it out")
     asked = {name: context.params[name] for name in options & known}
     if "data_dir" in asked:
-        # Absolute: a resumed run may start from another folder.
-        asked["data_dir"] = str(asked["data_dir"].expanduser().resolve())
-    quick, out = context.params["quick"], context.params["out"]
+        asked["data_dir"] = absolute(asked["data_dir"])
+    quick, out = context.params["quick"], asked_folder(context)
     if not context.params["resume"]:
         if quick:
             text = {} if "data_dir" in asked else {"data": "python-source" if minilm.is_installed() else "synthetic"}

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from offpath import pattern as patterns
 from offpath.nn.autocast import under_autocast
 from offpath.nn.sparse_weight import CsrWeightModule
-from offpath.nn.when_compiled import check_when_compiled
 from offpath.ops import PREFERENCES, Explanation, explain, explain_conv2d, sparse_conv2d, sparse_linear
 from offpath.pattern import Pattern
 
@@ -88,7 +87,7 @@ class _SparseConv(CsrWeightModule):
                 f"{tuple(x.shape)}"
             )
         if torch.compiler.is_compiling():
-            check_when_compiled(self)
+            self._check_when_compiled()
         else:
             self._check_digest()
         if x.dim() == self.dimensions + 1:

@@ -13,7 +13,6 @@ from offpath.nn.casts import keep_dtypes
 from offpath.nn.linear import SparseLinear
 from offpath.nn.quantise import quantise_rows
 from offpath.nn.sparse_weight import CsrWeightModule
-from offpath.nn.when_compiled import check_when_compiled
 from offpath.ops import ACTIVATIONS, PREFERENCES, Connections, int8_linear
 from offpath.pattern import Pattern
 
@@ -80,7 +79,7 @@ class Int8SparseLinear(CsrWeightModule):
                 f"expected an input of {self.in_features} features in its last dimension, got shape {tuple(x.shape)}"
             )
         if torch.compiler.is_compiling():
-            check_when_compiled(self)
+            self._check_when_compiled()
         else:
             self._check_digest()
         x = input_under_autocast(x)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from offpath import pattern as patterns
 from offpath.nn.autocast import under_autocast
 from offpath.nn.sparse_weight import CsrWeightModule
-from offpath.nn.when_compiled import check_when_compiled
 from offpath.ops import PREFERENCES, Explanation, explain, sparse_linear
 from offpath.pattern import Pattern
 
@@ -70,7 +69,7 @@ class SparseLinear(CsrWeightModule):
                 f"expected an input of {self.in_features} features in its last dimension, got shape {tuple(x.shape)}"
             )
         if torch.compiler.is_compiling():
-            check_when_compiled(self)
+            self._check_when_compiled()
         else:
             self._check_digest()
         connections = self._connections

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from offpath.nn.autocast import under_autocast
 from offpath.nn.linear import SparseLinear
 from offpath.nn.sparse_weight import SparseWeightModule
-from offpath.nn.when_compiled import check_when_compiled
 from offpath.ops import SparseRows, sparse_matmul, sparse_matmul_of_nonzeros
 from offpath.ops.library import as_rows
 from offpath.pattern import Pattern
@@ -60,7 +59,7 @@ class SparseSparseLinear(SparseWeightModule):
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"expected SparseRows or a tensor of {self.in_features} features, got shape {x.shape}")
         if torch.compiler.is_compiling():
-            check_when_compiled(self)
+            self._check_when_compiled()
         else:
             self._check_digest()
         operand = x if isinstance(x, Tensor) else x.values

@@ -10,20 +10,17 @@ from torch import Tensor, nn
 
 from offpath import pattern as patterns
 from offpath.nn.casts import keep_dtypes
+from offpath.nn.connected_module import ConnectedModule
 from offpath.nn.density import density_of
 from offpath.nn.loading import load_problem, sources_of_values
 from offpath.nn.parameter import replace_values
 from offpath.ops import Connections
-from offpath.ops.library import is_in_a_mode, is_transforming, unwrapped
 from offpath.pattern import Pattern
 
-# What an average of equal digests may be off by: torch averages whole numbers in float32, so that each update rounds by
-# 2^-24 of them, and an update by 2^-10 of the difference does not mend that. Different ones are hardly ever so close.
-AVERAGING_ERROR = 2**-12
 _Layer = TypeVar("_Layer", bound="SparseWeightModule")
 
 
-class SparseWeightModule(nn.Module):
+class SparseWeightModule(ConnectedModule):
     """The weight of a linear layer as `values` [nnz] over a pattern, with a bias."""
 
     sides: ClassVar[tuple[str, str]]  # "out" and "in": what the rows and the columns of the pattern are
@@ -32,8 +29,6 @@ class SparseWeightModule(nn.Module):
     value_names: ClassVar[tuple[str, ...]] = ("values",)  # what in the state_dict belongs to the topology beside
     values: nn.Parameter
     bias: nn.Parameter | None
-    topology_digest: Tensor
-    _digest_seen: tuple[int, int] | None = None  # which buffer, after how many writes
 
     def __init__(
         self,
@@ -167,62 +162,6 @@ class SparseWeightModule(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"nnz={self.nnz}, sparsity={self.sparsity:.4g}"
         )
-
-    def _set_connections(self, connections: Connections) -> None:
-        before, new_digest = getattr(self, "_connections", None), connections.digest()
-        if before is not None and before is not connections:
-            before.outdate()
-        self._connections = connections
-        # DistributedDataParallel broadcasts one process's values to all, AveragedModel averages them, and this number
-        # goes along: where topologies differ it no longer fits, instead of values landing on other connections unseen.
-        self._digest = new_digest
-        self._digest_seen = None
-        digest = torch.tensor(self._digest, device=connections.device)
-        there = self._buffers.get("topology_digest")
-        if there is None or there.device != digest.device or there.is_inference() or there.is_meta:
-            self.register_buffer("topology_digest", digest, persistent=False)
-        else:
-            there.copy_(digest)  # in place: who shares the memory, as another process may, has to hear of it
-
-    def _check_there(self) -> None:
-        if self._connections.col_indices.is_meta:
-            raise RuntimeError(
-                "expected a layer with connections, but this one left them on the meta device, where tensors hold "
-                "nothing; load a checkpoint with load_state_dict(..., assign=True), or build the layer on its device"
-            )
-
-    def _check_digest(self) -> None:
-        # As an attribute, nn.Module would look for it in three places, in Python.
-        buffer: Tensor = self._buffers["topology_digest"]  # type: ignore[assignment]  # it is never None
-        if buffer.is_meta:
-            return
-        seen = None
-        if not buffer.is_cpu:
-            # To look is to wait for the device, and no graph can be captured meanwhile: only once after each write.
-            seen = id(buffer), -1 if buffer.is_inference() else buffer._version
-            if seen == self._digest_seen or (buffer.is_cuda and torch.cuda.is_current_stream_capturing()):
-                return
-        # An ensemble in one call (torch.func.vmap) has the digests of all of its members.
-        for found in unwrapped(buffer).flatten().tolist() if is_transforming() else (buffer.item(),):
-            if found != self._digest and abs(found - self._digest) > AVERAGING_ERROR * abs(self._digest):
-                self._check_there()
-                raise RuntimeError(
-                    "expected values that belong to this layer's topology, but those of another one have been averaged "
-                    "or broadcast into it: the topologies differ. A model that averages one whose connections move has "
-                    "to be named in also=[...] where the topology is made. In many processes, build the model from one "
-                    "seed in every process, or load one checkpoint in all of them, before wrapping it. After "
-                    "to_empty(), load a checkpoint or call reset_parameters()"
-                )
-        if seen != self._digest_seen:  # nn.Module takes a microsecond to set an attribute
-            self._digest_seen = seen
-
-    def _check_given_away(self) -> None:
-        """The look of a call, before values leave with connections: whoever takes both believes that they match.
-
-        What has left its connections on meta has none to give; of fake tensors and in a graph, no number can be read.
-        """
-        if not (torch.compiler.is_compiling() or self._connections.col_indices.is_meta or is_in_a_mode()):
-            self._check_digest()
 
     def _resize_values(self, nnz: int) -> None:
         replace_values(self.values, self.values.new_empty(nnz).detach())

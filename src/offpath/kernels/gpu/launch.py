@@ -23,7 +23,7 @@ _LANES = 32
 _MOST_INT32 = 2**31 - 1
 _MOST_ENTRIES = _MOST_INT32 - 2048  # a loop over the last ones, a block at a time, ends behind them
 # Of Triton, whose rules of what it makes another kernel for are these: others are asked in every launch.
-_REMEMBERED = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
+_REMEMBERED = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"], ["3", "8"])
 # Keyed by all that Triton makes another kernel for: its own look-up costs the host more than most products do a GPU.
 _compiled: dict[tuple[object, ...], CompiledKernel] = {}
 

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -67,7 +67,7 @@ def crossover(config: CrossoverConfig, out: Path, observer: CrossoverObserver, c
         if (out / RESULT_FILE).exists():
             raise RunError(f"{out} already holds a {RESULT_FILE}; choose another --out")
         folder.refuse_existing()
-        date, start = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
+        date, start = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
         machine = asdict(this_machine(config.device))
         points: list[Point] = []
 
