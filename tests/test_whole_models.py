@@ -101,6 +101,7 @@ def _memory(model: nn.Module) -> set[int]:
 def test_compiles_whole_for_any_batch_and_trains_alike(whole: tuple[nn.Module, Tensor]) -> None:
     model, x = whole
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()  # of tests before this one
     # All of the compiler but the C++ that it would write of everything that is not offpath's.
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch in (2, 3, 7):
