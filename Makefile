@@ -58,13 +58,14 @@ minilm: $(VENV)/.installed
 	$(BIN)/offpath study minilm --out runs/study-minilm
 	$(BIN)/python docs/update_minilm.py
 
+TESTS := -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 test: lint
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+	$(BIN)/python $(TESTS)
 
 # In an environment of its own; the types are those of the pinned versions, and not looked at.
 oldest:
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/.installed
-	.venv-oldest/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+	.venv-oldest/bin/python $(TESTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -112,4 +113,4 @@ $(VENV)/.installed: $(SOURCES)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest build runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -83,9 +83,8 @@ OFFPATH = (*TORCHRUN, "--no-python", str(Path(sys.executable).with_name("offpath
 # Nothing here should take more than a few seconds; what hangs must not hang the tests.
 PATIENCE_SECONDS = 200
 
-
-# The last one that says on standard output to whom it is connected.
-speaks_itself = pytest.mark.skipif(torch.__version__.startswith("2.10."), reason="gloo of torch 2.10 speaks in between")
+# It says to whom it is connected, on standard output, in the middle of lines of others.
+gloo_is_silent = pytest.mark.skipif(torch.__version__.startswith("2.10."), reason="gloo of torch 2.10 is not")
 
 
 def _environment() -> dict[str, str]:
@@ -117,7 +116,7 @@ def _as_torchrun_would(rank: int, port: int) -> dict[str, str]:
     return _environment() | {name: str(value) for name, value in names.items()} | {"TORCHELASTIC_RUN_ID": "test"}
 
 
-@speaks_itself
+@gloo_is_silent
 def test_a_killed_process_ends_the_run_with_a_message_and_it_resumes_to_the_same_numbers(
     outcome: Callable[[int, str], list[str]], folder: Path, tmp_path: Path
 ) -> None:
@@ -172,7 +171,7 @@ sys.stderr.write("destroyed for good" if not any("gloo" in name for name in name
 """
 
 
-@speaks_itself
+@gloo_is_silent
 def test_the_script_of_the_page_runs(tmp_path: Path) -> None:
     (block,) = re.findall(r"^```python title=\"train.py\"\n(.*?)^```", PAGE.read_text(), re.M | re.S)
     (tmp_path / "train.py").write_text(block + THREADS)

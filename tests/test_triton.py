@@ -188,10 +188,13 @@ KERNELS = (
 def test_machine_code_of_sm_90(of: Compiled, tmp_path: Path) -> None:
     code = compiled(of.kernel, of.types, of.constants, of.warps, 90, tmp_path)
     _check(code, of)
-    first, last = code.hot_loop if code.loops else (0, len(code.instructions))
-    assert (last - first) / of.elements <= of.limit, f"{last - first} instructions for {of.elements} elements"
     wide = re.findall(r"arith\.muli .*i64", code.intermediate)
     assert len(wide) >= of.multiplied_rows, "a row number is multiplied in 32 bits"
+    first, last = code.hot_loop if code.loops else (0, len(code.instructions))
+    said = f"{last - first} instructions for {of.elements} elements"
+    if triton.__version__.startswith("3.6.") and (last - first) / of.elements > of.limit:
+        pytest.skip(f"the limits are for Triton 3.7 and later; by 3.6, {said}")
+    assert (last - first) / of.elements <= of.limit, said
 
 
 @pytest.mark.parametrize("capability", [80, 120])
@@ -209,8 +212,6 @@ def test_sizes_of_one_are_compiled_in(of: Compiled, tmp_path: Path) -> None:
 
 
 def _check(code: MachineCode, of: Compiled) -> None:
-    if triton.__version__.startswith("3.6."):
-        pytest.skip("the limits are for Triton 3.7 and later; 3.6 needs up to 7 % more instructions")
     assert code.stack_bytes == 0 and code.count("LDL") == code.count("STL") == 0, "registers are spilt"
     if of.name.startswith("few"):
         return  # a row begins where it begins: nothing there is aligned

@@ -36,7 +36,7 @@ def asked_folder(context: typer.Context) -> Path | None:
 
 
 def absolute(path: Path | str) -> str:
-    """A resumed run may start from another folder."""
+    """For a resumed run, which may start from another folder, and for other processes."""
     return str(Path(path).expanduser().resolve())
 
 

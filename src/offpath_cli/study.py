@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from offpath_cli.asked import absolute
 from offpath_cli.commands import INTERRUPTED, app, reports_errors
 
 studies = typer.Typer(help="Studies on real data with seeds and spread; they can be stopped and gone on with.")
@@ -87,6 +88,5 @@ def _places(texts: list[str]) -> dict[str, str]:
         name, separator, path = text.partition("=")
         if not (name and separator and path):
             raise RunError(f"expected --data NAME=PATH, such as cifar10=cifar-10-python.tar.gz, got {text!r}")
-        # Absolute: other processes read it.
-        places[name] = str(Path(path).expanduser().resolve())
+        places[name] = absolute(path)
     return places
