@@ -1,4 +1,4 @@
-"""Time against batch from 1 to 1024 for one layer, dense beside it, and the largest cliff between neighbouring sizes.
+"""Time against batch from 1 to 1024 for one layer, dense beside it: where sparse is slower, and the largest cliff.
 
 Run with: .venv/bin/python benchmarks/any_batch.py [--inputs N] [--outputs N] [--sparsity S] [--step] [--out FILE.svg]
 Takes about a minute. Medians of rounds that each go through all sizes, so that a slow spell makes no cliff. Each result
@@ -83,6 +83,22 @@ def worst_tail(batches: Sequence[int], seconds: Sequence[float], vector: int) ->
     return worst, ratios[worst]
 
 
+def beside_dense(batches: Sequence[int], dense: Sequence[float], sparse: Sequence[float]) -> str:
+    """How many times as long dense takes, least and most, and at which sizes it takes less than 1."""
+    ratios = dict(zip(batches, (d / s for d, s in zip(dense, sparse, strict=True)), strict=True))
+    least, most = min(ratios, key=lambda b: ratios[b]), max(ratios, key=lambda b: ratios[b])
+    slower = [
+        [batch for batch, _ in group]
+        for is_slower, group in itertools.groupby(ratios.items(), key=lambda item: item[1] < 1)
+        if is_slower
+    ]
+    spans = ", ".join(f"{span[0]} to {span[-1]}" if len(span) > 1 else f"{span[0]}" for span in slower)
+    return (
+        f"dense takes {ratios[least]:.2f} ({least}) to {ratios[most]:.2f} ({most}) times as long as offpath; "
+        f"less at {spans or 'no size'}"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and draw. Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -110,6 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cliffs = {line: _cliff(batches, seconds) for line, seconds in lines.items()}
     for line, cliff in cliffs.items():
         print(f"{line:<13}{cliff.in_words(batches)}")
+    for dtype in map(dtype_name, DTYPES):
+        if {f"{dtype} dense", f"{dtype} offpath"} <= set(lines):
+            print(f"{dtype:<13}{beside_dense(batches, lines[f'{dtype} dense'], lines[f'{dtype} offpath'])}")
     figure = _plot(what, batches, lines, cliffs)
     write_whole(options.out, partial(figure.savefig, format=options.out.suffix.removeprefix(".")))
     content = {

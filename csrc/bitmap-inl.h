@@ -109,7 +109,7 @@ template <class T, int rows, class Value, class Body>
 // Neighbouring rows that are multiplied together, so that what is loaded of x serves all of them: as many as there are
 // registers for.
 #if defined(__AVX512F__)
-template <int tokens> constexpr int bitmap_rows_together = tokens <= 2 ? 4 : 2;
+template <int tokens> constexpr int bitmap_rows_together = tokens <= 6 ? 4 : 2;
 #else
 template <int tokens> constexpr int bitmap_rows_together = tokens <= 2 ? 4 : tokens <= 4 ? 2 : 1;
 #endif

@@ -11,8 +11,19 @@ namespace {
 // What a tile holds; where columns go in pairs, a step takes two neighbouring entries.
 template <class T> using FilledEntry = typename Format<T>::Panel;
 
-// Six rows, whose entries lie `row_stride` apart, times the column `column` of a panel (or two, where they go in
-// pairs).
+// Six rows, whose entries lie `row_stride` apart, times what was loaded of a panel.
+template <class T, int vectors, bool half>
+[[gnu::always_inline]] inline void multiply_group(Accumulators<T, vectors> &acc, const Step<T, vectors> &step,
+                                                  const FilledEntry<T> *entries, int64_t row_stride) {
+#pragma GCC unroll 8
+    for (int row = 0; row < offpath::group_rows; ++row) {
+        typename Format<T>::Value value;
+        __builtin_memcpy(&value, entries + row * row_stride, sizeof value);
+        step.template multiply<half>(value, acc[row]);
+    }
+}
+
+// The same for the column `column` of a panel (or two, where they go in pairs).
 template <class T, int vectors>
 [[gnu::always_inline]] inline void multiply_step(Accumulators<T, vectors> &acc, const FilledEntry<T> *entries,
                                                  int64_t row_stride, const typename Format<T>::Panel *panel,
@@ -20,23 +31,59 @@ template <class T, int vectors>
     const int32_t together[] = {column, column + 1};
     Step<T, vectors> step;
     step.load(panel, together);
-#pragma GCC unroll 8
-    for (int row = 0; row < offpath::group_rows; ++row) {
-        typename Format<T>::Value value;
-        __builtin_memcpy(&value, entries + row * row_stride, sizeof value);
-        step.multiply(value, acc[row]);
+    multiply_group<T, vectors, false>(acc, step, entries, row_stride);
+}
+
+// Groups that are multiplied together: as many as the registers have sums for. A column of a panel serves them all,
+// which is what counts where it is multiplied fast and has few tokens.
+template <class T> constexpr int most_groups_together = in_pairs<T> ? 2 : 1;
+template <class T, int vectors>
+constexpr int groups_together = panel_vectors / vectors >= most_groups_together<T> ? most_groups_together<T> : 1;
+
+template <class T, int vectors> using FilledSums = Accumulators<T, vectors>[groups_together<T, vectors>];
+template <class T, int vectors>
+constexpr int64_t sums_per_group = offpath::group_rows * vectors * Simd<offpath::Sum<T>>::lanes;
+
+// Groups, the rows of which lie `row_stride` apart, times all columns of a panel; the entries of neighbouring steps lie
+// `step_stride` apart.
+template <class T, int vectors, bool half>
+[[gnu::always_inline]] inline void multiply_filled(FilledSums<T, vectors> &acc, const FilledEntry<T> *entries,
+                                                   int64_t row_stride, int64_t step_stride,
+                                                   const typename Format<T>::Panel *panel, int64_t columns) {
+    constexpr int together = groups_together<T, vectors>;
+    const FilledEntry<T> *of_group[together];
+#pragma GCC unroll 2
+    for (int g = 0; g < together; ++g)
+        of_group[g] = entries + g * offpath::group_rows * row_stride;
+    for (int32_t column = 0; column < columns; column += Format<T>::columns_per_step) {
+        const int32_t of_step[] = {column, column + 1};
+        Step<T, vectors> step;
+        step.load(panel, of_step);
+#pragma GCC unroll 2
+        for (int g = 0; g < together; ++g) {
+            multiply_group<T, vectors, half>(acc[g], step, of_group[g], row_stride);
+            of_group[g] += step_stride;
+        }
     }
 }
 
-// The same for all columns of a panel; the entries of neighbouring steps lie `step_stride` apart.
 template <class T, int vectors>
-[[gnu::always_inline]] inline void multiply_filled(Accumulators<T, vectors> &acc, const FilledEntry<T> *entries,
-                                                   int64_t row_stride, int64_t step_stride,
-                                                   const typename Format<T>::Panel *panel, int64_t columns) {
-    for (int32_t column = 0; column < columns; column += Format<T>::columns_per_step) {
-        multiply_step<T, vectors>(acc, entries, row_stride, panel, column);
-        entries += step_stride;
-    }
+[[gnu::always_inline]] inline void store_filled(const FilledSums<T, vectors> &acc, offpath::Sum<T> *sums) {
+#pragma GCC unroll 2
+    for (int g = 0; g < groups_together<T, vectors>; ++g)
+        store_group<T, vectors>(acc[g], sums + g * sums_per_group<T, vectors>);
+}
+
+// Calls body(Vectors<n, half>) as with_vectors_of_panel does, with `half` where that saves time. A single register that
+// is multiplied at the speed of single columns has to wait for the tile as it is.
+template <class T, class Body> void with_halves_of_panel(int64_t token, int64_t tokens, const Body &body) {
+    with_vectors_of_panel<T>(token, tokens, [&]<int vectors>(Vectors<vectors>) {
+        constexpr int64_t lanes = Simd<offpath::Sum<T>>::lanes;
+        if constexpr (halves_pay && (in_pairs<T> || vectors > 1))
+            if (tokens - token <= vectors * lanes - lanes / 2)
+                return body(Vectors<vectors, true>());
+        body(Vectors<vectors>());
+    });
 }
 
 // The values of a register full of columns, zeros filled in.
@@ -56,34 +103,39 @@ template <class T> void fill(const T *values, uint32_t bits, bool whole, FilledE
 
 // Block: rows count groups, batch counts panels.
 template <class T> void filled(const offpath::filled_args<T> &args, const offpath::Block &block) {
-    const int64_t rows = args.bitmap.rows, columns = args.bitmap.columns, width = 64 * args.bitmap.words_per_row;
+    constexpr int64_t step = Format<T>::columns_per_step, together = most_groups_together<T>;
+    const int64_t rows = args.bitmap.rows, columns = args.bitmap.columns, stride = args.tile_stride;
     auto *tile = static_cast<FilledEntry<T> *>(args.tile);
     const Output<T> output = {args.y, rows, args.batch, args.feature_major};
     for (int64_t first = block.row_begin; first < block.row_end; first += offpath::tile_groups) {
         const int64_t last =
             block.row_end - first < offpath::tile_groups ? block.row_end : first + offpath::tile_groups;
-        for (int64_t i = 0; i < (last - first) * offpath::group_rows; ++i) {
-            FilledEntry<T> *entries = tile + i * width;
+        const int64_t groups = (last - first + together - 1) / together * together;
+        for (int64_t i = 0; i < groups * offpath::group_rows; ++i) {
+            FilledEntry<T> *entries = tile + i * stride;
             if (const int64_t row = first * offpath::group_rows + i; row < rows)
                 each_column_vector<T>(args.bitmap, row, args.values,
                                       [&](int, int64_t column, uint32_t bits, const T *values, bool whole) {
                                           fill<T>(values, bits, whole, entries + column);
                                       });
             else
-                for (int64_t column = 0; column < width; ++column)
+                for (int64_t column = 0; column < stride; ++column)
                     entries[column] = {};
         }
         for (int64_t panel = block.batch_begin; panel < block.batch_end; ++panel) {
             const int64_t token = panel * panel_width<T>;
             const auto *x =
                 static_cast<const typename Format<T>::Panel *>(args.panels) + token * panel_columns<T>(columns);
-            with_vectors_of_panel<T>(token, args.batch, [&]<int vectors>(Vectors<vectors>) {
-                each_group<T, vectors>(output, first, last, token, [&](int64_t group, offpath::Sum<T> *sums) {
-                    Accumulators<T, vectors> acc;
-                    start_group<T, vectors>(acc, GroupStart<T>(args.bias, group, rows).of_row);
-                    multiply_filled<T, vectors>(acc, tile + (group - first) * offpath::group_rows * width, width,
-                                                Format<T>::columns_per_step, x, columns);
-                    store_group<T, vectors>(acc, sums);
+            with_halves_of_panel<T>(token, args.batch, [&]<int vectors, bool half>(Vectors<vectors, half>) {
+                constexpr int together = groups_together<T, vectors>;
+                each_group<T, vectors, together>(output, first, last, token, [&](int64_t group, offpath::Sum<T> *sums) {
+                    FilledSums<T, vectors> acc;
+#pragma GCC unroll 2
+                    for (int g = 0; g < together; ++g)
+                        start_group<T, vectors>(acc[g], GroupStart<T>(args.bias, group + g, rows).of_row);
+                    multiply_filled<T, vectors, half>(acc, tile + (group - first) * offpath::group_rows * stride,
+                                                      stride, step, x, columns);
+                    store_filled<T, vectors>(acc, sums);
                 });
             });
         }
@@ -167,12 +219,13 @@ template <class T> void fill_chunk(const offpath::filled_dx_args<T> &args, int64
 
 // Rows `begin` to `end` of a chunk, which stand in the tile, times a panel of dy. Sums go on from those of the rows
 // before; with the last rows they are complete and go to dx.
-template <class T, int vectors>
+template <class T, int vectors, bool half>
 void multiply_chunk(const offpath::filled_dx_args<T> &args, int64_t chunk, int64_t begin, int64_t end, int64_t token,
                     offpath::Sum<T> *kept) {
     constexpr int64_t groups_per_chunk = offpath::chunk_columns / offpath::group_rows;
     constexpr int64_t step = Format<T>::columns_per_step;
-    constexpr int64_t group_sums = offpath::group_rows * vectors * Simd<offpath::Sum<T>>::lanes;
+    constexpr int together = groups_together<T, vectors>;
+    static_assert(groups_per_chunk % together == 0);
     const int64_t rows = args.bitmap.rows, columns = args.bitmap.columns;
     const int64_t groups = (columns + offpath::group_rows - 1) / offpath::group_rows;
     const int64_t first = chunk * groups_per_chunk;
@@ -180,21 +233,25 @@ void multiply_chunk(const offpath::filled_dx_args<T> &args, int64_t chunk, int64
     const auto *tile = static_cast<const FilledEntry<T> *>(args.tile);
     const auto *dy = static_cast<const typename Format<T>::Panel *>(args.panels) + token * panel_columns<T>(rows) +
                      begin * width_of_panel<T>(token, args.batch);
+    const auto kept_of = [&](int64_t group) { return kept + (group - first) * sums_per_group<T, vectors>; };
     const auto multiply = [&](int64_t group, offpath::Sum<T> *sums) {
-        Accumulators<T, vectors> acc;
-        if (begin == 0)
-            start_group<T, vectors>(acc, GroupStart<T>(nullptr, group, columns).of_row);
-        else
-            load_group<T, vectors>(acc, kept + (group - first) * group_sums);
-        multiply_filled<T, vectors>(acc, tile + (group - first) * offpath::group_rows * step, step,
-                                    offpath::chunk_columns * step, dy, end - begin);
-        store_group<T, vectors>(acc, sums);
+        FilledSums<T, vectors> acc;
+#pragma GCC unroll 2
+        for (int g = 0; g < together; ++g)
+            if (begin == 0)
+                start_group<T, vectors>(acc[g], GroupStart<T>(nullptr, group + g, columns).of_row);
+            else
+                load_group<T, vectors>(acc[g], kept_of(group + g));
+        multiply_filled<T, vectors, half>(acc, tile + (group - first) * offpath::group_rows * step, step,
+                                          offpath::chunk_columns * step, dy, end - begin);
+        store_filled<T, vectors>(acc, sums);
     };
     if (end < rows)
-        for (int64_t group = first; group < last; ++group)
-            multiply(group, kept + (group - first) * group_sums);
+        for (int64_t group = first; group < last; group += together)
+            multiply(group, kept_of(group));
     else
-        each_group<T, vectors>({args.dx, columns, args.batch, args.feature_major}, first, last, token, multiply);
+        each_group<T, vectors, together>({args.dx, columns, args.batch, args.feature_major}, first, last, token,
+                                         multiply);
 }
 
 // Block: rows count chunks, batch counts panels, of tokens_per_tile at most.
@@ -210,8 +267,8 @@ template <class T> void filled_dx(const offpath::filled_dx_args<T> &args, const 
                 const int64_t token = panel * panel_width<T>;
                 offpath::Sum<T> *kept =
                     args.sums + (panel - block.batch_begin) * offpath::chunk_columns * panel_width<T>;
-                with_vectors_of_panel<T>(token, args.batch, [&]<int vectors>(Vectors<vectors>) {
-                    multiply_chunk<T, vectors>(args, chunk, begin, end, token, kept);
+                with_halves_of_panel<T>(token, args.batch, [&]<int vectors, bool half>(Vectors<vectors, half>) {
+                    multiply_chunk<T, vectors, half>(args, chunk, begin, end, token, kept);
                 });
             }
             begin = end;

@@ -19,8 +19,10 @@ template <class T> class FilledProduct {
   public:
     FilledProduct(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const T *bias,
                   const Panels<T> &panels, int64_t batch, T *y, bool feature_major, int threads)
-        : kernel(kernels.filled), args{matrix.view(), values, bias, panels.data(), y, batch, feature_major, nullptr},
-          tile_bytes(tile_groups * group_rows * 64 * args.bitmap.words_per_row * kernels.layout.panel_entry_bytes),
+        : kernel(kernels.filled), args{matrix.view(), values,  bias,
+                                       panels.data(), y,       batch,
+                                       feature_major, nullptr, tile_stride(matrix, kernels.layout)},
+          tile_bytes(tile_groups * group_rows * args.tile_stride * kernels.layout.panel_entry_bytes),
           groups(ceil_div(matrix.rows, group_rows)), chunks(ceil_div(groups, tile_groups)), panels(panels.count),
           panels_per_tile(panels_sharing(kernels.layout, panels.count, chunks, threads)) {}
 
@@ -34,6 +36,12 @@ template <class T> class FilledProduct {
     }
 
   private:
+    // A cache line more than a row's words take: rows of 4 KiB, such as those of 2048 columns in bfloat16, would share
+    // the sets of the caches.
+    static int64_t tile_stride(const BitMatrix &matrix, const Layout &layout) {
+        return 64 * matrix.view().words_per_row + 64 / layout.panel_entry_bytes;
+    }
+
     const Kernel<filled_args<T>> kernel;
     const filled_args<T> args;
     const int64_t tile_bytes, groups, chunks, panels, panels_per_tile;

@@ -34,11 +34,15 @@ template <class T, int vectors> struct Step {
         for (int v = 0; v < vectors; ++v)
             __builtin_prefetch(panel + static_cast<int64_t>(column) * stride + v * S::lanes);
     }
-    [[gnu::always_inline]] void multiply(offpath::Sum<T> value, typename S::V (&acc)[vectors]) {
+    // With `half`, the upper half of the last register of sums is not wanted.
+    template <bool half = false>
+    [[gnu::always_inline]] void multiply(offpath::Sum<T> value, typename S::V (&acc)[vectors]) const {
         const typename S::V spread = S::set1(value);
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v)
+        for (int v = 0; v < vectors - half; ++v)
             acc[v] = S::fma(spread, x[v], acc[v]);
+        if constexpr (half)
+            acc[vectors - 1] = S::fma_lower_half(spread, x[vectors - 1], acc[vectors - 1]);
     }
 };
 
@@ -62,11 +66,14 @@ template <int vectors> struct Step<bfloat16, vectors> {
                 x[v + 1] = B::zip_high(a, b);
         }
     }
-    [[gnu::always_inline]] void multiply(uint32_t values, Simd<float>::V (&acc)[vectors]) {
+    template <bool half = false>
+    [[gnu::always_inline]] void multiply(uint32_t values, Simd<float>::V (&acc)[vectors]) const {
         const B::V spread = B::set1(values);
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v)
+        for (int v = 0; v < vectors - half; ++v)
             acc[v] = B::dot(spread, x[v], acc[v]);
+        if constexpr (half)
+            acc[vectors - 1] = B::dot_lower_half(spread, x[vectors - 1], acc[vectors - 1]);
     }
 };
 #endif
@@ -142,22 +149,25 @@ template <class T> struct Output {
     }
 };
 
-// Calls compute_group(group, rows of the tile) for each group of a panel, and writes what it left in the tile to y.
-template <class T, int vectors, class ComputeGroup>
+// Calls compute_group(group, rows of the tile) for each group of a panel, or for each so many `together`, and writes
+// what it left in the tile to y.
+template <class T, int vectors, int together = 1, class ComputeGroup>
 [[gnu::always_inline]] inline void each_group(const Output<T> &output, int64_t group_begin, int64_t group_end,
                                               int64_t token, const ComputeGroup &compute_group) {
     constexpr int64_t width = vectors * Simd<offpath::Sum<T>>::lanes;
+    static_assert(offpath::tile_groups % together == 0);
     alignas(64) offpath::Sum<T> tile[tile_rows * width];
     for (int64_t group = group_begin; group < group_end; group += offpath::tile_groups) {
         const int64_t end = group_end - group < offpath::tile_groups ? group_end : group + offpath::tile_groups;
-        for (int64_t g = group; g < end; ++g)
+        for (int64_t g = group; g < end; g += together)
             compute_group(g, tile + (g - group) * offpath::group_rows * width);
         const int64_t last_row = end * offpath::group_rows < output.rows ? end * offpath::group_rows : output.rows;
         output.template write<width>(tile, group * offpath::group_rows, last_row, token);
     }
 }
 
-template <int n> struct Vectors {
+// `half`: of the last of them, no more than the lower half.
+template <int n, bool half = false> struct Vectors {
     static constexpr int count = n;
 };
 

@@ -14,6 +14,13 @@ constexpr int panel_vectors = 4;
 constexpr int panel_vectors = 2;
 #endif
 
+// Whether multiplying half a register takes half the time.
+#if defined(__AVX512F__)
+constexpr bool halves_pay = true;
+#else
+constexpr bool halves_pay = false;
+#endif
+
 // How far ahead the values of a few tokens' products are fetched: the processor's own prefetching ends with each page,
 // and those of a large matrix lie in memory.
 constexpr int64_t prefetched_bytes = 2048;

@@ -34,6 +34,10 @@ template <> struct Simd<float> {
         return _mm512_zextps128_ps512(_mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
     }
     static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+    static V fma_lower_half(V a, V b, V c) {
+        return _mm512_castps256_ps512(
+            _mm256_fmadd_ps(_mm512_castps512_ps256(a), _mm512_castps512_ps256(b), _mm512_castps512_ps256(c)));
+    }
     static V load_first(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(mask(n), p); }
     static void store_first(float *p, V a, int64_t n) { _mm512_mask_storeu_ps(p, mask(n), a); }
     static V larger(V a, V b) { return _mm512_max_ps(a, b); }
@@ -104,6 +108,10 @@ template <> struct Simd<double> {
         return _mm512_mask_i32gather_pd(zero(), mask(n), where, p, sizeof(double));
     }
     static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
+    static V fma_lower_half(V a, V b, V c) {
+        return _mm512_castpd256_pd512(
+            _mm256_fmadd_pd(_mm512_castpd512_pd256(a), _mm512_castpd512_pd256(b), _mm512_castpd512_pd256(c)));
+    }
     static V load_first(const double *p, int64_t n) { return _mm512_maskz_loadu_pd(mask(n), p); }
     static void store_first(double *p, V a, int64_t n) { _mm512_mask_storeu_pd(p, mask(n), a); }
     static V larger(V a, V b) { return _mm512_max_pd(a, b); }
@@ -166,6 +174,11 @@ struct BfloatPairs {
     }
     static __m512 dot(V a, V b, __m512 sum) {
         return _mm512_dpbf16_ps(sum, __builtin_bit_cast(__m512bh, a), __builtin_bit_cast(__m512bh, b));
+    }
+    static __m512 dot_lower_half(V a, V b, __m512 sum) {
+        return _mm512_castps256_ps512(_mm256_dpbf16_ps(_mm512_castps512_ps256(sum),
+                                                       __builtin_bit_cast(__m256bh, _mm512_castsi512_si256(a)),
+                                                       __builtin_bit_cast(__m256bh, _mm512_castsi512_si256(b))));
     }
     static V expand(const bfloat16 *packed, uint32_t bits, bool whole) {
         return _mm512_maskz_expand_epi16(bits, whole ? load(packed) : load_first(packed, __builtin_popcount(bits)));

@@ -180,7 +180,10 @@ template <class T> struct filled_args {
     T *y;               // [batch, rows], contiguous, or [rows, batch] where feature_major
     int64_t batch;
     bool feature_major;
-    void *tile; // working memory: the rows of tile_groups groups, each of whole words, in the type of panels
+    // Working memory in the type of panels: the rows of tile_groups groups, each of whole words, tile_stride entries
+    // apart.
+    void *tile;
+    int64_t tile_stride;
 };
 
 // dx[b, c] = sum over the rows r of W[r, c] * dy[b, r], for a block of chunks x panels; a chunk is chunk_columns

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import any_batch
 import bars
-from any_batch import excess_steps, worst_tail
+from any_batch import beside_dense, excess_steps, worst_tail
 from bar_jobs import BREAK_EVEN, JOBS, Effort, Job, break_even_figures
 from children import environment
 from contenders import CONTENDERS, Contender, Refused
@@ -287,10 +287,20 @@ def test_the_plot_over_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert all(len(seconds) == 20 and min(seconds) > 0 for seconds in content["seconds"].values())
         assert {"fp32 dense", "fp32 offpath", "bf16 dense"} <= set(content["cliffs"])
         assert "<svg" in out.read_text()
-        assert "fp32 offpath largest step" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert (
+            "fp32 offpath largest step" in said
+            and said.count("times as long as offpath") == len(content["seconds"]) // 2
+        )
     with pytest.raises(SystemExit):
         any_batch.main(["--max-batch", "15", "--out", str(out)])
     assert "expected --max-batch of at least 16, a full vector, got 15" in capsys.readouterr().err
+
+
+def test_where_dense_takes_less() -> None:
+    got = beside_dense([1, 2, 3, 4, 8], [2.0, 0.9, 0.8, 1.0, 0.5], [1.0] * 5)
+    assert got == "dense takes 0.50 (8) to 2.00 (1) times as long as offpath; less at 2 to 3, 8"
+    assert beside_dense([1, 2], [2.0, 1.0], [1.0, 1.0]).endswith("less at no size")
 
 
 def test_the_costliest_tail() -> None:

@@ -128,14 +128,17 @@ def test_bits_must_gain_more_than_plans_over_what_sparsity_does_not_change(own_c
     costs = dict.fromkeys(("bucketed", "tiled", "row-wise", "bitmap", "filled"), 9.0) | {"dense": 1.0}
     monkeypatch.setattr(calibration, "measure", lambda *_: _table(lambda p, m, *point: costs[m]))
     with kernels.forced(BEST):
-        for changed, expected in (
-            ({"bitmap": 1 / 1.11}, {"dense"}),
-            ({"bitmap": 1 / 1.13}, {"bitmap"}),
-            ({"bitmap": 9.0, "bucketed": 1 / 1.06, "tiled": 1 / 1.06}, {"bucketed", "tiled"}),
+        for changed, batch, expected in (
+            ({"bitmap": 1 / 1.11}, 64, {"dense"}),
+            ({"bitmap": 1 / 1.13}, 64, {"bitmap"}),
+            ({"bitmap": 1 / 1.06}, 17, {"dense"}),
+            ({"bitmap": 1 / 1.06}, 16, {"bitmap"}),  # up to where they are measured
+            ({"bitmap": 1 / 1.04}, 16, {"dense"}),
+            ({"bitmap": 9.0, "bucketed": 1 / 1.06, "tiled": 1 / 1.06}, 64, {"bucketed", "tiled"}),
         ):
             costs.update(changed)
             _forget(own_cache)
-            assert set(SparseLinear(64, 64).explain(64).chosen.values()) == expected
+            assert set(SparseLinear(64, 64).explain(batch).chosen.values()) == expected
 
 
 def test_near_ties_go_to_what_computes_both_gradients_in_one_call(own_cache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +172,7 @@ def test_points_that_are_not_measured_follow_those_that_are() -> None:
     true = _table(seconds_of, LARGE_SIZES).seconds["forward"]
     measured = {
         method: [
-            s if calibration._is_measured(method, *point[1:]) else math.inf
+            s if calibration._is_measured(LARGE_SIZES, method, *point[1:]) else math.inf
             for point, s in zip(GRID, column, strict=True)
         ]
         for method, column in true.items()
@@ -178,10 +181,54 @@ def test_points_that_are_not_measured_follow_those_that_are() -> None:
         for i, (size, density, _) in enumerate(GRID):
             if size == 1 and density > calibration.LAST_LARGE_DENSITY:
                 column[i] = math.inf
-    assert sum(map(math.isinf, measured["bucketed"])) == 10 and all(map(math.isinf, measured["dense"][:20]))
+    too_large = 2 * len(BATCHES)  # two densities
+    assert sum(map(math.isinf, measured["bucketed"])) == too_large
+    assert all(map(math.isinf, measured["dense"][: calibration.SPEED_DENSITY * len(BATCHES)]))
     calibration._fill_in(measured)
     for method, column in true.items():
         assert measured[method] == pytest.approx(column)
+
+
+@pytest.mark.parametrize("slower", [1.4, 1.05, 1 / 1.05, 1 / 1.4])
+def test_halves_that_were_measured_at_two_speeds_are_compared_at_the_faster(slower: float) -> None:
+    """A method is told from the speed by those that take as long in either half; a few outliers change nothing."""
+    halves = [
+        {
+            (p, m, i): 1e-9
+            * 1024 ** (1 + size)
+            * BATCHES[batch]
+            * (1 if m in calibration.AT_ANY_DENSITY else density + 1)
+            for i, (size, density, batch) in enumerate(GRID)
+            for p in PRODUCTS
+            for m in METHODS[p]
+            if density in half and calibration._is_measured(LARGE_SIZES, m, density, batch)
+        }
+        for half in calibration.HALVES
+    ]
+    first = {key: seconds * slower for key, seconds in halves[0].items()}
+    outlier = next(key for key in first if key[1] == "dense")
+    first[outlier] *= 50
+    got = calibration.at_one_speed(first, halves[1])
+    if 1 / calibration.LEAST_DRIFT < slower < calibration.LEAST_DRIFT:
+        assert got == (first, halves[1]), "methods differ by so much in themselves"
+        return
+    faster = min(slower, 1.0)
+    for times, true in zip(got, halves, strict=True):
+        assert all(math.isclose(times[key], true[key] * faster) for key in true if key != outlier)
+
+
+def test_time_grows_by_what_is_multiplied_at_once() -> None:
+    table = _table(lambda p, m, size, density, batch: 1e-6 * batch)
+
+    def tokens(product: str, method: str, batch: int) -> float:
+        return round(table.predict(product, method, 512, 512, 1000, batch) * 1e6, 6)
+
+    for product, method in (("forward", "bucketed"), ("dx", "row-wise"), ("dvalues", "tiled")):
+        assert [tokens(product, method, b) for b in (9, 16, 17, 24, 32, 250, 257)] == [9, 16, 32, 32, 32, 256, 272]
+    for product in ("forward", "dx"):
+        assert [tokens(product, "filled", b) for b in (9, 16, 17, 24, 25, 250, 257)] == [9, 16, 24, 24, 32, 256, 264]
+    for product, method in (("forward", "bitmap"), ("forward", "dense"), ("dvalues", "filled")):
+        assert [tokens(product, method, b) for b in (17, 250, 257)] == [17, 250, 257]
 
 
 def test_a_disturbed_measurement_is_seen_by_a_larger_problem_that_took_less() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
@@ -21,18 +22,25 @@ from offpath.kernels.undisturbed import fastest
 _log = logging.getLogger("offpath")
 Sizes = tuple[int, int]
 Seconds = dict[str, list[float]]
+Times = dict[tuple[str, str, int], float]  # of (product, method, place in GRID)
 SMALL_ROUNDS, LARGE_ROUNDS = 5, 3
 # Not every point of the grid is measured. Dense and filled take as long at all densities, but for the writing out. A
 # bitmap reads its values once for every eight tokens, and the row-wise form its x once for every connection, so that
 # they are out of the question long before many tokens or connections. Nearly dense matrices of the largest size would
 # take more time and memory than all others together.
 AT_ANY_DENSITY, DENSE_DENSITY = ("dense", "filled"), DENSITIES.index(0.5)
-LAST_BITMAP_BATCH = BATCHES.index(16)
-LAST_ROW_WISE = DENSITIES.index(0.2), BATCHES.index(16)
+BITMAP_MEASURED_BATCH = 16
+LAST_BITMAP_BATCH = BATCHES.index(BITMAP_MEASURED_BATCH)
+LAST_ROW_WISE = DENSITIES.index(0.2), BATCHES.index(32)
 LAST_LARGE_DENSITY = DENSITIES.index(0.5)
-# Densities that are measured together: half of all connections are in the second half, and with both in memory at once
-# a process would take more than a gigabyte.
-HALVES = (range(DENSITIES.index(0.5)), range(DENSITIES.index(0.5), len(DENSITIES)))
+# Densities that are measured together. Of the large sizes, half of all connections are in the second half, and with
+# both in memory at once a process would take more than a gigabyte.
+TOGETHER = range(len(DENSITIES))
+HALVES = TOGETHER[:DENSE_DENSITY], TOGETHER[DENSE_DENSITY:]
+# What takes as long at all densities is measured in either half, at the densities next to one another, and tells
+# whether the processor ran at one speed: with many tokens, where memory has no part in it.
+SPEED_DENSITY, SPEED_BATCH = DENSE_DENSITY - 1, BATCHES.index(64)
+LEAST_DRIFT = 1.1
 
 
 @cache
@@ -49,7 +57,7 @@ def cost_table(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> CostTable:
 def measure(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> CostTable:
     """Time every method on the grid, on the threads that torch uses now; takes a few seconds.
 
-    Each half of the grid is gone through several times and the best time kept (see `fastest`).
+    What is measured together is gone through several times and the best time kept (see `fastest`).
     """
     _log.log(
         logging.WARNING if sizes == LARGE_SIZES else logging.INFO,
@@ -59,32 +67,50 @@ def measure(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> CostTable:
         sizes[1],
     )
     best = {p: {m: [math.inf] * len(GRID) for m in methods} for p, methods in METHODS.items()}
-    for densities in HALVES:
-        _measure_densities(backend, dtype, sizes, densities, best)
+    parts = HALVES if sizes == LARGE_SIZES else (TOGETHER,)
+    found = [_measure_densities(backend, dtype, sizes, densities) for densities in parts]
+    for times in at_one_speed(*found) if len(found) > 1 else found:
+        for (product, method, i), seconds in times.items():
+            best[product][method][i] = seconds
     for methods in best.values():
         _fill_in(methods)
     return CostTable.from_measurement(sizes, best)
 
 
-def _measure_densities(
-    backend: Backend, dtype: torch.dtype, sizes: Sizes, densities: range, best: dict[str, Seconds]
-) -> None:
+def at_one_speed(first: Times, second: Times) -> tuple[Times, Times]:
+    """The times of both halves as if the processor had run at the faster one's speed all the time.
+
+    On its own it runs faster while it is cool, and a virtual one slower while its neighbours work, for seconds at a
+    time: one method's time in one half cannot be compared with another's in the other half then.
+    """
+    slower = statistics.median(
+        seconds / second[product, method, i + len(BATCHES)]
+        for (product, method, i), seconds in first.items()
+        if method in AT_ANY_DENSITY and GRID[i][2] >= SPEED_BATCH
+    )
+    if slower > LEAST_DRIFT:
+        return {key: seconds / slower for key, seconds in first.items()}, second
+    if slower < 1 / LEAST_DRIFT:
+        return first, {key: seconds * slower for key, seconds in second.items()}
+    return first, second
+
+
+def _measure_densities(backend: Backend, dtype: torch.dtype, sizes: Sizes, densities: range) -> Times:
     calls = {
         (product, method, i): partial(_run, weight, backend, product, method, values, x)
         for i, (weight, values), x in _problems(sizes, densities, dtype)
         for product, methods in METHODS.items()
         for method in methods
-        if _is_measured(method, *GRID[i][1:])
+        if _is_measured(sizes, method, *GRID[i][1:])
     }
     with torch.inference_mode():
-        found = fastest(calls, LARGE_ROUNDS if sizes == LARGE_SIZES else SMALL_ROUNDS)
-    for (product, method, i), seconds in found.items():
-        best[product][method][i] = seconds
+        return fastest(calls, LARGE_ROUNDS if sizes == LARGE_SIZES else SMALL_ROUNDS)
 
 
-def _is_measured(method: str, density: int, batch: int) -> bool:
+def _is_measured(sizes: Sizes, method: str, density: int, batch: int) -> bool:
     if method in AT_ANY_DENSITY:
-        return density == DENSE_DENSITY
+        tells_speed = sizes == LARGE_SIZES and density == SPEED_DENSITY and batch >= SPEED_BATCH
+        return density == DENSE_DENSITY or tells_speed
     if method == "bitmap":
         return batch <= LAST_BITMAP_BATCH
     return method != "row-wise" or density <= LAST_ROW_WISE[0] or batch <= LAST_ROW_WISE[1]

@@ -12,7 +12,10 @@ from itertools import product as combinations
 # fits into the caches at 1024 does not at 4096, so that one tells little of the other.
 SMALL_SIZES, LARGE_SIZES = (128, 1024), (1024, 4096)
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.5, 0.75, 1.0)
-BATCHES = (1, 4, 16, 64, 256)
+BATCHES = (1, 4, 16, 32, 64, 256)
+# Tokens stand side by side in registers where these products are computed: beyond the first register, which the grid
+# tells of, each further one (or half of one) that is begun takes as long as if it were full.
+FIRST_REGISTER, TOKENS_AT_ONCE = 16, {"bucketed": 16, "row-wise": 16, "tiled": 16, "filled": 8}
 GRID = tuple(combinations(range(2), range(len(DENSITIES)), range(len(BATCHES))))
 
 
@@ -41,7 +44,8 @@ class CostTable:
     def predict(self, product: str, method: str, rows: int, columns: int, nnz: int, batch: int) -> float:
         """Seconds of one call.
 
-        Multilinear in the logarithms of positions, density and batch. Beyond the grid, time grows with positions and
+        Multilinear in the logarithms of positions, density and batch, which is rounded up to where registers are full
+        of tokens (the weight gradient of "filled" has columns there). Beyond the grid, time grows with positions and
         tokens as it does towards its edge: what a call costs besides its work does not grow with it, but is at most
         half of it there. It does not shrink below the grid's edge.
 
@@ -52,6 +56,9 @@ class CostTable:
         """
         positions = max(rows * columns, 1)
         measured, density = self.seconds[product][method], nnz / positions
+        if batch > FIRST_REGISTER and (product, method) != ("dvalues", "filled"):
+            at_once = TOKENS_AT_ONCE.get(method, 1)
+            batch = math.ceil(batch / at_once) * at_once
         seconds = self._for_any_positions(measured, positions, density, batch)
         fewer, most = BATCHES[-2:]
         if batch > most:

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from offpath import kernels
 from offpath.kernels import Backend, KernelError
-from offpath.kernels.calibration import cost_table
+from offpath.kernels.calibration import BITMAP_MEASURED_BATCH, cost_table
 from offpath.kernels.costs import sizes_for
 from offpath.kernels.methods import AT_ONCE, DENSE_METHODS, METHODS, PRODUCTS
 from offpath.kernels.operands import on_device_of
 
 PREFERENCES = ("speed", "memory")
 # Filled and dense take the same time at any sparsity and so cannot lose much to `nn.Linear`: the better of them wins
-# near-ties. It wins more of them where less is known: on a GPU, whose costs are estimated, and over bits, whose costs
-# beyond 16 tokens are scaled. Steps of 2048 x 2048 with 64 tokens over bits, predicted to take 5 to 10 % less on a CPU,
-# took 7 % more.
+# near-ties. It wins more of them where less is known: on a GPU, whose costs are estimated, and over bits beyond the 16
+# tokens up to which they are measured. Steps of 2048 x 2048 with 64 tokens over bits, predicted to take 5 to 10 % less
+# on a CPU, took 7 % more.
 STEADY_MARGIN, STEADY_OVER_UNSURE_MARGIN = 1.05, 1.12
 # A weight that is written out goes through caches which a training step leaves colder than the measurement does: with
 # AVX-512, its step at 1024 x 1024 in bfloat16 takes 6 % longer than predicted, that of filled 1 %. On AVX2 it is the
@@ -127,7 +127,7 @@ def choose(
         costs = {m: cost if m in AT_ONCE[dx_method] else cost + APART_SECONDS for m, cost in costs.items()}
     best = min(costs, key=costs.__getitem__)
     filled, dense = costs.get("filled", math.inf), costs.get("dense", math.inf)
-    is_unsure = best == "bitmap" or not backend.native
+    is_unsure = not backend.native or (best == "bitmap" and batch > BITMAP_MEASURED_BATCH)
     if min(filled, dense) <= (STEADY_OVER_UNSURE_MARGIN if is_unsure else STEADY_MARGIN) * costs[best]:
         return "filled" if filled <= filled_margin(backend) * dense else "dense"
     if best == "bitmap" and dx_method == "bucketed":
