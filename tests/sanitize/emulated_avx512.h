@@ -224,22 +224,25 @@ inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
     });
 }
 #if defined(OFFPATH_EMULATE_BF16)
+namespace emulated {
 // The second of each pair first; subnormal operands and results are zeros.
-inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
-    const auto sums = emulated::split<uint32_t>(sum);
-    const auto x = emulated::split<uint16_t>(a), y = emulated::split<uint16_t>(b);
+template <class V, class Pairs> V dot_of_pairs(V sum, Pairs a, Pairs b) {
+    const auto sums = split<uint32_t>(sum);
+    const auto x = split<uint16_t>(a), y = split<uint16_t>(b);
     const auto flushed = [](float result) {
         const auto bits = __builtin_bit_cast(uint32_t, result);
-        return __builtin_bit_cast(float, emulated::is_subnormal(bits) ? bits & 0x80000000 : bits);
+        return __builtin_bit_cast(float, is_subnormal(bits) ? bits & 0x80000000 : bits);
     };
-    return emulated::each<float, __m512>([&](int i) {
+    return each<float, V>([&](int i) {
         float total = flushed(__builtin_bit_cast(float, sums.lane[i]));
         for (int j = 2 * i + 1; j >= 2 * i; --j)
-            total = flushed(
-                __builtin_fmaf(emulated::widen_bfloat16(x.lane[j]), emulated::widen_bfloat16(y.lane[j]), total));
+            total = flushed(__builtin_fmaf(widen_bfloat16(x.lane[j]), widen_bfloat16(y.lane[j]), total));
         return total;
     });
 }
+} // namespace emulated
+inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) { return emulated::dot_of_pairs(sum, a, b); }
+inline __m256 _mm256_dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return emulated::dot_of_pairs(sum, a, b); }
 inline __m256bh _mm512_cvtneps_pbh(__m512 a) {
     const auto from = emulated::split<uint32_t>(a);
     return emulated::each<uint16_t, __m256bh>([&](int i) {
@@ -350,7 +353,12 @@ inline __m512i _mm512_permutexvar_epi64(__m512i where, __m512i a) {
 inline __m512 _mm512_castps256_ps512(__m256 a) {
     return emulated::each<__m256, __m512>([&](int i) { return i == 0 ? a : __m256{}; });
 }
+inline __m512d _mm512_castpd256_pd512(__m256d a) {
+    return emulated::each<__m256d, __m512d>([&](int i) { return i == 0 ? a : __m256d{}; });
+}
 inline __m256 _mm512_castps512_ps256(__m512 a) { return emulated::split<__m256>(a).lane[0]; }
+inline __m256d _mm512_castpd512_pd256(__m512d a) { return emulated::split<__m256d>(a).lane[0]; }
+inline __m256i _mm512_castsi512_si256(__m512i a) { return emulated::split<__m256i>(a).lane[0]; }
 inline __m256 _mm512_extractf32x8_ps(__m512 a, int half) { return emulated::split<__m256>(a).lane[half]; }
 inline __m512 _mm512_insertf32x8(__m512 a, __m256 b, int half) {
     auto halves = emulated::split<__m256>(a);
