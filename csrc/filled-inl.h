@@ -74,8 +74,8 @@ template <class T, int vectors>
         store_group<T, vectors>(acc[g], sums + g * sums_per_group<T, vectors>);
 }
 
-// Calls body(Vectors<n, half>) as with_vectors_of_panel does, with `half` where that saves time. A single register that
-// is multiplied at the speed of single columns has to wait for the tile as it is.
+// Calls body(Vectors<n, half>) as with_vectors_of_panel does, with `half` where that saves time: a single register of
+// single columns is multiplied faster than the tile comes along, as a whole one is.
 template <class T, class Body> void with_halves_of_panel(int64_t token, int64_t tokens, const Body &body) {
     with_vectors_of_panel<T>(token, tokens, [&]<int vectors>(Vectors<vectors>) {
         constexpr int64_t lanes = Simd<offpath::Sum<T>>::lanes;

@@ -31,3 +31,19 @@ def test_every_product_is_exact(
         assert torch.equal(backend.filled_dvalues(bitmap, of_y, given), gradient[mask].to(dtype))
     assert torch.equal(backend.expand(bitmap, values), weight)
     assert torch.equal(backend.compress(bitmap, gradient.to(dtype)), gradient[mask].to(dtype))
+
+
+@pytest.mark.parametrize("backend", [name for name in kernels.backends() if name != "reference"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_every_part_of_a_register_is_exact(backend: Backend, dtype: torch.dtype) -> None:
+    """Tokens that end in either half of any register, for an odd number of groups of rows and of columns.
+
+    There are more rows than a chunk of columns is filled with at once: sums are kept between.
+    """
+    pattern, values, x, dy, bias = whole_numbers(1027, 75, 72, 0.4, dtype)
+    bitmap = backend.bitmap(pattern.crow_indices, pattern.col_indices, pattern.shape[1])
+    weight = pattern.to_dense(values).double()
+    y, dx = (x.double() @ weight.t() + bias.double()).to(dtype), (dy.double() @ weight).to(dtype)
+    for batch in range(1, 73):
+        assert torch.equal(backend.filled_spmm(bitmap, values, x[:batch], bias), y[:batch])
+        assert torch.equal(backend.filled_dx(bitmap, values, dy[:batch]), dx[:batch])
