@@ -103,14 +103,14 @@ template <class T> void fill(const T *values, uint32_t bits, bool whole, FilledE
 
 // Block: rows count groups, batch counts panels.
 template <class T> void filled(const offpath::filled_args<T> &args, const offpath::Block &block) {
-    constexpr int64_t step = Format<T>::columns_per_step, together = most_groups_together<T>;
+    constexpr int64_t step = Format<T>::columns_per_step, filled_together = most_groups_together<T>;
     const int64_t rows = args.bitmap.rows, columns = args.bitmap.columns, stride = args.tile_stride;
     auto *tile = static_cast<FilledEntry<T> *>(args.tile);
     const Output<T> output = {args.y, rows, args.batch, args.feature_major};
     for (int64_t first = block.row_begin; first < block.row_end; first += offpath::tile_groups) {
         const int64_t last =
             block.row_end - first < offpath::tile_groups ? block.row_end : first + offpath::tile_groups;
-        const int64_t groups = (last - first + together - 1) / together * together;
+        const int64_t groups = (last - first + filled_together - 1) / filled_together * filled_together;
         for (int64_t i = 0; i < groups * offpath::group_rows; ++i) {
             FilledEntry<T> *entries = tile + i * stride;
             if (const int64_t row = first * offpath::group_rows + i; row < rows)

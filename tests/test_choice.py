@@ -1,35 +1,26 @@
-"""Which method computes a product: what is measured, what is kept, what is chosen, and that every choice is right."""
+"""Which method computes a product: what is kept of a measurement, what is chosen, and that every choice is right."""
 
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import os
 from dataclasses import replace
-from itertools import product as combinations
 from pathlib import Path
 
 import pytest
 import torch
 
 from checkers import gamma
+from cost_tables import table_of
 from offpath import SparseLinear, kernels
 from offpath.kernels import Backend, KernelError, calibration
-from offpath.kernels.costs import BATCHES, DENSITIES, GRID, LARGE_SIZES, SMALL_SIZES, CostTable, sizes_for
+from offpath.kernels.costs import GRID, LARGE_SIZES, SMALL_SIZES, CostTable
 from offpath.kernels.methods import METHODS, PRODUCTS, PreparedWeight
 from offpath.ops import forced_methods, sparse_linear
 from offpath.ops.choice import filled_margin
 
 BEST = kernels.default_backend()[0]
-
-
-def _table(seconds_of, sizes: tuple[int, int] = SMALL_SIZES) -> CostTable:
-    """A table whose entries `seconds_of(product, method, size, density, batch)` gives."""
-    grid = list(combinations(sizes, DENSITIES, BATCHES))
-    return CostTable(
-        sizes, {p: {m: [seconds_of(p, m, *point) for point in grid] for m in METHODS[p]} for p in PRODUCTS}
-    )
 
 
 @pytest.fixture
@@ -53,7 +44,7 @@ def quick_measure(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 
     def measure(backend: Backend, dtype: torch.dtype, sizes: tuple[int, int]) -> CostTable:
         asked.append(dtype)
-        return _table(
+        return table_of(
             lambda p, m, size, density, batch: 1e-9 * size * size * batch * (1 if m == "dense" else 4 * density), sizes
         )
 
@@ -61,26 +52,11 @@ def quick_measure(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     return asked
 
 
-def test_prediction_meets_the_measurement_on_the_grid_and_is_a_power_law_between() -> None:
-    table = _table(lambda p, m, size, density, batch: 1e-9 * size**2 * density * batch)
-    for size, density, batch in combinations((128, 300, 1024, 4096), (0.02, 0.07, 1.0), (1, 10, 256, 5000)):
-        nnz = math.ceil(size * size * density)
-        seconds = table.predict("forward", "dense", size, size, nnz, batch)
-        assert math.isclose(seconds, 1e-9 * nnz * batch, rel_tol=1e-9)
-
-
-def test_what_a_call_costs_besides_its_work_does_not_grow_beyond_the_grid() -> None:
-    table = _table(lambda p, m, size, density, batch: 1e-3 + 1e-9 * size**2)
-    assert table.predict("forward", "row-wise", 4096, 4096, 4096**2, 1) == pytest.approx(1e-3 + 1e-9 * 4096**2)
-    table = _table(lambda p, m, size, density, batch: 1e-3 + 1e-5 * batch)
-    assert table.predict("forward", "dense", 512, 512, 512, 1000) == pytest.approx(1e-3 + 1e-5 * 1000)
-
-
 def test_values_go_over_a_second_plan_where_dx_goes_over_one(own_cache, monkeypatch: pytest.MonkeyPatch) -> None:
     costs = {"bucketed": 1.0, "tiled": 1.5, "row-wise": 9.0, "bitmap": 1.0, "filled": 9.0, "dense": 9.0}
     of_dx = {"bucketed": 1.0, "bitmap": 2.0}
     monkeypatch.setattr(
-        calibration, "measure", lambda *_: _table(lambda p, m, *_: (costs | of_dx if p == "dx" else costs)[m])
+        calibration, "measure", lambda *_: table_of(lambda p, m, *_: (costs | of_dx if p == "dx" else costs)[m])
     )
     backward, seen = PreparedWeight.backward, []
 
@@ -109,7 +85,7 @@ def test_near_ties_go_to_plans_then_to_what_sparsity_does_not_change_then_to_fil
     own_cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     costs = {"bucketed": 1.1, "tiled": 1.2, "row-wise": 1.0, "bitmap": 9.0, "filled": 9.0, "dense": 9.0}
-    monkeypatch.setattr(calibration, "measure", lambda *_: _table(lambda p, m, *point: costs[m]))
+    monkeypatch.setattr(calibration, "measure", lambda *_: table_of(lambda p, m, *point: costs[m]))
     with kernels.forced(BEST):
         chosen = SparseLinear(64, 64).explain(64).chosen
         assert chosen == {"forward": "bucketed", "dx": "bucketed", "dvalues": "row-wise"}
@@ -126,7 +102,7 @@ def test_near_ties_go_to_plans_then_to_what_sparsity_does_not_change_then_to_fil
 
 def test_bits_must_gain_more_than_plans_over_what_sparsity_does_not_change(own_cache, monkeypatch) -> None:
     costs = dict.fromkeys(("bucketed", "tiled", "row-wise", "bitmap", "filled"), 9.0) | {"dense": 1.0}
-    monkeypatch.setattr(calibration, "measure", lambda *_: _table(lambda p, m, *point: costs[m]))
+    monkeypatch.setattr(calibration, "measure", lambda *_: table_of(lambda p, m, *point: costs[m]))
     with kernels.forced(BEST):
         for changed, batch, expected in (
             ({"bitmap": 1 / 1.11}, 64, {"dense"}),
@@ -143,103 +119,13 @@ def test_bits_must_gain_more_than_plans_over_what_sparsity_does_not_change(own_c
 
 def test_near_ties_go_to_what_computes_both_gradients_in_one_call(own_cache, monkeypatch: pytest.MonkeyPatch) -> None:
     costs = {"bucketed": 9e-5, "tiled": 4e-5, "row-wise": 9e-5, "bitmap": 4.9e-5, "filled": 9e-5, "dense": 9e-5}
-    monkeypatch.setattr(calibration, "measure", lambda *_: _table(lambda p, m, *point: costs[m]))
+    monkeypatch.setattr(calibration, "measure", lambda *_: table_of(lambda p, m, *point: costs[m]))
     for bitmap, expected in ((4.9e-5, "bitmap"), (5.1e-5, "tiled")):
         costs["bitmap"] = bitmap
         _forget(own_cache)
         with kernels.forced(BEST):
             chosen = SparseLinear(64, 64).explain(4).chosen
         assert chosen == {"forward": "bitmap", "dx": "bitmap", "dvalues": expected}
-
-
-@pytest.mark.parametrize(("rows", "columns", "nnz", "batch"), [(0, 5, 0, 3), (5, 0, 0, 3), (5, 5, 0, 0), (1, 1, 1, 1)])
-def test_prediction_of_what_lies_below_the_grid_is_its_edge(rows: int, columns: int, nnz: int, batch: int) -> None:
-    table = _table(lambda p, m, size, density, batch: 1e-6 * size)
-    assert table.predict("dx", "bucketed", rows, columns, nnz, batch) == pytest.approx(1e-6 * SMALL_SIZES[0])
-
-
-def test_large_matrices_have_a_table_of_their_own() -> None:
-    assert sizes_for(1024, 1024) == sizes_for(1, 1) == SMALL_SIZES
-    assert sizes_for(1024, 1025) == sizes_for(10**5, 10**5) == LARGE_SIZES
-
-
-def test_points_that_are_not_measured_follow_those_that_are() -> None:
-    """For times that grow as the scaling supposes, nothing is lost by not measuring."""
-
-    def seconds_of(p: str, m: str, size: int, density: float, batch: int) -> float:
-        return 1e-9 * size**2 * batch * (1 if m in calibration.AT_ANY_DENSITY else density)
-
-    true = _table(seconds_of, LARGE_SIZES).seconds["forward"]
-    measured = {
-        method: [
-            s if calibration._is_measured(LARGE_SIZES, method, *point[1:]) else math.inf
-            for point, s in zip(GRID, column, strict=True)
-        ]
-        for method, column in true.items()
-    }
-    for column in measured.values():
-        for i, (size, density, _) in enumerate(GRID):
-            if size == 1 and density > calibration.LAST_LARGE_DENSITY:
-                column[i] = math.inf
-    too_large = 2 * len(BATCHES)  # two densities
-    assert sum(map(math.isinf, measured["bucketed"])) == too_large
-    assert all(map(math.isinf, measured["dense"][: calibration.SPEED_DENSITY * len(BATCHES)]))
-    calibration._fill_in(measured)
-    for method, column in true.items():
-        assert measured[method] == pytest.approx(column)
-
-
-@pytest.mark.parametrize("slower", [1.4, 1.05, 1 / 1.05, 1 / 1.4])
-def test_halves_that_were_measured_at_two_speeds_are_compared_at_the_faster(slower: float) -> None:
-    """A method is told from the speed by those that take as long in either half; a few outliers change nothing."""
-    halves = [
-        {
-            (p, m, i): 1e-9
-            * 1024 ** (1 + size)
-            * BATCHES[batch]
-            * (1 if m in calibration.AT_ANY_DENSITY else density + 1)
-            for i, (size, density, batch) in enumerate(GRID)
-            for p in PRODUCTS
-            for m in METHODS[p]
-            if density in half and calibration._is_measured(LARGE_SIZES, m, density, batch)
-        }
-        for half in calibration.HALVES
-    ]
-    first = {key: seconds * slower for key, seconds in halves[0].items()}
-    outlier = next(key for key in first if key[1] == "dense")
-    first[outlier] *= 50
-    got = calibration.at_one_speed(first, halves[1])
-    if 1 / calibration.LEAST_DRIFT < slower < calibration.LEAST_DRIFT:
-        assert got == (first, halves[1]), "methods differ by so much in themselves"
-        return
-    faster = min(slower, 1.0)
-    for times, true in zip(got, halves, strict=True):
-        assert all(math.isclose(times[key], true[key] * faster) for key in true if key != outlier)
-
-
-def test_time_grows_by_what_is_multiplied_at_once() -> None:
-    table = _table(lambda p, m, size, density, batch: 1e-6 * batch)
-
-    def tokens(product: str, method: str, batch: int) -> float:
-        return round(table.predict(product, method, 512, 512, 1000, batch) * 1e6, 6)
-
-    for product, method in (("forward", "bucketed"), ("dx", "row-wise"), ("dvalues", "tiled")):
-        assert [tokens(product, method, b) for b in (9, 16, 17, 24, 32, 250, 257)] == [9, 16, 32, 32, 32, 256, 272]
-    for product in ("forward", "dx"):
-        assert [tokens(product, "filled", b) for b in (9, 16, 17, 24, 25, 250, 257)] == [9, 16, 24, 24, 32, 256, 264]
-    for product, method in (("forward", "bitmap"), ("forward", "dense"), ("dvalues", "filled")):
-        assert [tokens(product, method, b) for b in (17, 250, 257)] == [17, 250, 257]
-
-
-def test_a_disturbed_measurement_is_seen_by_a_larger_problem_that_took_less() -> None:
-    true = _table(lambda p, m, size, density, batch: 1e-9 * size**2 * density * batch)
-    disturbed = {p: {m: list(column) for m, column in methods.items()} for p, methods in true.seconds.items()}
-    for i in range(0, len(GRID) - 1, 2):  # no two neighbours, and not the largest of all
-        disturbed["forward"]["bucketed"][i] += 8e-3
-    healed = CostTable.from_measurement(SMALL_SIZES, disturbed)
-    assert CostTable.from_measurement(SMALL_SIZES, true.seconds) == true
-    for got, right in zip(healed.seconds["forward"]["bucketed"], true.seconds["forward"]["bucketed"], strict=True):
-        assert right <= got <= 5 * right, "what is left is one step of the grid, at most"
 
 
 def test_the_cheapest_is_chosen_and_memory_never_writes_out_the_weight(own_cache, quick_measure) -> None:

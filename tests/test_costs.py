@@ -1,0 +1,118 @@
+"""What a product is predicted to cost, from a table that is measured in part and in two halves."""
+
+from __future__ import annotations
+
+import math
+from itertools import product as combinations
+
+import pytest
+
+from cost_tables import table_of
+from offpath.kernels import calibration
+from offpath.kernels.costs import BATCHES, GRID, LARGE_SIZES, SMALL_SIZES, CostTable, sizes_for
+from offpath.kernels.methods import METHODS, PRODUCTS
+
+
+def test_prediction_meets_the_measurement_on_the_grid_and_is_a_power_law_between() -> None:
+    table = table_of(lambda p, m, size, density, batch: 1e-9 * size**2 * density * batch)
+    for size, density, batch in combinations((128, 300, 1024, 4096), (0.02, 0.07, 1.0), (1, 10, 256, 5000)):
+        nnz = math.ceil(size * size * density)
+        seconds = table.predict("forward", "dense", size, size, nnz, batch)
+        assert math.isclose(seconds, 1e-9 * nnz * batch, rel_tol=1e-9)
+
+
+def test_what_a_call_costs_besides_its_work_does_not_grow_beyond_the_grid() -> None:
+    table = table_of(lambda p, m, size, density, batch: 1e-3 + 1e-9 * size**2)
+    assert table.predict("forward", "row-wise", 4096, 4096, 4096**2, 1) == pytest.approx(1e-3 + 1e-9 * 4096**2)
+    table = table_of(lambda p, m, size, density, batch: 1e-3 + 1e-5 * batch)
+    assert table.predict("forward", "dense", 512, 512, 512, 1000) == pytest.approx(1e-3 + 1e-5 * 1000)
+
+
+@pytest.mark.parametrize(("rows", "columns", "nnz", "batch"), [(0, 5, 0, 3), (5, 0, 0, 3), (5, 5, 0, 0), (1, 1, 1, 1)])
+def test_prediction_of_what_lies_below_the_grid_is_its_edge(rows: int, columns: int, nnz: int, batch: int) -> None:
+    table = table_of(lambda p, m, size, density, batch: 1e-6 * size)
+    assert table.predict("dx", "bucketed", rows, columns, nnz, batch) == pytest.approx(1e-6 * SMALL_SIZES[0])
+
+
+def test_large_matrices_have_a_table_of_their_own() -> None:
+    assert sizes_for(1024, 1024) == sizes_for(1, 1) == SMALL_SIZES
+    assert sizes_for(1024, 1025) == sizes_for(10**5, 10**5) == LARGE_SIZES
+
+
+def test_points_that_are_not_measured_follow_those_that_are() -> None:
+    """For times that grow as the scaling supposes, nothing is lost by not measuring."""
+
+    def seconds_of(p: str, m: str, size: int, density: float, batch: int) -> float:
+        return 1e-9 * size**2 * batch * (1 if m in calibration.AT_ANY_DENSITY else density)
+
+    true = table_of(seconds_of, LARGE_SIZES).seconds["forward"]
+    measured = {
+        method: [
+            s if calibration._is_measured(LARGE_SIZES, method, *point[1:]) else math.inf
+            for point, s in zip(GRID, column, strict=True)
+        ]
+        for method, column in true.items()
+    }
+    for column in measured.values():
+        for i, (size, density, _) in enumerate(GRID):
+            if size == 1 and density > calibration.LAST_LARGE_DENSITY:
+                column[i] = math.inf
+    too_large = 2 * len(BATCHES)  # two densities
+    assert sum(map(math.isinf, measured["bucketed"])) == too_large
+    assert all(map(math.isinf, measured["dense"][: calibration.SPEED_DENSITY * len(BATCHES)]))
+    calibration._fill_in(measured)
+    for method, column in true.items():
+        assert measured[method] == pytest.approx(column)
+
+
+@pytest.mark.parametrize("slower", [1.4, 1.05, 1 / 1.05, 1 / 1.4])
+def test_halves_that_were_measured_at_two_speeds_are_compared_at_the_faster(slower: float) -> None:
+    """A method is told from the speed by those that take as long in either half; a few outliers change nothing."""
+    halves = [
+        {
+            (p, m, i): 1e-9
+            * 1024 ** (1 + size)
+            * BATCHES[batch]
+            * (1 if m in calibration.AT_ANY_DENSITY else density + 1)
+            for i, (size, density, batch) in enumerate(GRID)
+            for p in PRODUCTS
+            for m in METHODS[p]
+            if density in half and calibration._is_measured(LARGE_SIZES, m, density, batch)
+        }
+        for half in calibration.HALVES
+    ]
+    first = {key: seconds * slower for key, seconds in halves[0].items()}
+    outlier = next(key for key in first if key[1] == "dense")
+    first[outlier] *= 50
+    got = calibration.at_one_speed(first, halves[1])
+    if 1 / calibration.LEAST_DRIFT < slower < calibration.LEAST_DRIFT:
+        assert got == (first, halves[1]), "methods differ by so much in themselves"
+        return
+    faster = min(slower, 1.0)
+    for times, true in zip(got, halves, strict=True):
+        assert all(math.isclose(times[key], true[key] * faster) for key in true if key != outlier)
+
+
+def test_time_grows_by_what_is_multiplied_at_once() -> None:
+    table = table_of(lambda p, m, size, density, batch: 1e-6 * batch)
+
+    def tokens(product: str, method: str, batch: int) -> float:
+        return round(table.predict(product, method, 512, 512, 1000, batch) * 1e6, 6)
+
+    for product, method in (("forward", "bucketed"), ("dx", "row-wise"), ("dvalues", "tiled")):
+        assert [tokens(product, method, b) for b in (9, 16, 17, 24, 32, 250, 257)] == [9, 16, 32, 32, 32, 256, 272]
+    for product in ("forward", "dx"):
+        assert [tokens(product, "filled", b) for b in (9, 16, 17, 24, 25, 250, 257)] == [9, 16, 24, 24, 32, 256, 264]
+    for product, method in (("forward", "bitmap"), ("forward", "dense"), ("dvalues", "filled")):
+        assert [tokens(product, method, b) for b in (17, 250, 257)] == [17, 250, 257]
+
+
+def test_a_disturbed_measurement_is_seen_by_a_larger_problem_that_took_less() -> None:
+    true = table_of(lambda p, m, size, density, batch: 1e-9 * size**2 * density * batch)
+    disturbed = {p: {m: list(column) for m, column in methods.items()} for p, methods in true.seconds.items()}
+    for i in range(0, len(GRID) - 1, 2):  # no two neighbours, and not the largest of all
+        disturbed["forward"]["bucketed"][i] += 8e-3
+    healed = CostTable.from_measurement(SMALL_SIZES, disturbed)
+    assert CostTable.from_measurement(SMALL_SIZES, true.seconds) == true
+    for got, right in zip(healed.seconds["forward"]["bucketed"], true.seconds["forward"]["bucketed"], strict=True):
+        assert right <= got <= 5 * right, "what is left is one step of the grid, at most"
