@@ -13,7 +13,12 @@ class BitMatrix {
     BitMatrix(const Csr &csr, int64_t columns, int threads);
 
     Bitmap view() const { return {words.data(), crow_indices.data(), rows, columns, words_per_row}; }
-    int64_t bytes() const { return static_cast<int64_t>(words.size() * 8 + crow_indices.size() * 4); }
+    // The slot at which each chunk of each row begins: [rows, chunks].
+    const int32_t *chunk_slots() const { return slots_of_chunks.data(); }
+    int64_t chunks() const { return (columns + chunk_columns - 1) / chunk_columns; }
+    int64_t bytes() const {
+        return static_cast<int64_t>(words.size() * 8 + (crow_indices.size() + slots_of_chunks.size()) * 4);
+    }
     int64_t nnz() const { return crow_indices[rows]; }
 
     const int64_t rows, columns;
@@ -21,7 +26,7 @@ class BitMatrix {
   private:
     const int64_t words_per_row;
     std::vector<uint64_t> words;
-    std::vector<int32_t> crow_indices;
+    std::vector<int32_t> crow_indices, slots_of_chunks;
 };
 
 } // namespace offpath

@@ -142,29 +142,23 @@ template <class T> void filled(const offpath::filled_args<T> &args, const offpat
     }
 }
 
-// The connections of a row before its word `word`.
-inline int64_t slots_before(const offpath::Bitmap &bitmap, int64_t row, int64_t word) {
-    int64_t slot = bitmap.crow_indices[row];
-    for (int64_t w = 0; w < word; ++w)
-        slot += __builtin_popcountll(bitmap.words[row * bitmap.words_per_row + w]);
-    return slot;
-}
-
 constexpr int64_t chunk_rows_ahead = 8;
 
 // Calls body(column of the chunk, bits, values, whole) for each register full of columns of a chunk of a row.
 template <class T, class Body>
-[[gnu::always_inline]] inline void each_vector_of_chunk(const offpath::Bitmap &bitmap, int64_t row, int64_t first_word,
-                                                        const T *values, const Body &body) {
-    const T *end = values + bitmap.crow_indices[bitmap.rows];
-    const int64_t first_slot = slots_before(bitmap, row, first_word);
-    // Where the values of a later row lie, if its connections are spread as this row's: the processor sees no pattern.
+[[gnu::always_inline]] inline void each_vector_of_chunk(const offpath::filled_dx_args<T> &args, int64_t row,
+                                                        int64_t chunk, const Body &body) {
+    const offpath::Bitmap &bitmap = args.bitmap;
+    const int64_t chunks = (bitmap.columns + offpath::chunk_columns - 1) / offpath::chunk_columns;
+    const int64_t first_word = chunk * (offpath::chunk_columns / 64);
+    const T *end = args.values + bitmap.crow_indices[bitmap.rows];
+    // The values of a later row: the processor sees no pattern.
     const int64_t later = row + chunk_rows_ahead < bitmap.rows ? row + chunk_rows_ahead : row;
-    const T *ahead = values + first_slot + (bitmap.crow_indices[later] - bitmap.crow_indices[row]);
+    const T *ahead = args.values + args.chunk_slots[later * chunks + chunk];
 #pragma GCC unroll 32
     for (int64_t i = 0; i < offpath::chunk_columns; i += 64 / sizeof(T))
         __builtin_prefetch(ahead + i);
-    values += first_slot;
+    const T *values = args.values + args.chunk_slots[row * chunks + chunk];
     for (int64_t w = 0; w < offpath::chunk_columns / 64; ++w) {
         const uint64_t word =
             first_word + w < bitmap.words_per_row ? bitmap.words[row * bitmap.words_per_row + first_word + w] : 0;
@@ -179,7 +173,6 @@ template <class T, class Body>
 
 // Fills the tile with rows `begin` to `end` of a chunk: [steps of rows, columns of the chunk].
 template <class T> void fill_chunk(const offpath::filled_dx_args<T> &args, int64_t chunk, int64_t begin, int64_t end) {
-    const int64_t first_word = chunk * (offpath::chunk_columns / 64);
     auto *tile = static_cast<FilledEntry<T> *>(args.tile);
     if constexpr (in_pairs<T>) {
         using B = ColumnVector<T>;
@@ -188,7 +181,7 @@ template <class T> void fill_chunk(const offpath::filled_dx_args<T> &args, int64
         for (int64_t row = begin; row < end; row += 2) {
             T *entries = tile + (row - begin) * offpath::chunk_columns;
             each_vector_of_chunk<T>(
-                args.bitmap, row, first_word, args.values,
+                args, row, chunk,
                 [&] [[gnu::always_inline]] (int64_t column, uint32_t bits, const T *values, bool whole) {
                     B::store(first + column, B::order_for_zip(B::expand(values, bits, whole)));
                 });
@@ -199,7 +192,7 @@ template <class T> void fill_chunk(const offpath::filled_dx_args<T> &args, int64
             };
             if (row + 1 < end)
                 each_vector_of_chunk<T>(
-                    args.bitmap, row + 1, first_word, args.values,
+                    args, row + 1, chunk,
                     [&] [[gnu::always_inline]] (int64_t column, uint32_t bits, const T *values, bool whole) {
                         zip(column, B::order_for_zip(B::expand(values, bits, whole)));
                     });
@@ -210,7 +203,7 @@ template <class T> void fill_chunk(const offpath::filled_dx_args<T> &args, int64
     } else {
         for (int64_t row = begin; row < end; ++row)
             each_vector_of_chunk<T>(
-                args.bitmap, row, first_word, args.values,
+                args, row, chunk,
                 [&] [[gnu::always_inline]] (int64_t column, uint32_t bits, const T *values, bool whole) {
                     fill<T>(values, bits, whole, tile + (row - begin) * offpath::chunk_columns + column);
                 });

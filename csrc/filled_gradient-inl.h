@@ -61,6 +61,14 @@ template <class T, int64_t width>
     }
 }
 
+// The connections of a row before its word `word`.
+inline int64_t slots_before(const offpath::Bitmap &bitmap, int64_t row, int64_t word) {
+    int64_t slot = bitmap.crow_indices[row];
+    for (int64_t w = 0; w < word; ++w)
+        slot += __builtin_popcountll(bitmap.words[row * bitmap.words_per_row + w]);
+    return slot;
+}
+
 // The connections of a row before its column `column`.
 inline int64_t slots_before_column(const offpath::Bitmap &bitmap, int64_t row, int64_t column) {
     const int64_t word = column / 64;
@@ -68,6 +76,18 @@ inline int64_t slots_before_column(const offpath::Bitmap &bitmap, int64_t row, i
         return bitmap.crow_indices[row + 1];
     const uint64_t before = bitmap.words[row * bitmap.words_per_row + word] & ((uint64_t{1} << column % 64) - 1);
     return slots_before(bitmap, row, word) + __builtin_popcountll(before);
+}
+
+// The lines that a group's connections of the panel will be written to: no pattern that the processor sees, since a
+// panel's part of a row is less than a line or two.
+template <class T>
+[[gnu::always_inline]] inline void prefetch_connections(const offpath::filled_dvalues_args<T> &args,
+                                                        const int64_t *slots) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < offpath::group_rows; ++i) {
+        __builtin_prefetch(args.dvalues + slots[i], 1);
+        __builtin_prefetch(args.dvalues + slots[i] + 64 / sizeof(T), 1);
+    }
 }
 
 // Block: rows count groups, batch counts panels of x.
@@ -80,7 +100,7 @@ template <class T> void filled_dvalues(const offpath::filled_dvalues_args<T> &ar
     const int64_t last_column = block.batch_end * panel_width<T>;
     // Where the next value of each row goes, and where those of the block end.
     constexpr int64_t most_rows = offpath::groups_per_gradient * offpath::group_rows;
-    int64_t slots[most_rows], ends[most_rows];
+    int64_t slots[most_rows] = {}, ends[most_rows];
     for (int64_t row = first_row; row < last_row; ++row) {
         slots[row - first_row] = slots_before_column(bitmap, row, first_column);
         ends[row - first_row] = slots_before_column(bitmap, row, last_column);
@@ -95,6 +115,8 @@ template <class T> void filled_dvalues(const offpath::filled_dvalues_args<T> &ar
                 const int64_t end = args.batch - begin < tokens_at_once ? args.batch : begin + tokens_at_once;
                 for (int64_t group = block.row_begin; group < block.row_end; ++group) {
                     offpath::Sum<T> *sums = kept[group - block.row_begin];
+                    if (end == args.batch && group + 1 < block.row_end)
+                        prefetch_connections<T>(args, slots + (group + 1 - block.row_begin) * offpath::group_rows);
                     Accumulators<T, vectors> acc;
                     if (begin == 0)
                         start_group<T, vectors>(acc, GroupStart<T>(nullptr, group, bitmap.rows).of_row);

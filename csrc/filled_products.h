@@ -52,12 +52,12 @@ template <class T> class FilledInputGradient {
   public:
     FilledInputGradient(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const Panels<T> &dy,
                         int64_t batch, T *dx, bool feature_major, int threads)
-        : kernel(kernels.filled_dx), args{matrix.view(), values, dy.data(), dx, batch, feature_major, nullptr, nullptr},
+        : kernel(kernels.filled_dx),
+          args{matrix.view(), matrix.chunk_slots(), values, dy.data(), dx, batch, feature_major, nullptr, nullptr},
           rows_at_once(rows_per_fill(kernels.layout.panel_entry_bytes)),
           tile_bytes(chunk_columns * (std::min(matrix.rows, rows_at_once - 1) + 1) * kernels.layout.panel_entry_bytes),
-          sums(matrix.rows > rows_at_once ? tokens_per_tile * chunk_columns : 0),
-          chunks(ceil_div(matrix.columns, chunk_columns)), panels(dy.count),
-          panels_per_tile(panels_sharing(kernels.layout, dy.count, chunks, threads)) {}
+          sums(matrix.rows > rows_at_once ? tokens_per_tile * chunk_columns : 0), chunks(matrix.chunks()),
+          panels(dy.count), panels_per_tile(panels_sharing(kernels.layout, dy.count, chunks, threads)) {}
 
     int64_t tasks() const { return chunks * ceil_div(panels, panels_per_tile); }
     void run(int64_t task) const {

@@ -195,9 +195,10 @@ constexpr int64_t tokens_per_tile = 256;
 constexpr int64_t rows_per_fill(int64_t entry_bytes) { return (384 << 10) / (chunk_columns * entry_bytes); }
 template <class T> struct filled_dx_args {
     Bitmap bitmap;
-    const T *values;    // [nnz]
-    const void *panels; // of dy
-    T *dx;              // [batch, columns], contiguous, or [columns, batch] where feature_major
+    const int32_t *chunk_slots; // where each chunk of each row begins: [rows, chunks]
+    const T *values;            // [nnz]
+    const void *panels;         // of dy
+    T *dx;                      // [batch, columns], contiguous, or [columns, batch] where feature_major
     int64_t batch;
     bool feature_major;
     // Working memory: chunk_columns x rows_per_fill, in the type of panels; and, where there are more rows, the sums of

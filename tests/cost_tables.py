@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import product as combinations
 
-from offpath.kernels.costs import BATCHES, DENSITIES, SMALL_SIZES, CostTable
+from offpath.kernels.costs import BATCHES, DENSITIES, SMALL_SIZES, CostTable, Sizes
 from offpath.kernels.methods import METHODS, PRODUCTS
 
 
-def table_of(seconds_of: Callable[..., float], sizes: tuple[int, int] = SMALL_SIZES) -> CostTable:
+def table_of(seconds_of: Callable[..., float], sizes: Sizes = SMALL_SIZES) -> CostTable:
     """A table whose entries `seconds_of(product, method, size, density, batch)` gives."""
     grid = list(combinations(sizes, DENSITIES, BATCHES))
     return CostTable(

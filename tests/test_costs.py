@@ -39,28 +39,29 @@ def test_large_matrices_have_a_table_of_their_own() -> None:
     assert sizes_for(1024, 1025) == sizes_for(10**5, 10**5) == LARGE_SIZES
 
 
-def test_points_that_are_not_measured_follow_those_that_are() -> None:
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_points_that_are_not_measured_follow_those_that_are(product: str) -> None:
     """For times that grow as the scaling supposes, nothing is lost by not measuring."""
 
     def seconds_of(p: str, m: str, size: int, density: float, batch: int) -> float:
         return 1e-9 * size**2 * batch * (1 if m in calibration.AT_ANY_DENSITY else density)
 
-    true = table_of(seconds_of, LARGE_SIZES).seconds["forward"]
+    true = table_of(seconds_of, LARGE_SIZES).seconds[product]
     measured = {
         method: [
-            s if calibration._is_measured(LARGE_SIZES, method, *point[1:]) else math.inf
+            s if calibration._is_measured(LARGE_SIZES, product, method, *point[1:]) else math.inf
             for point, s in zip(GRID, column, strict=True)
         ]
         for method, column in true.items()
     }
     for column in measured.values():
         for i, (size, density, _) in enumerate(GRID):
-            if size == 1 and density > calibration.LAST_LARGE_DENSITY:
+            if size > 0 and density > calibration.LAST_LARGE_DENSITY:
                 column[i] = math.inf
-    too_large = 2 * len(BATCHES)  # two densities
-    assert sum(map(math.isinf, measured["bucketed"])) == too_large
+    too_large = 2 * 2 * len(BATCHES)  # two densities of two sizes
+    assert sum(map(math.isinf, measured["tiled" if product == "dvalues" else "bucketed"])) == too_large
     assert all(map(math.isinf, measured["dense"][: calibration.SPEED_DENSITY * len(BATCHES)]))
-    calibration._fill_in(measured)
+    calibration._fill_in(product, measured)
     for method, column in true.items():
         assert measured[method] == pytest.approx(column)
 
@@ -77,7 +78,7 @@ def test_halves_that_were_measured_at_two_speeds_are_compared_at_the_faster(slow
             for i, (size, density, batch) in enumerate(GRID)
             for p in PRODUCTS
             for m in METHODS[p]
-            if density in half and calibration._is_measured(LARGE_SIZES, m, density, batch)
+            if density in half and calibration._is_measured(LARGE_SIZES, p, m, density, batch)
         }
         for half in calibration.HALVES
     ]

@@ -14,23 +14,21 @@ import torch
 from torch import Tensor
 
 from offpath.kernels.backend import Backend
-from offpath.kernels.costs import BATCHES, DENSITIES, GRID, LARGE_SIZES, CostTable
+from offpath.kernels.costs import BATCHES, DENSITIES, GRID, LARGE_SIZES, CostTable, Sizes
 from offpath.kernels.measured import measured_once
 from offpath.kernels.methods import METHODS, PreparedMatrix, PreparedWeight
 from offpath.kernels.undisturbed import fastest
 
 _log = logging.getLogger("offpath")
-Sizes = tuple[int, int]
 Seconds = dict[str, list[float]]
 Times = dict[tuple[str, str, int], float]  # of (product, method, place in GRID)
 SMALL_ROUNDS, LARGE_ROUNDS = 5, 3
-# Not every point of the grid is measured. Dense and filled take as long at all densities, but for the writing out. A
-# bitmap reads its values once for every eight tokens, and the row-wise form its x once for every connection, so that
-# they are out of the question long before many tokens or connections. Nearly dense matrices of the largest size would
-# take more time and memory than all others together.
+# Not every point of the grid is measured. Dense and filled take as long at all densities, but for the writing out. Over
+# bits, output and dX read the values once for every eight tokens, and dvalues takes as long as at full density; the
+# row-wise form reads its x once for every connection: they are out of the question long before many tokens or
+# connections. Nearly dense large matrices would take more time and memory than all others together.
 AT_ANY_DENSITY, DENSE_DENSITY = ("dense", "filled"), DENSITIES.index(0.5)
-BITMAP_MEASURED_BATCH = 16
-LAST_BITMAP_BATCH = BATCHES.index(BITMAP_MEASURED_BATCH)
+BITMAP_MEASURED_BATCHES = {"forward": 16, "dx": 16, "dvalues": 64}
 LAST_ROW_WISE = DENSITIES.index(0.2), BATCHES.index(32)
 LAST_LARGE_DENSITY = DENSITIES.index(0.5)
 # Densities that are measured together. Of the large sizes, half of all connections are in the second half, and with
@@ -63,8 +61,8 @@ def measure(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> CostTable:
         logging.WARNING if sizes == LARGE_SIZES else logging.INFO,
         "offpath measures once what its %s products of up to %d x %d cost here; this takes seconds",
         dtype,
-        sizes[1],
-        sizes[1],
+        sizes[-1],
+        sizes[-1],
     )
     best = {p: {m: [math.inf] * len(GRID) for m in methods} for p, methods in METHODS.items()}
     parts = HALVES if sizes == LARGE_SIZES else (TOGETHER,)
@@ -72,8 +70,8 @@ def measure(backend: Backend, dtype: torch.dtype, sizes: Sizes) -> CostTable:
     for times in at_one_speed(*found) if len(found) > 1 else found:
         for (product, method, i), seconds in times.items():
             best[product][method][i] = seconds
-    for methods in best.values():
-        _fill_in(methods)
+    for product, methods in best.items():
+        _fill_in(product, methods)
     return CostTable.from_measurement(sizes, best)
 
 
@@ -101,22 +99,22 @@ def _measure_densities(backend: Backend, dtype: torch.dtype, sizes: Sizes, densi
         for i, (weight, values), x in _problems(sizes, densities, dtype)
         for product, methods in METHODS.items()
         for method in methods
-        if _is_measured(sizes, method, *GRID[i][1:])
+        if _is_measured(sizes, product, method, *GRID[i][1:])
     }
     with torch.inference_mode():
         return fastest(calls, LARGE_ROUNDS if sizes == LARGE_SIZES else SMALL_ROUNDS)
 
 
-def _is_measured(sizes: Sizes, method: str, density: int, batch: int) -> bool:
+def _is_measured(sizes: Sizes, product: str, method: str, density: int, batch: int) -> bool:
     if method in AT_ANY_DENSITY:
         tells_speed = sizes == LARGE_SIZES and density == SPEED_DENSITY and batch >= SPEED_BATCH
         return density == DENSE_DENSITY or tells_speed
     if method == "bitmap":
-        return batch <= LAST_BITMAP_BATCH
+        return BATCHES[batch] <= BITMAP_MEASURED_BATCHES[product]
     return method != "row-wise" or density <= LAST_ROW_WISE[0] or batch <= LAST_ROW_WISE[1]
 
 
-def _fill_in(methods: Seconds) -> None:
+def _fill_in(product: str, methods: Seconds) -> None:
     """Scale what was measured to the points of the grid that were not."""
     for method, seconds in methods.items():
         at = dict(zip(GRID, seconds, strict=True))
@@ -125,7 +123,7 @@ def _fill_in(methods: Seconds) -> None:
                 continue
             if method in AT_ANY_DENSITY:
                 at[size, density, batch] = at[size, DENSE_DENSITY, batch]
-            elif method == "bitmap" and batch > LAST_BITMAP_BATCH:
+            elif method == "bitmap" and BATCHES[batch] > BITMAP_MEASURED_BATCHES[product]:
                 at[size, density, batch] = at[size, density, batch - 1] * BATCHES[batch] / BATCHES[batch - 1]
             else:
                 growth = DENSITIES[density] / DENSITIES[density - 1]
@@ -141,7 +139,7 @@ def _problems(
     """Grid points, each with a weight, its values and tokens."""
     generator = torch.Generator().manual_seed(0)
     for i, (size, density, batch) in enumerate(GRID):
-        if density not in densities or (sizes[size] == LARGE_SIZES[1] and density > LAST_LARGE_DENSITY):
+        if density not in densities or (sizes[size] in LARGE_SIZES[1:] and density > LAST_LARGE_DENSITY):
             continue
         if batch == 0:
             weight = _random_weight(sizes[size], DENSITIES[density], dtype, generator)

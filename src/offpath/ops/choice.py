@@ -14,14 +14,14 @@ from torch import Tensor
 
 from offpath import kernels
 from offpath.kernels import Backend, KernelError
-from offpath.kernels.calibration import BITMAP_MEASURED_BATCH, cost_table
+from offpath.kernels.calibration import BITMAP_MEASURED_BATCHES, cost_table
 from offpath.kernels.costs import sizes_for
 from offpath.kernels.methods import AT_ONCE, DENSE_METHODS, METHODS, PRODUCTS
 from offpath.kernels.operands import on_device_of
 
 PREFERENCES = ("speed", "memory")
 # Filled and dense take the same time at any sparsity and so cannot lose much to `nn.Linear`: the better of them wins
-# near-ties. It wins more of them where less is known: on a GPU, whose costs are estimated, and over bits beyond the 16
+# near-ties. It wins more of them where less is known: on a GPU, whose costs are estimated, and over bits beyond the
 # tokens up to which they are measured. Steps of 2048 x 2048 with 64 tokens over bits, predicted to take 5 to 10 % less
 # on a CPU, took 7 % more.
 STEADY_MARGIN, STEADY_OVER_UNSURE_MARGIN = 1.05, 1.12
@@ -127,9 +127,10 @@ def choose(
         costs = {m: cost if m in AT_ONCE[dx_method] else cost + APART_SECONDS for m, cost in costs.items()}
     best = min(costs, key=costs.__getitem__)
     filled, dense = costs.get("filled", math.inf), costs.get("dense", math.inf)
-    is_unsure = not backend.native or (best == "bitmap" and batch > BITMAP_MEASURED_BATCH)
-    if min(filled, dense) <= (STEADY_OVER_UNSURE_MARGIN if is_unsure else STEADY_MARGIN) * costs[best]:
-        return "filled" if filled <= filled_margin(backend) * dense else "dense"
+    steady = "filled" if filled <= filled_margin(backend) * dense else "dense"
+    is_unsure = not backend.native or (best == "bitmap" and batch > BITMAP_MEASURED_BATCHES[product])
+    if costs.get(steady, math.inf) <= (STEADY_OVER_UNSURE_MARGIN if is_unsure else STEADY_MARGIN) * costs[best]:
+        return steady
     if best == "bitmap" and dx_method == "bucketed":
         return "tiled" if costs.get("tiled", math.inf) <= TILED_BESIDE_PLAN_MARGIN * costs[best] else best
     if best == "row-wise":
