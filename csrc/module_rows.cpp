@@ -1,4 +1,5 @@
 // The Python face of the kernels on sparse rows; kernels/variant_rows.py is its only caller.
+#include "dense_rows.h"
 #include "encode.h"
 #include "module.h"
 #include "row_products.h"
@@ -33,6 +34,20 @@ void call_rows_weight_gradient(int64_t isa, int64_t rows, int64_t columns, int64
     rows_weight_gradient<T>(use_kernels<T>(isa), csr_at(crow_indices, indices, rows), at<const T>(values),
                             {at<const T>(dy), dy_stride}, columns, width, {at<T>(gradient), gradient_stride}, add,
                             threads);
+}
+
+template <class T>
+void call_rows_written_out(int64_t rows, int64_t columns, Address crow_indices, Address indices, Address values,
+                           Address dense, int threads) {
+    nb::gil_scoped_release release;
+    rows_written_out<T>(csr_at(crow_indices, indices, rows), at<const T>(values), columns, at<T>(dense), threads);
+}
+
+template <class T>
+void call_rows_picked(int64_t rows, int64_t columns, Address crow_indices, Address indices, Address dense,
+                      Address picked, int threads) {
+    nb::gil_scoped_release release;
+    rows_picked<T>(csr_at(crow_indices, indices, rows), at<const T>(dense), columns, at<T>(picked), threads);
 }
 
 template <class T>
@@ -118,6 +133,8 @@ void offpath::bind_rows(nb::module_ &m) {
     m.def("rows_matmul_" #suffix, &call_rows_matmul<T>);                                                               \
     m.def("rows_dots_" #suffix, &call_rows_dots<T>);                                                                   \
     m.def("rows_weight_gradient_" #suffix, &call_rows_weight_gradient<T>);                                             \
+    m.def("rows_written_out_" #suffix, &call_rows_written_out<T>);                                                     \
+    m.def("rows_picked_" #suffix, &call_rows_picked<T>);                                                               \
     m.def("sparse_matmul_" #suffix, &call_sparse_matmul<T>);                                                           \
     m.def("sparse_dots_" #suffix, &call_sparse_dots<T>);                                                               \
     m.def("sparse_weight_gradient_" #suffix, &call_sparse_weight_gradient<T>);                                         \

@@ -16,7 +16,7 @@ from offpath.pattern import Pattern
 from problems import Draw
 
 # The fields of `RowProducts` that each native variant computes itself; the rest is still the shared definition.
-NATIVE = frozenset(field.name for field in fields(RowProducts)) - {"counts"}
+NATIVE = frozenset(field.name for field in fields(RowProducts)) - {"counts", "written_out", "dense_dots"}
 every_backend = pytest.mark.parametrize("backend", list(kernels.backends().values()), ids=lambda b: b.name)
 
 
@@ -91,6 +91,14 @@ def _add_weight_gradient(rows: RowProducts, p: RowProblem, operands: Operands) -
     return buffer
 
 
+def _written_out(rows: RowProducts, p: RowProblem, operands: Operands) -> Tensor:
+    return rows.written_out(p.crow_indices, p.indices, operands["values"], p.columns)
+
+
+def _dense_dots(rows: RowProducts, p: RowProblem, operands: Operands) -> Tensor:
+    return rows.dense_dots(p.crow_indices, p.indices, operands["dy"], operands["weight"])
+
+
 def _weight_values(p: RowProblem) -> tuple[int]:
     return (p.weight.nnz,)
 
@@ -126,6 +134,11 @@ def _entries_of_columns(p: RowProblem) -> Tensor:
     return torch.bincount(p.indices, minlength=p.columns)[:, None]
 
 
+def _entries_of_places(p: RowProblem) -> Tensor:
+    rows = torch.arange(p.rows).repeat_interleave(p.crow_indices.diff())
+    return torch.bincount(rows * p.columns + p.indices, minlength=p.rows * p.columns).view(p.rows, p.columns)
+
+
 def _products(layout: str) -> tuple[RowProduct, ...]:
     lay = LAYOUTS[layout]
     return (
@@ -148,6 +161,13 @@ def _products(layout: str) -> tuple[RowProduct, ...]:
             "dots",
             lambda p, draw: {"dy": draw((p.rows, p.width)), "weight": lay(draw, p.columns, p.width)},
             _dots,
+            lambda p: torch.tensor(p.width),
+        ),
+        RowProduct(
+            f"dense dots, dy and weight {layout}",
+            "dense_dots",
+            lambda p, draw: {"dy": lay(draw, p.rows, p.width), "weight": lay(draw, p.columns, p.width)},
+            _dense_dots,
             lambda p: torch.tensor(p.width),
         ),
         RowProduct(
@@ -186,6 +206,13 @@ def _products(layout: str) -> tuple[RowProduct, ...]:
 
 
 PRODUCTS = (
+    RowProduct(
+        "written out",
+        "written_out",
+        lambda p, draw: {"values": draw(p.indices.shape)},
+        _written_out,
+        _entries_of_places,
+    ),
     *_products("contiguous"),
     RowProduct(
         "sparse matmul",

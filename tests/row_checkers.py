@@ -277,6 +277,8 @@ def check_refuses(rows: RowProducts, crow_indices: Tensor, indices: Tensor, colu
         lambda: rows.dots(crow_indices, indices, dy, weight),
         lambda: rows.weight_gradient(crow_indices, indices, values, dy, columns),
         lambda: rows.add_weight_gradient(crow_indices, indices, values, dy, buffer),
+        lambda: rows.written_out(crow_indices, indices, values, columns),
+        lambda: rows.dense_dots(crow_indices, indices, dy, weight),
         lambda: rows.sparse_matmul(crow_indices, indices, values, *connections, torch.ones(columns), width),
         lambda: rows.sparse_dots(crow_indices, indices, dy, *connections, torch.ones(columns)),
         lambda: rows.sparse_weight_gradient(crow_indices, indices, values, dy, *connections),
@@ -297,7 +299,7 @@ def check_special(rows: RowProducts, dtype: torch.dtype) -> None:
     """NaN and infinities go where the definition has them, and nowhere else."""
     product = {p.field: p for p in PRODUCTS}
     for problem in SPECIAL_PROBLEMS:
-        for field in ("matmul", "dots", "weight_gradient", "add_weight_gradient", *SPARSE_WEIGHT):
+        for field in ("matmul", "dots", "weight_gradient", "add_weight_gradient", "written_out", *SPARSE_WEIGHT):
             check_with(product[field], rows, problem, dtype, specials)
         # What no entry names: NaN there must not be read, not even to be multiplied with zero.
         named = torch.bincount(problem.indices, minlength=problem.columns) > 0

@@ -99,6 +99,28 @@ def _scales_its_weight(crow, indices, values, weight):
     return y
 
 
+def _last_of_a_place_is_written(crow, indices, values, columns):
+    right.check_rows(crow, indices, columns)
+    dense = values.new_zeros(crow.numel() - 1, columns)
+    dense[right.row_numbers(crow), indices.long()] = values
+    return dense
+
+
+def _leaves_places_without_entries(crow, indices, values, columns):
+    dense = right.written_out(crow, indices, values, columns)
+    return torch.where(
+        right.written_out(crow, indices, torch.ones_like(values), columns) > 0, dense, dense.new_empty(())
+    )
+
+
+def _writes_out_what_it_does_not_check(crow, indices, values, columns):
+    return right.written_out(crow, indices.clamp(0, columns - 1), values, columns)
+
+
+def _picks_of_the_row_after(crow, indices, dy, weight):
+    return right.dense_dots(crow, indices, dy.roll(-1, 0), weight)
+
+
 def _takes_dy_of_the_row_before(crow, indices, dy, weight):
     return right.dots(crow, indices, dy.roll(1, 0), weight)
 
@@ -345,6 +367,10 @@ ROW_MUTANTS = (
     _wrong("multiplies every row of the weight", "special", matmul=_multiplies_every_row_of_the_weight),
     _wrong("wraps indices around", "refuses", matmul=_wraps_indices_around),
     _wrong("believes the row pointer", "refuses", matmul=_believes_the_row_pointer),
+    _wrong("last of a place is written", *PRODUCTS, "special", written_out=_last_of_a_place_is_written),
+    _wrong("zeros are not written", *PRODUCTS, "special", written_out=_leaves_places_without_entries),
+    _wrong("writes out unchecked", "refuses", written_out=_writes_out_what_it_does_not_check),
+    _wrong("picks of the row after", *PRODUCTS, dense_dots=_picks_of_the_row_after),
     _wrong("takes dy of the row before", *PRODUCTS, dots=_takes_dy_of_the_row_before),
     _wrong("forgets the last feature", *PRODUCTS, dots=_forgets_the_last_feature),
     _wrong("swaps the gradients of two entries", *PRODUCTS, dots=_swaps_the_gradients_of_two_entries),

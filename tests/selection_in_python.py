@@ -15,7 +15,7 @@ from offpath.kernels import KernelError
 from offpath.kernels.gpu import counting_sort, launch, selection, ties
 from offpath.kernels.gpu.selection import batch_topk, encode_topk, topk
 from offpath.kernels.reference_rows import ROWS as DEFINITION
-from offpath.nn import BatchTopK, SparseAutoencoder, SparseInputLinear, TopK, autoencoder, row_blocks
+from offpath.nn import BatchTopK, SparseAutoencoder, SparseInputLinear, TopK, autoencoder, row_blocks, straight_through
 from offpath.ops import library
 from triton_in_python import every_dtype, mutated
 from waits import Counts, Waited, Waits
@@ -121,6 +121,7 @@ def on_device(monkeypatch: pytest.MonkeyPatch):
     """CPU tensors are treated as those of a GPU: nobody looks at what the indices say, and blocks are other ones."""
     monkeypatch.setattr(launch, "check_rows", lambda *_: None)
     monkeypatch.setattr(row_blocks, "_is_on_device", lambda x: True)
+    monkeypatch.setattr(straight_through, "_adds_in_order", lambda sums: False)
     monkeypatch.setattr(row_blocks, "DEVICE_BLOCK_ENTRIES", 4 * 16)  # three blocks of four rows
     with kernels.forced("gpu:interpreted"):
         yield

@@ -23,9 +23,9 @@ BACKEND = kernels.default_backend()[0]
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("OFFPATH_CACHE_DIR", str(tmp_path))
-    row_calibration.break_evens.cache_clear()
+    row_calibration._break_evens.cache_clear()
     yield tmp_path
-    row_calibration.break_evens.cache_clear()
+    row_calibration._break_evens.cache_clear()
 
 
 def test_an_autocast_rounds_neither_way() -> None:
@@ -87,18 +87,20 @@ def test_what_was_measured_decides_and_only_where_there_is_a_question(
 ) -> None:
     measured: list[torch.dtype] = []
 
-    def measure(_: kernels.Backend, dtype: torch.dtype) -> dict[str, float]:
+    def measure(_: kernels.Backend, dtype: torch.dtype) -> row_calibration.BreakEvens:
         measured.append(dtype)
-        return {"matmul": 0.2, "dots": 0.9, "weight_gradient": 0.9}
+        return {"matmul": [0.2, 0.1], "dots": [0.9, 0.9], "weight_gradient": [0.9, 0.9]}
 
     monkeypatch.setattr(row_calibration, "measure", measure)
     densely: list[bool] = []
 
-    def written_out(*_: object) -> torch.Tensor:
-        densely.append(True)
-        return torch.zeros(64, 256)
+    product = row_products._product
 
-    monkeypatch.setattr(row_products, "written_out", written_out)
+    def noted(*operands: torch.Tensor) -> torch.Tensor:
+        densely.append(True)
+        return product(*operands)
+
+    monkeypatch.setattr(row_products, "_product", noted)
     weight, x = torch.randn(256, 1024), torch.randn(64, 256)
     topk_rows(x, 10).matmul(weight)
     assert not measured, "4 % live: no machine would compute that densely"
@@ -106,6 +108,16 @@ def test_what_was_measured_decides_and_only_where_there_is_a_question(
     assert len(measured) == 1 and not densely
     topk_rows(x, 64).matmul(weight)
     assert densely == [True] and len(measured) == 1
+
+
+@pytest.mark.parametrize(
+    ("entries", "density"), [(1, 0.4), (2**20, 0.4), (2**20 * 8**0.5, 0.2), (2**23, 0.1), (2**30, 0.1)]
+)
+def test_a_break_even_between_two_weights_is_between_theirs(
+    entries: float, density: float, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_calibration, "measure", lambda *_: {key: [0.4, 0.1] for key in row_calibration.PRODUCTS})
+    assert row_calibration.break_even(BACKEND, torch.float32, "dots", int(entries)) == pytest.approx(density, rel=1e-6)
 
 
 def _two_sparsities() -> tuple[SparseRows, SparseSparseLinear]:
@@ -173,12 +185,15 @@ def test_what_a_visit_costs_is_kept_in_the_cache(tmp_path: Path, monkeypatch: py
 def test_break_evens_are_kept_in_the_cache_and_measured_anew_where_they_are_broken(cache: Path) -> None:
     if not BACKEND.native:
         pytest.skip("the reference has no break-even")
-    first = row_calibration.break_evens(BACKEND, torch.float32)
+    first = row_calibration._break_evens(BACKEND, torch.float32)
     (file,) = cache.glob("rows-*.json")
     assert json.loads(file.read_text())["found"] == first and set(first) == set(row_calibration.PRODUCTS)
-    row_calibration.break_evens.cache_clear()
-    assert row_calibration.break_evens(BACKEND, torch.float32) == first
-    file.write_text('{"found": {"matmul": -1}, "undisturbed": true}')
-    row_calibration.break_evens.cache_clear()
-    again = row_calibration.break_evens(BACKEND, torch.float32)
-    assert all(density > 0 for density in again.values()) and json.loads(file.read_text())["found"] == again
+    row_calibration._break_evens.cache_clear()
+    assert row_calibration._break_evens(BACKEND, torch.float32) == first
+    file.write_text('{"found": {"matmul": [-1, 1]}, "undisturbed": true}')
+    row_calibration._break_evens.cache_clear()
+    again = row_calibration._break_evens(BACKEND, torch.float32)
+    assert (
+        all(density > 0 for densities in again.values() for density in densities)
+        and json.loads(file.read_text())["found"] == again
+    )

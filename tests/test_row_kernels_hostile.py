@@ -51,6 +51,8 @@ def _calls(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[RowProduct
         "dots": lambda rows: (rows.dots(p.crow_indices, p.indices, dy, weight),),
         "weight_gradient": lambda rows: (rows.weight_gradient(p.crow_indices, p.indices, values, dy, p.columns),),
         "add_weight_gradient": added,
+        "written_out": lambda rows: (rows.written_out(p.crow_indices, p.indices, values, p.columns),),
+        "dense_dots": lambda rows: (rows.dense_dots(p.crow_indices, p.indices, dy, weight),),
         **{product.field: partial(_run_drawn, product, p, product.draw(p, draw)) for product in PRODUCTS[-3:]},
         "counts": lambda rows: (rows.counts(p.indices, p.columns),),
         "topk": lambda rows: rows.topk(x, 20),
@@ -94,6 +96,7 @@ def test_products_of_every_shape_do_not_depend_on_the_thread_count(backend: Back
         return tuple(
             product.run(backend.rows, problem, product.draw(problem, draw))
             for product in PRODUCTS
+            if product.field != "dense_dots"  # torch's product does
             for problem in (*PROBLEMS, *LARGE_PROBLEMS)
         )
 
@@ -270,77 +273,62 @@ def test_scores_with_any_strides_give_the_same_entries(layout: str, backend: Bac
             assert all(map(same_bits, getattr(backend.rows, selection)(view, of), expected))
 
 
-def _misfits() -> dict[str, tuple[str, Callable[[RowProducts], object]]]:
+def _misfits() -> dict[str, Callable[[RowProducts], object]]:
     crow, indices = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([1, 0, 1], dtype=torch.int32)
     values, weight, dy, x = torch.ones(3), torch.ones(2, 4), torch.ones(2, 4), torch.ones(2, 6)
     rows, two = (crow, indices), torch.ones(2)
     sparse = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([3, 0], dtype=torch.int32)
     return {
-        "weight of another dtype": ("matmul", lambda r: r.matmul(crow, indices, values, weight.double())),
-        "values of half": ("matmul", lambda r: r.matmul(crow, indices, values.half(), weight.half())),
-        "values too few": ("matmul", lambda r: r.matmul(crow, indices, values[:2], weight)),
-        "values too many": ("matmul", lambda r: r.matmul(crow, indices, torch.ones(4), weight)),
-        "indices of 64 bits": ("matmul", lambda r: r.matmul(crow, indices.long(), values, weight)),
-        "crow_indices of 64 bits": ("matmul", lambda r: r.matmul(crow.long(), indices, values, weight)),
-        "no crow_indices": ("matmul", lambda r: r.matmul(crow[:0], indices, values, weight)),
-        "weight of one dimension": ("matmul", lambda r: r.matmul(crow, indices, values, weight[:, 0])),
-        "weight elsewhere": ("matmul", lambda r: r.matmul(crow, indices, values, weight.to("meta"))),
-        "dy of other rows": ("dots", lambda r: r.dots(crow, indices, dy[:1], weight)),
-        "dy of another width": ("dots", lambda r: r.dots(crow, indices, dy[:, :3], weight)),
-        "dy of another dtype": ("dots", lambda r: r.dots(crow, indices, dy.double(), weight)),
-        "dy of fewer rows": ("weight_gradient", lambda r: r.weight_gradient(crow, indices, values, dy[:1], 2)),
-        "dy of doubles": ("weight_gradient", lambda r: r.weight_gradient(crow, indices, values, dy.double(), 2)),
-        "buffer of doubles": (
-            "add_weight_gradient",
-            lambda r: r.add_weight_gradient(crow, indices, values, dy, weight.double()),
+        "weight of another dtype": lambda r: r.matmul(crow, indices, values, weight.double()),
+        "values of half": lambda r: r.matmul(crow, indices, values.half(), weight.half()),
+        "values too few": lambda r: r.matmul(crow, indices, values[:2], weight),
+        "values too many": lambda r: r.matmul(crow, indices, torch.ones(4), weight),
+        "indices of 64 bits": lambda r: r.matmul(crow, indices.long(), values, weight),
+        "crow_indices of 64 bits": lambda r: r.matmul(crow.long(), indices, values, weight),
+        "no crow_indices": lambda r: r.matmul(crow[:0], indices, values, weight),
+        "weight of one dimension": lambda r: r.matmul(crow, indices, values, weight[:, 0]),
+        "weight elsewhere": lambda r: r.matmul(crow, indices, values, weight.to("meta")),
+        "dy of other rows": lambda r: r.dots(crow, indices, dy[:1], weight),
+        "dy of another width": lambda r: r.dots(crow, indices, dy[:, :3], weight),
+        "dy of another dtype": lambda r: r.dots(crow, indices, dy.double(), weight),
+        "dy of fewer rows": lambda r: r.weight_gradient(crow, indices, values, dy[:1], 2),
+        "dy of doubles": lambda r: r.weight_gradient(crow, indices, values, dy.double(), 2),
+        "buffer of doubles": lambda r: r.add_weight_gradient(crow, indices, values, dy, weight.double()),
+        "buffer of another width": lambda r: r.add_weight_gradient(
+            crow, indices, values, dy, weight[:, :3].contiguous()
         ),
-        "buffer of another width": (
-            "add_weight_gradient",
-            lambda r: r.add_weight_gradient(crow, indices, values, dy, weight[:, :3].contiguous()),
-        ),
-        "sparse weight of doubles": (
-            "sparse_matmul",
-            lambda r: r.sparse_matmul(*rows, values, *sparse, two.double(), 4),
-        ),
-        "sparse weight too short": ("sparse_matmul", lambda r: r.sparse_matmul(*rows, values, *sparse, two[:1], 4)),
-        "sparse weight of half": (
-            "sparse_matmul",
-            lambda r: r.sparse_matmul(*rows, values.half(), *sparse, two.half(), 4),
-        ),
-        "values too few for a sparse weight": (
-            "sparse_matmul",
-            lambda r: r.sparse_matmul(*rows, values[:2], *sparse, two, 4),
-        ),
-        "sparse dy of other rows": ("sparse_dots", lambda r: r.sparse_dots(*rows, dy[:1], *sparse, two)),
-        "sparse dy of doubles": ("sparse_dots", lambda r: r.sparse_dots(*rows, dy.double(), *sparse, two)),
-        "sparse gradient of fewer rows": (
-            "sparse_weight_gradient",
-            lambda r: r.sparse_weight_gradient(*rows, values, dy[:1], *sparse),
-        ),
-        "sparse gradient of doubles": (
-            "sparse_weight_gradient",
-            lambda r: r.sparse_weight_gradient(*rows, values, dy.double(), *sparse),
-        ),
-        "64-bit counts": ("counts", lambda r: r.counts(indices.long(), 2)),
-        "half scores": ("topk", lambda r: r.topk(x.half(), 2)),
-        "scores of one dimension": ("topk", lambda r: r.topk(x[0], 2)),
-        "half scores of a batch": ("batch_topk", lambda r: r.batch_topk(x.half(), 2)),
-        "thresholds too few": ("above", lambda r: r.above(x, torch.ones(5))),
-        "thresholds of doubles": ("above", lambda r: r.above(x, torch.ones(6).double())),
-        "weight too narrow": ("encode_topk", lambda r: r.encode_topk(x, torch.ones(9, 5), None, 2)),
-        "bias too short": ("encode_topk", lambda r: r.encode_topk(x, torch.ones(9, 6), torch.ones(8), 2)),
-        "bias of doubles": ("encode_topk", lambda r: r.encode_topk(x, torch.ones(9, 6), torch.ones(9).double(), 2)),
+        "values too few to write out": lambda r: r.written_out(crow, indices, values[:2], 2),
+        "values of half to write out": lambda r: r.written_out(crow, indices, values.half(), 2),
+        "dense dy of other rows": lambda r: r.dense_dots(crow, indices, dy[:1], weight),
+        "dense dy of another width": lambda r: r.dense_dots(crow, indices, dy[:, :3], weight),
+        "dense dy of doubles": lambda r: r.dense_dots(crow, indices, dy.double(), weight),
+        "sparse weight of doubles": lambda r: r.sparse_matmul(*rows, values, *sparse, two.double(), 4),
+        "sparse weight too short": lambda r: r.sparse_matmul(*rows, values, *sparse, two[:1], 4),
+        "sparse weight of half": lambda r: r.sparse_matmul(*rows, values.half(), *sparse, two.half(), 4),
+        "values too few for a sparse weight": lambda r: r.sparse_matmul(*rows, values[:2], *sparse, two, 4),
+        "sparse dy of other rows": lambda r: r.sparse_dots(*rows, dy[:1], *sparse, two),
+        "sparse dy of doubles": lambda r: r.sparse_dots(*rows, dy.double(), *sparse, two),
+        "sparse gradient of fewer rows": lambda r: r.sparse_weight_gradient(*rows, values, dy[:1], *sparse),
+        "sparse gradient of doubles": lambda r: r.sparse_weight_gradient(*rows, values, dy.double(), *sparse),
+        "64-bit counts": lambda r: r.counts(indices.long(), 2),
+        "half scores": lambda r: r.topk(x.half(), 2),
+        "scores of one dimension": lambda r: r.topk(x[0], 2),
+        "half scores of a batch": lambda r: r.batch_topk(x.half(), 2),
+        "thresholds too few": lambda r: r.above(x, torch.ones(5)),
+        "thresholds of doubles": lambda r: r.above(x, torch.ones(6).double()),
+        "weight too narrow": lambda r: r.encode_topk(x, torch.ones(9, 5), None, 2),
+        "bias too short": lambda r: r.encode_topk(x, torch.ones(9, 6), torch.ones(8), 2),
+        "bias of doubles": lambda r: r.encode_topk(x, torch.ones(9, 6), torch.ones(9).double(), 2),
     }
 
 
 @pytest.mark.parametrize("name", NATIVE_NAMES)
 def test_operands_that_do_not_fit_are_refused_by_the_native_kernels(name: str) -> None:
     taken = []
-    for misfit, (field, call) in _misfits().items():
-        if field in NATIVE:
-            try:
-                call(kernels.backends()[name].rows)
-                taken.append(misfit)
-            except KernelError as error:
-                assert "got" in str(error)
+    for misfit, call in _misfits().items():
+        try:
+            call(kernels.backends()[name].rows)
+            taken.append(misfit)
+        except KernelError as error:
+            assert "got" in str(error)
     assert taken == []

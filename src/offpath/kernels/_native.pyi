@@ -249,6 +249,12 @@ def rows_matmul_f32(
     threads: int,
     /,
 ) -> None: ...
+def rows_written_out_f32(
+    rows: int, columns: int, crow_indices: int, indices: int, values: int, dense: int, threads: int, /
+) -> None: ...
+def rows_picked_f32(
+    rows: int, columns: int, crow_indices: int, indices: int, dense: int, picked: int, threads: int, /
+) -> None: ...
 def rows_dots_f32(
     isa: int,
     rows: int,
@@ -395,6 +401,10 @@ def encode_topk_f32(
 
 rows_matmul_f64 = rows_matmul_f32
 rows_matmul_bf16 = rows_matmul_f32
+rows_written_out_f64 = rows_written_out_f32
+rows_written_out_bf16 = rows_written_out_f32
+rows_picked_f64 = rows_picked_f32
+rows_picked_bf16 = rows_picked_f32
 rows_dots_f64 = rows_dots_f32
 rows_dots_bf16 = rows_dots_f32
 rows_weight_gradient_f64 = rows_weight_gradient_f32

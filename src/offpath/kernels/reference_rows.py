@@ -131,6 +131,22 @@ def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple
     return values.to(x.dtype), indices
 
 
+def written_out(crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int) -> Tensor:
+    """The rows with their zeros, [rows, columns]; entries at one place add up."""
+    check_rows(crow_indices, indices, columns)
+    places = row_numbers(crow_indices), indices.long()
+    dense = wide(values).new_zeros(crow_indices.numel() - 1, columns)
+    return dense.index_put(places, wide(values), accumulate=True).to(values.dtype)
+
+
+def dense_dots(crow_indices: Tensor, indices: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+    """`dots` from all products of a row of dy and one of the weight."""
+    check_rows(crow_indices, indices, weight.shape[0])
+    with in_own_dtype(dy):
+        products = dy @ weight.t()
+    return products[row_numbers(crow_indices), indices.long()]
+
+
 def check_indices(indices: Tensor, columns: int) -> None:
     """Raises `KernelError` unless every index is in [0, columns)."""
     if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= columns):
@@ -174,4 +190,6 @@ ROWS = RowProducts(
     batch_topk,
     above,
     encode_topk,
+    written_out,
+    dense_dots,
 )

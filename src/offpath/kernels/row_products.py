@@ -26,8 +26,9 @@ class RowProducts:
     `gradients(crow_indices, indices, values, dy, weight)`: (`dots`, `weight_gradient`), where both at once are faster.
     `encoder_gradients(crow_indices, indices, values, dy, columns)`: (`weight_gradient`, the sum of the values at each
     column), where both at once are faster: of weight and bias of a linear layer of which some outputs were chosen.
-    `written_out(crow_indices, indices, values, columns)`: the rows with their zeros, [rows, columns], and `dense_dots`,
-    `dots` from all products of two rows: for rows that are nearly full, where torch's own ways are not good enough.
+    `written_out(crow_indices, indices, values, columns)`: the rows with their zeros, [rows, columns].
+    `dense_dots(crow_indices, indices, dy, weight)`: `dots` from all products of two rows. Both for rows that are nearly
+    full.
     `sparse_matmul(crow_indices, indices, values, w_crow_indices, w_indices, w_values, width)`: `matmul` with a sparse
     weight of that many columns, whose row for each place holds `w_indices` and `w_values`.
     `sparse_dots(crow_indices, indices, dy, w_crow_indices, w_indices, w_values)`: `dots` with a sparse weight.
@@ -59,7 +60,7 @@ class RowProducts:
     batch_topk: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
     above: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
     encode_topk: Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
+    written_out: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    dense_dots: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     gradients: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     encoder_gradients: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
-    written_out: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
-    dense_dots: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offpath.kernels import _native
 from offpath.kernels.backend import KernelError
-from offpath.kernels.operands import address, is_matrix, is_vector, one_unit_stride, refuse
+from offpath.kernels.operands import address, in_own_dtype, is_matrix, is_vector, one_unit_stride, refuse, wide
 from offpath.kernels.outputs import output
 from offpath.kernels.plans import native_of_each_dtype
 from offpath.kernels.reference_rows import check_k
@@ -19,6 +19,7 @@ from offpath.kernels.variant_sparse_rows import sparse_dots, sparse_matmul, spar
 
 _MATMUL, _DOTS = native_of_each_dtype("rows_matmul"), native_of_each_dtype("rows_dots")
 _WEIGHT_GRADIENT = native_of_each_dtype("rows_weight_gradient")
+_WRITTEN_OUT, _PICKED = native_of_each_dtype("rows_written_out"), native_of_each_dtype("rows_picked")
 _TOPK, _BATCH_TOPK = native_of_each_dtype("topk"), native_of_each_dtype("batch_topk")
 _COUNT_ABOVE, _TAKE_ABOVE = native_of_each_dtype("count_above"), native_of_each_dtype("take_above")
 _ENCODE_TOPK = native_of_each_dtype("encode_topk")
@@ -44,6 +45,9 @@ class RowVariant:
             self.batch_topk,
             self.above,
             self.encode_topk,
+            written_out,
+            dense_dots,
+            encoder_gradients=self.encoder_gradients,
         )
 
     def matmul(self, crow_indices: Tensor, indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
@@ -69,13 +73,7 @@ class RowVariant:
     def dots(self, crow_indices: Tensor, indices: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
         crow_indices, indices = crow_indices.contiguous(), indices.contiguous()
         rows = crow_indices.shape[0] - 1
-        if not (
-            is_matrix(dy, dy.dtype)
-            and is_matrix(weight, dy.dtype)
-            and dy.shape[0] == rows
-            and dy.shape[1] == weight.shape[1]
-        ):
-            refuse(dy=dy, weight=weight)
+        _check_pairs(rows, dy, weight)
         check_rows_fit(crow_indices, indices, weight.shape[0])
         dy, weight = contiguous_rows(dy), contiguous_rows(weight)
         dots = output(dy, indices.shape[0])
@@ -112,6 +110,14 @@ class RowVariant:
             rows = buffer.contiguous()
             self._weight_gradient(crow_indices, indices, values, dy, rows, True)
             buffer.copy_(rows)
+
+    def encoder_gradients(
+        self, crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor, columns: int
+    ) -> tuple[Tensor, Tensor]:
+        of_weight = self.weight_gradient(crow_indices, indices, values, dy, columns)
+        # One by one, in the order of the entries: where they are few, nothing else is as quick.
+        sums = wide(values).new_zeros(columns).index_add(0, indices, wide(values))
+        return of_weight, sums.to(values.dtype)
 
     def _weight_gradient(
         self, crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor, gradient: Tensor, add: bool
@@ -223,6 +229,49 @@ class RowVariant:
             torch.get_num_threads(),
         )
         return values, indices
+
+
+def written_out(crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int) -> Tensor:
+    """`RowProducts.written_out`: moves numbers about, and is the same for every instruction set."""
+    crow_indices, indices, values = crow_indices.contiguous(), indices.contiguous(), values.contiguous()
+    if values.dtype not in _WRITTEN_OUT or not is_vector(values, values.dtype, indices.shape[0]):
+        refuse(values=values)
+    check_rows_fit(crow_indices, indices, columns)
+    dense = output(values, crow_indices.shape[0] - 1, columns)
+    _WRITTEN_OUT[values.dtype](
+        *dense.shape,
+        address(crow_indices),
+        address(indices),
+        address(values),
+        address(dense),
+        torch.get_num_threads(),
+    )
+    return dense
+
+
+def dense_dots(crow_indices: Tensor, indices: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+    """`RowProducts.dense_dots`: torch multiplies."""
+    crow_indices, indices = crow_indices.contiguous(), indices.contiguous()
+    _check_pairs(crow_indices.shape[0] - 1, dy, weight)
+    check_rows_fit(crow_indices, indices, weight.shape[0])
+    with in_own_dtype(dy):
+        products = dy @ weight.t()
+    dots = output(dy, indices.shape[0])
+    _PICKED[dy.dtype](
+        *products.shape,
+        address(crow_indices),
+        address(indices),
+        address(products),
+        address(dots),
+        torch.get_num_threads(),
+    )
+    return dots
+
+
+def _check_pairs(rows: int, dy: Tensor, weight: Tensor) -> None:
+    fits = is_matrix(dy, dy.dtype) and is_matrix(weight, dy.dtype)
+    if not (fits and dy.shape == (rows, weight.shape[1])):
+        refuse(dy=dy, weight=weight)
 
 
 def _scores(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from offpath.kernels.calibration import cost_table
 from offpath.kernels.costs import sizes_for
 from offpath.kernels.methods import METHODS
 from offpath.kernels.operands import on_device_of
-from offpath.kernels.row_calibration import break_evens
+from offpath.kernels.row_calibration import break_even
 from offpath.kernels.visit_calibration import OVER_ALL_CONNECTIONS, seconds_per_visit
 
 # Below this density nothing is measured: the sparse product wins (up to more than twice of it on the Zen 4 that the
@@ -56,7 +56,7 @@ def pays_densely(product: str, backend: Backend, like: Tensor, nnz: int, rows: i
         return dense * OVER_ALL_MARGIN < sparse
     if not backend.native or nnz < SURELY_SPARSE * rows * columns or nnz * width < LITTLE_WORK:
         return False
-    return nnz > break_evens(backend, like.dtype)[product] * rows * columns
+    return nnz > break_even(backend, like.dtype, product, columns * width) * rows * columns
 
 
 def pays_over_all_connections(

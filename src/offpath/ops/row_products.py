@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from offpath import kernels
-from offpath.kernels import Backend, KernelError
-from offpath.kernels.operands import in_own_dtype, row_numbers
-from offpath.kernels.reference_rows import check_rows as check_contents
-from offpath.kernels.row_calibration import dense_dots
+from offpath.kernels import KernelError
+from offpath.kernels.operands import in_own_dtype
 from offpath.ops.library import define, direct
 from offpath.ops.row_choice import pays_densely
-from offpath.ops.selection import to_dense
 
 
 def _matmul(values: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
@@ -23,7 +20,7 @@ def _matmul(values: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tenso
     check_matrix("weight", weight, values.dtype)
     backend, rows = kernels.select(values.device.type, values.dtype), crow_indices.shape[0] - 1
     if pays_densely("matmul", backend, values, indices.shape[0], rows, *weight.shape):
-        return _product(written_out(backend, crow_indices, indices, values, weight.shape[0]), weight)
+        return _product(backend.rows.written_out(crow_indices, indices, values, weight.shape[0]), weight)
     return backend.rows.matmul(crow_indices, indices, values, weight)
 
 
@@ -33,10 +30,7 @@ def _dots(dy: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> 
     check_matrix("weight", weight, dy.dtype, width=dy.shape[1])
     backend = kernels.select(dy.device.type, dy.dtype)
     if pays_densely("dots", backend, dy, indices.shape[0], dy.shape[0], *weight.shape):
-        if backend.rows.dense_dots is not None:
-            return backend.rows.dense_dots(crow_indices, indices, dy, weight)
-        check_contents(crow_indices, indices, weight.shape[0])
-        return dense_dots(dy, weight, row_numbers(crow_indices), indices)
+        return backend.rows.dense_dots(crow_indices, indices, dy, weight)
     return backend.rows.dots(crow_indices, indices, dy, weight)
 
 
@@ -47,7 +41,7 @@ def _weight_gradient(values: Tensor, crow_indices: Tensor, indices: Tensor, dy: 
         raise KernelError(f"expected at most 2^31 - 1 columns, which int32 indices can name, got {columns}")
     backend = kernels.select(dy.device.type, dy.dtype)
     if pays_densely("weight_gradient", backend, dy, indices.shape[0], dy.shape[0], columns, dy.shape[1]):
-        return _product(written_out(backend, crow_indices, indices, values, columns).t(), dy)
+        return _product(backend.rows.written_out(crow_indices, indices, values, columns).t(), dy)
     return backend.rows.weight_gradient(crow_indices, indices, values, dy, columns)
 
 
@@ -77,21 +71,16 @@ def _encoder_gradients(
     """The gradient of an encoder's weight, and that of its bias."""
     backend = kernels.select(dy.device.type, dy.dtype)
     sizes = backend, dy, indices.shape[0], dy.shape[0], columns, dy.shape[1]
-    if backend.rows.encoder_gradients is None or pays_densely("weight_gradient", *sizes):
+    check_rows(crow_indices, indices, values)
+    check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
+    if pays_densely("weight_gradient", *sizes):
+        rows = backend.rows.written_out(crow_indices, indices, values, columns)
+        return _product(rows.t(), dy), rows.sum(0)
+    if backend.rows.encoder_gradients is None:
         ones = dy.new_ones(dy.shape[0], 1)
         of_bias = _weight_gradient(values, crow_indices, indices, ones, columns)[:, 0]
         return _weight_gradient(values, crow_indices, indices, dy, columns), of_bias
-    check_rows(crow_indices, indices, values)
-    check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
     return backend.rows.encoder_gradients(crow_indices, indices, values, dy, columns)
-
-
-def written_out(backend: Backend, crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int) -> Tensor:
-    """The rows with their zeros, [rows, columns], once they are checked."""
-    if backend.rows.written_out is not None:
-        return backend.rows.written_out(crow_indices, indices, values, columns)
-    check_contents(crow_indices, indices, columns)
-    return to_dense(crow_indices, indices, values, columns)
 
 
 def _add_weight_gradient(buffer: Tensor, values: Tensor, crow_indices: Tensor, indices: Tensor, dy: Tensor) -> None:

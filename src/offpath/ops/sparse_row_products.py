@@ -17,7 +17,7 @@ from offpath.kernels.reference_rows import check_rows as check_contents
 from offpath.ops.library import define, direct
 from offpath.ops.prepared import Prepared, prepare
 from offpath.ops.row_choice import pays_over_all_connections
-from offpath.ops.row_products import check_matrix, check_rows, written_out
+from offpath.ops.row_products import check_matrix, check_rows
 from offpath.ops.sparse_rows import SparseRows
 from offpath.pattern import Pattern
 
@@ -60,7 +60,7 @@ def _matmul(
     weight = prepared.pattern
     if _over_all("sparse_matmul", backend, crow_indices, indices, values, weight):
         return prepared.dx(
-            backend, w_values, written_out(backend, crow_indices, indices, values, weight.shape[0]), "speed"
+            backend, w_values, backend.rows.written_out(crow_indices, indices, values, weight.shape[0]), "speed"
         )
     return backend.rows.sparse_matmul(
         crow_indices, indices, values, weight.crow_indices, weight.col_indices, w_values, width
@@ -90,7 +90,7 @@ def _weight_gradient(
     backend, prepared = prepared_weight(dy, w_crow_indices, w_indices, dy.shape[1])
     weight = prepared.pattern
     if _over_all("sparse_weight_gradient", backend, crow_indices, indices, dy, weight):
-        rows = written_out(backend, crow_indices, indices, values, weight.shape[0])
+        rows = backend.rows.written_out(crow_indices, indices, values, weight.shape[0])
         return prepared.dvalues(backend, rows, dy, "speed")
     return backend.rows.sparse_weight_gradient(
         crow_indices, indices, values, dy, weight.crow_indices, weight.col_indices

@@ -69,8 +69,8 @@ ROWS = RowProducts(
     selection.batch_topk,
     selection.above,
     selection.encode_topk,
-    row_gradients,
-    encoder_gradients,
     densely.written_out,
     densely.dense_dots,
+    row_gradients,
+    encoder_gradients,
 )
