@@ -12,7 +12,7 @@ from offpath.nn.autoencoder_loss import SAELoss, expect_variance, variance_of
 from offpath.nn.row_blocks import encode_above, encode_batch_topk
 from offpath.nn.sparse_output import check_k
 from offpath.nn.statistics import KeepsStatistics, is_recomputing
-from offpath.nn.straight_through import jump, step
+from offpath.nn.straight_through import jump, step, thresholds_of
 from offpath.ops import SparseRows, encode_topk
 from offpath.ops.library import wide
 
@@ -180,7 +180,7 @@ class SparseAutoencoder(KeepsStatistics):
                 aux = self._auxiliary_loss(x, residual.detach(), places)
                 total = total + self.aux_coefficient * aux
         if thresholds is not None and x.shape[0]:
-            l0_loss = (step(rows, thresholds, self.bandwidth).values.sum() / x.shape[0] / self.k - 1).square()
+            l0_loss = (step(rows.values, thresholds, self.bandwidth).sum() / x.shape[0] / self.k - 1).square()
             total = total + self.l0_coefficient * l0_loss
         return SAELoss(
             total=total,
@@ -254,7 +254,7 @@ class SparseAutoencoder(KeepsStatistics):
         return centered, weight, bias
 
     def _scores(self, centered: Tensor, trains: bool) -> tuple[SparseRows, Tensor | None]:
-        """The chosen latents; for JumpReLU, also the thresholds, and entries that only train one.
+        """The chosen latents; for JumpReLU, also the threshold of each entry, and entries that only train one.
 
         Unless it `trains`: without these, a threshold would have a part of its gradient.
         """
@@ -274,10 +274,10 @@ class SparseAutoencoder(KeepsStatistics):
         margin = self.bandwidth / 2 if trains else 0.0
         # Wide: in 16 bits, a threshold less half a bandwidth may be the threshold itself.
         rows = encode_above(*operands, wide(thresholds.detach()) - margin)
-        return rows, thresholds
+        return rows, thresholds_of(rows, thresholds)
 
     def _jumped(self, rows: SparseRows, thresholds: Tensor) -> SparseRows:
-        return jump(rows, thresholds, self.bandwidth)
+        return rows.with_values(jump(rows.values, thresholds, self.bandwidth))
 
     def _auxiliary_loss(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
         """AuxK (Gao et al., 2024): how much of the residual the best dead latents leave unexplained."""

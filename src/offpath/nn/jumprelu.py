@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from offpath.nn.sparse_output import as_output, check_output, flatten
-from offpath.nn.straight_through import jump, step
+from offpath.nn.straight_through import jump, step, thresholds_of
 from offpath.ops import SparseRows, above
 from offpath.ops.library import wide
 
@@ -75,11 +75,12 @@ class JumpReLU(nn.Module):
         # Wide: in 16 bits, a threshold less half a bandwidth may be the threshold itself.
         lowest = wide(threshold.detach()) - self.bandwidth / 2 if threshold.requires_grad else threshold
         near = above(flatten(x, self.n), lowest)
-        output = as_output(jump(near, threshold, self.bandwidth), x, self.output)
+        theta = thresholds_of(near, threshold)
+        output = as_output(near.with_values(jump(near.values, theta, self.bandwidth)), x, self.output)
         if not with_l0:
             return output
-        steps = step(near, threshold, self.bandwidth)
-        return output, steps.matmul(threshold.new_ones(self.n, 1)).view(x.shape[:-1])
+        steps = step(near.values, theta, self.bandwidth)
+        return output, near.with_values(steps).matmul(theta.new_ones(self.n, 1)).view(x.shape[:-1])
 
     def extra_repr(self) -> str:
         return f"n={self.n}, bandwidth={self.bandwidth}, output={self.output!r}"
