@@ -18,16 +18,8 @@ from checkers import gamma, in_float64, poisoned_memory, unit_roundoff
 from offpath.kernels import KernelError, reference_rows
 from offpath.kernels.row_products import RowProducts
 from problems import gaussian, small_integers
-from row_cases import (
-    PRODUCTS,
-    SPECIAL_PROBLEMS,
-    EncodeProblem,
-    RowProblem,
-    RowProduct,
-    ks,
-    scores,
-    signs,
-)
+from row_cases import PRODUCTS, SPECIAL_PROBLEMS, RowProblem, RowProduct
+from selection_cases import EncodeProblem, ks, scores, signs
 
 DEFINITION = reference_rows.ROWS
 SPARSE_WEIGHT = ("sparse_matmul", "sparse_dots", "sparse_weight_gradient")
@@ -277,6 +269,7 @@ def check_refuses(rows: RowProducts, crow_indices: Tensor, indices: Tensor, colu
         lambda: rows.dots(crow_indices, indices, dy, weight),
         lambda: rows.weight_gradient(crow_indices, indices, values, dy, columns),
         lambda: rows.add_weight_gradient(crow_indices, indices, values, dy, buffer),
+        lambda: rows.encoder_gradients(crow_indices, indices, values, dy, columns),
         lambda: rows.written_out(crow_indices, indices, values, columns),
         lambda: rows.dense_dots(crow_indices, indices, dy, weight),
         lambda: rows.sparse_matmul(crow_indices, indices, values, *connections, torch.ones(columns), width),
@@ -299,7 +292,15 @@ def check_special(rows: RowProducts, dtype: torch.dtype) -> None:
     """NaN and infinities go where the definition has them, and nowhere else."""
     product = {p.field: p for p in PRODUCTS}
     for problem in SPECIAL_PROBLEMS:
-        for field in ("matmul", "dots", "weight_gradient", "add_weight_gradient", "written_out", *SPARSE_WEIGHT):
+        for field in (
+            "matmul",
+            "dots",
+            "weight_gradient",
+            "add_weight_gradient",
+            "written_out",
+            "encoder_gradients",
+            *SPARSE_WEIGHT,
+        ):
             check_with(product[field], rows, problem, dtype, specials)
         # What no entry names: NaN there must not be read, not even to be multiplied with zero.
         named = torch.bincount(problem.indices, minlength=problem.columns) > 0

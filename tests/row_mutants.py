@@ -19,7 +19,7 @@ class RowMutant:
     rejected_by: tuple[str, ...]
 
 
-def _wrong(name: str, *rejected_by: str, **fields: Callable) -> RowMutant:
+def wrong(name: str, *rejected_by: str, **fields: Callable) -> RowMutant:
     return RowMutant(name, replace(right.ROWS, **fields), rejected_by)
 
 
@@ -119,6 +119,17 @@ def _writes_out_what_it_does_not_check(crow, indices, values, columns):
 
 def _picks_of_the_row_after(crow, indices, dy, weight):
     return right.dense_dots(crow, indices, dy.roll(-1, 0), weight)
+
+
+def _bias_of_the_column_after(crow, indices, values, dy, columns):
+    gradient, sums = right.encoder_gradients(crow, indices, values, dy, columns)
+    return gradient, sums.roll(1)
+
+
+def _bias_of_the_last_entry(crow, indices, values, dy, columns):
+    gradient, sums = right.encoder_gradients(crow, indices, values, dy, columns)
+    sums[indices.long()] = values
+    return gradient, sums
 
 
 def _takes_dy_of_the_row_before(crow, indices, dy, weight):
@@ -239,189 +250,46 @@ def _counts_rows_instead_of_entries(indices, columns):
     return right.counts(indices, columns).clamp(max=1)
 
 
-def _by(key: Callable[[Tensor], Tensor]) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-    """The k largest by another order than that of the scores."""
-
-    def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        _, indices = right.topk(key(x), k)
-        return x.gather(1, indices.long()), indices
-
-    return topk
-
-
-def _ties_to_the_highest_index(x, k):
-    indices = (x.shape[1] - 1 - right.topk(x.flip(1), k)[1]).flip(1)
-    return x.gather(1, indices.long()), indices
-
-
-def _one_too_few(x, k):
-    values, indices = right.topk(x, k)
-    return torch.cat([values[:, : max(k - 1, 0)], values[:, :1]], 1)[:, :k], indices
-
-
-def _descending_like_torch(x, k):
-    values, indices = x.sort(dim=1, descending=True, stable=True)
-    return values[:, :k].contiguous(), indices[:, :k].int()
-
-
-def _forgets_candidates_that_overflow(x, k):
-    """Keeps what is at least the k-th largest of the first 2 k scores, in a buffer that has an end."""
-    right.check_k(k, x.shape[1])
-    if k == 0:
-        return right.topk(x, k)
-    threshold = x[:, : 2 * k].topk(k).values[:, -1:]
-    candidate = ~(x < threshold)
-    kept = candidate & (candidate.cumsum(1) <= 4 * k)
-    _, indices = right.topk(torch.where(kept, x, -float("inf")), k)
-    return x.gather(1, indices.long()), indices
-
-
-def _row_of_the_first_sample(x, k):
-    values, indices = right.topk(x, k)
-    return values, indices[:1].expand_as(indices)
-
-
-def _cuts_each_row_to_its_share(x, k):
-    right.check_k(k, x.numel())
-    per_row = k // max(x.shape[0], 1)
-    values, indices = right.topk(x, per_row)
-    crow = torch.arange(x.shape[0] + 1, dtype=torch.int32) * per_row
-    return crow, indices.flatten(), values.flatten()
-
-
-def _batch_ties_in_column_order(x, k):
-    right.check_k(k, x.numel())
-    order = x.t().flatten().sort(descending=True, stable=True).indices[:k]
-    flat = (order % max(x.shape[0], 1) * x.shape[1] + order // max(x.shape[0], 1)).sort().values
-    crow = torch.zeros(x.shape[0] + 1, dtype=torch.int32)
-    crow[1:] = torch.bincount(flat // max(x.shape[1], 1), minlength=x.shape[0]).cumsum(0)
-    return crow, (flat % max(x.shape[1], 1)).int(), x.flatten()[flat]
-
-
-def _nonzeros_that_are_positive(x, threshold):
-    return right.above(x, x.new_zeros(x.shape[1]) if threshold is None else threshold)
-
-
-def _nonzeros_without_nan(x, threshold):
-    return right.above(x.nan_to_num(0.0, float("inf"), -float("inf")) if threshold is None else x, threshold)
-
-
-def _at_least_the_threshold(x, threshold):
-    if threshold is None:
-        return right.above(x, None)
-    crow, indices, _ = right.above(torch.where(x == threshold, float("inf"), x), threshold)
-    return crow, indices, x[~(x < threshold)]
-
-
-def _drops_nan(x, threshold):
-    crow, indices, values = right.above(x.nan_to_num(-float("inf"), float("inf"), -float("inf")), threshold)
-    return crow, indices, values
-
-
-def _one_threshold_for_all_columns(x, threshold):
-    return right.above(x, None if threshold is None else threshold[:1].expand_as(threshold))
-
-
-def _encoder_forgets_the_bias(x, weight, bias, k):
-    return right.encode_topk(x, weight, None, k)
-
-
-def _encoder_adds_the_bias_to_the_chosen_only(x, weight, bias, k):
-    values, indices = right.encode_topk(x, weight, None, k)
-    return values if bias is None else values + bias[indices.long()], indices
-
-
-def _encoder_in_bfloat16(x, weight, bias, k):
-    operands = [None if t is None else t.bfloat16() for t in (x, weight, bias)]
-    _, indices = right.encode_topk(operands[0], operands[1], operands[2], k)
-    return torch.nn.functional.linear(x, weight, bias).gather(1, indices.long()), indices
-
-
-def _encoder_forgets_tokens_after_a_block(x, weight, bias, k):
-    values, indices = right.encode_topk(x, weight, bias, k)
-    values[64:] = 0
-    return values, indices
-
-
-def _encoder_forgets_latents_after_a_block(x, weight, bias, k):
-    right.check_k(k, weight.shape[0])
-    block = max(k, 512)
-    return right.encode_topk(x, weight[:block], None if bias is None else bias[:block], k)
-
-
 PRODUCTS = ("exact", "bounded")
-
 ROW_MUTANTS = (
-    _wrong("drops the last entry", *PRODUCTS, matmul=_drops_the_last_entry),
-    _wrong("off by one row", *PRODUCTS, matmul=_off_by_one_row),
-    _wrong("last of duplicates wins", *PRODUCTS, matmul=_last_of_duplicates_wins),
-    _wrong("accumulates into stale memory", *PRODUCTS, matmul=_accumulates_into_stale_memory),
-    _wrong("leaves empty rows as they were", *PRODUCTS, matmul=_leaves_empty_rows_as_they_were),
-    _wrong("forgets the tail of the width", *PRODUCTS, matmul=_forgets_the_tail_of_the_width),
+    wrong("drops the last entry", *PRODUCTS, matmul=_drops_the_last_entry),
+    wrong("off by one row", *PRODUCTS, matmul=_off_by_one_row),
+    wrong("last of duplicates wins", *PRODUCTS, matmul=_last_of_duplicates_wins),
+    wrong("accumulates into stale memory", *PRODUCTS, matmul=_accumulates_into_stale_memory),
+    wrong("leaves empty rows as they were", *PRODUCTS, matmul=_leaves_empty_rows_as_they_were),
+    wrong("forgets the tail of the width", *PRODUCTS, matmul=_forgets_the_tail_of_the_width),
     # Sums of small integers are exact in bfloat16 as well.
-    _wrong("sums in bfloat16", "bounded", matmul=_sums_in_bfloat16),
-    _wrong("reads views as if contiguous", "exact", matmul=_reads_views_as_if_contiguous),
-    _wrong("ignores where rows begin", *PRODUCTS, matmul=_ignores_where_rows_begin),
-    _wrong("scales its weight", *PRODUCTS, matmul=_scales_its_weight),
-    _wrong("skips entries of value zero", "special", matmul=_skips_entries_of_value_zero),
-    _wrong("multiplies every row of the weight", "special", matmul=_multiplies_every_row_of_the_weight),
-    _wrong("wraps indices around", "refuses", matmul=_wraps_indices_around),
-    _wrong("believes the row pointer", "refuses", matmul=_believes_the_row_pointer),
-    _wrong("last of a place is written", *PRODUCTS, "special", written_out=_last_of_a_place_is_written),
-    _wrong("zeros are not written", *PRODUCTS, "special", written_out=_leaves_places_without_entries),
-    _wrong("writes out unchecked", "refuses", written_out=_writes_out_what_it_does_not_check),
-    _wrong("picks of the row after", *PRODUCTS, dense_dots=_picks_of_the_row_after),
-    _wrong("takes dy of the row before", *PRODUCTS, dots=_takes_dy_of_the_row_before),
-    _wrong("forgets the last feature", *PRODUCTS, dots=_forgets_the_last_feature),
-    _wrong("swaps the gradients of two entries", *PRODUCTS, dots=_swaps_the_gradients_of_two_entries),
-    _wrong("gradient of the column before", *PRODUCTS, weight_gradient=_gradient_goes_to_the_column_after),
-    _wrong("one sample per column", *PRODUCTS, weight_gradient=_one_sample_per_column),
-    _wrong("overwrites the buffer", *PRODUCTS, "untouched", add_weight_gradient=_overwrites_the_buffer),
-    _wrong("adds zero to other rows", "untouched", add_weight_gradient=_adds_zero_to_rows_without_entries),
-    _wrong("clears rows without entries", "untouched", add_weight_gradient=_clears_rows_without_entries),
-    _wrong("writes before it checks", "refuses", add_weight_gradient=_writes_before_it_checks),
-    _wrong("no last connection", *PRODUCTS, sparse_matmul=_sparse_forgets_the_last_connection_of_a_place),
-    _wrong("one connection too many", "special", sparse_matmul=_sparse_one_connection_too_many),
-    _wrong("reads every connection", "special", sparse_matmul=_sparse_reads_every_connection),
-    _wrong("connections of the place after", *PRODUCTS, sparse_matmul=_sparse_of_the_place_after),
-    _wrong("parts share a sum", *PRODUCTS, sparse_matmul=_sparse_parts_share_a_sum),
-    _wrong("sparse dots of the row before", *PRODUCTS, sparse_dots=_sparse_dots_of_the_row_before),
-    _wrong("sparse dots without gaps", *PRODUCTS, sparse_dots=_sparse_dots_without_gaps),
-    _wrong("sparse gradient of one user", *PRODUCTS, sparse_weight_gradient=_sparse_gradient_of_one_user),
-    _wrong("unused places as they were", *PRODUCTS, sparse_weight_gradient=_sparse_gradient_leaves_unused_places),
-    _wrong("counts rows instead of entries", "counts", counts=_counts_rows_instead_of_entries),
-    _wrong("ties to the highest index", "topk", topk=_ties_to_the_highest_index),
-    _wrong("largest absolute values", "topk", topk=_by(Tensor.abs)),
-    _wrong("NaN as the smallest", "topk", topk=_by(lambda x: x.nan_to_num(-float("inf"), float("inf"), -float("inf")))),
-    _wrong("NaN as zero", "topk", topk=_by(lambda x: x.nan_to_num(0.0, float("inf"), -float("inf")))),
-    _wrong("+inf as large as NaN", "topk", topk=_by(lambda x: x.nan_to_num(float("inf"), float("inf"), -float("inf")))),
-    _wrong("0.0 over -0.0", "topk", topk=_by(lambda x: torch.where((x == 0) & ~x.signbit(), 1e-30, x))),
-    _wrong("subnormals are zero", "topk", topk=_by(lambda x: torch.where(x.abs() < 1e-37, 0, x))),
-    _wrong("one too few", "topk", topk=_one_too_few),
-    _wrong("in descending order", "topk", topk=_descending_like_torch),
-    _wrong("forgets candidates that overflow", "topk", topk=_forgets_candidates_that_overflow),
-    _wrong("the first row's entries for all", "topk", topk=_row_of_the_first_sample),
-    _wrong("each row its share", "batch_topk", batch_topk=_cuts_each_row_to_its_share),
-    _wrong("ties in column order", "batch_topk", batch_topk=_batch_ties_in_column_order),
-    _wrong("at least the threshold", "above", above=_at_least_the_threshold),
-    _wrong("drops NaN", "above", above=_drops_nan),
-    _wrong("nonzeros that are positive", "above", above=_nonzeros_that_are_positive),
-    _wrong("nonzeros without NaN", "above", above=_nonzeros_without_nan),
-    _wrong("one threshold for all columns", "above", above=_one_threshold_for_all_columns),
-    _wrong("forgets the bias", "encode exact", "encode bounded", encode_topk=_encoder_forgets_the_bias),
-    _wrong(
-        "bias of the chosen only",
-        "encode exact",
-        "encode bounded",
-        encode_topk=_encoder_adds_the_bias_to_the_chosen_only,
-    ),
-    _wrong("chooses in bfloat16", "encode bounded", encode_topk=_encoder_in_bfloat16),
-    _wrong("tokens after a block", "encode exact", "encode bounded", encode_topk=_encoder_forgets_tokens_after_a_block),
-    _wrong(
-        "latents after a block",
-        "encode exact",
-        "encode bounded",
-        "encode scores",
-        encode_topk=_encoder_forgets_latents_after_a_block,
-    ),
+    wrong("sums in bfloat16", "bounded", matmul=_sums_in_bfloat16),
+    wrong("reads views as if contiguous", "exact", matmul=_reads_views_as_if_contiguous),
+    wrong("ignores where rows begin", *PRODUCTS, matmul=_ignores_where_rows_begin),
+    wrong("scales its weight", *PRODUCTS, matmul=_scales_its_weight),
+    wrong("skips entries of value zero", "special", matmul=_skips_entries_of_value_zero),
+    wrong("multiplies every row of the weight", "special", matmul=_multiplies_every_row_of_the_weight),
+    wrong("wraps indices around", "refuses", matmul=_wraps_indices_around),
+    wrong("believes the row pointer", "refuses", matmul=_believes_the_row_pointer),
+    wrong("last of a place is written", *PRODUCTS, "special", written_out=_last_of_a_place_is_written),
+    wrong("zeros are not written", *PRODUCTS, "special", written_out=_leaves_places_without_entries),
+    wrong("writes out unchecked", "refuses", written_out=_writes_out_what_it_does_not_check),
+    wrong("picks of the row after", *PRODUCTS, dense_dots=_picks_of_the_row_after),
+    wrong("bias of the column after", *PRODUCTS, encoder_gradients=_bias_of_the_column_after),
+    wrong("bias of the last entry", *PRODUCTS, encoder_gradients=_bias_of_the_last_entry),
+    wrong("takes dy of the row before", *PRODUCTS, dots=_takes_dy_of_the_row_before),
+    wrong("forgets the last feature", *PRODUCTS, dots=_forgets_the_last_feature),
+    wrong("swaps the gradients of two entries", *PRODUCTS, dots=_swaps_the_gradients_of_two_entries),
+    wrong("gradient of the column before", *PRODUCTS, weight_gradient=_gradient_goes_to_the_column_after),
+    wrong("one sample per column", *PRODUCTS, weight_gradient=_one_sample_per_column),
+    wrong("overwrites the buffer", *PRODUCTS, "untouched", add_weight_gradient=_overwrites_the_buffer),
+    wrong("adds zero to other rows", "untouched", add_weight_gradient=_adds_zero_to_rows_without_entries),
+    wrong("clears rows without entries", "untouched", add_weight_gradient=_clears_rows_without_entries),
+    wrong("writes before it checks", "refuses", add_weight_gradient=_writes_before_it_checks),
+    wrong("no last connection", *PRODUCTS, sparse_matmul=_sparse_forgets_the_last_connection_of_a_place),
+    wrong("one connection too many", "special", sparse_matmul=_sparse_one_connection_too_many),
+    wrong("reads every connection", "special", sparse_matmul=_sparse_reads_every_connection),
+    wrong("connections of the place after", *PRODUCTS, sparse_matmul=_sparse_of_the_place_after),
+    wrong("parts share a sum", *PRODUCTS, sparse_matmul=_sparse_parts_share_a_sum),
+    wrong("sparse dots of the row before", *PRODUCTS, sparse_dots=_sparse_dots_of_the_row_before),
+    wrong("sparse dots without gaps", *PRODUCTS, sparse_dots=_sparse_dots_without_gaps),
+    wrong("sparse gradient of one user", *PRODUCTS, sparse_weight_gradient=_sparse_gradient_of_one_user),
+    wrong("unused places as they were", *PRODUCTS, sparse_weight_gradient=_sparse_gradient_leaves_unused_places),
+    wrong("counts rows instead of entries", "counts", counts=_counts_rows_instead_of_entries),
 )

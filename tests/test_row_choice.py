@@ -58,6 +58,19 @@ def test_dense_and_sparse_give_the_same(dtype: torch.dtype) -> None:
         assert torch.equal(sparse, densely)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gradients_of_an_encoder_are_the_same_densely(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    values, dy = (torch.randint(-2, 3, shape).to(dtype) for shape in ((20,), (5, 9)))
+    rows = SparseRows.from_topk(values.view(5, 4), torch.randint(0, 7, (5, 4)), 7)
+    operands = values, rows.crow_indices, rows.indices, dy, 7
+    with forced_dense_rows(False):
+        sparse = torch.ops.offpath.rows_encoder_gradients(*operands)
+    with forced_dense_rows(True):
+        densely = torch.ops.offpath.rows_encoder_gradients(*operands)
+    assert all(map(torch.equal, sparse, densely)) and sparse[1].shape == (7,)
+
+
 def test_an_index_out_of_range_is_refused_densely_as_well() -> None:
     rows = SparseRows.from_topk(torch.ones(2, 1), torch.tensor([[0], [3]]), 3)
     with forced_dense_rows(True), pytest.raises(KernelError, match=r"indices in \[0, 3\)"):

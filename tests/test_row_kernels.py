@@ -11,19 +11,7 @@ import pytest
 import torch
 
 from offpath.kernels import Backend
-from row_cases import (
-    ENCODE_PROBLEMS,
-    EVERY_KIND,
-    LARGE_PROBLEMS,
-    PROBLEMS,
-    PRODUCTS,
-    PRODUCTS_OF_VIEWS,
-    SCORES,
-    SHAPES,
-    SMALL_SHAPES,
-    WIDTHS,
-    every_backend,
-)
+from row_cases import LARGE_PROBLEMS, PROBLEMS, PRODUCTS, PRODUCTS_OF_VIEWS, WIDTHS, every_backend
 from row_checkers import (
     check_above,
     check_batch_topk,
@@ -37,6 +25,7 @@ from row_checkers import (
     check_topk,
     check_untouched,
 )
+from selection_cases import ENCODE_PROBLEMS, EVERY_KIND, SCORES, SHAPES, SMALL_SHAPES
 
 # That two and three threads give the same bits as one is a test of its own.
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,20 +15,9 @@ from offpath import kernels
 from offpath.kernels import Backend, KernelError, cpu
 from offpath.kernels.row_products import RowProducts
 from problems import gaussian, small_integers
-from row_cases import (
-    BAD_ROWS,
-    ENCODE_PROBLEMS,
-    LARGE_PROBLEMS,
-    NATIVE,
-    PROBLEMS,
-    PRODUCTS,
-    EncodeProblem,
-    RowProblem,
-    RowProduct,
-    every_backend,
-    scores,
-)
+from row_cases import BAD_ROWS, LARGE_PROBLEMS, NATIVE, PROBLEMS, PRODUCTS, RowProblem, RowProduct, every_backend
 from row_checkers import DEFINITION, check_refuses, check_with, same_bits, subnormals
+from selection_cases import ENCODE_PROBLEMS, EncodeProblem, scores
 
 NATIVE_NAMES = [name for name in kernels.backends() if name.startswith("cpu:")]
 PROBLEM = PROBLEMS[12]
@@ -51,6 +40,7 @@ def _calls(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[RowProduct
         "dots": lambda rows: (rows.dots(p.crow_indices, p.indices, dy, weight),),
         "weight_gradient": lambda rows: (rows.weight_gradient(p.crow_indices, p.indices, values, dy, p.columns),),
         "add_weight_gradient": added,
+        "encoder_gradients": lambda rows: rows.encoder_gradients(p.crow_indices, p.indices, values, dy, p.columns),
         "written_out": lambda rows: (rows.written_out(p.crow_indices, p.indices, values, p.columns),),
         "dense_dots": lambda rows: (rows.dense_dots(p.crow_indices, p.indices, dy, weight),),
         **{product.field: partial(_run_drawn, product, p, product.draw(p, draw)) for product in PRODUCTS[-3:]},
@@ -297,6 +287,8 @@ def _misfits() -> dict[str, Callable[[RowProducts], object]]:
         "buffer of another width": lambda r: r.add_weight_gradient(
             crow, indices, values, dy, weight[:, :3].contiguous()
         ),
+        "encoder's dy of fewer rows": lambda r: r.encoder_gradients(crow, indices, values, dy[:1], 2),
+        "encoder's values too few": lambda r: r.encoder_gradients(crow, indices, values[:2], dy, 2),
         "values too few to write out": lambda r: r.written_out(crow, indices, values[:2], 2),
         "values of half to write out": lambda r: r.written_out(crow, indices, values.half(), 2),
         "dense dy of other rows": lambda r: r.dense_dots(crow, indices, dy[:1], weight),

@@ -8,19 +8,7 @@ import pytest
 import torch
 
 from offpath.kernels.row_products import RowProducts
-from row_cases import (
-    BAD_ROWS,
-    ENCODE_PROBLEMS,
-    EVERY_KIND,
-    LARGE_PROBLEMS,
-    PROBLEMS,
-    PRODUCTS,
-    PRODUCTS_OF_VIEWS,
-    SCORES,
-    SHAPES,
-    SMALL_SHAPES,
-    WIDTHS,
-)
+from row_cases import BAD_ROWS, LARGE_PROBLEMS, PROBLEMS, PRODUCTS, PRODUCTS_OF_VIEWS, WIDTHS
 from row_checkers import (
     DEFINITION,
     check_above,
@@ -37,8 +25,11 @@ from row_checkers import (
     check_untouched,
 )
 from row_mutants import ROW_MUTANTS, RowMutant
+from selection_cases import ENCODE_PROBLEMS, EVERY_KIND, SCORES, SHAPES, SMALL_SHAPES
+from selection_mutants import SELECTION_MUTANTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+MUTANTS = (*ROW_MUTANTS, *SELECTION_MUTANTS)
 
 
 def _products(check: Callable) -> Callable[[RowProducts], Iterator[None]]:
@@ -86,7 +77,7 @@ def _rejects(checker: str, rows: RowProducts) -> bool:
     return False
 
 
-@pytest.mark.parametrize("mutant", ROW_MUTANTS, ids=lambda m: m.name)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_mutant_is_rejected(mutant: RowMutant) -> None:
     assert [checker for checker in mutant.rejected_by if not _rejects(checker, mutant.rows)] == []
 
@@ -97,4 +88,4 @@ def test_the_definition_is_accepted(checker: str) -> None:
 
 
 def test_every_checker_has_something_to_reject() -> None:
-    assert {checker for mutant in ROW_MUTANTS for checker in mutant.rejected_by} == set(CHECKERS)
+    assert {checker for mutant in MUTANTS for checker in mutant.rejected_by} == set(CHECKERS)

@@ -1,6 +1,7 @@
 // Every product and selection on sparse rows, on small integers: exact in every order of summation.
 #include "rows.h"
 
+#include "dense_rows.h"
 #include "encode.h"
 #include "everywhere.h"
 #include "row_products.h"
@@ -35,26 +36,30 @@ template <class T> struct RowOperands {
     std::mt19937_64 generator{7};
     GuardedArray<T> values, weight, dy, bias, scores;
     std::vector<int32_t> crow, index;
-    std::vector<Sum64> y, dots, gradient, added, encoded;
+    std::vector<Sum64> y, dots, gradient, added, encoded, dense, picked;
 
     explicit RowOperands(const RowSize &size)
         : size(size), values(integers<T>(size.rows * size.k, generator)),
           weight(integers<T>(size.columns * size.width, generator)), dy(integers<T>(size.rows * size.width, generator)),
           bias(integers<T>(size.columns, generator)), scores(integers<T>(size.rows * size.columns, generator)),
           crow(size.rows + 1), index(size.rows * size.k), y(size.rows * size.width), dots(size.rows * size.k),
-          gradient(size.columns * size.width), added(gradient), encoded(size.rows * size.columns) {
+          gradient(size.columns * size.width), added(gradient), encoded(size.rows * size.columns),
+          dense(size.rows * size.columns), picked(size.rows * size.k) {
         std::uniform_int_distribution<int32_t> any(0, static_cast<int32_t>(size.columns - 1));
         for (int64_t r = 0; r <= size.rows; ++r)
             crow[r] = static_cast<int32_t>(r * size.k);
         for (int32_t &i : index)
             i = any(generator);
         for (int64_t r = 0; r < size.rows; ++r)
-            for (int64_t s = crow[r]; s < crow[r + 1]; ++s)
+            for (int64_t s = crow[r]; s < crow[r + 1]; ++s) {
+                dense[r * size.columns + index[s]].add(to_double(values[s]));
+                picked[s].add(to_double(scores[r * size.columns + index[s]]));
                 for (int64_t c = 0; c < size.width; ++c) {
                     y[r * size.width + c].add(to_double(values[s]) * to_double(weight[index[s] * size.width + c]));
                     dots[s].add(to_double(dy[r * size.width + c]) * to_double(weight[index[s] * size.width + c]));
                     gradient[index[s] * size.width + c].add(to_double(values[s]) * to_double(dy[r * size.width + c]));
                 }
+            }
         added = gradient;
         for (int64_t i = 0; i < size.columns * size.width; ++i)
             added[i].add(to_double(weight[i]));
@@ -171,6 +176,11 @@ template <class T> void check_rows(const RowSize &size) {
         rows_weight_gradient<T>(kernels, csr, o.values.data(), dy, size.columns, size.width,
                                 {gradient.data(), size.width}, true, threads);
         check("rows_weight_gradient added, " + where, gradient, o.added, true);
+        const GuardedArray<T> dense(o.dense.size()), picked(o.picked.size());
+        rows_written_out<T>(csr, o.values.data(), size.columns, dense.data(), threads);
+        check("rows_written_out, " + where, dense, o.dense, true);
+        rows_picked<T>(csr, o.scores.data(), size.columns, picked.data(), threads);
+        check("rows_picked, " + where, picked, o.picked, true);
         check_selections(o, kernels, threads, where);
     });
 }

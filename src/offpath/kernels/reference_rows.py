@@ -131,6 +131,15 @@ def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple
     return values.to(x.dtype), indices
 
 
+def encoder_gradients(
+    crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor, columns: int
+) -> tuple[Tensor, Tensor]:
+    """(`weight_gradient`, the sum of the values at each column)."""
+    of_weight = weight_gradient(crow_indices, indices, values, dy, columns)
+    sums = wide(values).new_zeros(columns).index_add(0, indices.long(), wide(values))
+    return of_weight, sums.to(values.dtype)
+
+
 def written_out(crow_indices: Tensor, indices: Tensor, values: Tensor, columns: int) -> Tensor:
     """The rows with their zeros, [rows, columns]; entries at one place add up."""
     check_rows(crow_indices, indices, columns)
@@ -192,4 +201,5 @@ ROWS = RowProducts(
     encode_topk,
     written_out,
     dense_dots,
+    encoder_gradients,
 )

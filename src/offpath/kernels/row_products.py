@@ -25,7 +25,7 @@ class RowProducts:
     rows without an entry are not touched.
     `gradients(crow_indices, indices, values, dy, weight)`: (`dots`, `weight_gradient`), where both at once are faster.
     `encoder_gradients(crow_indices, indices, values, dy, columns)`: (`weight_gradient`, the sum of the values at each
-    column), where both at once are faster: of weight and bias of a linear layer of which some outputs were chosen.
+    column): of weight and bias of a linear layer of which some outputs were chosen.
     `written_out(crow_indices, indices, values, columns)`: the rows with their zeros, [rows, columns].
     `dense_dots(crow_indices, indices, dy, weight)`: `dots` from all products of two rows. Both for rows that are nearly
     full.
@@ -62,5 +62,5 @@ class RowProducts:
     encode_topk: Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
     written_out: Callable[[Tensor, Tensor, Tensor, int], Tensor]
     dense_dots: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    encoder_gradients: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
     gradients: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    encoder_gradients: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None

@@ -47,7 +47,7 @@ class RowVariant:
             self.encode_topk,
             written_out,
             dense_dots,
-            encoder_gradients=self.encoder_gradients,
+            self.encoder_gradients,
         )
 
     def matmul(self, crow_indices: Tensor, indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:

@@ -76,10 +76,6 @@ def _encoder_gradients(
     if pays_densely("weight_gradient", *sizes):
         rows = backend.rows.written_out(crow_indices, indices, values, columns)
         return _product(rows.t(), dy), rows.sum(0)
-    if backend.rows.encoder_gradients is None:
-        ones = dy.new_ones(dy.shape[0], 1)
-        of_bias = _weight_gradient(values, crow_indices, indices, ones, columns)[:, 0]
-        return _weight_gradient(values, crow_indices, indices, dy, columns), of_bias
     return backend.rows.encoder_gradients(crow_indices, indices, values, dy, columns)
 
 

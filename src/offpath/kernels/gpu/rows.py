@@ -71,6 +71,6 @@ ROWS = RowProducts(
     selection.encode_topk,
     densely.written_out,
     densely.dense_dots,
-    row_gradients,
     encoder_gradients,
+    row_gradients,
 )
