@@ -15,7 +15,7 @@ from offpath.kernels.measured import measured_once
 from offpath.kernels.undisturbed import fastest
 
 # A batch that is large enough for the threads, and weights of so many rows: one that entries find in a cache, and one
-# that they do not, which is read in order in less than half the time of that.
+# that they do not, where it gains more to read all rows in order.
 ROWS, COLUMNS, WIDTH, LIVE = 256, (1024, 8192), 1024, 1 / 8
 ROUNDS = 5
 PRODUCTS = ("matmul", "dots", "weight_gradient")
