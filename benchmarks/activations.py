@@ -15,16 +15,16 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, linear
 
-from measure import Timing, at_least_one, check_product, interleaved, machine_line, speedup
+from measure import Timing, at_least_one, check_product, interleaved, machine_line, print_and_write, speedup
 from offpath.nn import SparseAutoencoder, SparseInputLinear
 from offpath.ops import SparseRows, above, topk_rows
-from offpath.studies.files import write_text
 from offpath.studies.memory import resident_bytes
 
 K = 32
@@ -310,18 +310,9 @@ def main() -> None:
     if options.memory:
         _print_memory(SIZES[int(options.memory[0])], options.memory[1])
         return
-    lines = [machine_line()]
-    print(lines[0], flush=True)
-    tables = (products, selection, mlp_layer, autoencoder_steps)
-    for table in tables:
-        for line in table(options.rounds):
-            print(line, flush=True)
-            lines.append(line)
-    for line in autoencoder_memory():
-        print(line, flush=True)
-        lines.append(line)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(options.out, "\n".join(lines) + "\n")
+    tables = (table(options.rounds) for table in (products, selection, mlp_layer, autoencoder_steps))
+    lines = chain([machine_line()], chain.from_iterable(tables), autoencoder_memory())
+    print_and_write(lines, options.out)
 
 
 if __name__ == "__main__":

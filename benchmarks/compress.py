@@ -13,14 +13,14 @@ import argparse
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import offpath
-from measure import Timing, at_least_one, dtype_name, interleaved, machine_line, speedup
-from offpath.studies.files import write_text
+from measure import Timing, at_least_one, dtype_name, interleaved, machine_line, print_and_write, speedup
 from offpath.studies.sae import minilm
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -127,15 +127,8 @@ def main() -> None:
     options = parser.parse_args()
     if not any(options.only in case.name for case in CASES):
         parser.error(f"expected --only of {', '.join(case.name for case in CASES)}, got {options.only!r}")
-    lines = [machine_line()]
-    print(lines[0], flush=True)
-    for case in CASES:
-        if options.only in case.name:
-            for line in _measure(case, options.rounds):
-                print(line, flush=True)
-                lines.append(line)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(options.out, "\n".join(lines) + "\n")
+    tables = (_measure(case, options.rounds) for case in CASES if options.only in case.name)
+    print_and_write(chain([machine_line()], chain.from_iterable(tables)), options.out)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,15 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from measure import at_least_one, check_product, machine_line
+from measure import at_least_one, check_product, machine_line, print_and_write
 from offpath import SparseLinear
 from offpath.nn import SparseConv2d
-from offpath.studies.files import write_text
 
 CHANNELS, SPARSITY, THREADS = 256, 0.9, 2
 SIZES, BATCHES = (14, 28, 56), (1, 32)
@@ -114,16 +114,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    lines = [machine_line(), f"{CHANNELS} -> {CHANNELS} channels, {SPARSITY:.0%} sparse; contiguous / channels-last"]
-    print("\n".join(lines))
-    for kernel in (3, 1):
-        for size in SIZES:
-            for batch in BATCHES:
-                for line in _lines(size, batch, kernel, options.rounds if batch == 1 else max(1, options.rounds // 3)):
-                    print(line, flush=True)
-                    lines.append(line)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(options.out, "\n".join(lines) + "\n")
+    head = [machine_line(), f"{CHANNELS} -> {CHANNELS} channels, {SPARSITY:.0%} sparse; contiguous / channels-last"]
+    tables = (
+        _lines(size, batch, kernel, options.rounds if batch == 1 else max(1, options.rounds // 3))
+        for kernel in (3, 1)
+        for size in SIZES
+        for batch in BATCHES
+    )
+    print_and_write(chain(head, chain.from_iterable(tables)), options.out)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ import argparse
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from measure import WrongResult, at_least_one, check_product, interleaved, machine_line
+from measure import WrongResult, at_least_one, check_product, interleaved, machine_line, print_and_write
 from offpath.nn import Int8SparseLinear, SparseLinear
-from offpath.studies.files import write_text
 
 SHAPES = ((1024, 1024), (768, 3072), (4096, 4096))  # inputs, outputs
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
@@ -111,15 +111,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/int8.txt"), help="default: %(default)s")
     parser.add_argument("--rounds", type=at_least_one, default=9, help="rounds of each line (default: %(default)s)")
     options = parser.parse_args()
-    lines = [machine_line()]
-    print(lines[0], flush=True)
-    for inputs, outputs in SHAPES:
-        for batch in BATCHES:
-            for line in table(inputs, outputs, batch, options.rounds):
-                print(line, flush=True)
-                lines.append(line)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(options.out, "\n".join(lines) + "\n")
+    tables = (table(*shape, batch, options.rounds) for shape in SHAPES for batch in BATCHES)
+    print_and_write(chain([machine_line()], chain.from_iterable(tables)), options.out)
 
 
 if __name__ == "__main__":

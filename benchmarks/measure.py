@@ -6,8 +6,9 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from contenders import Contender
 from offpath.cost import this_machine
 from offpath.cost.bounds import expected
+from offpath.studies.files import write_text
 
 Key = TypeVar("Key", bound=Hashable)
 MAX_REPEATS = 1000
@@ -162,6 +164,16 @@ def machine_line() -> str:
     """The machine, in the words that stand above every table of times."""
     machine = this_machine()
     return f"{machine.processor}, {machine.threads} threads, {machine.backend}, torch {machine.torch}"
+
+
+def print_and_write(lines: Iterable[str], out: Path) -> None:
+    """Print the lines as they come, and write them to a file when all are there."""
+    printed = []
+    for line in lines:
+        print(line, flush=True)
+        printed.append(line)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, "\n".join(printed) + "\n")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -18,15 +18,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import offpath
-from measure import machine_line
+from measure import machine_line, print_and_write
 from offpath import SparseLinear
-from offpath.studies.files import write_text
 from offpath.studies.memory import resident_bytes
 from offpath.topology import Topology
 
@@ -104,13 +104,7 @@ def main() -> None:
     if options.huge_layer:
         _train_huge_layer()
         return
-    lines = [machine_line()]
-    print(lines[0])
-    for line in (*_times(), *_memory()):
-        print(line)
-        lines.append(line)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(options.out, "\n".join(lines) + "\n")
+    print_and_write(chain([machine_line()], _times(), _memory()), options.out)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from measure import at_least_one, check_product, dtype_name, interleaved, machine_line, speedup
+from measure import at_least_one, check_product, dtype_name, interleaved, machine_line, print_and_write, speedup
 from offpath import SparseLinear
 from offpath.nn import SparseSparseLinear
 from offpath.ops import SparseRows
-from offpath.studies.files import write_text
 
 WIDTH = 4096
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
@@ -115,14 +115,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/two_sparsities.txt"), help="default: %(default)s")
     parser.add_argument("--rounds", type=at_least_one, default=9, help="rounds of each table (default: %(default)s)")
     options = parser.parse_args()
-    lines = [machine_line()]
-    print(lines[0], flush=True)
-    for table in (forward, training_step, densities):
-        for line in table(options.rounds):
-            print(line, flush=True)
-            lines.append(line)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(options.out, "\n".join(lines) + "\n")
+    tables = (table(options.rounds) for table in (forward, training_step, densities))
+    print_and_write(chain([machine_line()], chain.from_iterable(tables)), options.out)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ template <class T> void filled_dvalues(const offpath::filled_dvalues_args<T> &ar
         block.row_end * offpath::group_rows < bitmap.rows ? block.row_end * offpath::group_rows : bitmap.rows;
     const int64_t first_column = block.batch_begin * panel_width<T>;
     const int64_t last_column = block.batch_end * panel_width<T>;
-    // Where the next value of each row goes, and where those of the block end.
+    // Where the next value of each row goes, and where those of the block end. Rows that the last group lacks are
+    // fetched with it, from the first slot.
     constexpr int64_t most_rows = offpath::groups_per_gradient * offpath::group_rows;
     int64_t slots[most_rows] = {}, ends[most_rows];
     for (int64_t row = first_row; row < last_row; ++row) {

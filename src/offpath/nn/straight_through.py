@@ -57,7 +57,7 @@ class _OfEntries(torch.autograd.Function):
         (indices,) = ctx.saved_tensors
         gradients = wide(gradient)
         sums = gradients.new_zeros(ctx.units)
-        if _adds_in_order(sums):  # and takes a sixth of the time
+        if _adds_in_order(sums):  # and takes less time
             sums = sums.index_add(0, indices, gradients)
         else:
             sums = sums.index_put((indices.long(),), gradients, accumulate=True)
