@@ -19,6 +19,7 @@ import offpath
 from contenders import CONTENDERS, SHAPES, Contender, of_sparse_linear
 from measure import Timing, check_forward, check_gradients, check_step, dtype_name, interleaved, training_step
 from offpath.cost import this_machine
+from offpath.kernels import cpu
 from verdicts import Figure, break_even
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -125,6 +126,8 @@ def sparselab_jobs(effort: Effort) -> Iterator[Job]:
 
 def avx2_jobs(effort: Effort) -> Iterator[Job]:
     """The forward product held to AVX2, against a dense layer that is not."""
+    if not cpu.isas().get("avx2"):
+        return
     for shape in effort.shapes:
         figure = Figure("OFFPATH_ISA=avx2", f"fp32 {in_words(shape)} forward", percent(AVX2_SPARSITY), AVX2_BAR)
         yield Job((figure,), partial(_in_child, {"OFFPATH_ISA": "avx2"}, _on_avx2, effort, shape))

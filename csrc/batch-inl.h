@@ -17,14 +17,14 @@ template <class T> struct BatchVector {
     static typename S::V multiply_add(V a, V b, typename S::V sum) { return S::fma(a, b, sum); }
 };
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+#ifdef OFFPATH_BFLOAT_PAIRS
 template <> struct BatchVector<bfloat16> {
     using V = BfloatPairs::V;
     static constexpr int64_t tokens = BfloatPairs::entries;
     static V load(const bfloat16 *p) { return BfloatPairs::load(p); }
     static V ones() { return BfloatPairs::set1(0x3F803F80); }
-    static __m512 multiply(V a, V b) { return BfloatPairs::dot(a, b, Simd<float>::zero()); }
-    static __m512 multiply_add(V a, V b, __m512 sum) { return BfloatPairs::dot(a, b, sum); }
+    static Simd<float>::V multiply(V a, V b) { return BfloatPairs::dot(a, b, Simd<float>::zero()); }
+    static Simd<float>::V multiply_add(V a, V b, Simd<float>::V sum) { return BfloatPairs::dot(a, b, sum); }
 };
 #endif
 

@@ -25,17 +25,23 @@ template <class T> struct ColumnVector {
     static typename S::V multiply_add(V a, V b, typename S::V sum) { return S::fma(a, b, sum); }
 };
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+#ifdef OFFPATH_BFLOAT_PAIRS
 template <> struct ColumnVector<bfloat16> : BfloatPairs {
     static constexpr int columns = entries;
-    static __m512 multiply_add(V a, V b, __m512 sum) { return dot(a, b, sum); }
+    static Simd<float>::V multiply_add(V a, V b, Simd<float>::V sum) { return dot(a, b, sum); }
 };
 #endif
 
 // Calls body(0) ... body(n - 1): written out where that is little code. Sixteen parts and more, of narrow registers,
-// took the compiler longer than all else.
+// took the compiler longer than all else; on AArch64, eight had it load so far ahead that no register was left for
+// sums.
+#if defined(__aarch64__)
+constexpr int written_out_parts = 4;
+#else
+constexpr int written_out_parts = 8;
+#endif
 template <int n, class Body> [[gnu::always_inline]] inline void each_part(const Body &body) {
-    if constexpr (n <= 8)
+    if constexpr (n <= written_out_parts)
 #pragma GCC unroll 8
         for (int part = 0; part < n; ++part)
             body(part);
@@ -107,12 +113,12 @@ template <class T, int rows, class Value, class Body>
 }
 
 // Neighbouring rows that are multiplied together, so that what is loaded of x serves all of them: as many as there are
-// registers for.
-#if defined(__AVX512F__)
-template <int tokens> constexpr int bitmap_rows_together = tokens <= 6 ? 4 : 2;
-#else
-template <int tokens> constexpr int bitmap_rows_together = tokens <= 2 ? 4 : tokens <= 4 ? 2 : 1;
-#endif
+// registers for, beside those of what is multiplied.
+constexpr int bitmap_sums = sizeof(Simd<float>::V) == 64 ? 24 : vector_registers / 2;
+template <int tokens>
+constexpr int bitmap_rows_together = 4 * tokens <= bitmap_sums   ? 4
+                                     : 2 * tokens <= bitmap_sums ? 2
+                                                                 : 1;
 
 // With few tokens, several sums take turns, so that no addition waits for the one before it.
 template <class T, int tokens>

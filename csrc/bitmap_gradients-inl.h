@@ -22,7 +22,7 @@ template <class T> struct ColumnSums {
     }
 };
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+#ifdef OFFPATH_BFLOAT_PAIRS
 template <> struct ColumnSums<bfloat16> {
     using S = Simd<float>;
     using C = ColumnVector<bfloat16>;
@@ -98,7 +98,7 @@ template <class T, int rows, bool finite> struct RowsOfColumns {
     }
 };
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+#ifdef OFFPATH_BFLOAT_PAIRS
 // Neighbouring rows are multiplied in pairs.
 template <int rows>
     requires(rows % 2 == 0)
@@ -116,7 +116,8 @@ struct RowsOfColumns<bfloat16, rows, true> {
             pair[p][1] = B::interleave_high(first, second);
         }
     }
-    [[gnu::always_inline]] __m512 add(int vector, const bfloat16 *dy, const uint32_t (&)[rows], __m512 sum) const {
+    [[gnu::always_inline]] Simd<float>::V add(int vector, const bfloat16 *dy, const uint32_t (&)[rows],
+                                              Simd<float>::V sum) const {
 #pragma GCC unroll 4
         for (int p = 0; p < rows / 2; ++p)
             sum = B::dot(pair[p][vector], B::set1(B::pair_at(dy + 2 * p)), sum);
@@ -175,12 +176,12 @@ template <class T> struct TokenStep {
     static V multiply_add(V a, V b, V sum) { return S::fma(a, b, sum); }
 };
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+#ifdef OFFPATH_BFLOAT_PAIRS
 template <> struct TokenStep<bfloat16> {
     using V = BfloatPairs::V;
     static V load(const uint32_t *p) { return BfloatPairs::load(reinterpret_cast<const bfloat16 *>(p)); }
     static V set1(uint32_t pair) { return BfloatPairs::set1(pair); }
-    static __m512 multiply_add(V a, V b, __m512 sum) { return BfloatPairs::dot(a, b, sum); }
+    static Simd<float>::V multiply_add(V a, V b, Simd<float>::V sum) { return BfloatPairs::dot(a, b, sum); }
 };
 #endif
 

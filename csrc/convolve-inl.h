@@ -9,7 +9,7 @@ namespace {
 
 // Where columns go in pairs, sums of zipped columns stand in the order of the zip; in order again.
 template <class T> void order_sums([[maybe_unused]] offpath::Sum<T> *tile, [[maybe_unused]] int64_t entries) {
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+#ifdef OFFPATH_BFLOAT_PAIRS
     if constexpr (in_pairs<T>) {
         using S = Simd<float>;
         for (int64_t i = 0; i < entries; i += 2 * S::lanes) {

@@ -46,7 +46,7 @@ template <class T, int vectors> struct Step {
     }
 };
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+#ifdef OFFPATH_BFLOAT_PAIRS
 // Two columns, zipped so that each pair of values meets its pair of entries. The last tokens of a panel may fill only
 // the lower half of its last register.
 template <int vectors> struct Step<bfloat16, vectors> {
@@ -72,8 +72,10 @@ template <int vectors> struct Step<bfloat16, vectors> {
 #pragma GCC unroll 8
         for (int v = 0; v < vectors - half; ++v)
             acc[v] = B::dot(spread, x[v], acc[v]);
+#if defined(__AVX512F__) // see halves_pay
         if constexpr (half)
             acc[vectors - 1] = B::dot_lower_half(spread, x[vectors - 1], acc[vectors - 1]);
+#endif
     }
 };
 #endif

@@ -1,12 +1,23 @@
 #include "isa.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 #include <array>
 #include <atomic>
 #include <stdexcept>
 #include <string>
 
 extern "C" {
+#if defined(__aarch64__)
+extern const offpath::KernelTable offpath_table_neon;
+extern const offpath::KernelTable offpath_table_neonbf16;
+#else
 extern const offpath::KernelTable offpath_table_baseline;
+#endif
 #if defined(__x86_64__)
 extern const offpath::KernelTable offpath_table_avx2;
 extern const offpath::KernelTable offpath_table_avx512;
@@ -17,9 +28,33 @@ extern const offpath::KernelTable offpath_table_avx512bf16;
 namespace offpath {
 namespace {
 
+#if defined(__aarch64__)
+// Products of pairs of bfloat16, and of four int8 of which one operand has no sign.
+bool multiplies_pairs() {
+#if defined(__linux__)
+    constexpr unsigned long i8mm = 1ul << 13, bf16 = 1ul << 14; // of the kernel's HWCAP2
+    return (getauxval(AT_HWCAP2) & i8mm) && (getauxval(AT_HWCAP2) & bf16);
+#elif defined(__APPLE__)
+    const auto has = [](const char *name) {
+        int value = 0;
+        size_t size = sizeof value;
+        return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+    };
+    return has("hw.optional.arm.FEAT_BF16") && has("hw.optional.arm.FEAT_I8MM");
+#else
+    return false;
+#endif
+}
+#endif
+
 // __builtin_cpu_supports also asks the operating system (XGETBV) whether it saves the wide registers.
 const std::array all_isas = {
+#if defined(__aarch64__)
+    Isa{&offpath_table_neon, true},
+    Isa{&offpath_table_neonbf16, multiplies_pairs()},
+#else
     Isa{&offpath_table_baseline, true},
+#endif
 #if defined(__x86_64__)
     Isa{&offpath_table_avx2, __builtin_cpu_supports("x86-64-v3") != 0},
     Isa{&offpath_table_avx512, __builtin_cpu_supports("x86-64-v4") != 0},

@@ -8,11 +8,7 @@
 namespace {
 
 // Vectors of the batch in one panel: with six rows of accumulators, as many as the registers of the ISA hold.
-#if defined(__AVX512F__)
-constexpr int panel_vectors = 4;
-#else
-constexpr int panel_vectors = 2;
-#endif
+constexpr int panel_vectors = vector_registers / 8;
 
 // Whether multiplying half a register may take half the time, as on a Zen 4, which multiplies a whole one in two.
 #if defined(__AVX512F__)
@@ -33,7 +29,7 @@ template <class T> struct Format {
     static constexpr int64_t granule = Simd<Sum>::lanes; // tokens: the width of a panel is a multiple
 };
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+#ifdef OFFPATH_BFLOAT_PAIRS
 template <> struct Format<bfloat16> {
     using Sum = float;
     using Panel = bfloat16;
@@ -56,7 +52,11 @@ template <class T> constexpr int64_t strip_width = dy_vectors * Format<T>::granu
 // Which of `granule` neighbouring tokens stands at step `i` of a panel's column; where columns go in pairs, a step
 // holds two neighbours.
 template <class T> constexpr int64_t token_of_step(int64_t i) {
-    return in_pairs<T> ? 16 * (i / 2 % 2) + 4 * (i / 4) + 2 * (i % 2) : i;
+#ifdef OFFPATH_BFLOAT_PAIRS
+    if constexpr (in_pairs<T>)
+        return BfloatPairs::first_of_pair(i);
+#endif
+    return i;
 }
 
 // Columns of a panel, the one of zeros included.
@@ -68,13 +68,11 @@ template <class T> int64_t width_of_panel(int64_t begin, int64_t batch) {
     return batch - begin >= panel_width<T> ? panel_width<T> : (batch - begin + granule - 1) / granule * granule;
 }
 
-// Where registers are few, a strip of panels whose sums fill half of them is multiplied with runs of connections. Wide
-// registers leave less to gain: there, plans are buckets.
-#if defined(__AVX512F__)
-constexpr int run_panels = 0;
-#else
-constexpr int run_panels = 8 / panel_vectors;
-#endif
+// Where a panel has few tokens, a strip of panels whose sums fill half of the registers is multiplied with runs of
+// connections. Wide registers leave less to gain, and columns in pairs want buckets: there, plans are of them.
+template <class T>
+constexpr int run_panels =
+    sizeof(typename Simd<float>::V) == 64 || in_pairs<T> ? 0 : vector_registers / 2 / panel_vectors;
 
 template <class T>
 constexpr offpath::Layout layout = {static_cast<int32_t>(panel_width<T>),
@@ -82,6 +80,6 @@ constexpr offpath::Layout layout = {static_cast<int32_t>(panel_width<T>),
                                     static_cast<int32_t>(sizeof(typename Format<T>::Value)),
                                     static_cast<int32_t>(Format<T>::columns_per_step),
                                     static_cast<int32_t>(strip_width<T>),
-                                    run_panels};
+                                    run_panels<T>};
 
 } // namespace

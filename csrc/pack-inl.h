@@ -36,7 +36,7 @@ template <class T> struct PackPanel {
     }
 };
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+#ifdef OFFPATH_BFLOAT_PAIRS
 // 32 tokens of a column fill a register, in the order that zipping two columns undoes.
 template <> struct PackPanel<bfloat16> {
     using B = BfloatPairs;

@@ -4,9 +4,34 @@
 #include <atomic>
 #include <dlfcn.h>
 #include <stdexcept>
+#if defined(__APPLE__)
+#include <mach-o/dyld.h>
+#include <string_view>
+#endif
 
 namespace offpath {
 namespace {
+
+// Torch's library of operators, where it is loaded.
+void *torch_library() {
+#if defined(__APPLE__)
+    for (uint32_t i = 0; i < _dyld_image_count(); ++i)
+        if (const std::string_view path = _dyld_get_image_name(i); path.ends_with("/libtorch_cpu.dylib"))
+            return dlopen(path.data(), RTLD_LAZY | RTLD_NOLOAD);
+    return nullptr;
+#else
+    return dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+#endif
+}
+
+// What torch's operators find under this name: among what is visible everywhere first, then among what they are linked
+// with. Torch makes its OpenMP runtime visible everywhere on x86-64, and not on AArch64.
+void *find_symbol(const char *name) {
+    if (void *symbol = dlsym(RTLD_DEFAULT, name))
+        return symbol;
+    void *library = torch_library();
+    return library ? dlsym(library, name) : nullptr;
+}
 
 // The entry point that `#pragma omp parallel` compiles to. It is looked up instead of linked: a wheel of torch may
 // carry its runtime under another file name, and linking would then load a second runtime whose threads spin
@@ -46,8 +71,8 @@ struct Loop {
 } // namespace
 
 void find_pool() {
-    gomp_parallel = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    thread_number = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+    gomp_parallel = reinterpret_cast<GompParallel>(find_symbol("GOMP_parallel"));
+    thread_number = reinterpret_cast<int (*)()>(find_symbol("omp_get_thread_num"));
     if (!gomp_parallel || !thread_number)
         throw std::runtime_error("no OpenMP runtime is loaded in this process; import torch before offpath's module");
 }

@@ -52,7 +52,7 @@ template <class T> struct Entries {
     static Panel one(T entry) { return compute(entry); }
 };
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+#ifdef OFFPATH_BFLOAT_PAIRS
 template <> struct Entries<bfloat16> {
     using B = BfloatPairs;
 

@@ -23,14 +23,14 @@ template <class T> struct RowVector {
     static typename S::V multiply_add(V a, V b, typename S::V sum) { return S::fma(a, b, sum); }
 };
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+#ifdef OFFPATH_BFLOAT_PAIRS
 template <> struct RowVector<bfloat16> {
     static constexpr int64_t entries = BfloatPairs::entries;
     using S = Simd<float>;
     using V = BfloatPairs::V;
     static V load(const bfloat16 *p) { return BfloatPairs::load(p); }
     static V load_first(const bfloat16 *p, int64_t n) { return BfloatPairs::load_first(p, n); }
-    static __m512 multiply_add(V a, V b, __m512 sum) { return BfloatPairs::dot(a, b, sum); }
+    static Simd<float>::V multiply_add(V a, V b, Simd<float>::V sum) { return BfloatPairs::dot(a, b, sum); }
 };
 #endif
 
@@ -71,13 +71,13 @@ template <class T, int vectors> struct RowSums {
     }
 };
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+#ifdef OFFPATH_BFLOAT_PAIRS
 // Two entries at a time: their rows are zipped, so that one instruction multiplies a column of both.
 template <int vectors> struct RowSums<bfloat16, vectors> {
     using B = BfloatPairs;
     using S = Simd<float>;
     static constexpr int64_t columns = B::entries, entries = 2;
-    __m512 low[vectors], high[vectors];
+    S::V low[vectors], high[vectors];
 
     [[gnu::always_inline]] static int64_t low_lanes(int64_t n) { return n < S::lanes ? n : S::lanes; }
     [[gnu::always_inline]] void start(const bfloat16 *y, int64_t n) {
@@ -85,8 +85,8 @@ template <int vectors> struct RowSums<bfloat16, vectors> {
         for (int v = 0; v < vectors; ++v) {
             low[v] = high[v] = S::zero();
             if (y) {
-                const __m512 first = S::load_first(y + v * columns, low_lanes(n));
-                const __m512 second = S::load_first(y + v * columns + S::lanes, n - low_lanes(n));
+                const S::V first = S::load_first(y + v * columns, low_lanes(n));
+                const S::V second = S::load_first(y + v * columns + S::lanes, n - low_lanes(n));
                 low[v] = B::rezip_low(first, second);
                 high[v] = B::rezip_high(first, second);
             }

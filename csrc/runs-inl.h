@@ -7,10 +7,6 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-template <class T> constexpr void (*runs)(const offpath::runs_args<T> &, const offpath::Block &) = nullptr;
-#else
-
 // One strip: `panels` neighbouring panels of `vectors` vectors.
 template <class T, int panels, int vectors> struct RunStrip {
     using Sum = offpath::Sum<T>;
@@ -26,6 +22,9 @@ template <class T, int panels, int vectors> struct RunStrip {
     template <int count>
     [[gnu::always_inline]] void add(const offpath::TileRun *run, int32_t length, const uint16_t *columns,
                                     const Sum *values, Sum *sums) const {
+        const Sum *panel[panels];
+        for (int p = 0; p < panels; ++p)
+            panel[p] = x + p * x_stride;
         typename S::V acc[count][panels][vectors];
 #pragma GCC unroll 4
         for (int i = 0; i < count; ++i)
@@ -37,13 +36,13 @@ template <class T, int panels, int vectors> struct RunStrip {
         for (int32_t s = 0; s < length; ++s)
 #pragma GCC unroll 4
             for (int i = 0; i < count; ++i) {
-                const Sum *column = x + columns[i * length + s] * column_width;
+                const int64_t column = columns[i * length + s] * column_width;
                 const typename S::V value = S::set1(values[run[i].slot + s]);
 #pragma GCC unroll 8
                 for (int p = 0; p < panels; ++p)
 #pragma GCC unroll 8
                     for (int v = 0; v < vectors; ++v)
-                        acc[i][p][v] = S::fma(value, S::load(column + p * x_stride + v * S::lanes), acc[i][p][v]);
+                        acc[i][p][v] = S::fma(value, S::load(panel[p] + column + v * S::lanes), acc[i][p][v]);
             }
 #pragma GCC unroll 4
         for (int i = 0; i < count; ++i)
@@ -100,18 +99,25 @@ void runs_of_strip(const offpath::runs_args<T> &args, int64_t first, int64_t las
 }
 
 // Block: rows count rows of tiles, at most tile_rows_together; batch counts strips.
-template <class T> void runs(const offpath::runs_args<T> &args, const offpath::Block &block) {
-    constexpr int64_t strip = run_panels * panel_width<T>;
+template <class T> void multiply_runs(const offpath::runs_args<T> &args, const offpath::Block &block) {
+    constexpr int64_t strip = run_panels<T> * panel_width<T>;
     int64_t token = block.batch_begin * strip;
     const int64_t end = block.batch_end * strip < args.batch ? block.batch_end * strip : args.batch;
     for (; end - token >= strip; token += strip)
-        runs_of_strip<T, run_panels, panel_vectors>(args, block.row_begin, block.row_end, token);
+        runs_of_strip<T, run_panels<T>, panel_vectors>(args, block.row_begin, block.row_end, token);
     for (; token < end; token += panel_width<T>)
         with_vectors_of_panel<T>(token, args.batch, [&]<int vectors>(Vectors<vectors>) {
             runs_of_strip<T, 1, vectors>(args, block.row_begin, block.row_end, token);
         });
 }
 
-#endif
+// None where plans are buckets.
+template <class T>
+constexpr void (*runs)(const offpath::runs_args<T> &, const offpath::Block &) = [] {
+    if constexpr (run_panels<T> > 0)
+        return multiply_runs<T>;
+    else
+        return nullptr;
+}();
 
 } // namespace

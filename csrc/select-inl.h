@@ -64,7 +64,7 @@ template <class T> void find_maxima(const offpath::bound_args<T> &args) {
     using R = ScoreVector<T>;
     using S = typename R::S;
     // Half of the registers. The fewer go over the scores at once, the smaller the pieces in which memory is read.
-    constexpr int together = sizeof(typename S::V) == 64 ? 16 : 8;
+    constexpr int together = vector_registers / 2;
     for (int64_t first = 0; first < args.buckets; first += together * S::lanes) {
         const int64_t left = (args.buckets - first) / S::lanes, vectors = left < together ? left : together;
         typename S::V largest[together];

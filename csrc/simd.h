@@ -7,14 +7,17 @@
 // a whole register may be written where `whole`), move_together (compress in a register), keep_where (zero in the lanes
 // whose bit is not set), above (the bits of the lanes that are larger than a threshold, or where one of both is NaN),
 // larger (b where a is NaN). Simd<float> also loads, stores, expands and compresses bfloat16. BfloatPairs, where the
-// CPU has it: registers of bfloat16 whose neighbours are multiplied and added in pairs. Everything is in an anonymous
-// namespace so that no variant exports code to another one.
+// CPU has it (OFFPATH_BFLOAT_PAIRS is defined): registers of bfloat16 whose neighbours are multiplied and added in
+// pairs. vector_registers: how many the ISA has. Everything is in an anonymous namespace so that no variant exports
+// code to another one.
 #pragma once
 
 #if defined(__AVX512F__)
 #include "simd_avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__)
 #include "simd_avx2.h"
+#elif defined(__aarch64__)
+#include "simd_neon.h"
 #else
 #include "simd_portable.h"
 #endif

@@ -8,6 +8,8 @@ namespace {
 
 template <class T> struct Simd;
 
+constexpr int vector_registers = 16;
+
 // For each set of eight lanes: which of the values that stand side by side belongs into each lane (negative: none), and
 // which lane's value comes at each place.
 struct LaneOrders {

@@ -8,6 +8,8 @@ namespace {
 
 template <class T> struct Simd;
 
+constexpr int vector_registers = 32;
+
 template <> struct Simd<float> {
     using V = __m512;
     static constexpr int lanes = 16;
@@ -138,6 +140,7 @@ template <> struct Simd<double> {
 };
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+#define OFFPATH_BFLOAT_PAIRS 1
 
 // 32 bfloat16, or 16 pairs of them: dot multiplies pair by pair and adds both products to a float lane. Subnormal
 // operands count as zero there.
@@ -225,6 +228,8 @@ struct BfloatPairs {
     // Entry 8q + i of the result is entry 4q + i, entry 8q + 4 + i is entry 16 + 4q + i (q, i < 4): zipped low and
     // high, two such registers give the first 16 and the last 16 entries in order.
     static V order_for_zip(V a) { return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), a); }
+    // The first of the two entries at pair `i` in that order.
+    static constexpr int64_t first_of_pair(int64_t i) { return 16 * (i / 2 % 2) + 4 * (i / 4) + 2 * (i % 2); }
     static __mmask32 mask(int64_t n) { return static_cast<__mmask32>((uint64_t{1} << n) - 1); }
 };
 

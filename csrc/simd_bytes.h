@@ -16,10 +16,22 @@ inline SpreadBytes spread_bytes(const int8_t *packed, uint64_t bits) {
 }
 #else
 struct SpreadBytes {
-    int8_t bytes[64];
+    alignas(16) int8_t bytes[64];
 };
 inline SpreadBytes spread_bytes(const int8_t *packed, uint64_t bits) {
     SpreadBytes spread = {};
+#if defined(__aarch64__)
+    // Eight columns at a time, as long as eight values may be read.
+    const int8_t *end = packed + __builtin_popcountll(bits);
+    for (int column = 0; end - packed >= 8; column += 8) {
+        const uint8_t here = static_cast<uint8_t>(bits >> column);
+        const uint8x16_t pairs = vld1q_u8(byte_orders<2>.expand[here]);
+        const uint8x8_t order = vshr_n_u8(vmovn_u16(vreinterpretq_u16_u8(pairs)), 1);
+        vst1_s8(spread.bytes + column, vtbl1_s8(vld1_s8(packed), vreinterpret_s8_u8(order)));
+        packed += __builtin_popcount(here);
+        bits &= ~(uint64_t{0xFF} << column);
+    }
+#endif
     for (; bits; bits &= bits - 1)
         spread.bytes[__builtin_ctzll(bits)] = *packed++;
     return spread;
@@ -38,6 +50,13 @@ template <class T> struct WidenedWord {
 #if defined(__AVX512F__)
         if constexpr (columns == 16)
             return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes))));
+#elif defined(__aarch64__)
+        if constexpr (columns == 4) {
+            uint32_t four;
+            __builtin_memcpy(&four, bytes, sizeof four);
+            const int16x8_t shorts = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four)));
+            return vcvtq_f32_s32(vmovl_s16(vget_low_s16(shorts)));
+        }
 #endif
         offpath::Sum<T> widened[columns];
         for (int lane = 0; lane < columns; ++lane)
@@ -73,6 +92,28 @@ struct ByteDots {
     }
     static V subtract(V a, V b) { return _mm512_sub_epi32(a, b); }
     static void store(V (&of_row)[rows], int32_t *sums) { _mm512_storeu_si512(sums, sum_each<int32_t>(of_row)); }
+};
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+struct ByteDots {
+    using V = int32x4_t;
+    static constexpr int rows = 4;
+    static V zero() { return vdupq_n_s32(0); }
+    static V add(V sum, const uint8_t *bytes, const SpreadBytes &spread) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 64; i += 16)
+            sum = vusdotq_s32(sum, vld1q_u8(bytes + i), vld1q_s8(spread.bytes + i));
+        return sum;
+    }
+    static V add_offset(V sum, const SpreadBytes &spread) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 64; i += 16)
+            sum = vusdotq_s32(sum, vdupq_n_u8(128), vld1q_s8(spread.bytes + i));
+        return sum;
+    }
+    static V subtract(V a, V b) { return vsubq_s32(a, b); }
+    static void store(V (&of_row)[rows], int32_t *sums) {
+        vst1q_s32(sums, vpaddq_s32(vpaddq_s32(of_row[0], of_row[1]), vpaddq_s32(of_row[2], of_row[3])));
+    }
 };
 #else
 struct ByteDots {
@@ -128,6 +169,19 @@ template <> struct WidenedWord<bfloat16> {
         halves[1] = _mm512_unpackhi_epi8(low, signed_high);
     }
     [[gnu::always_inline]] __m512i part(int i) const { return halves[i]; }
+};
+#elif defined(__aarch64__) && defined(OFFPATH_BFLOAT_PAIRS)
+template <> struct WidenedWord<bfloat16> {
+    static constexpr int columns = BfloatPairs::entries;
+    SpreadBytes spread;
+
+    // Every int8 is a bfloat16: the upper halves of the floats that they are.
+    [[gnu::always_inline]] BfloatPairs::V part(int i) const {
+        const int16x8_t shorts = vmovl_s8(vld1_s8(spread.bytes + i * columns));
+        const float32x4_t low = vcvtq_f32_s32(vmovl_s16(vget_low_s16(shorts)));
+        const float32x4_t high = vcvtq_f32_s32(vmovl_high_s16(shorts));
+        return vuzp2q_u16(vreinterpretq_u16_f32(low), vreinterpretq_u16_f32(high));
+    }
 };
 #endif
 

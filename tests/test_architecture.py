@@ -207,6 +207,18 @@ def test_one_openmp_runtime_in_the_process() -> None:
     assert runtimes == {Path(pool).resolve()}
 
 
+def test_torchs_openmp_runtime_is_found_where_it_is_not_visible_everywhere() -> None:
+    """As torch's wheels for AArch64 have it."""
+    code = (
+        "import ctypes; load = ctypes.CDLL\n"
+        "ctypes.CDLL = lambda name, mode=0, **how: load(name, mode & ~ctypes.RTLD_GLOBAL, **how)\n"
+        "import torch; assert not hasattr(load(None), 'GOMP_parallel'); ctypes.CDLL = load\n"
+        "from offpath.kernels import cpu; print(cpu.pool_library()); print(open('/proc/self/maps').read())"
+    )
+    pool, maps = _run(code).split("\n", 1)
+    assert Path(pool).resolve() in {Path(line.split()[-1]).resolve() for line in maps.splitlines() if "omp" in line}
+
+
 def test_thread_count_of_torch_is_honoured() -> None:
     code = (
         "torch.set_num_threads(1)\n"

@@ -120,6 +120,18 @@ def test_a_broken_count_of_shards_means_to_take_them_again(content: str, tmp_pat
     assert _count(path) == 0 and not _shards(tmp_path, 0)
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "processor"),
+    [
+        ("model name\t: A 9\ncpu family\t: 26\nmodel\t: 2\n\nmodel name\t: B", "A 9 (family 26, model 2)"),
+        ("CPU implementer\t: 0x41\nCPU variant\t: 0x0\nCPU part\t: 0xd4f\n", "(implementer 0x41, part 0xd4f)"),
+        ("", ""),
+    ],
+)
+def test_kept_measurements_are_of_one_processor(cpuinfo: str, processor: str) -> None:
+    assert measured.processor_of(cpuinfo).endswith(processor)
+
+
 @pytest.mark.parametrize("found", [{"forward": None}, {"forward": {"dense": 3}}, [], 3])
 def test_a_cache_of_another_shape_is_measured_anew(found: object, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("OFFPATH_CACHE_DIR", str(tmp_path))

@@ -51,13 +51,21 @@ def cache_folder() -> Path:
 def processor() -> str:
     """The processor as the system tells it; the numbers tell apart generations that a cloud calls by one name."""
     cpuinfo = Path("/proc/cpuinfo")
+    return processor_of(cpuinfo.read_text() if cpuinfo.exists() else "")
+
+
+def processor_of(cpuinfo: str) -> str:
+    """The first processor that a text in the form of /proc/cpuinfo describes; those of Arm have numbers and no name."""
     facts = {}
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().split("\n\n")[0].splitlines():
-            key, _, fact = line.partition(":")
-            facts[key.strip()] = fact.strip()
-    name = facts.get("model name") or platform.processor() or "unknown"
-    return f"{name} (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else name
+    for line in cpuinfo.split("\n\n")[0].splitlines():
+        key, _, fact = line.partition(":")
+        facts[key.strip()] = fact.strip()
+    name = facts.get("model name") or platform.processor() or platform.machine() or "unknown"
+    if "cpu family" in facts:
+        return f"{name} (family {facts['cpu family']}, model {facts['model']})"
+    if "CPU part" in facts:
+        return f"{name} (implementer {facts['CPU implementer']}, part {facts['CPU part']})"
+    return name
 
 
 def measured_once(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from offpath.storage.digest import digest
 from offpath.storage.errors import StorageError
 from offpath.storage.header import FORMAT, Header
 from offpath.storage.layers import LAYERS
+
+# What is open has a path here, whatever becomes of the file's own name.
+_OPEN_FILES = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def said_of(what: object) -> Iterator[None]:
 def _mapped(path: Path) -> tuple[str, dict[str, Tensor]]:
     try:
         # Opened here, because safetensors opens what it is given twice: another process may replace it in between.
-        with path.open("rb") as opened, safe_open(f"/proc/self/fd/{opened.fileno()}", framework="pt") as file:
+        with path.open("rb") as opened, safe_open(f"{_OPEN_FILES}/{opened.fileno()}", framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, ValueError, RuntimeError, TypeError, OverflowError) as error:
