@@ -113,7 +113,7 @@ template <class T, int rows, class Value, class Body>
 }
 
 // Neighbouring rows that are multiplied together, so that what is loaded of x serves all of them: as many as there are
-// registers for, beside those of what is multiplied.
+// registers for, beside those of what is multiplied. AVX-512 takes x from memory and spreads values without a table.
 constexpr int bitmap_sums = sizeof(Simd<float>::V) == 64 ? 24 : vector_registers / 2;
 template <int tokens>
 constexpr int bitmap_rows_together = 4 * tokens <= bitmap_sums   ? 4

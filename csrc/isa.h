@@ -13,7 +13,7 @@ struct Isa {
     bool runs_here;
 };
 
-// Slowest first; the baseline always runs.
+// Slowest first; the first always runs.
 std::span<const Isa> isas();
 
 // The table at `index` of isas(), counted as called once more. Throws std::invalid_argument when there is no such

@@ -9,8 +9,8 @@ template <class T> struct Simd;
 
 constexpr int vector_registers = 16;
 
-// 16-byte vectors by the compiler's vector extension: SSE2 on x86-64, NEON on AArch64. The x86-64 baseline has no
-// fused multiply-add, so here the product is rounded before it is added.
+// 16-byte vectors by the compiler's vector extension: SSE2 on x86-64. The x86-64 baseline has no fused multiply-add, so
+// here the product is rounded before it is added.
 template <class T> struct Simd {
     typedef T V __attribute__((vector_size(16)));
     static constexpr int lanes = 16 / sizeof(T);
