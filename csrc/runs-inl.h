@@ -12,8 +12,9 @@ template <class T, int panels, int vectors> struct RunStrip {
     using Sum = offpath::Sum<T>;
     using S = Simd<Sum>;
     static constexpr int64_t column_width = vectors * S::lanes, width = panels * column_width;
-    // Runs of one length that go side by side: a few vectors are not enough additions to keep the processor busy.
-    static constexpr int together = panels * vectors >= 8 ? 1 : 4;
+    // Runs of one length that go side by side, as far as half of the registers hold their sums: a few vectors are not
+    // enough additions to keep the processor busy.
+    static constexpr int most = vector_registers / 2 / (panels * vectors), together = most >= 4 ? 4 : most >= 2 ? 2 : 1;
 
     const Sum *x;     // the first panel's, from the tile on
     int64_t x_stride; // between panels
@@ -98,17 +99,32 @@ void runs_of_strip(const offpath::runs_args<T> &args, int64_t first, int64_t las
     output.template write<Strip::width>(tile, first_row, last_row, token);
 }
 
+// A strip of as many whole panels as `count` says; a panel is whole if its padding makes it so.
+template <class T, int panels = run_panels<T>>
+void runs_of_panels(const offpath::runs_args<T> &args, const offpath::Block &block, int64_t token, int64_t count) {
+    if (count == panels)
+        runs_of_strip<T, panels, panel_vectors>(args, block.row_begin, block.row_end, token);
+    else if constexpr (panels > 1)
+        runs_of_panels<T, panels - 1>(args, block, token, count);
+}
+
 // Block: rows count rows of tiles, at most tile_rows_together; batch counts strips.
 template <class T> void multiply_runs(const offpath::runs_args<T> &args, const offpath::Block &block) {
-    constexpr int64_t strip = run_panels<T> * panel_width<T>;
+    constexpr int64_t width = panel_width<T>, strip = run_panels<T> * width;
     int64_t token = block.batch_begin * strip;
     const int64_t end = block.batch_end * strip < args.batch ? block.batch_end * strip : args.batch;
-    for (; end - token >= strip; token += strip)
-        runs_of_strip<T, run_panels<T>, panel_vectors>(args, block.row_begin, block.row_end, token);
-    for (; token < end; token += panel_width<T>)
-        with_vectors_of_panel<T>(token, args.batch, [&]<int vectors>(Vectors<vectors>) {
-            runs_of_strip<T, 1, vectors>(args, block.row_begin, block.row_end, token);
-        });
+    while (token < end) {
+        const int64_t left = end - token + Format<T>::granule - 1;
+        const int64_t whole = left >= strip ? run_panels<T> : left / width;
+        runs_of_panels<T>(args, block, token, whole);
+        token += whole * width;
+        if (whole < run_panels<T> && token < end) {
+            with_vectors_of_panel<T>(token, args.batch, [&]<int vectors>(Vectors<vectors>) {
+                runs_of_strip<T, 1, vectors>(args, block.row_begin, block.row_end, token);
+            });
+            token += width;
+        }
+    }
 }
 
 // None where plans are buckets.

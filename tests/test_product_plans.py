@@ -42,6 +42,19 @@ def test_product_is_exact_in_every_layout(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_any_number_of_tokens_is_right(backend: Backend, dtype: torch.dtype) -> None:
+    """Panels go together where they are whole, or padding makes them so; what lies behind the tokens is nobody's."""
+    for batch in range(1, 131):
+        pattern, values, x, _, bias = whole_numbers(50, 130, batch, 0.6, dtype)
+        behind = torch.full((batch + 64, 130), torch.nan, dtype=dtype)
+        behind[:batch] = x
+        plan = backend.plan(pattern.crow_indices, pattern.col_indices, pattern.shape[1], dtype)
+        expected = (x.double() @ pattern.to_dense(values).double().t() + bias.double()).to(dtype)
+        for given in (behind[:batch], behind.t().contiguous().t()[:batch]):
+            assert torch.equal(backend.planned_spmm(plan, values, given, bias), expected), batch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_a_value_that_is_not_finite_reaches_its_own_row_and_column_alone(
     backend: Backend, size: tuple[int, int, int, float], dtype: torch.dtype
