@@ -68,6 +68,20 @@ template <class T> int64_t width_of_panel(int64_t begin, int64_t batch) {
     return batch - begin >= panel_width<T> ? panel_width<T> : (batch - begin + granule - 1) / granule * granule;
 }
 
+// Neighbouring panels from token `begin` on, at most `most`, that are whole, or made whole by padding.
+template <class T> int64_t whole_panels(int64_t begin, int64_t batch, int64_t most) {
+    const int64_t whole = (batch - begin + Format<T>::granule - 1) / panel_width<T>;
+    return whole < most ? whole : most;
+}
+
+// Calls body.template operator()<count>() for a count of 1 to `most`.
+template <int most, class Body> void with_panels(int64_t count, const Body &body) {
+    if (count == most)
+        body.template operator()<most>();
+    else if constexpr (most > 1)
+        with_panels<most - 1>(count, body);
+}
+
 // Where a panel has few tokens, a strip of panels whose sums fill half of the registers is multiplied with runs of
 // connections. Wide registers leave less to gain, and columns in pairs want buckets: there, plans are of them.
 template <class T>

@@ -99,32 +99,23 @@ void runs_of_strip(const offpath::runs_args<T> &args, int64_t first, int64_t las
     output.template write<Strip::width>(tile, first_row, last_row, token);
 }
 
-// A strip of as many whole panels as `count` says; a panel is whole if its padding makes it so.
-template <class T, int panels = run_panels<T>>
-void runs_of_panels(const offpath::runs_args<T> &args, const offpath::Block &block, int64_t token, int64_t count) {
-    if (count == panels)
-        runs_of_strip<T, panels, panel_vectors>(args, block.row_begin, block.row_end, token);
-    else if constexpr (panels > 1)
-        runs_of_panels<T, panels - 1>(args, block, token, count);
-}
-
 // Block: rows count rows of tiles, at most tile_rows_together; batch counts strips.
 template <class T> void multiply_runs(const offpath::runs_args<T> &args, const offpath::Block &block) {
     constexpr int64_t width = panel_width<T>, strip = run_panels<T> * width;
     int64_t token = block.batch_begin * strip;
     const int64_t end = block.batch_end * strip < args.batch ? block.batch_end * strip : args.batch;
-    while (token < end) {
-        const int64_t left = end - token + Format<T>::granule - 1;
-        const int64_t whole = left >= strip ? run_panels<T> : left / width;
-        runs_of_panels<T>(args, block, token, whole);
-        token += whole * width;
-        if (whole < run_panels<T> && token < end) {
+    while (token < end)
+        if (const int64_t whole = whole_panels<T>(token, end, run_panels<T>); whole > 0) {
+            with_panels<run_panels<T>>(whole, [&]<int panels>() {
+                runs_of_strip<T, panels, panel_vectors>(args, block.row_begin, block.row_end, token);
+            });
+            token += whole * width;
+        } else {
             with_vectors_of_panel<T>(token, args.batch, [&]<int vectors>(Vectors<vectors>) {
                 runs_of_strip<T, 1, vectors>(args, block.row_begin, block.row_end, token);
             });
             token += width;
         }
-    }
 }
 
 // None where plans are buckets.

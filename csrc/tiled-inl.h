@@ -125,9 +125,9 @@ template <class T, int panels, int vectors, template <class, int64_t> class Rows
     }
 };
 
-// The tiles of the block times the tokens from `token` on; returns how many tokens that were.
+// The tiles of the block times the tokens from `token` on.
 template <class T, int panels, int vectors>
-int64_t tiled_tokens(const offpath::tiled_args<T> &args, const offpath::Block &block, int64_t token) {
+void tiled_tokens(const offpath::tiled_args<T> &args, const offpath::Block &block, int64_t token) {
     using Tokens = TokenBlock<T, panels, vectors>;
     using Panel = typename Format<T>::Panel;
     const int64_t dy_columns = panel_columns<T>(args.plan.rows), x_columns = panel_columns<T>(args.plan.matrix_columns);
@@ -143,33 +143,28 @@ int64_t tiled_tokens(const offpath::tiled_args<T> &args, const offpath::Block &b
                                args.dvalues};
         tokens.tile(args.plan, tile);
     }
-    return panels * Tokens::width;
 }
 
 // Block: rows count tiles. All of the batch.
 template <class T> void tiled(const offpath::tiled_args<T> &args, const offpath::Block &block) {
     constexpr int vectors = panel_width<T> / BatchVector<T>::tokens, panels = dy_vectors / vectors;
     int64_t token = 0;
-    while (args.batch - token >= panels * panel_width<T>)
-        token += tiled_tokens<T, panels, vectors>(args, block, token);
-    while (args.batch - token >= panel_width<T>)
-        token += tiled_tokens<T, 1, vectors>(args, block, token);
+    while (const int64_t whole = whole_panels<T>(token, args.batch, panels)) {
+        with_panels<panels>(whole, [&]<int together>() { tiled_tokens<T, together, vectors>(args, block, token); });
+        token += whole * panel_width<T>;
+    }
     if (token < args.batch)
         switch (width_of_panel<T>(token, args.batch) / BatchVector<T>::tokens) {
         case 1:
             tiled_tokens<T, 1, 1>(args, block, token);
             break;
         case 2:
-            if constexpr (vectors >= 2)
+            if constexpr (vectors > 2)
                 tiled_tokens<T, 1, 2>(args, block, token);
             break;
         case 3:
-            if constexpr (vectors >= 3)
+            if constexpr (vectors > 3)
                 tiled_tokens<T, 1, 3>(args, block, token);
-            break;
-        case 4:
-            if constexpr (vectors >= 4)
-                tiled_tokens<T, 1, 4>(args, block, token);
             break;
         }
 }

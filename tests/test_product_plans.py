@@ -44,14 +44,24 @@ def test_product_is_exact_in_every_layout(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_any_number_of_tokens_is_right(backend: Backend, dtype: torch.dtype) -> None:
     """Panels go together where they are whole, or padding makes them so; what lies behind the tokens is nobody's."""
-    for batch in range(1, 131):
-        pattern, values, x, _, bias = whole_numbers(50, 130, batch, 0.6, dtype)
-        behind = torch.full((batch + 64, 130), torch.nan, dtype=dtype)
-        behind[:batch] = x
+    for batch in (*range(1, 131), 159, 160, 161, 191, 192, 193, 223, 224, 225, 255, 256, 257, 300):
+        pattern, values, x, dy, bias = whole_numbers(50, 130, batch, 0.6, dtype)
         plan = backend.plan(pattern.crow_indices, pattern.col_indices, pattern.shape[1], dtype)
-        expected = (x.double() @ pattern.to_dense(values).double().t() + bias.double()).to(dtype)
-        for given in (behind[:batch], behind.t().contiguous().t()[:batch]):
-            assert torch.equal(backend.planned_spmm(plan, values, given, bias), expected), batch
+        tiles = backend.tiles(pattern.crow_indices, pattern.col_indices, pattern.shape[1])
+        y = (x.double() @ pattern.to_dense(values).double().t() + bias.double()).to(dtype)
+        dvalues = (dy.double().t() @ x.double())[pattern.row_indices(), pattern.col_indices.long()].to(dtype)
+        x_rows, dy_rows = (_before_nan(operand) for operand in (x, dy))
+        x_columns, dy_columns = (_before_nan(operand.t()).t() for operand in (x, dy))
+        for given, gradient in ((x_rows, dy_rows), (x_columns, dy_columns)):
+            assert torch.equal(backend.planned_spmm(plan, values, given, bias), y), batch
+            assert torch.equal(backend.tiled_sddmm(tiles, gradient, given), dvalues), batch
+
+
+def _before_nan(operand: torch.Tensor) -> torch.Tensor:
+    """The same in a larger tensor, with NaN behind each row and behind the last one."""
+    behind = operand.new_full((operand.shape[0] + 64, operand.shape[1] + 64), torch.nan)
+    behind[: operand.shape[0], : operand.shape[1]] = operand
+    return behind[: operand.shape[0], : operand.shape[1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
