@@ -125,7 +125,7 @@ def sparselab_jobs(effort: Effort) -> Iterator[Job]:
 
 
 def avx2_jobs(effort: Effort) -> Iterator[Job]:
-    """The forward product held to AVX2, against a dense layer that is not."""
+    """The forward product held to AVX2, against a dense layer that is not; none on a processor without AVX2."""
     if not cpu.isas().get("avx2"):
         return
     for shape in effort.shapes:

@@ -88,14 +88,6 @@ template <int tokens>
         B::store(of_row[t], sums[t]);
 }
 
-// Calls body<n>() for a number of tokens that is known only when it runs.
-template <int n = 1, class Body> void with_tokens(int64_t tokens, const Body &body) {
-    if (tokens == n)
-        return body.template operator()<n>();
-    if constexpr (n < offpath::dots_tokens)
-        with_tokens<n + 1>(tokens, body);
-}
-
 // Block: rows are rows, batch is one block of tokens.
 template <class T> void int8_dots(const offpath::int8_dots_args<T> &args, const offpath::Block &block) {
     constexpr int rows = ByteDots::rows;
@@ -104,8 +96,8 @@ template <class T> void int8_dots(const offpath::int8_dots_args<T> &args, const 
     for (int64_t first = block.row_begin; first < block.row_end; first += rows) {
         const int64_t count = block.row_end - first < rows ? block.row_end - first : rows;
         WholeSums sums[offpath::dots_tokens];
-        with_tokens(tokens,
-                    [&]<int known>() { dots_rows<known>(args.bitmap, args.values, levels, first, count, sums); });
+        with_number<offpath::dots_tokens>(
+            tokens, [&]<int known>() { dots_rows<known>(args.bitmap, args.values, levels, first, count, sums); });
         for (int64_t t = 0; t < tokens; ++t) {
             const int64_t token = block.batch_begin + t;
             scale_rows<T>(sums[t], args.scales + first, args.sizes[token], args.bias ? args.bias + first : nullptr,

@@ -30,6 +30,12 @@ inline bfloat16 as_bfloat16(int8_t a) { // every int8 is one: nothing is rounded
 }
 
 // What an ISA without the instruction does lane by lane.
+template <class V, class T> V load_lanes_at(const T *p, const int32_t *at, int64_t n) {
+    V a = {};
+    for (int64_t i = 0; i < n; ++i)
+        a[i] = p[at[i]];
+    return a;
+}
 template <class T> void expand_lanes(const T *packed, uint32_t bits, int lanes, T *spread) {
     for (int i = 0; i < lanes; ++i)
         spread[i] = bits >> i & 1 ? *packed++ : T{};

@@ -74,12 +74,12 @@ template <class T> int64_t whole_panels(int64_t begin, int64_t batch, int64_t mo
     return whole < most ? whole : most;
 }
 
-// Calls body.template operator()<count>() for a count of 1 to `most`.
-template <int most, class Body> void with_panels(int64_t count, const Body &body) {
-    if (count == most)
+// Calls body.template operator()<n>() for a number of 1 to `most` that is known only when it runs.
+template <int most, class Body> void with_number(int64_t n, const Body &body) {
+    if (n == most)
         body.template operator()<most>();
     else if constexpr (most > 1)
-        with_panels<most - 1>(count, body);
+        with_number<most - 1>(n, body);
 }
 
 // Where a panel has few tokens, a strip of panels whose sums fill half of the registers is multiplied with runs of

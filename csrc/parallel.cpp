@@ -24,15 +24,6 @@ void *torch_library() {
 #endif
 }
 
-// What torch's operators find under this name: among what is visible everywhere first, then among what they are linked
-// with. Torch makes its OpenMP runtime visible everywhere on x86-64, and not on AArch64.
-void *find_symbol(const char *name) {
-    if (void *symbol = dlsym(RTLD_DEFAULT, name))
-        return symbol;
-    void *library = torch_library();
-    return library ? dlsym(library, name) : nullptr;
-}
-
 // The entry point that `#pragma omp parallel` compiles to. It is looked up instead of linked: a wheel of torch may
 // carry its runtime under another file name, and linking would then load a second runtime whose threads spin
 // beside torch's.
@@ -71,8 +62,11 @@ struct Loop {
 } // namespace
 
 void find_pool() {
-    gomp_parallel = reinterpret_cast<GompParallel>(find_symbol("GOMP_parallel"));
-    thread_number = reinterpret_cast<int (*)()>(find_symbol("omp_get_thread_num"));
+    // Where torch's operators find it: among what is visible everywhere, or among what they are linked with. Torch
+    // makes its OpenMP runtime visible everywhere on x86-64, and not on AArch64.
+    void *const where = dlsym(RTLD_DEFAULT, "GOMP_parallel") ? RTLD_DEFAULT : torch_library();
+    gomp_parallel = reinterpret_cast<GompParallel>(dlsym(where, "GOMP_parallel"));
+    thread_number = reinterpret_cast<int (*)()>(dlsym(where, "omp_get_thread_num"));
     if (!gomp_parallel || !thread_number)
         throw std::runtime_error("no OpenMP runtime is loaded in this process; import torch before offpath's module");
 }

@@ -106,7 +106,7 @@ template <class T> void multiply_runs(const offpath::runs_args<T> &args, const o
     const int64_t end = block.batch_end * strip < args.batch ? block.batch_end * strip : args.batch;
     while (token < end)
         if (const int64_t whole = whole_panels<T>(token, end, run_panels<T>); whole > 0) {
-            with_panels<run_panels<T>>(whole, [&]<int panels>() {
+            with_number<run_panels<T>>(whole, [&]<int panels>() {
                 runs_of_strip<T, panels, panel_vectors>(args, block.row_begin, block.row_end, token);
             });
             token += whole * width;

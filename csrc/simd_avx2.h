@@ -179,12 +179,7 @@ template <> struct Simd<double> {
     static V load_at(const double *p, const int32_t *at) {
         return _mm256_set_pd(p[at[3]], p[at[2]], p[at[1]], p[at[0]]);
     }
-    static V load_first_at(const double *p, const int32_t *at, int64_t n) {
-        V a = zero();
-        for (int64_t i = 0; i < n; ++i)
-            a[i] = p[at[i]];
-        return a;
-    }
+    static V load_first_at(const double *p, const int32_t *at, int64_t n) { return load_lanes_at<V>(p, at, n); }
     static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
     static V load_first(const double *p, int64_t n) { return _mm256_maskload_pd(p, mask(n)); }
     static void store_first(double *p, V a, int64_t n) {

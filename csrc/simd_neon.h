@@ -51,18 +51,13 @@ template <> struct Simd<float> {
         a = vld1q_lane_f32(p + at[2], a, 2);
         return vld1q_lane_f32(p + at[3], a, 3);
     }
-    static V load_first_at(const float *p, const int32_t *at, int64_t n) {
-        V a = zero();
-        for (int64_t i = 0; i < n; ++i)
-            a[i] = p[at[i]];
-        return a;
-    }
+    static V load_first_at(const float *p, const int32_t *at, int64_t n) { return load_lanes_at<V>(p, at, n); }
     static V sum_four(const V (&a)[4]) { return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])); }
     static V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
-    static V load_first(const float *p, int64_t n) {
+    template <class T> static V load_first(const T *p, int64_t n) {
         if (n >= lanes)
             return load(p);
-        float a[lanes] = {};
+        T a[lanes] = {};
         for (int64_t i = 0; i < n; ++i)
             a[i] = p[i];
         return load(a);
@@ -107,14 +102,6 @@ template <> struct Simd<float> {
             vshrn_n_u32(vreinterpretq_u32_f32(move_together(load(spread), bits)), 16); // they were bfloat16
         store_halves(packed, halves, whole ? lanes : __builtin_popcount(bits));
     }
-    static V load_first(const bfloat16 *p, int64_t n) {
-        if (n >= lanes)
-            return load(p);
-        bfloat16 a[lanes] = {};
-        for (int64_t i = 0; i < n; ++i)
-            a[i] = p[i];
-        return load(a);
-    }
     // BFCVT would keep part of what a NaN carries.
     static void store_first(bfloat16 *p, V a, int64_t n) { store_halves(p, narrow_halves(a), n); }
     static V widen_halves(uint16x4_t halves) { return vreinterpretq_f32_u32(vshll_n_u16(halves, 16)); }
@@ -150,12 +137,7 @@ template <> struct Simd<double> {
     static V load_at(const double *p, const int32_t *at) {
         return vcombine_f64(vld1_f64(p + at[0]), vld1_f64(p + at[1]));
     }
-    static V load_first_at(const double *p, const int32_t *at, int64_t n) {
-        V a = zero();
-        for (int64_t i = 0; i < n; ++i)
-            a[i] = p[at[i]];
-        return a;
-    }
+    static V load_first_at(const double *p, const int32_t *at, int64_t n) { return load_lanes_at<V>(p, at, n); }
     static V fma(V a, V b, V c) { return vfmaq_f64(c, a, b); }
     static V load_first(const double *p, int64_t n) {
         return n >= lanes ? load(p) : n == 1 ? vcombine_f64(vld1_f64(p), vdup_n_f64(0)) : zero();

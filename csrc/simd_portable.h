@@ -24,12 +24,7 @@ template <class T> struct Simd {
     static void store(T *p, V a) { __builtin_memcpy(p, &a, sizeof a); }
     static V add(V a, V b) { return a + b; }
     static V load_at(const T *p, const int32_t *at) { return load_first_at(p, at, lanes); }
-    static V load_first_at(const T *p, const int32_t *at, int64_t n) {
-        V a = zero();
-        for (int64_t i = 0; i < n; ++i)
-            a[i] = p[at[i]];
-        return a;
-    }
+    static V load_first_at(const T *p, const int32_t *at, int64_t n) { return load_lanes_at<V>(p, at, n); }
     static V fma(V a, V b, V c) { return a * b + c; }
     static V larger(V a, V b) { return a > b ? a : b; }
     static uint32_t above(V a, V threshold) {

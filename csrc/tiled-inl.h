@@ -150,23 +150,12 @@ template <class T> void tiled(const offpath::tiled_args<T> &args, const offpath:
     constexpr int vectors = panel_width<T> / BatchVector<T>::tokens, panels = dy_vectors / vectors;
     int64_t token = 0;
     while (const int64_t whole = whole_panels<T>(token, args.batch, panels)) {
-        with_panels<panels>(whole, [&]<int together>() { tiled_tokens<T, together, vectors>(args, block, token); });
+        with_number<panels>(whole, [&]<int together>() { tiled_tokens<T, together, vectors>(args, block, token); });
         token += whole * panel_width<T>;
     }
     if (token < args.batch)
-        switch (width_of_panel<T>(token, args.batch) / BatchVector<T>::tokens) {
-        case 1:
-            tiled_tokens<T, 1, 1>(args, block, token);
-            break;
-        case 2:
-            if constexpr (vectors > 2)
-                tiled_tokens<T, 1, 2>(args, block, token);
-            break;
-        case 3:
-            if constexpr (vectors > 3)
-                tiled_tokens<T, 1, 3>(args, block, token);
-            break;
-        }
+        with_number<vectors - 1>(width_of_panel<T>(token, args.batch) / BatchVector<T>::tokens,
+                                 [&]<int left>() { tiled_tokens<T, 1, left>(args, block, token); });
 }
 
 } // namespace
