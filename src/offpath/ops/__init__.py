@@ -1,6 +1,11 @@
 """Where a pattern meets a kernel: `torch.library` ops with autograd."""
 
-from offpath.ops import row_products as row_products
+from offpath.ops import (
+    flops as flops,
+    live_linear as live_linear,
+    packed_linear as packed_linear,
+    row_products as row_products,
+)
 from offpath.ops.choice import (
     PREFERENCES as PREFERENCES,
     Explanation as Explanation,
@@ -21,3 +26,5 @@ from offpath.ops.sparse_rows import (
     encode_topk as encode_topk,
     topk_rows as topk_rows,
 )
+
+flops.register_when_imported()

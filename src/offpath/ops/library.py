@@ -30,6 +30,7 @@ _PLAIN = (Tensor, Parameter)
 _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _count_of_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 _functorch_interpreter = torch._C._functorch.peek_interpreter_stack
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 _is_included, _VMAP = torch._C._dispatch_tls_is_dispatch_key_included, torch._C._dispatch_key_parse("VmapMode")
 
 
@@ -185,6 +186,11 @@ def saved_tensor_hooks() -> bool:
 def is_in_a_mode() -> bool:
     """Whether a mode stands between torch's calls and their kernels, as fake tensors and counters of operations do."""
     return _count_of_modes() > 0
+
+
+def is_faking() -> bool:
+    """Whether results have shapes and no numbers: inside of a `FakeTensorMode`, real operands too."""
+    return _count_of_modes() > 0 and torch._C._get_dispatch_mode(_FAKE) is not None
 
 
 def nobody_listens(*operands: Tensor | None) -> bool:

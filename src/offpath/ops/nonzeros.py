@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from offpath.ops.library import direct, no_views
+from offpath.ops.library import direct, is_in_a_mode, no_views
 from offpath.ops.row_choice import finding_pays
 from offpath.ops.sparse_row_products import prepared_weight, sparse_matmul
 from offpath.ops.sparse_rows import SparseRows
@@ -27,7 +27,8 @@ def sparse_matmul_of_nonzeros(
     tensor([[0., 7.]])
     """
     x, weight = x.resolve_neg(), (w_values, w_crow_indices, w_indices, out_features)
-    plain = type(x) in (Tensor, Parameter) and not torch.compiler.is_compiling()  # fake ones have no zeros to look at
+    # Fake ones have no zeros to look at, and who counts operations hears only of ops.
+    plain = type(x) in (Tensor, Parameter) and not torch.compiler.is_compiling() and not is_in_a_mode()
     if plain and w_values.dtype is x.dtype and w_values.shape == w_indices.shape:
         backend, prepared = prepared_weight(x, w_crow_indices, w_indices, out_features)
         if x.shape[1] == prepared.pattern.shape[0] and not finding_pays(
