@@ -213,8 +213,6 @@ def test_the_faster_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     y = layer(x)
     with torch.no_grad():
         assert torch.equal(layer(x), y)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-        layer.requires_grad_(False)(x.detach())
     with pytest.raises(kernels.KernelError, match="two sizes in kernel"):
         ops.sparse_conv2d(x, layer.values, None, layer.crow_indices, layer.col_indices, (3,))
 

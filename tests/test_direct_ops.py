@@ -17,27 +17,27 @@ SIZES = (2, 2), (1, 1), (0, 1, 1, 0), (1, 1), 1, "speed"
 CONNECTIONS = torch.tensor([0, 3, 4], dtype=torch.int32), torch.tensor([0, 2, 7, 5], dtype=torch.int32)
 
 
-def _drawn(*shape: int) -> Tensor:
+def drawn(*shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
 
 OPERANDS = {
-    "rows_matmul": lambda: (_drawn(5), *ROWS, _drawn(4, 2)),
-    "rows_dots": lambda: (_drawn(3, 2), *ROWS, _drawn(4, 2)),
-    "rows_weight_gradient": lambda: (_drawn(5), *ROWS, _drawn(3, 2), 4),
-    "rows_encoder_gradients": lambda: (_drawn(5), *ROWS, _drawn(3, 2), 4),
-    "rows_gradients": lambda: (_drawn(3, 2), _drawn(5), *ROWS, _drawn(4, 2)),
-    "topk_rows": lambda: (_drawn(3, 6), 2),
-    "batch_topk": lambda: (_drawn(3, 6), 7),
-    "above": lambda: (_drawn(3, 6), torch.zeros(6, dtype=torch.float64)),
-    "encode_topk": lambda: (_drawn(3, 4), _drawn(6, 4), _drawn(6), 2),
-    "rows_sparse_matmul": lambda: (_drawn(5), *ROWS, _drawn(4), *WEIGHT, 3),
-    "rows_sparse_dots": lambda: (_drawn(3, 3), *ROWS, _drawn(4), *WEIGHT),
-    "rows_sparse_weight_gradient": lambda: (_drawn(5), *ROWS, _drawn(3, 3), *WEIGHT),
-    "sparse_conv2d": lambda: (_drawn(1, 2, 4, 4), _drawn(4), _drawn(2), *CONNECTIONS, *SIZES),
-    "sparse_conv2d_dx": lambda: (_drawn(1, 2, 4, 4), _drawn(4), *CONNECTIONS, [1, 2, 4, 4], False, *SIZES),
-    "sparse_conv2d_dvalues": lambda: (_drawn(1, 2, 4, 4), _drawn(1, 2, 4, 4), *CONNECTIONS, *SIZES),
+    "rows_matmul": lambda: (drawn(5), *ROWS, drawn(4, 2)),
+    "rows_dots": lambda: (drawn(3, 2), *ROWS, drawn(4, 2)),
+    "rows_weight_gradient": lambda: (drawn(5), *ROWS, drawn(3, 2), 4),
+    "rows_encoder_gradients": lambda: (drawn(5), *ROWS, drawn(3, 2), 4),
+    "rows_gradients": lambda: (drawn(3, 2), drawn(5), *ROWS, drawn(4, 2)),
+    "topk_rows": lambda: (drawn(3, 6), 2),
+    "batch_topk": lambda: (drawn(3, 6), 7),
+    "above": lambda: (drawn(3, 6), torch.zeros(6, dtype=torch.float64)),
+    "encode_topk": lambda: (drawn(3, 4), drawn(6, 4), drawn(6), 2),
+    "rows_sparse_matmul": lambda: (drawn(5), *ROWS, drawn(4), *WEIGHT, 3),
+    "rows_sparse_dots": lambda: (drawn(3, 3), *ROWS, drawn(4), *WEIGHT),
+    "rows_sparse_weight_gradient": lambda: (drawn(5), *ROWS, drawn(3, 3), *WEIGHT),
+    "sparse_conv2d": lambda: (drawn(1, 2, 4, 4), drawn(4), drawn(2), *CONNECTIONS, *SIZES),
+    "sparse_conv2d_dx": lambda: (drawn(1, 2, 4, 4), drawn(4), *CONNECTIONS, [1, 2, 4, 4], False, *SIZES),
+    "sparse_conv2d_dvalues": lambda: (drawn(1, 2, 4, 4), drawn(1, 2, 4, 4), *CONNECTIONS, *SIZES),
 }
 WITHOUT_GRADIENT = {"int8_linear", "packed_linear", "live_linear"}
 

@@ -276,14 +276,6 @@ def test_freed_storage_is_refused_instead_of_read() -> None:
         sparse_linear(x, values, None, pattern.crow_indices, pattern.col_indices)
 
 
-@pytest.mark.parametrize("grad", [True, False])
-def test_forward_mode_differentiation_is_refused_instead_of_giving_zero(grad: bool) -> None:
-    pattern = patterns.full((2, 3))
-    x, values = torch.randn(4, 3), torch.randn(6)
-    with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.jvp(lambda x: sparse_linear(x, values, None, pattern.crow_indices, pattern.col_indices), (x,), (x,))
-
-
 def test_threads_that_compute_at_once_do_not_disturb_each_other(threads: int) -> None:
     pattern = patterns.random((64, 96), 600, torch.Generator().manual_seed(0))
     values, inputs = torch.randn(600), [torch.randn(128, 96) for _ in range(8)]

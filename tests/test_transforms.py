@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradgradcheck
 from torch.autograd.functional import hessian, jacobian
-from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.func import functional_call, grad, jacrev, stack_module_state, vjp, vmap
 
 import offpath
 from offpath import SparseLinear
@@ -49,7 +49,7 @@ def _whole(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
-def _pair() -> tuple[SparseLinear, nn.Linear]:
+def pair() -> tuple[SparseLinear, nn.Linear]:
     layer = SparseLinear(6, 5, sparsity=0.5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.no_grad():
         layer.values.copy_(_whole(layer.nnz))
@@ -85,12 +85,12 @@ def _gradient(f: Callable[[Tensor], Tensor], x: Tensor | None = None) -> Tensor:
 
 @pytest.mark.parametrize("compute", OF_X)
 def test_transforms_of_the_input_are_those_of_the_dense_layer(compute: str) -> None:
-    sparse, dense = (OF_X[compute](layer) for layer in _pair())
+    sparse, dense = (OF_X[compute](layer) for layer in pair())
     assert bool(sparse.any()) and torch.equal(sparse, dense)
 
 
 def test_gradients_of_each_sample_are_those_of_the_dense_layer() -> None:
-    layer, dense = _pair()
+    layer, dense = pair()
 
     def gradients(layer: nn.Module) -> dict[str, Tensor]:
         def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def test_gradients_of_each_sample_are_those_of_the_dense_layer() -> None:
 
 
 def test_an_ensemble_of_one_pattern_is_its_members() -> None:
-    layers = [_pair()[0] for _ in range(3)]
+    layers = [pair()[0] for _ in range(3)]
     for number, layer in enumerate(layers):
         layer.values.data.add_(number)
     parameters, buffers = stack_module_state(layers)
@@ -150,12 +150,3 @@ def test_other_layers_transform_to_what_autograd_gives(kind: str) -> None:
         alone = torch.autograd.grad(of_one(dict(layer.named_parameters()), x[place]), list(layer.parameters()))
         for gradient, name in zip(alone, parameters, strict=True):
             assert torch.equal(together[name][place], gradient)
-
-
-@pytest.mark.parametrize("layer", [_pair()[0], OTHERS["convolution"][0]()], ids=["linear", "convolution"])
-def test_forward_mode_is_refused_inside_of_transforms_too(layer: nn.Module) -> None:
-    x = torch.ones(OTHERS["convolution"][1] if isinstance(layer, SparseConv2d) else X.shape, dtype=torch.float64)
-    with pytest.raises(NotImplementedError, match="use reverse mode"):
-        jvp(layer, (x,), (x,))
-    with pytest.raises(NotImplementedError, match="use reverse mode"):
-        torch.func.hessian(lambda x: layer(x).sum())(x)

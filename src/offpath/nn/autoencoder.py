@@ -14,7 +14,7 @@ from offpath.nn.sparse_output import check_k
 from offpath.nn.statistics import KeepsStatistics, is_recomputing
 from offpath.nn.straight_through import jump, step, thresholds_of
 from offpath.ops import SparseRows, encode_topk
-from offpath.ops.library import wide
+from offpath.ops.library import is_differentiating, wide
 
 ACTIVATIONS = ("topk", "batch_topk", "jumprelu")
 # BatchTopK's threshold for inference follows the batches of about this many training steps.
@@ -163,7 +163,7 @@ class SparseAutoencoder(KeepsStatistics):
         x = x.reshape(-1, x.shape[-1]) if x.dim() else x
         centered, variance = self._centered(x), variance_of(x)
         expect_variance(variance, x.shape[0])  # before all else: a GPU is waited for while it has little to do
-        rows, thresholds = self._scores(centered, torch.is_grad_enabled())
+        rows, thresholds = self._scores(centered, torch.is_grad_enabled() or is_differentiating())
         live = rows if thresholds is None else self._jumped(rows, thresholds)
         fired = live.values > 0
         if self.training and not is_recomputing():

@@ -11,6 +11,7 @@ from torch import Tensor
 from offpath.nn.sparse_output import check_output
 from offpath.nn.statistics import KeepsStatistics, is_recomputing
 from offpath.ops import SparseRows, topk_rows
+from offpath.ops.library import is_vmapped
 
 
 class KWinnersBase(KeepsStatistics):
@@ -109,6 +110,11 @@ class KWinnersBase(KeepsStatistics):
 
     def _winners(self, x: Tensor, boost: Tensor) -> SparseRows:
         best, places, winning = self._compete(x, boost)
+        if winning is not None and not torch.compiler.is_compiling() and is_vmapped(winning):
+            raise RuntimeError(
+                f"expected {type(self).__name__} to break ties under torch.func.vmap, as samples with ties have more "
+                "winners than others; make it with break_ties=True"
+            )
         if winning is not None and int(winning.sum()) > best.nnz:
             rows = SparseRows.from_dense(winning.to(x.dtype)).with_values(x[winning])
         else:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from offpath.nn.sparse_output import as_output, check_output, flatten
 from offpath.nn.straight_through import jump, step, thresholds_of
 from offpath.ops import SparseRows, above
-from offpath.ops.library import wide
+from offpath.ops.library import is_differentiating, wide
 
 
 class JumpReLU(nn.Module):
@@ -72,8 +72,9 @@ class JumpReLU(nn.Module):
 
     def forward(self, x: Tensor, with_l0: bool = False) -> SparseRows | Tensor | tuple[SparseRows | Tensor, Tensor]:
         threshold = self.threshold
+        learns = threshold.requires_grad or is_differentiating()
         # Wide: in 16 bits, a threshold less half a bandwidth may be the threshold itself.
-        lowest = wide(threshold.detach()) - self.bandwidth / 2 if threshold.requires_grad else threshold
+        lowest = wide(threshold.detach()) - self.bandwidth / 2 if learns else threshold
         near = above(flatten(x, self.n), lowest)
         theta = thresholds_of(near, threshold)
         output = as_output(near.with_values(jump(near.values, theta, self.bandwidth)), x, self.output)

@@ -6,14 +6,16 @@ once for each block, as it has to know how many entries there are, and `encode_b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from offpath.ops import SparseRows, above, batch_topk
-from offpath.ops.selection import gradients_of_encoder
+from offpath.ops.library import is_transforming
+from offpath.ops.selection import gradients_of_encoder, tangent_of_encoder
+from offpath.ops.transformable import in_both_modes
 
 # Pre-activations of one block: few enough for 16 MiB in float32, enough for a product at full speed.
 BLOCK_ENTRIES = 2**22
@@ -93,36 +95,52 @@ def _is_on_device(x: Tensor) -> bool:
 
 
 def _blocks(x: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, pre-activations) of each block of rows; the next block overwrites them."""
+    """(first row, pre-activations) of each block of rows, without a history; the next block overwrites them."""
+    x, weight, bias = x.detach(), weight.detach(), bias.detach()
     entries = DEVICE_BLOCK_ENTRIES if _is_on_device(x) else BLOCK_ENTRIES
     rows = max(1, entries // max(1, weight.shape[0]))
     # One buffer for all blocks: what is kept of a block would lie between a buffer of its own and the next one's, and
     # the memory that is freed so need not be large enough for it.
     scores = x.new_empty(min(rows, x.shape[0]), weight.shape[0])
     for first in range(0, x.shape[0], rows):
-        block = scores[: x.shape[0] - first]
-        with torch.no_grad():
-            torch.addmm(bias, x[first : first + rows], weight.T, out=block)
-        yield first, block
+        operands = bias, x[first : first + rows], weight.T
+        if not torch.compiler.is_compiling() and is_transforming():  # torch.func.vmap writes into nothing
+            yield first, torch.addmm(*operands)
+        else:
+            yield first, torch.addmm(*operands, out=scores[: x.shape[0] - first])
 
 
 def _with_gradient(
     x: Tensor, weight: Tensor, bias: Tensor, crow_indices: Tensor, indices: Tensor, values: Tensor
 ) -> SparseRows:
-    apply: Callable[..., Tensor] = _Encoded.apply
-    return SparseRows(crow_indices, indices, apply(values, crow_indices, indices, x, weight, bias), weight.shape[0])
+    return SparseRows(crow_indices, indices, _encoded(values, crow_indices, indices, x, weight, bias), weight.shape[0])
 
 
 class _Encoded(torch.autograd.Function):
     """Entries of x @ weight.T + bias that have been computed, with the gradients of x, weight and bias at them."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, values, crow_indices, indices, x, weight, bias):
-        ctx.save_for_backward(crow_indices, indices, x, weight)
+    def forward(values, crow_indices, indices, x, weight, bias):
         return values.clone()  # what is given back as it came is a view to autograd, and refuses in-place functions
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, crow_indices, indices, x, weight, _ = inputs
+        ctx.save_for_backward(crow_indices, indices, x, weight)
+        ctx.save_for_forward(crow_indices, indices, x, weight)
 
     @staticmethod
     def backward(ctx, dvalues):
         crow_indices, indices, x, weight = ctx.saved_tensors
         operands = dvalues.contiguous(), crow_indices, indices, x, weight, weight.shape[0]
         return None, None, None, *gradients_of_encoder(*operands, ctx.needs_input_grad[3:])
+
+    @staticmethod
+    def tangent(ctx, of_values, of_crow_indices, of_indices, *tangents):
+        crow_indices, indices, x, weight = ctx.saved_tensors
+        return tangent_of_encoder(crow_indices, indices, x, weight, tangents)
+
+
+_encoded = in_both_modes(_Encoded)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from offpath.ops import SparseRows
 from offpath.ops.library import wide
+from offpath.ops.transformable import in_both_modes
 
 
 def jump(values: Tensor, thresholds: Tensor, bandwidth: float) -> Tensor:
@@ -22,7 +23,7 @@ def jump(values: Tensor, thresholds: Tensor, bandwidth: float) -> Tensor:
     >>> jump(torch.tensor([0.5, 2.0]), torch.tensor([1.0, 1.0]), 0.1)
     tensor([0., 2.])
     """
-    return _Jump.apply(values, thresholds, bandwidth)
+    return _jump(values, thresholds, bandwidth)
 
 
 def step(values: Tensor, thresholds: Tensor, bandwidth: float) -> Tensor:
@@ -33,7 +34,7 @@ def step(values: Tensor, thresholds: Tensor, bandwidth: float) -> Tensor:
     >>> step(torch.tensor([0.5, 2.0]), torch.tensor([1.0, 1.0]), 0.1)
     tensor([0., 1.])
     """
-    return _Step.apply(values, thresholds, bandwidth)
+    return _step(values, thresholds, bandwidth)
 
 
 def thresholds_of(rows: SparseRows, thresholds: Tensor) -> Tensor:
@@ -42,15 +43,22 @@ def thresholds_of(rows: SparseRows, thresholds: Tensor) -> Tensor:
     >>> thresholds_of(SparseRows.from_dense(torch.tensor([[0.0, 2.0]])), torch.tensor([0.5, 1.0]))
     tensor([1.])
     """
-    return _OfEntries.apply(thresholds, rows.indices)
+    return _of_entries(thresholds, rows.indices)
 
 
 class _OfEntries(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, thresholds, indices):
-        ctx.save_for_backward(indices)
-        ctx.units = thresholds.shape[0]
+    def forward(thresholds, indices):
         return thresholds.index_select(0, indices)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        thresholds, indices = inputs
+        ctx.save_for_backward(indices)
+        ctx.save_for_forward(indices)
+        ctx.units = thresholds.shape[0]
 
     @staticmethod
     def backward(ctx, gradient):
@@ -63,36 +71,64 @@ class _OfEntries(torch.autograd.Function):
             sums = sums.index_put((indices.long(),), gradients, accumulate=True)
         return sums.to(gradient.dtype), None
 
+    @staticmethod
+    def tangent(ctx, of_thresholds, _):
+        (indices,) = ctx.saved_tensors
+        return of_thresholds.index_select(0, indices)
+
 
 def _adds_in_order(sums: Tensor) -> bool:
     """Whether `index_add` gives the same sums each time; `index_put` sorts first."""
     return sums.is_cpu
 
 
-class _Jump(torch.autograd.Function):
+class _StraightThrough(torch.autograd.Function):
+    """Of entries and their thresholds."""
+
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, values, thresholds, bandwidth):
+    def setup_context(ctx, inputs, output):
+        values, thresholds, ctx.bandwidth = inputs
         ctx.save_for_backward(values, thresholds)
-        ctx.bandwidth = bandwidth
+        ctx.save_for_forward(values, thresholds)
+
+    @staticmethod
+    def near(ctx):
+        values, thresholds = ctx.saved_tensors
+        return (values - thresholds).abs() < ctx.bandwidth / 2
+
+
+class _Jump(_StraightThrough):
+    @staticmethod
+    def forward(values, thresholds, bandwidth):
         return torch.where(values <= thresholds, 0.0, values)
 
     @staticmethod
     def backward(ctx, gradient):
         values, thresholds = ctx.saved_tensors
         through = torch.where(values <= thresholds, 0.0, gradient).to(values.dtype)
-        near = (values - thresholds).abs() < ctx.bandwidth / 2
-        return through, torch.where(near, -thresholds / ctx.bandwidth * gradient, 0.0), None
+        return through, torch.where(_Jump.near(ctx), -thresholds / ctx.bandwidth * gradient, 0.0), None
 
-
-class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, thresholds, bandwidth):
-        ctx.save_for_backward(values, thresholds)
-        ctx.bandwidth = bandwidth
+    def tangent(ctx, of_values, of_thresholds, _):
+        values, thresholds = ctx.saved_tensors
+        through = torch.where(values <= thresholds, 0.0, of_values)
+        return through + torch.where(_Jump.near(ctx), -thresholds / ctx.bandwidth * of_thresholds, 0.0)
+
+
+class _Step(_StraightThrough):
+    @staticmethod
+    def forward(values, thresholds, bandwidth):
         return (~(values <= thresholds)).to(thresholds.dtype)
 
     @staticmethod
     def backward(ctx, gradient):
-        values, thresholds = ctx.saved_tensors
-        near = (values - thresholds).abs() < ctx.bandwidth / 2
-        return None, torch.where(near, -gradient / ctx.bandwidth, 0.0), None
+        return None, torch.where(_Step.near(ctx), -gradient / ctx.bandwidth, 0.0), None
+
+    @staticmethod
+    def tangent(ctx, of_values, of_thresholds, _):
+        return torch.where(_Step.near(ctx), -of_thresholds / ctx.bandwidth, 0.0)
+
+
+_of_entries, _jump, _step = (in_both_modes(function) for function in (_OfEntries, _Jump, _Step))

@@ -5,10 +5,13 @@ torch would loop as well, and tell the user to file an issue with PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from offpath.kernels import KernelError
 
 
 def rule(op: Callable[..., Any], folds: bool) -> Callable[..., tuple[Any, Any]]:
@@ -20,10 +23,19 @@ def rule(op: Callable[..., Any], folds: bool) -> Callable[..., tuple[Any, Any]]:
             return op(operands[0].movedim(first, 0), *operands[1:]), 0
         results = [op(*_selected(operands, in_dims, place)) for place in range(info.batch_size)]
         if isinstance(results[0], tuple):
-            return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
-        return torch.stack(results), 0
+            return tuple(_stacked(op, parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+        return _stacked(op, results), 0
 
     return run
+
+
+def _stacked(op: Any, parts: Sequence[Tensor]) -> Tensor:
+    if len({part.shape for part in parts}) > 1:
+        raise KernelError(
+            f"expected results of one shape for torch.func.vmap, but how many entries {op.name()} finds differs from "
+            "sample to sample; choose a fixed number (topk_rows, TopK, activation='topk'), or loop over the samples"
+        )
+    return torch.stack(list(parts))
 
 
 def _selected(operands: tuple[Any, ...], in_dims: tuple[Any, ...], place: int) -> list[Any]:

@@ -17,6 +17,7 @@ from offpath.kernels import KernelError
 from offpath.kernels.one_pass import alone
 from offpath.kernels.operands import wide as wide
 from offpath.ops import batching
+from offpath.ops.transformable import Rule, is_in_forward_mode, transformed
 
 library = torch.library.Library("offpath", "DEF")
 # The ops of `define` by name, without the way through the dispatcher where nobody listens. In eager training that way
@@ -39,8 +40,9 @@ def define(
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
     autograd: tuple[Callable[..., None], Callable[..., Any]] | None = None,
+    tangent: Rule | None = None,
 ) -> None:
-    """Add `offpath::<schema>`: what computes it, what its result looks like, and (what to save, the gradient).
+    """Add `offpath::<schema>`: what computes it, what its result looks like, (what to save, the gradient), the tangent.
 
     Also to `direct`, if it writes into no operand.
     """
@@ -53,7 +55,7 @@ def define(
         save, backward = autograd
         torch.library.register_autograd(f"offpath::{name}", backward, setup_context=save, lib=library)
     if "!" not in schema:
-        setattr(direct, name, _directly(name, kernel, autograd))
+        setattr(direct, name, _directly(name, kernel, autograd, tangent))
 
 
 def batch(name: str, folds: bool = False) -> None:
@@ -63,11 +65,14 @@ def batch(name: str, folds: bool = False) -> None:
 
 
 def _directly(
-    name: str, kernel: Callable[..., Any], autograd: tuple[Callable[..., None], Callable[..., Any]] | None
+    name: str,
+    kernel: Callable[..., Any],
+    autograd: tuple[Callable[..., None], Callable[..., Any]] | None,
+    tangent: Rule | None,
 ) -> Callable[..., Any]:
     op = getattr(torch.ops.offpath, name).default
     differentiable = None if autograd is None else _function(name, kernel, *autograd)
-    transformable = op if autograd is None else transformed(name, *autograd)
+    transformable = op if autograd is None or tangent is None else transformed(name, *autograd, tangent)
     are_tensors = ["Tensor" in str(argument.type) for argument in op._schema.arguments]
     tensors = sum(are_tensors)
     assert all(are_tensors[:tensors]), f"expected the tensors of {name} before all else"
@@ -76,7 +81,7 @@ def _directly(
         if torch.compiler.is_compiling():
             return op(*operands)
         if not nobody_listens(*operands[:tensors]):
-            return transformable(*operands) if is_transforming() else op(*operands)
+            return transformable(*operands) if is_transforming() or is_in_forward_mode() else op(*operands)
         if torch.is_grad_enabled():
             for operand in operands[:tensors]:
                 if operand is not None and operand.requires_grad:
@@ -97,21 +102,6 @@ def _function(
     return type(name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
 
 
-def transformed(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`offpath::<name>` with its gradient, as the kind of `autograd.Function` that `torch.func` can transform."""
-
-    def forward(*operands):
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.offpath, name).default(*operands)
-
-    def jvp(ctx, *tangents):
-        raise NotImplementedError(NO_FORWARD_MODE.format(f"offpath::{name}"))
-
-    methods = {"forward": forward, "setup_context": save, "backward": backward, "jvp": jvp}
-    attributes = {key: staticmethod(method) for key, method in methods.items()} | {"generate_vmap_rule": True}
-    return type(name, (Function,), attributes).apply  # type: ignore[attr-defined]  # mypy takes it for any type
-
-
 def is_transforming() -> bool:
     """Whether a transform of `torch.func` is under way."""
     return _functorch_interpreter() is not None
@@ -122,6 +112,20 @@ def unwrapped(tensor: Tensor) -> Tensor:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
+
+
+def is_differentiating() -> bool:
+    """Whether derivatives may be under way that neither `requires_grad` nor `torch.is_grad_enabled` tell of."""
+    return not torch.compiler.is_compiling() and (is_transforming() or is_in_forward_mode())
+
+
+def is_vmapped(tensor: Tensor) -> bool:
+    """Whether `torch.func.vmap` has given it a dimension that it does not show, below other transforms or not."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
 
 
 def no_views(output: Any) -> Any:
@@ -154,11 +158,11 @@ def of_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _without_forward_mode(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.library` lets tangents pass by and calls their result zero; a refusal instead."""
+    """`torch.library` lets tangents pass by and calls their result zero; a refusal instead, outside of a `Function`."""
 
     @wraps(kernel)
     def run(*operands: Any) -> Any:
-        if forward_ad._current_level >= 0:
+        if is_in_forward_mode() and torch._C._is_fwd_grad_enabled():
             raise NotImplementedError(NO_FORWARD_MODE.format(f"offpath::{name}"))
         with alone():
             return no_views(kernel(*operands))

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from offpath.kernels.gpu.contest import live_pays
 from offpath.kernels.gpu.live import MAX_TOKENS, live_matmul
-from offpath.ops.library import as_rows, define, direct
+from offpath.ops.library import as_rows, define, direct, is_differentiating
 
 
 def live_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -29,7 +29,7 @@ def reads_live_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if not x.is_cuda or not 0 < tokens <= MAX_TOKENS or torch.compiler.is_compiling():
         return False
     operands = (x, weight) if bias is None else (x, weight, bias)
-    if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+    if is_differentiating() or (torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)):
         return False
     alike = all(operand.dtype is x.dtype and operand.device == x.device for operand in operands)
     plain = alike and weight.is_contiguous() and (bias is None or bias.is_contiguous())

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from offpath.ops.library import direct, is_in_a_mode, no_views
+from offpath.ops import sparse_linear_gradients as gradient_ops
+from offpath.ops.library import direct, is_differentiating, is_faking, is_in_a_mode, no_views, nobody_listens
 from offpath.ops.row_choice import finding_pays
 from offpath.ops.sparse_row_products import prepared_weight, sparse_matmul
 from offpath.ops.sparse_rows import SparseRows
@@ -27,8 +28,12 @@ def sparse_matmul_of_nonzeros(
     tensor([[0., 7.]])
     """
     x, weight = x.resolve_neg(), (w_values, w_crow_indices, w_indices, out_features)
+    compiling = torch.compiler.is_compiling()
+    if is_differentiating() or (not compiling and is_faking()):
+        # How many nonzeros there are is no size that these can follow. A zero passes no gradient here either.
+        return gradient_ops.dx(torch.where(x != 0, x, 0), *weight)
     # Fake ones have no zeros to look at, and who counts operations hears only of ops.
-    plain = type(x) in (Tensor, Parameter) and not torch.compiler.is_compiling() and not is_in_a_mode()
+    plain = type(x) in (Tensor, Parameter) and not compiling and not is_in_a_mode()
     if plain and w_values.dtype is x.dtype and w_values.shape == w_indices.shape:
         backend, prepared = prepared_weight(x, w_crow_indices, w_indices, out_features)
         if x.shape[1] == prepared.pattern.shape[0] and not finding_pays(
@@ -53,7 +58,7 @@ class _OfNonzeros(torch.autograd.Function):
         weight = w_crow_indices, w_indices
         wants_x, wants_weight, *_ = ctx.needs_input_grad
         dx = dweight = None
-        if torch.is_grad_enabled():  # for second derivatives
+        if torch.is_grad_enabled() or not nobody_listens(dy):  # for second derivatives, batches of gradients
             rows = SparseRows.from_dense(x)
             parts = rows.crow_indices, rows.indices
             if wants_x:

@@ -13,6 +13,7 @@ from offpath.kernels import KernelError
 from offpath.kernels.operands import in_own_dtype
 from offpath.ops.library import define, direct
 from offpath.ops.row_choice import pays_densely
+from offpath.ops.tangents import of_op
 
 
 def _matmul(values: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
@@ -229,23 +230,44 @@ def _backward_of_encoder_gradients(ctx, of_weight, of_bias):
     return dvalues, None, None, ddy, None
 
 
+_TANGENT_OF_DOTS, _TANGENT_OF_WEIGHT = of_op("rows_dots", 0, 3), of_op("rows_weight_gradient", 0, 3)
+
+
+def _tangents_of_gradients(operands, outputs, tangents):
+    dy, values, *rows, weight = operands
+    of_dy, of_values, *none, of_weight = tangents
+    of_dots = _TANGENT_OF_DOTS((dy, *rows, weight), (), (of_dy, *none, of_weight))
+    return of_dots, _TANGENT_OF_WEIGHT((values, *rows, dy, weight.shape[0]), (), (of_values, *none, of_dy))
+
+
+def _tangents_of_encoder_gradients(operands, outputs, tangents):
+    values, *rows, _, columns = operands
+    of_values, *_ = tangents
+    of_weight = _TANGENT_OF_WEIGHT(operands, (), tangents)
+    ones = values.new_ones(rows[0].shape[0] - 1, 1)
+    return of_weight, direct.rows_weight_gradient(of_values, *rows, ones, columns)[:, 0]
+
+
 define(
     "rows_matmul(Tensor values, Tensor crow_indices, Tensor indices, Tensor weight) -> Tensor",
     _matmul,
     _fake_matmul,
     (_save_matmul, _backward_of_matmul),
+    of_op("rows_matmul", 0, 3),
 )
 define(
     "rows_dots(Tensor dy, Tensor crow_indices, Tensor indices, Tensor weight) -> Tensor",
     _dots,
     _fake_dots,
     (_save_dots, _backward_of_dots),
+    _TANGENT_OF_DOTS,
 )
 define(
     "rows_weight_gradient(Tensor values, Tensor crow_indices, Tensor indices, Tensor dy, SymInt columns) -> Tensor",
     _weight_gradient,
     _fake_weight_gradient,
     (_save_weight_gradient, _backward_of_weight_gradient),
+    _TANGENT_OF_WEIGHT,
 )
 define(
     "rows_encoder_gradients(Tensor values, Tensor crow_indices, Tensor indices, Tensor dy, SymInt columns) -> "
@@ -253,12 +275,14 @@ define(
     _encoder_gradients,
     _fake_encoder_gradients,
     (_save_encoder_gradients, _backward_of_encoder_gradients),
+    _tangents_of_encoder_gradients,
 )
 define(
     "rows_gradients(Tensor dy, Tensor values, Tensor crow_indices, Tensor indices, Tensor weight) -> (Tensor, Tensor)",
     _gradients,
     _fake_gradients,
     (_save_gradients, _backward_of_gradients),
+    _tangents_of_gradients,
 )
 define(
     "add_rows_weight_gradient(Tensor(a!) buffer, Tensor values, Tensor crow_indices, Tensor indices, Tensor dy) -> ()",

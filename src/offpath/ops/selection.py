@@ -5,6 +5,8 @@ The gradient of what was chosen goes to where it was chosen from, and nothing to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,9 @@ from offpath import kernels
 from offpath.kernels import KernelError
 from offpath.kernels.operands import row_numbers, wide
 from offpath.ops.library import define, direct
+from offpath.ops.tangents import of_op, total
+
+_TANGENT_OF_DOTS = of_op("rows_dots", 0, 3)
 
 
 def row_pointer(rows: int, k: int, device: torch.device) -> Tensor:
@@ -181,22 +186,57 @@ def gradients_of_encoder(
     return dx, dweight, dbias
 
 
-define("topk_rows(Tensor x, int k) -> (Tensor, Tensor)", _topk, _fake_topk, (_save_topk, _backward_of_topk))
+def _tangents_of_topk(operands, outputs, tangents):
+    return tangents[0].gather(1, outputs[1].long()), None
+
+
+def _tangents_of_sparse(operands, outputs, tangents):
+    crow_indices, indices, _ = outputs
+    return None, None, tangents[0][row_numbers(crow_indices, indices.shape[0]), indices.long()]
+
+
+def _tangents_of_encode(operands, outputs, tangents):
+    x, weight, *_ = operands
+    values, indices = outputs
+    crow_indices = row_pointer(indices.shape[0], indices.shape[1], indices.device)
+    of_values = tangent_of_encoder(crow_indices, indices.flatten(), x, weight, tangents[:3])
+    return None if of_values is None else of_values.view(values.shape), None
+
+
+def tangent_of_encoder(
+    crow_indices: Tensor, indices: Tensor, x: Tensor, weight: Tensor, tangents: Sequence[Tensor | None]
+) -> Tensor | None:
+    """Of entries of x @ weight.T + bias, for the `tangents` of x, weight and bias that there are."""
+    of_x, of_weight, of_bias = tangents
+    of_products = _TANGENT_OF_DOTS((x, crow_indices, indices, weight), (), (of_x, None, None, of_weight))
+    return total((of_products, None if of_bias is None else of_bias.index_select(0, indices)))
+
+
+define(
+    "topk_rows(Tensor x, int k) -> (Tensor, Tensor)",
+    _topk,
+    _fake_topk,
+    (_save_topk, _backward_of_topk),
+    _tangents_of_topk,
+)
 define(
     "batch_topk(Tensor x, SymInt k) -> (Tensor, Tensor, Tensor)",
     _batch_topk,
     _fake_batch_topk,
     (_save_sparse, _backward_of_sparse),
+    _tangents_of_sparse,
 )
 define(
     "above(Tensor x, Tensor? threshold) -> (Tensor, Tensor, Tensor)",
     _above,
     _fake_above,
     (_save_sparse, _backward_of_sparse),
+    _tangents_of_sparse,
 )
 define(
     "encode_topk(Tensor x, Tensor weight, Tensor? bias, int k) -> (Tensor, Tensor)",
     _encode_topk,
     _fake_encode_topk,
     (_save_encode, _backward_of_encode),
+    _tangents_of_encode,
 )

@@ -19,6 +19,7 @@ from offpath.ops.convolution_choice import explain_convolution
 from offpath.ops.library import define, direct
 from offpath.ops.prepared import prepare
 from offpath.ops.prepared_convolutions import PreparedConvolutions, is_channels_last
+from offpath.ops.tangents import of_op, with_bias
 
 # Pairs are (height, width); `padding` is top, left, bottom, right.
 _SIZES = "SymInt[2] kernel, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, str prefer='speed'"
@@ -243,16 +244,19 @@ define(
     _forward,
     _fake_forward,
     (_save, _gradients),
+    with_bias(of_op("sparse_conv2d", 0, 1), 2, behind=2),
 )
 define(
     f"sparse_conv2d_dx(Tensor dy, Tensor values, {_TOPOLOGY}, SymInt[] shape, bool channels_last, {_SIZES}) -> Tensor",
     _dx,
     _fake_dx,
     (_save_dx, _gradients_of_dx),
+    of_op("sparse_conv2d_dx", 0, 1),
 )
 define(
     f"sparse_conv2d_dvalues(Tensor dy, Tensor x, {_TOPOLOGY}, {_SIZES}) -> Tensor",
     _dvalues,
     _fake_dvalues,
     (_save_dvalues, _gradients_of_dvalues),
+    of_op("sparse_conv2d_dvalues", 0, 1),
 )

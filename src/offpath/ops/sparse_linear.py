@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from offpath import kernels
 from offpath.kernels import KernelError
@@ -28,6 +27,7 @@ from offpath.ops.library import (
     saved_tensor_hooks,
 )
 from offpath.ops.prepared import prepare
+from offpath.ops.transformable import is_in_forward_mode
 
 library.define(
     "sparse_linear(Tensor x, Tensor values, Tensor? bias, Tensor crow_indices, Tensor col_indices, "
@@ -225,10 +225,9 @@ class _SparseLinear(torch.autograd.Function):
 
 
 def _autograd_forward(x, values, bias, crow_indices, col_indices, prefer="speed", feature_major=False):
-    if is_transforming():
+    if is_transforming() or is_in_forward_mode():
         return gradient_ops.transformed_linear(x, values, bias, crow_indices, col_indices, prefer)
-    # Forward-mode differentiation does not mind no_grad; autograd.Function then says that it is not supported.
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+    if torch.is_grad_enabled():
         return _SparseLinear.apply(x, values, bias, crow_indices, col_indices, prefer, feature_major)
     return _below_autograd(x, values, bias, crow_indices, col_indices, prefer, feature_major)
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offpath.ops.library import as_rows, is_transforming, transformed
+from offpath.ops.library import as_rows, is_transforming
+from offpath.ops.tangents import of_product, with_bias
+from offpath.ops.transformable import transformed
 
 _ops = torch.ops.offpath
 _Some = Tensor | None
@@ -123,7 +125,22 @@ def _gradients(
     return sum(of_dy[1:], of_dy[0]) if of_dy else None, of_x, of_values
 
 
-transformed_linear = transformed("sparse_linear", _save_linear, _gradients_of_linear)
-_dx = transformed("sparse_linear_dx", _save, _gradients_of_dx)
-_dvalues = transformed("sparse_linear_dvalues", _save, _gradients_of_dvalues)
-_backward = transformed("sparse_linear_backward", _save, _gradients_of_backward)
+_tangent_of_linear = with_bias(of_product(linear, 0, 1), 2, behind=0)
+_tangent_of_dx, _tangent_of_dvalues = of_product(dx, 0, 1), of_product(dvalues, 0, 1)
+
+
+def _tangents_of_backward(operands, outputs, tangents):
+    dy, x, values, crow_indices, col_indices, prefer, *_ = operands
+    of_dy, of_x, of_values, *_ = tangents
+    topology = crow_indices, col_indices
+    return (
+        _tangent_of_dx((dy, values, *topology, x.shape[-1], prefer), (), (of_dy, of_values)),
+        _tangent_of_dvalues((dy, x, *topology, prefer), (), (of_dy, of_x)),
+        None if of_dy is None else as_rows(of_dy).sum(0),
+    )
+
+
+transformed_linear = transformed("sparse_linear", _save_linear, _gradients_of_linear, _tangent_of_linear)
+_dx = transformed("sparse_linear_dx", _save, _gradients_of_dx, _tangent_of_dx)
+_dvalues = transformed("sparse_linear_dvalues", _save, _gradients_of_dvalues, _tangent_of_dvalues)
+_backward = transformed("sparse_linear_backward", _save, _gradients_of_backward, _tangents_of_backward)

@@ -19,6 +19,7 @@ from offpath.ops.prepared import Prepared, prepare
 from offpath.ops.row_choice import pays_over_all_connections
 from offpath.ops.row_products import check_matrix, check_rows
 from offpath.ops.sparse_rows import SparseRows
+from offpath.ops.tangents import of_op
 from offpath.pattern import Pattern
 
 
@@ -187,6 +188,7 @@ define(
     _matmul,
     _fake_matmul,
     (_save, _backward_of_matmul),
+    of_op("rows_sparse_matmul", 0, 3),
 )
 define(
     "rows_sparse_dots(Tensor dy, Tensor crow_indices, Tensor indices, Tensor w_values, Tensor w_crow_indices, "
@@ -194,6 +196,7 @@ define(
     _dots,
     _fake_dots,
     (_save_with_width(0), _backward_of_dots),
+    of_op("rows_sparse_dots", 0, 3),
 )
 define(
     "rows_sparse_weight_gradient(Tensor values, Tensor crow_indices, Tensor indices, Tensor dy, "
@@ -201,4 +204,5 @@ define(
     _weight_gradient,
     _fake_weight_gradient,
     (_save_with_width(3), _backward_of_weight_gradient),
+    of_op("rows_sparse_weight_gradient", 0, 3),
 )

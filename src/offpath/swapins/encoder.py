@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from offpath.kernels.operands import wide
 from offpath.ops import SparseRows
-from offpath.ops.library import direct
+from offpath.ops.library import direct, is_differentiating
 from offpath.ops.row_choice import SURELY_SPARSE
 from offpath.ops.selection import row_pointer
 
@@ -30,7 +30,7 @@ def pre_activations(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x @ weight.T + bias, [rows, latents], for those who use all of them.
 
     Losses such as AuxK send a gradient to a few of them; the backward pass then touches only these. It cannot be
-    differentiated once more.
+    differentiated once more, except by `torch.func`, where it is an ordinary product.
 
     >>> weight = torch.ones(3, 2, requires_grad=True)
     >>> pre_activations(torch.ones(1, 2), weight, torch.zeros(3))[0, 1].backward()
@@ -39,6 +39,8 @@ def pre_activations(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             [1., 1.],
             [0., 0.]])
     """
+    if is_differentiating():
+        return torch.nn.functional.linear(x, weight, bias)  # there, nobody can look at which entries get a gradient
     result: Tensor = _PreActivations.apply(x, weight, bias)
     return result
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offpath.nn.autocast import under_autocast
 from offpath.ops import SparseRows, encode_topk, topk_rows
+from offpath.ops.library import is_differentiating
 from offpath.swapins.encoder import LazyPreActivations, activations_at, few_live, of_latents, pre_activations
 from offpath.swapins.patching import Patch, SwapInError
 
@@ -163,13 +164,13 @@ class _LiveActivations:
 def _live(acts: Any) -> Any:
     """`acts` [..., d_sae] as its live entries on the CPU; as it is on other devices or where too many live.
 
-    Dense activations that want a gradient stay dense: theirs has entries where they are zero as well.
+    Dense activations that want a gradient or have a tangent stay dense: it has entries where they are zero as well.
     """
     if isinstance(acts, _LiveActivations) or acts.device.type != "cpu":
         return acts
     if acts.is_sparse:
         return _LiveActivations(_from_coo(acts), acts.shape[:-1])
-    if acts.requires_grad:
+    if acts.requires_grad or is_differentiating():
         return acts
     flat = acts.reshape(-1, acts.shape[-1])
     return _LiveActivations(SparseRows.from_dense(flat), acts.shape[:-1]) if few_live(flat) else acts
