@@ -96,6 +96,7 @@ def _wrong_mask(model: nn.Module) -> None:
         (None, {"batch": 0}, ValueError, "at least 1, got 0"),
         (None, {"batch": 2.5}, ValueError, "at least 1, got 2.5"),
         (None, {"batch": True}, ValueError, "at least 1, got True"),
+        (None, {"filter_fn": ["0"]}, ValueError, r"function of \(module, name\), got list"),
         (None, {"min_sparsity": "0.5"}, ValueError, r"in \(0, 1\), got '0.5'"),
         (None, {"example": torch.randn(0, 96), "goal": "size"}, ValueError, "finite numbers among what the model"),
         (None, {"example": torch.full((2, 96), math.nan), "goal": "size"}, ValueError, "got none. Check the example"),

@@ -281,6 +281,7 @@ def test_what_is_swapped_in_inference_mode_can_be_trained(method: str, built_ins
         ({"sparsity": -0.1}, r"sparsity in \[0, 1\)"),
         ({"distribution": "equal"}, "uniform, erk"),
         ({"method": "best"}, "'random' or 'magnitude'"),
+        ({"filter_fn": "0"}, r"function of \(module, name\), got str '0'"),
     ],
 )
 def test_bad_arguments_change_nothing(arguments: dict, message: str) -> None:

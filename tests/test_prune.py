@@ -220,6 +220,7 @@ X = [torch.zeros(1, 20)]
         ({"sparsity": "0.9"}, r"sparsity in \[0, 1\), got '0.9'"),
         ({"sparsity": torch.tensor(0.5)}, r"sparsity in \[0, 1\), got tensor"),
         ({"method": "best"}, "magnitude, random, wanda, sparsegpt"),
+        ({"filter_fn": {"0"}}, r"function of \(module, name\), got set"),
         ({"scope": "row"}, "layer, output, global"),
         ({"distribution": "equal"}, "uniform, erk"),
         ({"scope": "global", "distribution": "erk"}, "left alone with scope 'global'"),

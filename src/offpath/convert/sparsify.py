@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from offpath import pattern as patterns
+from offpath.convert.filters import FilterFn, check_filter
 from offpath.convert.report import ConversionReport, LayerReport
 from offpath.convert.swap import obstacles, swap_modules, unfit
 from offpath.cost import model_bytes
@@ -16,7 +17,6 @@ from offpath.nn import SparseConv1d, SparseConv2d, SparseLinear
 from offpath.nn.compiled import inside_compiled
 from offpath.topology import layer_densities
 
-FilterFn = Callable[[nn.Module, str], bool]
 # The dense layers that can be made sparse, and what they become.
 SPARSE_CLASSES: dict[Any, Any] = {nn.Linear: SparseLinear, nn.Conv1d: SparseConv1d, nn.Conv2d: SparseConv2d}
 
@@ -88,6 +88,7 @@ def sparsify(
 def _choose(
     model: nn.Module, kinds: tuple[type[nn.Module], ...], filter_fn: FilterFn | None
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    check_filter(filter_fn)
     blocked: dict[nn.Module, str] = {}
     for kind in kinds:
         blocked |= obstacles(model, kind, "weight")

@@ -24,8 +24,8 @@ library = torch.library.Library("offpath", "DEF")
 # takes as long as several small kernels, in forward and in backward.
 direct = SimpleNamespace()
 NO_FORWARD_MODE = (
-    "expected no forward-mode differentiation, which {} does not have, got a call inside of it; use reverse mode: "
-    "backward(), torch.autograd.grad or torch.func.jacrev"
+    "expected no forward-mode differentiation of {}, got a call inside of it; functions of offpath.ops have it where "
+    "the op has a gradient, or use reverse mode: backward(), torch.autograd.grad or torch.func.jacrev"
 )
 _PLAIN = (Tensor, Parameter)
 _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)

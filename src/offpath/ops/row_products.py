@@ -118,7 +118,7 @@ def check_matrix(
         or (width is not None and matrix.shape[1] != width)
     ):
         shape = f"[{'any' if rows is None else rows}, {'any' if width is None else width}]"
-        raise KernelError(f"expected {name} {shape} of {dtype}, got {list(matrix.shape)} of {matrix.dtype}")
+        raise KernelError(f"expected {name} as a matrix {shape} of {dtype}, got {list(matrix.shape)} of {matrix.dtype}")
 
 
 def _fake_matmul(values, crow_indices, indices, weight):

@@ -1,6 +1,9 @@
-"""`SparseRows`: a batch of activations of which each sample has a few, and how one is made of dense scores."""
+"""`SparseRows`: a batch of activations of which each sample has a few."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +12,7 @@ from offpath import kernels
 from offpath.kernels import KernelError
 from offpath.kernels.reference_rows import check_rows
 from offpath.ops.library import direct
+from offpath.ops.row_slices import Rows, entries_of, expect_int32
 from offpath.ops.selection import check_scores, row_pointer, to_dense
 
 
@@ -77,6 +81,50 @@ class SparseRows:
             indices = indices.clamp(-1, columns)
         return cls(crow_indices, indices.reshape(-1).int(), values.reshape(-1), columns)
 
+    @classmethod
+    def from_sparse_csr(cls, matrix: Tensor) -> SparseRows:
+        """The entries of a matrix of torch's CSR layout; differentiable.
+
+        >>> SparseRows.from_sparse_csr(torch.eye(2).to_sparse_csr())
+        SparseRows(shape=(2, 2), nnz=2, float32, 1 in a row)
+        """
+        if matrix.layout is not torch.sparse_csr or matrix.dim() != 2:
+            raise KernelError(
+                f"expected a matrix of layout torch.sparse_csr, got {matrix.layout} of shape {tuple(matrix.shape)}; "
+                "matrix.to_sparse_csr() makes one"
+            )
+        expect_int32(matrix.values().shape[0])
+        return cls(matrix.crow_indices().int(), matrix.col_indices().int(), matrix.values(), matrix.shape[1])
+
+    @classmethod
+    def cat(cls, parts: Sequence[SparseRows]) -> SparseRows:
+        """All rows of `parts`, one after the other; differentiable. Raises `KernelError` for parts that do not fit.
+
+        >>> rows = SparseRows.from_dense(torch.eye(2))
+        >>> SparseRows.cat([rows, rows[1:]]).indices
+        tensor([0, 1, 1], dtype=torch.int32)
+        """
+        kinds = {(part.columns, part.dtype, part.device) for part in parts}
+        if len(kinds) != 1:
+            got = "; ".join(f"{columns} columns of {dtype} on {device}" for columns, dtype, device in kinds)
+            raise KernelError(f"expected rows of one width, dtype and device, got {got or 'none'}")
+        expect_int32(sum(part.nnz for part in parts))
+        counts = torch.cat([part.crow_indices.diff() for part in parts])
+        indices, values = (torch.cat([getattr(part, name) for part in parts]) for name in ("indices", "values"))
+        return cls(torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(), indices, values, parts[0].columns)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Rows) -> SparseRows:
+        """Some of the rows: a slice, row numbers [n] in any order, or a mask [rows]; differentiable.
+
+        >>> SparseRows.from_dense(torch.eye(3))[[2, 0]].indices
+        tensor([2, 0], dtype=torch.int32)
+        """
+        crow_indices, entries = entries_of(self.crow_indices, rows)
+        return SparseRows(crow_indices, self.indices[entries], self.values[entries], self.columns)
+
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns)."""
@@ -108,6 +156,20 @@ class SparseRows:
         self._check()
         return to_dense(self.crow_indices, self.indices, self.values, self.columns)
 
+    def to_sparse_csr(self) -> Tensor:
+        """The same as a tensor of torch's CSR layout; differentiable.
+
+        Raises `KernelError` where the indices of a row do not ascend, which that layout does not know.
+
+        >>> SparseRows.from_dense(torch.eye(2)).to_sparse_csr().values()
+        tensor([1., 1.])
+        """
+        self._check()
+        rows = self.row_indices()
+        if not bool(((self.indices.diff() > 0) | (rows.diff() > 0)).all()):
+            raise KernelError("expected indices that ascend in each row, got others; from_dense(rows.to_dense()) sorts")
+        return torch.sparse_csr_tensor(self.crow_indices, self.indices, self.values, self.shape, check_invariants=False)
+
     def with_values(self, values: Tensor) -> SparseRows:
         """The same places with other values [nnz].
 
@@ -125,16 +187,18 @@ class SparseRows:
         """The same numbers without their history."""
         return self.with_values(self.values.detach())
 
-    def to(self, target: torch.dtype | torch.device | str) -> SparseRows:
-        """The values in another dtype, or all parts on another device.
+    def to(self, *target: Any, **options: Any) -> SparseRows:
+        """As `Tensor.to`: the values in another dtype, all parts on another device.
 
-        >>> SparseRows.from_dense(torch.eye(2)).to("meta").indices.device
-        device(type='meta')
+        >>> SparseRows.from_dense(torch.eye(2)).to(device="meta", dtype=torch.float64)
+        SparseRows(shape=(2, 2), nnz=2, float64, 0 in a row)
         """
-        values = self.values.to(target)
-        if isinstance(target, torch.dtype):
-            return self.with_values(values)
-        return SparseRows(self.crow_indices.to(target), self.indices.to(target), values, self.columns)
+        values = self.values.to(*target, **options)
+        non_blocking = options.get("non_blocking", False)
+        crow_indices, indices = (
+            part.to(values.device, non_blocking=non_blocking) for part in (self.crow_indices, self.indices)
+        )
+        return SparseRows(crow_indices, indices, values, self.columns)
 
     def matmul(self, weight: Tensor) -> Tensor:
         """self @ weight for a dense `weight` [columns, width] of the same dtype: [rows, width].
@@ -200,69 +264,5 @@ class SparseRows:
         return f"SparseRows(shape={self.shape}, nnz={self.nnz}, {dtype}, {stored} in a row)"
 
 
-def topk_rows(x: Tensor, k: int) -> SparseRows:
-    """The k largest entries of each row of `x` [rows, columns].
-
-    Of equal entries those with the lowest index; NaN counts as the largest. The gradient goes to the chosen entries.
-    Raises `KernelError` for k outside [0, columns].
-
-    >>> topk_rows(torch.tensor([[1.0, 3.0, 2.0, 3.0]]), 2).indices
-    tensor([1, 3], dtype=torch.int32)
-    """
-    check_scores(x)
-    values, indices = direct.topk_rows(x, k)
-    return SparseRows.from_topk(values, indices, x.shape[1])
-
-
-def batch_topk(x: Tensor, k: int) -> SparseRows:
-    """The k largest entries of all of `x` [rows, columns]: rows differ in how many they have (Bussmann et al., 2024).
-
-    >>> batch_topk(torch.tensor([[1.0, 3.0], [4.0, 0.0]]), 2).crow_indices
-    tensor([0, 1, 2], dtype=torch.int32)
-    """
-    check_scores(x)
-    crow_indices, indices, values = direct.batch_topk(x, k)
-    return SparseRows(crow_indices, indices, values, x.shape[1])
-
-
-def above(x: Tensor, threshold: Tensor | float = 0.0) -> SparseRows:
-    """The entries of `x` [rows, columns] that are larger than a threshold, a number or one for each column (or NaN).
-
-    With 0 these are the ones that ReLU lets through. The threshold gets no gradient. A number, or a
-    tensor of a wider dtype than that of `x`, is rounded down to it, which lets the same entries through.
-
-    >>> above(torch.tensor([[1.0, -3.0], [4.0, 0.0]])).values
-    tensor([1., 4.])
-    """
-    check_scores(x)
-    if not isinstance(threshold, Tensor):
-        threshold = torch.tensor(threshold, dtype=torch.float64, device=x.device)
-    elif threshold.shape not in ((), (1,), (x.shape[1],)):
-        raise KernelError(
-            f"expected one threshold, or one for each of the {x.shape[1]} columns, got shape {tuple(threshold.shape)}"
-        )
-    threshold = _round_down(threshold.detach(), x.dtype)
-    crow_indices, indices, values = direct.above(x, threshold.expand(x.shape[1]).contiguous())
-    return SparseRows(crow_indices, indices, values, x.shape[1])
-
-
-def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> SparseRows:
-    """`topk_rows(x @ weight.T + bias, k)` without storing the product.
-
-    `x` [rows, width], `weight` [latents, width], `bias` [latents] or None, of one dtype. The
-    gradients touch only what was chosen: no [rows, latents] and no [rows, k, width] is ever made.
-
-    >>> encode_topk(torch.tensor([[1.0]]), torch.tensor([[1.0], [3.0]]), None, 1).values
-    tensor([3.])
-    """
-    values, indices = direct.encode_topk(x, weight, bias, k)
-    return SparseRows.from_topk(values, indices, weight.shape[0])
-
-
-def _round_down(threshold: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest number of `dtype` that is not above `threshold`: the same entries of that dtype exceed both."""
-    nearest = threshold.to(dtype)
-    if torch.promote_types(dtype, threshold.dtype) is dtype:
-        return nearest
-    below = torch.nextafter(nearest, torch.full_like(nearest, -torch.inf))
-    return torch.where(nearest > threshold, below, nearest)
+# Three tensors and a number, which every product looks at: `torch.load` may read what `torch.save` wrote.
+torch.serialization.add_safe_globals([SparseRows])

@@ -21,9 +21,8 @@ def of_op(name: str, *factors: int) -> Rule:
     """Of an op of `direct` with one result, a product of the operands at `factors`."""
 
     def product(*operands: Any) -> Tensor:
-        return getattr(direct, name)(
-            *operands
-        )  # which is there when a tangent is asked for, not yet when it is defined
+        # The op is there when its tangent is asked for, not yet when that is made.
+        return getattr(direct, name)(*operands)
 
     return of_product(product, *factors)
 

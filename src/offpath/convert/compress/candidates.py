@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +11,11 @@ from torch.nn.utils import parametrize
 
 from offpath.convert.compress.report import too_dense
 from offpath.convert.compress.weights import OWN_HOOKS, evaluated, kind_of, unknown_source
+from offpath.convert.filters import FilterFn, check_filter
 from offpath.convert.readers import read_by_their_owner
 from offpath.convert.swap import attachment, parameter_owners, unfit
 from offpath.nn.sparse_weight import SparseWeightModule
 
-FilterFn = Callable[[nn.Module, str], bool]
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.qat")
 
 
@@ -40,6 +39,7 @@ def find(
     Raises `ValueError`, naming the layer, for one on another device than the CPU, a mask of the wrong shape, and NaN or
     infinity in one that is mostly zero.
     """
+    check_filter(filter_fn)
     owners, read = parameter_owners(model), read_by_their_owner(model)
     found, skipped, left_out = [], [], 0
     for name, module in model.named_modules():

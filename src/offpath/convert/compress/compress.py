@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from offpath.convert.buffers import buffers_restored
-from offpath.convert.compress.candidates import FilterFn, find
+from offpath.convert.compress.candidates import find
 from offpath.convert.compress.contest import Contest, Rest, contests, measure
 from offpath.convert.compress.decide import GOALS, decide
 from offpath.convert.compress.embeddings import int8_embeddings
@@ -18,6 +18,7 @@ from offpath.convert.compress.finish import swap_and_compare
 from offpath.convert.compress.report import CompressedEmbedding, CompressedLayer, CompressReport
 from offpath.convert.compress.verify import Bound, embedding_bound, swap_bound
 from offpath.convert.compress.weights import kind_of
+from offpath.convert.filters import FilterFn
 from offpath.convert.swap import swap_modules
 from offpath.cost import memory_bytes
 from offpath.nn.compiled import inside_compiled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from offpath.convert.compress.candidates import FilterFn
+from offpath.convert.filters import FilterFn
 from offpath.convert.swap import obstacles
 from offpath.nn import Int8Embedding
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from offpath.convert.filters import FilterFn
 from offpath.convert.prune import scores
 from offpath.convert.prune.calibrated import prune_by_sparsegpt, prune_by_wanda
 from offpath.convert.prune.calibration import Walk, check_calibration
@@ -16,7 +17,7 @@ from offpath.convert.prune.layer import Layer
 from offpath.convert.prune.quiet import undisturbed
 from offpath.convert.prune.report import PrunedLayer, PruneReport
 from offpath.convert.prune.scores import Progress
-from offpath.convert.prune.targets import FilterFn, choose, unreached_reason
+from offpath.convert.prune.targets import choose, unreached_reason
 from offpath.nn.compiled import inside_compiled
 from offpath.topology import layer_densities
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import isfinite
 
 import torch
@@ -11,9 +10,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from offpath.convert.filters import FilterFn, check_filter
 from offpath.convert.prune.layer import Layer, has_own_forward, is_prunable
 
-FilterFn = Callable[[nn.Module, str], bool]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 
@@ -24,6 +23,7 @@ def choose(model: nn.Module, filter_fn: FilterFn | None, by_inputs: bool) -> tup
     Raises `ValueError`, naming the layer, for a weight that is NaN or infinite, without memory, or frozen by
     inference mode, and for a model that gets its sizes from its first input, which a look at inputs would be.
     """
+    check_filter(filter_fn)
     shared = _sharing_memory(model)
     layers, skipped = [], []
     for name, module in model.named_modules():

@@ -1,0 +1,134 @@
+"""Parts of sparse rows, several put together, and their other forms: what the dense matrix gives."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from offpath import SparseLinear, SparseRows
+from offpath.kernels import KernelError
+from offpath.nn import SparseSparseLinear
+
+DENSE = torch.tensor(
+    [[0.0, 2.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [3.0, 4.0, 5.0, 6.0], [0.0, 0.0, 7.0, 0.0], [8.0, 0.0, 0.0, 9.0]],
+    dtype=torch.float64,
+)
+ROWS = SparseRows.from_dense(DENSE)
+# In no order, one of them twice.
+MIXED = SparseRows(torch.tensor([0, 3, 4]).int(), torch.tensor([2, 0, 2, 1]).int(), torch.arange(1.0, 5.0), 3)
+
+bounds = st.none() | st.integers(-7, 7)
+
+
+@given(st.builds(slice, bounds, bounds, st.none() | st.integers(1, 3)))
+def test_a_slice_is_that_of_the_dense_matrix(part: slice) -> None:
+    assert torch.equal(ROWS[part].to_dense(), DENSE[part])
+
+
+@given(st.lists(st.integers(-5, 4)))
+def test_rows_in_any_order_and_as_often_as_wanted(numbers: list[int]) -> None:
+    right = DENSE[torch.tensor(numbers, dtype=torch.int64)]
+    for given_as in (numbers, torch.tensor(numbers, dtype=torch.int32)):
+        assert torch.equal(ROWS[given_as].to_dense(), right)
+
+
+@given(st.lists(st.booleans(), min_size=5, max_size=5))
+def test_a_mask_of_the_rows(mask: list[bool]) -> None:
+    assert torch.equal(ROWS[torch.tensor(mask)].to_dense(), DENSE[torch.tensor(mask)])
+
+
+def test_slices_from_behind_are_those_of_numpy() -> None:
+    assert torch.equal(ROWS[::-1].to_dense(), DENSE.flip(0)) and torch.equal(ROWS[3:0:-2].to_dense(), DENSE[[3, 1]])
+
+
+def test_entries_keep_their_order() -> None:
+    part = MIXED[[1, 0, 0]]
+    assert part.indices.tolist() == [1, 2, 0, 2, 2, 0, 2] and part.values.tolist() == [4, 1, 2, 3, 1, 2, 3]
+    assert torch.equal(MIXED[:1].indices, MIXED.indices[:3]) and len(MIXED) == 2 and len(MIXED[:0]) == 0
+
+
+def test_gradients_go_to_where_the_entries_were() -> None:
+    dense = DENSE.clone().requires_grad_()
+    rows = SparseRows.from_dense(dense)
+    weights = torch.arange(1.0, 5.0, dtype=torch.float64)[:, None]
+    together = SparseRows.cat([rows[3:], rows[[2, 2]]])
+    (gradient,) = torch.autograd.grad((together @ weights).sum(), dense)
+    right = torch.zeros_like(DENSE)
+    right[3:], right[2] = weights.T, 2 * weights.T
+    assert torch.equal(gradient, right * (DENSE != 0))
+
+
+def test_parts_put_together_are_the_whole() -> None:
+    whole = SparseRows.cat([ROWS[:2], ROWS[2:2], ROWS[2:]])
+    assert torch.equal(whole.crow_indices, ROWS.crow_indices) and torch.equal(whole.indices, ROWS.indices)
+    assert torch.equal(whole.values, ROWS.values) and whole.shape == ROWS.shape
+    assert len(SparseRows.cat([ROWS[:0]])) == 0
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_csr_of_torch_and_back() -> None:
+    values = ROWS.values.clone().requires_grad_()
+    csr = ROWS.with_values(values).to_sparse_csr()
+    torch.sparse_csr_tensor(csr.crow_indices(), csr.col_indices(), values.detach(), DENSE.shape, check_invariants=True)
+    assert torch.equal(csr.to_dense(), DENSE)
+    back = SparseRows.from_sparse_csr(csr)
+    assert torch.equal(back.to_dense(), DENSE) and back.indices.dtype is torch.int32
+    (gradient,) = torch.autograd.grad((back.values * torch.arange(9)).sum(), values)
+    assert gradient.tolist() == list(range(9))
+    for empty in (torch.zeros(0, 3), torch.zeros(2, 3)):
+        assert torch.equal(SparseRows.from_dense(empty).to_sparse_csr().to_dense(), empty)
+
+
+def test_what_was_saved_is_loaded_without_trust() -> None:
+    """`torch.load` reads weights only unless it is told otherwise."""
+    file = io.BytesIO()
+    torch.save({"latents": ROWS}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)["latents"]
+    assert isinstance(loaded, SparseRows) and torch.equal(loaded.to_dense(), DENSE)
+
+
+def test_to_takes_what_a_tensor_takes() -> None:
+    moved = ROWS.to(device="meta", dtype=torch.float32)
+    assert moved.device.type == moved.indices.device.type == moved.crow_indices.device.type == "meta"
+    assert moved.dtype is torch.float32 and ROWS.to(torch.ones(1)).dtype is torch.float32
+    assert ROWS.to(torch.float64).values is ROWS.values and ROWS.to("cpu").indices is ROWS.indices
+
+
+REFUSED: dict[str, Callable[[], object]] = {
+    "one row": lambda: ROWS[0],
+    "a number beyond": lambda: ROWS[[0, 5]],
+    "a number before": lambda: ROWS[[-6]],
+    "a mask of other rows": lambda: ROWS[torch.ones(4, dtype=torch.bool)],
+    "numbers that are none": lambda: ROWS[torch.ones(2)],
+    "a table of numbers": lambda: ROWS[torch.ones(2, 2).long()],
+    "too many entries": lambda: SparseRows(
+        torch.tensor([0, 2**20]).int(), torch.zeros(2**20).int(), torch.zeros(2**20), 1
+    )[torch.zeros(2**11).long()],
+    "nothing to put together": lambda: SparseRows.cat([]),
+    "parts of other widths": lambda: SparseRows.cat([ROWS, MIXED.to(torch.float64)]),
+    "parts of other dtypes": lambda: SparseRows.cat([ROWS, ROWS.to(torch.float32)]),
+    "a row in no order": MIXED.to_sparse_csr,
+    "an index twice": lambda: SparseRows(
+        torch.tensor([0, 2]).int(), torch.tensor([1, 1]).int(), torch.ones(2), 2
+    ).to_sparse_csr(),
+    "a dense matrix": lambda: SparseRows.from_sparse_csr(DENSE),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused(case: str) -> None:
+    with pytest.raises(KernelError, match=r"expected .*, got"):
+        REFUSED[case]()
+
+
+def test_a_sparse_layer_names_the_one_that_takes_rows() -> None:
+    layer = SparseLinear(4, 3, sparsity=0.5, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"SparseSparseLinear.from_sparse_linear"):
+        layer(ROWS)
+    y = SparseSparseLinear.from_sparse_linear(layer)(ROWS)
+    torch.testing.assert_close(y, layer(DENSE), rtol=1e-12, atol=1e-12)
