@@ -88,3 +88,9 @@ def check_bounded(product: Product, backend: Backend, problem: Problem, dtype: t
     error = (result.double() - exact).abs()
     assert not bool(result.isnan().any()), f"{product.name} on {problem.name}: NaN"
     assert bool((error <= bound).all()), f"{product.name} on {problem.name}: error over bound"
+
+
+@torch.no_grad()
+def assert_same(found: Tensor, right: Tensor) -> None:
+    """Of computations in float64 that round up to a thousand times, in numbers of the size of the largest one."""
+    assert float((found - right).abs().max()) <= 1000 * unit_roundoff(torch.float64) * float(right.abs().max())

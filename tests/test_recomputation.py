@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from offpath import SparseLinear, ops
-from offpath.nn import BatchTopK, KWinners, KWinners2d, SparseAutoencoder
+from offpath.nn import BatchTopK, JumpReLU, KWinners, KWinners2d, SparseAutoencoder
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 
@@ -55,6 +55,21 @@ def test_samples_are_counted_once(make, use_reentrant: bool) -> None:
     assert counted.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in counted.items())
     assert any(not torch.equal(value, state[name]) for name, value in counted.items())
+
+
+THRESHOLDS = {
+    "JumpReLU": lambda: JumpReLU(8, bandwidth=0.5, threshold=0.3, output="dense"),
+    "autoencoder": lambda: SparseAutoencoder(8, 16, 2, activation="jumprelu", bandwidth=0.5),
+}
+
+
+@pytest.mark.parametrize("kind", THRESHOLDS)
+def test_thresholds_get_the_same_gradients(kind: str) -> None:
+    torch.manual_seed(0)
+    layer, gradients = THRESHOLDS[kind](), []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        gradients.append(torch.autograd.grad(run(X).square().sum(), list(layer.parameters())))
+    assert all(map(torch.equal, *gradients)) and all(bool(one.any()) for one in gradients[0])
 
 
 @pytest.mark.parametrize("make", [lambda: BatchTopK(2, output="dense"), lambda: KWinners(8, 0.5)])

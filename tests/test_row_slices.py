@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+from collections import OrderedDict
 from collections.abc import Callable
+from pickle import UnpicklingError
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
+from checkers import assert_same
 from offpath import SparseLinear, SparseRows
 from offpath.kernels import KernelError
-from offpath.nn import SparseSparseLinear
+from offpath.nn import SparseConv1d, SparseSparseLinear, TopK
 
 DENSE = torch.tensor(
     [[0.0, 2.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [3.0, 4.0, 5.0, 6.0], [0.0, 0.0, 7.0, 0.0], [8.0, 0.0, 0.0, 9.0]],
@@ -49,6 +53,22 @@ def test_entries_keep_their_order() -> None:
     part = MIXED[[1, 0, 0]]
     assert part.indices.tolist() == [1, 2, 0, 2, 2, 0, 2] and part.values.tolist() == [4, 1, 2, 3, 1, 2, 3]
     assert torch.equal(MIXED[:1].indices, MIXED.indices[:3]) and len(MIXED) == 2 and len(MIXED[:0]) == 0
+
+
+def test_numpy_says_which_rows_forwards_and_backwards() -> None:
+    order = np.argsort(DENSE.sum(1).numpy())
+    assert torch.equal(ROWS[order[::-1]].to_dense(), DENSE[torch.from_numpy(order[::-1].copy())])
+    assert torch.equal(ROWS[DENSE[:, 0].numpy() > 0].to_dense(), DENSE[DENSE[:, 0] > 0])
+
+
+def test_a_slice_shares_memory_and_copies_are_copies() -> None:
+    values = ROWS.values.clone()
+    rows = ROWS.with_values(values)
+    rows[2:3].values[0] = 30.0
+    assert values[2] == 30.0
+    copy = rows.to(copy=True)
+    for part in ("crow_indices", "indices", "values"):
+        assert getattr(copy, part).data_ptr() != getattr(rows, part).data_ptr()
 
 
 def test_gradients_go_to_where_the_entries_were() -> None:
@@ -99,8 +119,27 @@ def test_to_takes_what_a_tensor_takes() -> None:
     assert ROWS.to(torch.float64).values is ROWS.values and ROWS.to("cpu").indices is ROWS.indices
 
 
+HUGE = torch.zeros(1).expand(2**30)  # one number in memory
+# Of three entries: row pointers that lead elsewhere, the last by steps that int32 takes for positive ones.
+POINTERS = [0, 100, 3], [0, 10**6, 3], [1, 2, 3], [0, 1, 2], [-2, 0, 3], [0, 2**31 - 1, -(2**31), -1, 3]
+LEADING: dict[str, Callable[[SparseRows], object]] = {
+    "slice": lambda rows: rows[:],
+    "numbers": lambda rows: rows[[0, 1]],
+    "mask": lambda rows: rows[torch.ones(len(rows), dtype=torch.bool)],
+    "backwards": lambda rows: rows[::-1],
+    "cat": lambda rows: SparseRows.cat([rows, rows]),
+    "row_indices": lambda rows: rows.row_indices(),
+    "to_dense": lambda rows: rows.to_dense(),
+    "to_sparse_csr": lambda rows: rows.to_sparse_csr(),
+    "product": lambda rows: rows @ torch.ones(3, 2),
+}
 REFUSED: dict[str, Callable[[], object]] = {
     "one row": lambda: ROWS[0],
+    "one entry": lambda: ROWS[1, 2],
+    "a column": lambda: ROWS[:, 2],
+    "a name": lambda: ROWS["a"],
+    "numbers of different lengths": lambda: ROWS[[[0], [1, 2]]],
+    "objects": lambda: ROWS[np.array([object()])],
     "a number beyond": lambda: ROWS[[0, 5]],
     "a number before": lambda: ROWS[[-6]],
     "a mask of other rows": lambda: ROWS[torch.ones(4, dtype=torch.bool)],
@@ -116,19 +155,77 @@ REFUSED: dict[str, Callable[[], object]] = {
     "an index twice": lambda: SparseRows(
         torch.tensor([0, 2]).int(), torch.tensor([1, 1]).int(), torch.ones(2), 2
     ).to_sparse_csr(),
+    "what is no rows": lambda: SparseRows.cat([ROWS, DENSE]),
+    "too many entries together": lambda: SparseRows.cat(
+        [SparseRows(torch.tensor([0, 2**30]).int(), torch.zeros(1).int().expand(2**30), HUGE, 1)] * 2
+    ),
+    "too many entries of CSR": lambda: SparseRows.from_sparse_csr(
+        torch.sparse_csr_tensor(
+            [0, 2**31],
+            torch.zeros(1).long().expand(2**31),
+            torch.zeros(1).expand(2**31),
+            (1, 4),
+            check_invariants=False,
+        )
+    ),
+    "more columns than int32 counts": lambda: SparseRows(ROWS.crow_indices, ROWS.indices, ROWS.values, 2**31),
+    "columns that are no number": lambda: SparseRows(ROWS.crow_indices, ROWS.indices, ROWS.values, 4.0),
+    "parts on two devices": lambda: SparseRows(ROWS.crow_indices.to("meta"), ROWS.indices, ROWS.values, 4),
+    "an index of CSR that int32 cannot hold": lambda: SparseRows.from_sparse_csr(
+        torch.sparse_csr_tensor([0, 1], [2**32 + 1], [1.0], (1, 2**31 - 1), check_invariants=False)
+    ).to_dense(),
     "a dense matrix": lambda: SparseRows.from_sparse_csr(DENSE),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_fit_is_refused(case: str) -> None:
-    with pytest.raises(KernelError, match=r"expected .*, got"):
+    with pytest.raises(KernelError, match=r"expected .*[,;] got"):
         REFUSED[case]()
+
+
+@pytest.mark.parametrize("pointer", POINTERS, ids=str)
+@pytest.mark.parametrize("use", LEADING)
+def test_row_pointers_that_lead_elsewhere_are_refused(use: str, pointer: list[int]) -> None:
+    rows = SparseRows(torch.tensor(pointer).int(), torch.tensor([0, 2, 1]).int(), torch.ones(3), 3)
+    with pytest.raises(KernelError, match="to rise from 0 to the number of entries, 3"):
+        LEADING[use](rows)
+
+
+@pytest.mark.parametrize(
+    ("pointer", "part"),
+    [([0, 100, 3], slice(0, 1)), ([0, 100, 3], slice(1, 2)), ([0, -5, 2, 3], slice(1, 2)), ([0, 2, 1, 3], slice(1, 2))],
+)
+def test_a_slice_of_rows_that_lead_elsewhere_is_refused(pointer: list[int], part: slice) -> None:
+    rows = SparseRows(torch.tensor(pointer).int(), torch.tensor([0, 2, 1]).int(), torch.ones(3), 3)
+    with pytest.raises(KernelError, match="to rise from 0"):
+        rows[part]
+
+
+HOSTILE: dict[str, dict[str, object]] = {
+    "fewer values": {"values": torch.ones(1)},
+    "values of a table": {"values": torch.ones(3, 2)},
+    "indices of floats": {"indices": torch.ones(9)},
+    "columns of floats": {"columns": 4.0},
+    "columns below 0": {"columns": -1},
+    "another check": {"_check": OrderedDict},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_file_that_was_tampered_with_is_refused_when_it_is_loaded(case: str) -> None:
+    rows, file = SparseRows(ROWS.crow_indices, ROWS.indices, ROWS.values, 4), io.BytesIO()
+    rows.__dict__ |= HOSTILE[case]
+    torch.save(rows, file)
+    file.seek(0)
+    with pytest.raises((KernelError, UnpicklingError), match="expected"):
+        torch.load(file, weights_only=True)
 
 
 def test_a_sparse_layer_names_the_one_that_takes_rows() -> None:
     layer = SparseLinear(4, 3, sparsity=0.5, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"SparseSparseLinear.from_sparse_linear"):
-        layer(ROWS)
+    for other in (layer, TopK(1), SparseConv1d(4, 3, 1)):
+        with pytest.raises(AttributeError, match="SparseInputLinear and SparseSparseLinear multiply"):
+            other(ROWS)
     y = SparseSparseLinear.from_sparse_linear(layer)(ROWS)
-    torch.testing.assert_close(y, layer(DENSE), rtol=1e-12, atol=1e-12)
+    assert_same(y, layer(DENSE))

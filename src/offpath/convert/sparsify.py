@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from offpath import pattern as patterns
-from offpath.convert.filters import FilterFn, check_filter
 from offpath.convert.report import ConversionReport, LayerReport
 from offpath.convert.swap import obstacles, swap_modules, unfit
 from offpath.cost import model_bytes
 from offpath.nn import SparseConv1d, SparseConv2d, SparseLinear
 from offpath.nn.compiled import inside_compiled
+from offpath.nn.filters import FilterFn, check_filter
 from offpath.topology import layer_densities
 
 # The dense layers that can be made sparse, and what they become.

@@ -168,10 +168,14 @@ def check_indices(indices: Tensor, columns: int) -> None:
 def check_rows(crow_indices: Tensor, indices: Tensor, columns: int) -> None:
     """Raises `KernelError` for indices out of range, and for rows that do not follow one another."""
     check_indices(indices, columns)
-    if crow_indices[0] != 0 or crow_indices[-1] != indices.numel() or bool((crow_indices.diff() < 0).any()):
-        raise KernelError(
-            f"expected crow_indices to rise from 0 to the number of entries, {indices.numel()}, got {crow_indices}"
-        )
+    check_pointer(crow_indices, indices.numel())
+
+
+def check_pointer(crow_indices: Tensor, nnz: int) -> None:
+    """Raises `KernelError` for rows that do not follow one another, from the first of `nnz` entries to the last."""
+    # Compared and not subtracted: a difference may be more than an int32.
+    if crow_indices[0] != 0 or crow_indices[-1] != nnz or bool((crow_indices[1:] < crow_indices[:-1]).any()):
+        raise KernelError(f"expected crow_indices to rise from 0 to the number of entries, {nnz}, got {crow_indices}")
 
 
 def check_k(k: int, most: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from offpath import pattern as patterns
 from offpath.nn.autocast import under_autocast
 from offpath.nn.sparse_weight import CsrWeightModule
-from offpath.ops import PREFERENCES, Explanation, SparseRows, explain, sparse_linear
+from offpath.ops import PREFERENCES, Explanation, explain, sparse_linear
 from offpath.pattern import Pattern
 
 
@@ -64,10 +64,6 @@ class SparseLinear(CsrWeightModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x @ W.T + bias for `x` [..., in_features]."""
-        if isinstance(x, SparseRows):
-            raise ValueError(
-                "expected a tensor, got SparseRows; SparseSparseLinear.from_sparse_linear(layer) multiplies these"
-            )
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"expected an input of {self.in_features} features in its last dimension, got shape {tuple(x.shape)}"

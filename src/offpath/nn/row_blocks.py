@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from offpath.ops import SparseRows, above, batch_topk
 from offpath.ops.library import is_transforming
-from offpath.ops.selection import gradients_of_encoder, tangent_of_encoder
+from offpath.ops.selection import gradients_of_encoder, row_numbers as row_numbers_of, tangent_of_encoder
 from offpath.ops.transformable import in_both_modes
 
 # Pre-activations of one block: few enough for 16 MiB in float32, enough for a product at full speed.
@@ -64,7 +64,7 @@ def _best_of_small_blocks(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tu
     values, floor = x.new_empty(0), 0.0
     for first, scores in _blocks(x, weight, bias):
         found = above(scores, floor)
-        row_numbers = torch.cat([row_numbers, found.row_indices() + first])
+        row_numbers = torch.cat([row_numbers, _numbers(found) + first])
         indices, values = torch.cat([indices, found.indices]), torch.cat([values, found.values])
         if len(values) > k:
             # Later entries have to be larger than the least of these: an equal one comes after it in row-major order.
@@ -80,13 +80,18 @@ def _best_on_device(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Te
     values = x.new_empty(0)
     for first, scores in _blocks(x, weight, bias):
         found = batch_topk(scores, min(k, scores.numel()))
-        row_numbers = torch.cat([row_numbers, found.row_indices() + first])
+        row_numbers = torch.cat([row_numbers, _numbers(found) + first])
         indices, values = torch.cat([indices, found.indices]), torch.cat([values, found.values])
         if len(values) > k:
             best = batch_topk(values[None], k).indices.long()
             row_numbers, indices, values = row_numbers[best], indices[best], values[best]
     live = (~(values <= 0)).nonzero()[:, 0]
     return row_numbers[live], indices[live], values[live]
+
+
+def _numbers(found: SparseRows) -> Tensor:
+    """`row_indices` of what a selection found: a GPU is not waited for to check it."""
+    return row_numbers_of(found.crow_indices, found.nnz).int()
 
 
 def _is_on_device(x: Tensor) -> bool:
@@ -138,7 +143,7 @@ class _Encoded(torch.autograd.Function):
         return None, None, None, *gradients_of_encoder(*operands, ctx.needs_input_grad[3:])
 
     @staticmethod
-    def tangent(ctx, of_values, of_crow_indices, of_indices, *tangents):
+    def jvp_rule(ctx, of_values, of_crow_indices, of_indices, *tangents):
         crow_indices, indices, x, weight = ctx.saved_tensors
         return tangent_of_encoder(crow_indices, indices, x, weight, tangents)
 

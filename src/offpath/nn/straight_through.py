@@ -72,7 +72,7 @@ class _OfEntries(torch.autograd.Function):
         return sums.to(gradient.dtype), None
 
     @staticmethod
-    def tangent(ctx, of_thresholds, _):
+    def jvp_rule(ctx, of_thresholds, _):
         (indices,) = ctx.saved_tensors
         return of_thresholds.index_select(0, indices)
 
@@ -93,10 +93,9 @@ class _StraightThrough(torch.autograd.Function):
         ctx.save_for_backward(values, thresholds)
         ctx.save_for_forward(values, thresholds)
 
-    @staticmethod
-    def near(ctx):
-        values, thresholds = ctx.saved_tensors
-        return (values - thresholds).abs() < ctx.bandwidth / 2
+
+def _near(values: Tensor, thresholds: Tensor, bandwidth: float) -> Tensor:
+    return (values - thresholds).abs() < bandwidth / 2
 
 
 class _Jump(_StraightThrough):
@@ -106,15 +105,17 @@ class _Jump(_StraightThrough):
 
     @staticmethod
     def backward(ctx, gradient):
-        values, thresholds = ctx.saved_tensors
+        values, thresholds = ctx.saved_tensors  # once: activation checkpointing frees them when they are unpacked
+        near = _near(values, thresholds, ctx.bandwidth)
         through = torch.where(values <= thresholds, 0.0, gradient).to(values.dtype)
-        return through, torch.where(_Jump.near(ctx), -thresholds / ctx.bandwidth * gradient, 0.0), None
+        return through, torch.where(near, -thresholds / ctx.bandwidth * gradient, 0.0), None
 
     @staticmethod
-    def tangent(ctx, of_values, of_thresholds, _):
+    def jvp_rule(ctx, of_values, of_thresholds, _):
         values, thresholds = ctx.saved_tensors
+        near = _near(values, thresholds, ctx.bandwidth)
         through = torch.where(values <= thresholds, 0.0, of_values)
-        return through + torch.where(_Jump.near(ctx), -thresholds / ctx.bandwidth * of_thresholds, 0.0)
+        return through + torch.where(near, -thresholds / ctx.bandwidth * of_thresholds, 0.0)
 
 
 class _Step(_StraightThrough):
@@ -124,11 +125,13 @@ class _Step(_StraightThrough):
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, torch.where(_Step.near(ctx), -gradient / ctx.bandwidth, 0.0), None
+        values, thresholds = ctx.saved_tensors
+        return None, torch.where(_near(values, thresholds, ctx.bandwidth), -gradient / ctx.bandwidth, 0.0), None
 
     @staticmethod
-    def tangent(ctx, of_values, of_thresholds, _):
-        return torch.where(_Step.near(ctx), -of_thresholds / ctx.bandwidth, 0.0)
+    def jvp_rule(ctx, of_values, of_thresholds, _):
+        values, thresholds = ctx.saved_tensors
+        return torch.where(_near(values, thresholds, ctx.bandwidth), -of_thresholds / ctx.bandwidth, 0.0)
 
 
 _of_entries, _jump, _step = (in_both_modes(function) for function in (_OfEntries, _Jump, _Step))

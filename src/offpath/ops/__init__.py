@@ -12,16 +12,16 @@ from offpath.ops.choice import (
     explain as explain,
     forced_methods as forced_methods,
 )
-from offpath.ops.choosing import (
+from offpath.ops.int8_linear import ACTIVATIONS as ACTIVATIONS, int8_linear as int8_linear
+from offpath.ops.nonzeros import sparse_matmul_of_nonzeros as sparse_matmul_of_nonzeros
+from offpath.ops.prepared import Connections as Connections
+from offpath.ops.row_choice import forced_dense_rows as forced_dense_rows
+from offpath.ops.selected_rows import (
     above as above,
     batch_topk as batch_topk,
     encode_topk as encode_topk,
     topk_rows as topk_rows,
 )
-from offpath.ops.int8_linear import ACTIVATIONS as ACTIVATIONS, int8_linear as int8_linear
-from offpath.ops.nonzeros import sparse_matmul_of_nonzeros as sparse_matmul_of_nonzeros
-from offpath.ops.prepared import Connections as Connections
-from offpath.ops.row_choice import forced_dense_rows as forced_dense_rows
 from offpath.ops.sparse_conv import explain_conv2d as explain_conv2d, sparse_conv2d as sparse_conv2d
 from offpath.ops.sparse_linear import sparse_linear as sparse_linear
 from offpath.ops.sparse_row_products import sparse_matmul as sparse_matmul

@@ -76,7 +76,7 @@ def _register(counter: ModuleType) -> None:
 
 
 def _formula(multiply_adds: Callable[..., int]) -> Callable[..., int]:
-    return lambda *operands, out_val=None, **named: 2 * multiply_adds(out_val, *operands)
+    return lambda *operands, out_val: 2 * multiply_adds(out_val, *operands)  # all by position, whoever names them
 
 
 class _WhenImported(MetaPathFinder):

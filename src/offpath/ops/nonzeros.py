@@ -29,7 +29,7 @@ def sparse_matmul_of_nonzeros(
     """
     x, weight = x.resolve_neg(), (w_values, w_crow_indices, w_indices, out_features)
     compiling = torch.compiler.is_compiling()
-    if is_differentiating() or (not compiling and is_faking()):
+    if is_differentiating() or (not compiling and (is_faking() or x.is_meta)):
         # How many nonzeros there are is no size that these can follow. A zero passes no gradient here either.
         return gradient_ops.dx(torch.where(x != 0, x, 0), *weight)
     # Fake ones have no zeros to look at, and who counts operations hears only of ops.

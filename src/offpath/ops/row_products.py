@@ -13,11 +13,11 @@ from offpath.kernels import KernelError
 from offpath.kernels.operands import in_own_dtype
 from offpath.ops.library import define, direct
 from offpath.ops.row_choice import pays_densely
-from offpath.ops.tangents import of_op
+from offpath.ops.tangents import OF_DOTS, OF_WEIGHT_GRADIENT, of_op
 
 
 def _matmul(values: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    check_rows(crow_indices, indices, values)
+    check_parts(crow_indices, indices, values)
     check_matrix("weight", weight, values.dtype)
     backend, rows = kernels.select(values.device.type, values.dtype), crow_indices.shape[0] - 1
     if pays_densely("matmul", backend, values, indices.shape[0], rows, *weight.shape):
@@ -26,7 +26,7 @@ def _matmul(values: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tenso
 
 
 def _dots(dy: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    check_rows(crow_indices, indices)
+    check_parts(crow_indices, indices)
     check_matrix("dy", dy, dy.dtype, rows=crow_indices.shape[0] - 1)
     check_matrix("weight", weight, dy.dtype, width=dy.shape[1])
     backend = kernels.select(dy.device.type, dy.dtype)
@@ -36,7 +36,7 @@ def _dots(dy: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> 
 
 
 def _weight_gradient(values: Tensor, crow_indices: Tensor, indices: Tensor, dy: Tensor, columns: int) -> Tensor:
-    check_rows(crow_indices, indices, values)
+    check_parts(crow_indices, indices, values)
     check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
     if columns >= 2**31:
         raise KernelError(f"expected at most 2^31 - 1 columns, which int32 indices can name, got {columns}")
@@ -60,7 +60,7 @@ def _gradients(
     if backend.rows.gradients is None or pays_densely("dots", *sizes) or pays_densely("weight_gradient", *sizes):
         dots = _dots(dy, crow_indices, indices, weight)
         return dots, _weight_gradient(values, crow_indices, indices, dy, weight.shape[0])
-    check_rows(crow_indices, indices, values)
+    check_parts(crow_indices, indices, values)
     check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
     check_matrix("weight", weight, values.dtype, width=dy.shape[1])
     return backend.rows.gradients(crow_indices, indices, values, dy, weight)
@@ -72,7 +72,7 @@ def _encoder_gradients(
     """The gradient of an encoder's weight, and that of its bias."""
     backend = kernels.select(dy.device.type, dy.dtype)
     sizes = backend, dy, indices.shape[0], dy.shape[0], columns, dy.shape[1]
-    check_rows(crow_indices, indices, values)
+    check_parts(crow_indices, indices, values)
     check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
     if pays_densely("weight_gradient", *sizes):
         rows = backend.rows.written_out(crow_indices, indices, values, columns)
@@ -81,7 +81,7 @@ def _encoder_gradients(
 
 
 def _add_weight_gradient(buffer: Tensor, values: Tensor, crow_indices: Tensor, indices: Tensor, dy: Tensor) -> None:
-    check_rows(crow_indices, indices, values)
+    check_parts(crow_indices, indices, values)
     check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
     check_matrix("buffer", buffer, values.dtype, width=dy.shape[1])
     kernels.select(dy.device.type, dy.dtype).rows.add_weight_gradient(crow_indices, indices, values, dy, buffer)
@@ -89,7 +89,7 @@ def _add_weight_gradient(buffer: Tensor, values: Tensor, crow_indices: Tensor, i
         torch.autograd.graph.increment_version(buffer)  # kernels write past autograd
 
 
-def check_rows(crow_indices: Tensor, indices: Tensor, values: Tensor | None = None) -> None:
+def check_parts(crow_indices: Tensor, indices: Tensor, values: Tensor | None = None) -> None:
     """Raises `KernelError` unless these are parts of sparse rows; what the indices say is for the kernels to check."""
     fits = (
         crow_indices.dtype is torch.int32
@@ -230,20 +230,17 @@ def _backward_of_encoder_gradients(ctx, of_weight, of_bias):
     return dvalues, None, None, ddy, None
 
 
-_TANGENT_OF_DOTS, _TANGENT_OF_WEIGHT = of_op("rows_dots", 0, 3), of_op("rows_weight_gradient", 0, 3)
-
-
 def _tangents_of_gradients(operands, outputs, tangents):
     dy, values, *rows, weight = operands
     of_dy, of_values, *none, of_weight = tangents
-    of_dots = _TANGENT_OF_DOTS((dy, *rows, weight), (), (of_dy, *none, of_weight))
-    return of_dots, _TANGENT_OF_WEIGHT((values, *rows, dy, weight.shape[0]), (), (of_values, *none, of_dy))
+    of_dots = OF_DOTS((dy, *rows, weight), (), (of_dy, *none, of_weight))
+    return of_dots, OF_WEIGHT_GRADIENT((values, *rows, dy, weight.shape[0]), (), (of_values, *none, of_dy))
 
 
 def _tangents_of_encoder_gradients(operands, outputs, tangents):
     values, *rows, _, columns = operands
     of_values, *_ = tangents
-    of_weight = _TANGENT_OF_WEIGHT(operands, (), tangents)
+    of_weight = OF_WEIGHT_GRADIENT(operands, (), tangents)
     ones = values.new_ones(rows[0].shape[0] - 1, 1)
     return of_weight, direct.rows_weight_gradient(of_values, *rows, ones, columns)[:, 0]
 
@@ -260,14 +257,14 @@ define(
     _dots,
     _fake_dots,
     (_save_dots, _backward_of_dots),
-    _TANGENT_OF_DOTS,
+    OF_DOTS,
 )
 define(
     "rows_weight_gradient(Tensor values, Tensor crow_indices, Tensor indices, Tensor dy, SymInt columns) -> Tensor",
     _weight_gradient,
     _fake_weight_gradient,
     (_save_weight_gradient, _backward_of_weight_gradient),
-    _TANGENT_OF_WEIGHT,
+    OF_WEIGHT_GRADIENT,
 )
 define(
     "rows_encoder_gradients(Tensor values, Tensor crow_indices, Tensor indices, Tensor dy, SymInt columns) -> "

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from offpath import kernels
 from offpath.kernels import KernelError
-from offpath.kernels.operands import row_numbers, wide
+from offpath.kernels.operands import row_numbers as row_numbers, wide
 from offpath.ops.library import define, direct
-from offpath.ops.tangents import of_op, total
-
-_TANGENT_OF_DOTS = of_op("rows_dots", 0, 3)
+from offpath.ops.tangents import OF_DOTS, total
 
 
 def row_pointer(rows: int, k: int, device: torch.device) -> Tensor:
@@ -208,7 +206,7 @@ def tangent_of_encoder(
 ) -> Tensor | None:
     """Of entries of x @ weight.T + bias, for the `tangents` of x, weight and bias that there are."""
     of_x, of_weight, of_bias = tangents
-    of_products = _TANGENT_OF_DOTS((x, crow_indices, indices, weight), (), (of_x, None, None, of_weight))
+    of_products = OF_DOTS((x, crow_indices, indices, weight), (), (of_x, None, None, of_weight))
     return total((of_products, None if of_bias is None else of_bias.index_select(0, indices)))
 
 

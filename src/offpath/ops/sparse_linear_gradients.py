@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from offpath.ops.library import as_rows, is_transforming
-from offpath.ops.tangents import of_product, with_bias
+from offpath.ops.tangents import of_product, total, with_bias
 from offpath.ops.transformable import transformed
 
 _ops = torch.ops.offpath
@@ -122,7 +122,7 @@ def _gradients(
         of_x = dx(dy, of_dvalues, *topology, x.shape[-1], ctx.prefer)
     if of_dbias is not None:
         of_dy.append(of_dbias.expand_as(dy))
-    return sum(of_dy[1:], of_dy[0]) if of_dy else None, of_x, of_values
+    return total(of_dy), of_x, of_values
 
 
 _tangent_of_linear = with_bias(of_product(linear, 0, 1), 2, behind=0)

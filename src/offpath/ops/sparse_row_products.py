@@ -13,11 +13,11 @@ from torch import Tensor
 from offpath import kernels
 from offpath.kernels import Backend, KernelError
 from offpath.kernels.operands import row_numbers
-from offpath.kernels.reference_rows import check_rows as check_contents
+from offpath.kernels.reference_rows import check_rows
 from offpath.ops.library import define, direct
 from offpath.ops.prepared import Prepared, prepare
 from offpath.ops.row_choice import pays_over_all_connections
-from offpath.ops.row_products import check_matrix, check_rows
+from offpath.ops.row_products import check_matrix, check_parts
 from offpath.ops.sparse_rows import SparseRows
 from offpath.ops.tangents import of_op
 from offpath.pattern import Pattern
@@ -55,7 +55,7 @@ def _matmul(
     w_indices: Tensor,
     width: int,
 ) -> Tensor:
-    check_rows(crow_indices, indices, values)
+    check_parts(crow_indices, indices, values)
     _check_weight(w_indices, w_values, values.dtype)
     backend, prepared = prepared_weight(values, w_crow_indices, w_indices, width)
     weight = prepared.pattern
@@ -71,13 +71,13 @@ def _matmul(
 def _dots(
     dy: Tensor, crow_indices: Tensor, indices: Tensor, w_values: Tensor, w_crow_indices: Tensor, w_indices: Tensor
 ) -> Tensor:
-    check_rows(crow_indices, indices)
+    check_parts(crow_indices, indices)
     check_matrix("dy", dy, dy.dtype, rows=crow_indices.shape[0] - 1)
     _check_weight(w_indices, w_values, dy.dtype)
     backend, prepared = prepared_weight(dy, w_crow_indices, w_indices, dy.shape[1])
     weight = prepared.pattern
     if _over_all("sparse_dots", backend, crow_indices, indices, dy, weight):
-        check_contents(crow_indices, indices, weight.shape[0])
+        check_rows(crow_indices, indices, weight.shape[0])
         products, _ = prepared.forward(backend, w_values, dy, None, "speed", feature_major=False, keep_dense=False)
         return products[row_numbers(crow_indices), indices.long()]
     return backend.rows.sparse_dots(crow_indices, indices, dy, weight.crow_indices, weight.col_indices, w_values)
@@ -86,7 +86,7 @@ def _dots(
 def _weight_gradient(
     values: Tensor, crow_indices: Tensor, indices: Tensor, dy: Tensor, w_crow_indices: Tensor, w_indices: Tensor
 ) -> Tensor:
-    check_rows(crow_indices, indices, values)
+    check_parts(crow_indices, indices, values)
     check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
     backend, prepared = prepared_weight(dy, w_crow_indices, w_indices, dy.shape[1])
     weight = prepared.pattern

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from offpath import kernels
 from offpath.kernels import KernelError
-from offpath.kernels.reference_rows import check_rows
+from offpath.kernels.operands import row_numbers
+from offpath.kernels.reference_rows import check_pointer, check_rows
 from offpath.ops.library import direct
-from offpath.ops.row_slices import Rows, entries_of, expect_int32
+from offpath.ops.row_products import check_parts
+from offpath.ops.row_slices import RowChoice, entries_of, expect_int32
 from offpath.ops.selection import check_scores, row_pointer, to_dense
 
 
@@ -43,11 +45,14 @@ class SparseRows:
             or crow_indices.dtype is not torch.int32
             or indices.dtype is not torch.int32
             or not values.dtype.is_floating_point
+            or not crow_indices.device == indices.device == values.device
         ):
             raise KernelError(
-                "expected crow_indices int32 [rows + 1], indices int32 [nnz] and floating values [nnz]; got "
-                + ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in (crow_indices, indices, values))
+                "expected crow_indices int32 [rows + 1], indices int32 [nnz] and floating values [nnz] on one device; "
+                "got " + ", ".join(f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (crow_indices, indices, values))
             )
+        if not isinstance(columns, int | torch.SymInt) or not 0 <= columns < 2**31:
+            raise KernelError(f"expected columns to be an int that int32 indices can count, got {columns!r:.60}")
         self.crow_indices, self.indices, self.values, self.columns = crow_indices, indices, values, columns
 
     @classmethod
@@ -77,9 +82,7 @@ class SparseRows:
             raise KernelError(f"expected integer indices, got {indices.dtype}; give what topk returns as its indices")
         # Before the indices are copied: those of too many entries take 16 GB.
         crow_indices = row_pointer(values.shape[0], values.shape[1], values.device)
-        if indices.dtype is torch.int64:  # what no int32 can hold must not become another index
-            indices = indices.clamp(-1, columns)
-        return cls(crow_indices, indices.reshape(-1).int(), values.reshape(-1), columns)
+        return cls(crow_indices, _of_int32(indices.reshape(-1), columns), values.reshape(-1), columns)
 
     @classmethod
     def from_sparse_csr(cls, matrix: Tensor) -> SparseRows:
@@ -88,13 +91,14 @@ class SparseRows:
         >>> SparseRows.from_sparse_csr(torch.eye(2).to_sparse_csr())
         SparseRows(shape=(2, 2), nnz=2, float32, 1 in a row)
         """
-        if matrix.layout is not torch.sparse_csr or matrix.dim() != 2:
+        if not isinstance(matrix, Tensor) or matrix.layout is not torch.sparse_csr or matrix.dim() != 2:
+            got = f"{matrix.layout} {tuple(matrix.shape)}" if isinstance(matrix, Tensor) else type(matrix).__name__
             raise KernelError(
-                f"expected a matrix of layout torch.sparse_csr, got {matrix.layout} of shape {tuple(matrix.shape)}; "
-                "matrix.to_sparse_csr() makes one"
+                f"expected a matrix of layout torch.sparse_csr, got {got}; matrix.to_sparse_csr() makes one of a tensor"
             )
-        expect_int32(matrix.values().shape[0])
-        return cls(matrix.crow_indices().int(), matrix.col_indices().int(), matrix.values(), matrix.shape[1])
+        indices, columns = matrix.col_indices(), matrix.shape[1]
+        crow_indices = matrix.crow_indices().clamp(max=expect_int32(indices.shape[0]) + 1)
+        return cls(crow_indices.int(), _of_int32(indices, columns), matrix.values(), columns)
 
     @classmethod
     def cat(cls, parts: Sequence[SparseRows]) -> SparseRows:
@@ -104,11 +108,16 @@ class SparseRows:
         >>> SparseRows.cat([rows, rows[1:]]).indices
         tensor([0, 1, 1], dtype=torch.int32)
         """
+        parts = list(parts)
+        if not all(isinstance(part, SparseRows) for part in parts):
+            raise KernelError(f"expected SparseRows, got {', '.join(type(part).__name__ for part in parts)}")
         kinds = {(part.columns, part.dtype, part.device) for part in parts}
         if len(kinds) != 1:
             got = "; ".join(f"{columns} columns of {dtype} on {device}" for columns, dtype, device in kinds)
             raise KernelError(f"expected rows of one width, dtype and device, got {got or 'none'}")
         expect_int32(sum(part.nnz for part in parts))
+        for part in parts:
+            check_pointer(part.crow_indices, part.nnz)
         counts = torch.cat([part.crow_indices.diff() for part in parts])
         indices, values = (torch.cat([getattr(part, name) for part in parts]) for name in ("indices", "values"))
         return cls(torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(), indices, values, parts[0].columns)
@@ -116,13 +125,15 @@ class SparseRows:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: Rows) -> SparseRows:
+    def __getitem__(self, rows: RowChoice) -> SparseRows:
         """Some of the rows: a slice, row numbers [n] in any order, or a mask [rows]; differentiable.
+
+        As of a tensor, a slice of step 1 shares memory, and others are copies. Raises `KernelError` for other choices.
 
         >>> SparseRows.from_dense(torch.eye(3))[[2, 0]].indices
         tensor([2, 0], dtype=torch.int32)
         """
-        crow_indices, entries = entries_of(self.crow_indices, rows)
+        crow_indices, entries = entries_of(self.crow_indices, self.nnz, rows)
         return SparseRows(crow_indices, self.indices[entries], self.values[entries], self.columns)
 
     @property
@@ -157,7 +168,7 @@ class SparseRows:
         return to_dense(self.crow_indices, self.indices, self.values, self.columns)
 
     def to_sparse_csr(self) -> Tensor:
-        """The same as a tensor of torch's CSR layout; differentiable.
+        """The same as a tensor of torch's CSR layout, which shares memory; differentiable by autograd.
 
         Raises `KernelError` where the indices of a row do not ascend, which that layout does not know.
 
@@ -165,8 +176,8 @@ class SparseRows:
         tensor([1., 1.])
         """
         self._check()
-        rows = self.row_indices()
-        if not bool(((self.indices.diff() > 0) | (rows.diff() > 0)).all()):
+        rows = row_numbers(self.crow_indices, self.nnz)
+        if not bool(((self.indices[1:] > self.indices[:-1]) | (rows[1:] > rows[:-1])).all()):
             raise KernelError("expected indices that ascend in each row, got others; from_dense(rows.to_dense()) sorts")
         return torch.sparse_csr_tensor(self.crow_indices, self.indices, self.values, self.shape, check_invariants=False)
 
@@ -191,12 +202,13 @@ class SparseRows:
         """As `Tensor.to`: the values in another dtype, all parts on another device.
 
         >>> SparseRows.from_dense(torch.eye(2)).to(device="meta", dtype=torch.float64)
-        SparseRows(shape=(2, 2), nnz=2, float64, 0 in a row)
+        SparseRows(shape=(2, 2), nnz=2, float64, on meta)
         """
         values = self.values.to(*target, **options)
         non_blocking = options.get("non_blocking", False)
         crow_indices, indices = (
-            part.to(values.device, non_blocking=non_blocking) for part in (self.crow_indices, self.indices)
+            part.to(values.device, non_blocking=non_blocking, copy=options.get("copy", False))
+            for part in (self.crow_indices, self.indices)
         )
         return SparseRows(crow_indices, indices, values, self.columns)
 
@@ -244,8 +256,8 @@ class SparseRows:
         >>> SparseRows.from_dense(torch.tensor([[0.0, 2.0], [1.0, 3.0]])).row_indices()
         tensor([0, 1, 1], dtype=torch.int32)
         """
-        numbers = torch.arange(self.shape[0], dtype=torch.int32, device=self.device)
-        return numbers.repeat_interleave(self.crow_indices.diff(), output_size=self.nnz)
+        check_pointer(self.crow_indices, self.nnz)
+        return row_numbers(self.crow_indices, self.nnz).int()
 
     def live_counts(self) -> Tensor:
         """In how many entries each column has a value other than zero, int64 [columns]."""
@@ -253,16 +265,35 @@ class SparseRows:
         live = (self.values != 0).long()
         return live.new_zeros(self.columns).index_add(0, self.indices.long(), live)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What a file holds is no better than what a caller gives."""
+        if set(state) != {"crow_indices", "indices", "values", "columns"}:
+            raise KernelError(f"expected the parts of SparseRows, got {', '.join(map(str, state))}")
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"expected a tensor, which has {name}, got SparseRows; SparseInputLinear and SparseSparseLinear multiply "
+            "them, for other layers rows.to_dense() is a tensor"
+        )
+
     def _check(self) -> None:
+        check_parts(self.crow_indices, self.indices, self.values)
         check_rows(self.crow_indices, self.indices, self.columns)
 
     def __repr__(self) -> str:
-        per_row = self.crow_indices.diff() if not self.crow_indices.is_meta else self.crow_indices[:0]
-        least, most = (int(per_row.min()), int(per_row.max())) if per_row.numel() else (0, 0)
-        stored = f"{least} to {most}" if least != most else str(most)
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"SparseRows(shape={self.shape}, nnz={self.nnz}, {dtype}, {stored} in a row)"
+        per_row = self.crow_indices.diff()
+        dtype, stored = str(self.dtype).removeprefix("torch."), "on meta"
+        if not per_row.is_meta:
+            least, most = (int(per_row.min()), int(per_row.max())) if per_row.numel() else (0, 0)
+            stored = f"{least} to {most} in a row" if least != most else f"{most} in a row"
+        return f"SparseRows(shape={self.shape}, nnz={self.nnz}, {dtype}, {stored})"
 
 
-# Three tensors and a number, which every product looks at: `torch.load` may read what `torch.save` wrote.
+def _of_int32(indices: Tensor, columns: int) -> Tensor:
+    """What no int32 can hold must not become another index; products refuse -1 and `columns`."""
+    return (indices.clamp(-1, columns) if indices.dtype is torch.int64 else indices).int()
+
+
+# `torch.load` may read what `torch.save` wrote, under this name of the module: files would not survive another one.
 torch.serialization.add_safe_globals([SparseRows])

@@ -57,3 +57,6 @@ def total(terms: Iterable[Some]) -> Some:
     """The sum of the terms that there are, None for none."""
     there = [term for term in terms if term is not None]
     return sum(there[1:], there[0]) if there else None
+
+
+OF_DOTS, OF_WEIGHT_GRADIENT = (of_op(name, 0, 3) for name in ("rows_dots", "rows_weight_gradient"))

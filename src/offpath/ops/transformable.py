@@ -19,9 +19,7 @@ def is_in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def transformed(
-    name: str, save: Callable[..., None], backward: Callable[..., Any], tangent: Rule
-) -> Callable[..., Any]:
+def transformed(name: str, save: Callable[..., None], backward: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
     """`offpath::<name>` as the kind of `autograd.Function` that `torch.func` can transform, both modes of it."""
 
     def forward(*operands):
@@ -42,7 +40,7 @@ def transformed(
 
     def jvp(ctx, *tangents):
         operands, outputs = _saved(ctx)
-        found = tangent(operands, outputs, [None if one is None else _dense(one) for one in tangents])
+        found = rule(operands, outputs, tangents)
         if not isinstance(found, tuple):
             return found
         # torch takes no results of which some have a tangent and others have none.
@@ -55,8 +53,8 @@ def transformed(
 
 
 def in_both_modes(function: Any) -> Callable[..., Any]:
-    """`function.apply` of an `autograd.Function` that names its `jvp` `tangent`: Dynamo takes none that has a `jvp`."""
-    with_jvp: Any = type(function.__name__, (function,), {"jvp": staticmethod(function.tangent)})
+    """`function.apply`, of an `autograd.Function` whose `jvp` is called `jvp_rule`: Dynamo takes none with a `jvp`."""
+    with_jvp: Any = type(function.__name__, (function,), {"jvp": staticmethod(function.jvp_rule)})
 
     def apply(*operands: Any) -> Any:
         tangents = not torch.compiler.is_compiling() and is_in_forward_mode()
@@ -106,8 +104,3 @@ def _saved(ctx: Any) -> tuple[list[Any], Sequence[Tensor]]:
 
 def _zeros(output: Tensor) -> Tensor | None:
     return torch.zeros_like(output) if output.is_floating_point() else None
-
-
-def _dense(tangent: Tensor) -> Tensor:
-    """That of a sum is one number, expanded. Images keep the order of their channels."""
-    return tangent.contiguous() if tangent.dim() <= 2 else tangent

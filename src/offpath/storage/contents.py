@@ -69,18 +69,18 @@ def said_of(what: object) -> Iterator[None]:
 
 
 # How other files begin that are found under such a name.
-_OTHERS = {
-    b"PK\x03\x04": "an archive, as torch.save writes it; torch.load reads that, offpath.load what offpath.save wrote",
+_FILE_KINDS = {
+    b"PK\x03\x04": "a zip archive, as torch.save writes one; torch.load reads it, offpath.load what offpath.save wrote",
     b"version https://git-lfs": "a pointer of git-lfs in place of the file; git lfs pull fetches it",
-    b"<!DOCTYPE": "a page, as a failed download leaves it; download the file itself",
+    b"<!doctype html": "a page, as a failed download leaves it; download the file itself",
 }
 
 
-def _instead(path: Path, error: Exception) -> str:
+def _what_it_is(path: Path, error: Exception) -> str:
     with path.open("rb") as opened:
-        start = opened.read(32)
-    for magic, meaning in _OTHERS.items():
-        if start.startswith(magic):
+        start = opened.read(64).lstrip()
+    for magic, meaning in _FILE_KINDS.items():
+        if start.lower().startswith(magic.lower()):
             return meaning
     return f"{error}; it is truncated, damaged or of another kind: restore it from a copy"
 
@@ -92,7 +92,7 @@ def _mapped(path: Path) -> tuple[str, dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, ValueError, RuntimeError, TypeError, OverflowError) as error:
-        raise StorageError(f"expected a whole safetensors file, got {_instead(path, error)}") from error
+        raise StorageError(f"expected a whole safetensors file, got {_what_it_is(path, error)}") from error
     if FORMAT not in metadata and any(key.endswith("col_indices") for key in tensors):
         raise StorageError(
             "expected a file that offpath.save wrote, got the state_dict of a sparse model; build a dense one, "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offpath.kernels.operands import row_numbers
 from offpath.nn.autocast import under_autocast
 from offpath.ops import SparseRows, encode_topk, topk_rows
 from offpath.ops.library import is_differentiating
@@ -188,7 +189,7 @@ def _from_coo(acts: Tensor) -> SparseRows:
 
 
 def _to_coo(rows: SparseRows, shape: tuple[int, ...]) -> Tensor:
-    row = torch.arange(rows.shape[0], device=rows.device).repeat_interleave(rows.crow_indices.diff())
+    row = row_numbers(rows.crow_indices, rows.nnz)
     indices = torch.stack([*torch.unravel_index(row, shape[:-1]), rows.indices.long()])
     return torch.sparse_coo_tensor(indices, rows.values, shape, is_coalesced=True, check_invariants=False)
 

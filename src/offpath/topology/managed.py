@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from offpath import pattern as patterns
 from offpath.nn import SparseConv1d, SparseConv2d, SparseLinear, check_rewire
+from offpath.nn.filters import FilterFn as FilterFn, check_filter
 from offpath.nn.sparse_weight import SparseWeightModule
 from offpath.pattern import Edit, PatternError
 from offpath.topology.capture import Capture
@@ -21,8 +22,6 @@ from offpath.topology.errors import TopologyError
 from offpath.topology.explored import Explored
 from offpath.topology.layer import LayerView
 from offpath.topology.record import LayerState
-
-FilterFn = Callable[[nn.Module, str], bool]
 
 
 class ManagedLayer:
@@ -184,6 +183,7 @@ def managed_layers(
     Raises `TopologyError` when there is none, when the optimizer does not own the values of one, or when `also` is no
     list of models that have a layer of the same name and connections.
     """
+    check_filter(filter_fn)
     if not isinstance(also, Sequence) or not all(isinstance(other, nn.Module) for other in also):
         got = type(also).__name__ if isinstance(also, nn.Module) else repr(also)
         raise TopologyError(f"expected a list of models in also, got {got}; write also=[model]")

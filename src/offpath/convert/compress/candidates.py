@@ -11,9 +11,9 @@ from torch.nn.utils import parametrize
 
 from offpath.convert.compress.report import too_dense
 from offpath.convert.compress.weights import OWN_HOOKS, evaluated, kind_of, unknown_source
-from offpath.convert.filters import FilterFn, check_filter
 from offpath.convert.readers import read_by_their_owner
 from offpath.convert.swap import attachment, parameter_owners, unfit
+from offpath.nn.filters import FilterFn, check_filter
 from offpath.nn.sparse_weight import SparseWeightModule
 
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.qat")

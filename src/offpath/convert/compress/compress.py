@@ -18,10 +18,10 @@ from offpath.convert.compress.finish import swap_and_compare
 from offpath.convert.compress.report import CompressedEmbedding, CompressedLayer, CompressReport
 from offpath.convert.compress.verify import Bound, embedding_bound, swap_bound
 from offpath.convert.compress.weights import kind_of
-from offpath.convert.filters import FilterFn
 from offpath.convert.swap import swap_modules
 from offpath.cost import memory_bytes
 from offpath.nn.compiled import inside_compiled
+from offpath.nn.filters import FilterFn
 
 PRECISIONS = (None, "int8")
 Progress = Callable[[int, int], object]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from offpath.convert.filters import FilterFn
 from offpath.convert.swap import obstacles
 from offpath.nn import Int8Embedding
+from offpath.nn.filters import FilterFn
 
 
 def int8_embeddings(

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from offpath.convert.filters import FilterFn
 from offpath.convert.prune import scores
 from offpath.convert.prune.calibrated import prune_by_sparsegpt, prune_by_wanda
 from offpath.convert.prune.calibration import Walk, check_calibration
@@ -19,6 +18,7 @@ from offpath.convert.prune.report import PrunedLayer, PruneReport
 from offpath.convert.prune.scores import Progress
 from offpath.convert.prune.targets import choose, unreached_reason
 from offpath.nn.compiled import inside_compiled
+from offpath.nn.filters import FilterFn
 from offpath.topology import layer_densities
 
 # Method: the scope it has unless told otherwise. SparseGPT compares within its blocks of columns only.

@@ -10,8 +10,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from offpath.convert.filters import FilterFn, check_filter
 from offpath.convert.prune.layer import Layer, has_own_forward, is_prunable
+from offpath.nn.filters import FilterFn, check_filter
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
