@@ -168,6 +168,13 @@ def test_shapes_alone_are_counted_too(kind: str) -> None:
     assert measure_flops(on_meta, lambda: on_meta(x)) == right
 
 
+def test_a_sparse_weight_counts_no_gradient_that_nobody_wants() -> None:
+    layer = SparseSparseLinear(64, 32, sparsity=0.5)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        counted = _counted(lambda: layer(torch.ones(8, 64)).sum().backward())
+    assert counted == 2 * 2 * 8 * layer.nnz
+
+
 @pytest.mark.parametrize("imports", ["import torch.utils.flop_counter, offpath", "import offpath"])
 def test_formulas_are_there_whoever_is_imported_first(imports: str) -> None:
     script = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import offpath
 from checkers import assert_same
@@ -165,6 +166,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "autoencoder of a batch": (lambda: _calibrated("batch_topk"), (3, 6)),
     "autoencoder of thresholds": (lambda: _calibrated("jumprelu"), (3, 6)),
 }
+LINEAR_AND_OTHERS = {"linear": (lambda: offpath.SparseLinear(6, 5, sparsity=0.5), (3, 6))} | LAYERS
 OF_ANY_NUMBER = ("JumpReLU", "autoencoder of a batch", "autoencoder of thresholds")
 
 
@@ -250,6 +252,84 @@ def test_vmap_of_winners_that_tie_is_refused() -> None:
         vmap(grad(lambda x: _k_winners().eval()(x[None]).values.sum()))(torch.randn(3, 6))
 
 
+def _along(f: Callable[[Any], Tensor], tangents: Any) -> dict[str, Callable[[Any], Tensor]]:
+    return {"jvp": lambda at: jvp(f, (at,), (tangents,))[1], "grad": lambda at: _dot(grad(f)(at), tangents)}
+
+
+def _dot(gradients: dict[str, Tensor], tangents: dict[str, Tensor]) -> Tensor:
+    return torch.stack([(gradients[name] * tangents[name]).sum() for name in tangents]).sum()
+
+
+DEEP: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = LAYERS | {
+    "two layers": (
+        lambda: nn.Sequential(
+            offpath.SparseLinear(6, 4, sparsity=0.5), nn.Tanh(), offpath.SparseLinear(4, 3, sparsity=0.5)
+        ),
+        (3, 6),
+    )
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_nested_derivatives_of_all_parameters_at_once_agree(kind: str) -> None:
+    """Factors that both have tangents in both modes: an inner forward mode must leave an outer one its own."""
+    make, shape = DEEP[kind]
+    torch.manual_seed(1)
+    layer, x = _float64(make()), torch.randn(shape, dtype=torch.float64)
+    at = {name: one.detach() for name, one in layer.named_parameters()} | {"x": x}
+    tangents = {name: torch.randn_like(one) for name, one in at.items()}
+
+    def scalar(at: dict[str, Tensor]) -> Tensor:
+        parameters = {name: one for name, one in at.items() if name != "x"}
+        return functional_call(layer, parameters, (at["x"],)).pow(3).sum()
+
+    deeper = {"": scalar}
+    for _ in range(3):
+        deeper = {f"{way} {ways}": f for ways, g in deeper.items() for way, f in _along(g, tangents).items()}
+        found = {ways: f(at) for ways, f in deeper.items()}
+        right = found.pop(max(found, key=lambda ways: ways.count("grad")))
+        for one in found.values():
+            assert_same(one, right)
+
+
+def test_a_pullback_works_after_its_transform_is_over() -> None:
+    torch.manual_seed(0)
+    for kind, (make, shape) in LAYERS.items():
+        layer, x = _float64(make()), torch.randn(shape, dtype=torch.float64)
+        y, pull = vjp(layer, x)
+        right = torch.autograd.functional.vjp(layer, x, y)[1]
+        assert torch.equal(pull(y)[0], right), kind
+
+
+def test_tangents_of_16_bits_are_of_16_bits() -> None:
+    x = torch.randn(4, 6, dtype=torch.bfloat16)
+    layer = JumpReLU(6, threshold=0.3, bandwidth=0.5, output="dense")
+    y, tangent = jvp(layer, (x,), (x,))
+    assert y.dtype is tangent.dtype is torch.bfloat16 and torch.equal(y, tangent)
+    with torch.autocast("cpu", torch.bfloat16):
+        autoencoder = _calibrated("jumprelu").float()
+        y, tangent = jvp(autoencoder, (x.float(),), (x.float(),))
+        assert y.dtype is tangent.dtype and bool(tangent.any())
+
+
+@pytest.mark.parametrize("name", ["rows_matmul", "topk_rows", "encode_topk", "sparse_conv2d"])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_ops_called_by_their_names_refuse_tangents_instead_of_dropping_them(name: str, requires_grad: bool) -> None:
+    """Also where `torch.library` runs them inside of a function that turns forward mode off."""
+    operands = [
+        one.detach().requires_grad_(requires_grad) if isinstance(one, Tensor) and one.is_floating_point() else one
+        for one in OPERANDS[name]()
+    ]
+    x, *others = operands
+    op = getattr(torch.ops.offpath, name)
+    with pytest.raises(NotImplementedError, match="use reverse mode"):
+        jvp(lambda x: _first(op(x, *others)), (x.detach(),), (x.detach(),))
+
+
+def _first(outputs: Any) -> Tensor:
+    return outputs if isinstance(outputs, Tensor) else next(one for one in outputs if one.is_floating_point())
+
+
 def test_what_has_no_tangent_is_refused_instead_of_giving_zero() -> None:
     x = torch.ones(2, 8)
     int8 = torch.ones(4, dtype=torch.int8), torch.ones(2), None, *CONNECTIONS
@@ -262,10 +342,28 @@ def test_what_has_no_tangent_is_refused_instead_of_giving_zero() -> None:
         jvp(lambda w: torch.ops.offpath.rows_matmul(*operands, w), (torch.ones(8, 2),), (torch.ones(8, 2),))
 
 
-def test_compiled_forward_mode_gives_the_same_tangents() -> None:
-    layer, _ = pair()
-    run = torch.compile(lambda x, t: jvp(layer, (x,), (t,))[1], backend="aot_eager")
-    assert torch.equal(run(X, X.flip(0)), jvp(layer, (X,), (X.flip(0),))[1])
+SURELY = ("linear", "convolution")
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("kind", [*SURELY, "winners", "autoencoder", "product-key memory"])
+def test_compiled_forward_mode_gives_the_same_tangents_or_says_no(kind: str, backend: str) -> None:
+    """The ops of a graph run by their names: torch called their tangents zero."""
+    make, shape = LINEAR_AND_OTHERS[kind]
+    torch.manual_seed(1)
+    layer, x = _float64(make()), torch.randn(shape, dtype=torch.float64)
+    right = jvp(layer, (x,), (x,))[1]
+    torch.compiler.reset()  # what other tests have compiled counts towards a limit
+    inside = torch.compile(lambda x: jvp(layer, (x,), (x,))[1], backend=backend)
+    outside = torch.compile(layer, backend=backend)
+    for run in (inside, lambda x: jvp(outside, (x,), (x,))[1]):
+        try:
+            found = run(x)
+        except (NotImplementedError, RuntimeError) as error:
+            # Where Dynamo gives up on a frame, it compiles what that calls by itself, and tells it that it compiles.
+            assert re.search("use reverse mode|data pointer of Tensor", str(error)) and kind not in SURELY
+            continue
+        assert_same(found, right)
 
 
 def test_selected_rows_carry_tangents_into_products() -> None:

@@ -89,6 +89,16 @@ def test_transforms_of_the_input_are_those_of_the_dense_layer(compute: str) -> N
     assert bool(sparse.any()) and torch.equal(sparse, dense)
 
 
+def test_images_that_lie_across_a_batch_have_their_gradients() -> None:
+    torch.manual_seed(0)
+    layer, x = SparseConv2d(2, 3, 3, sparsity=0.5, dtype=torch.float64), torch.randn(2, 4, 2, 5, 5).double()
+    for dim, images in ((1, x), (-1, x.movedim(1, -1))):
+        one, other = (images.clone().requires_grad_() for _ in range(2))
+        vmap(layer, in_dims=dim)(one).square().sum().backward()
+        torch.stack([layer(image) for image in other.unbind(dim)]).square().sum().backward()
+        assert torch.equal(one.grad, other.grad)
+
+
 def test_gradients_of_each_sample_are_those_of_the_dense_layer() -> None:
     layer, dense = pair()
 

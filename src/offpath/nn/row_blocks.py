@@ -143,8 +143,8 @@ class _Encoded(torch.autograd.Function):
         return None, None, None, *gradients_of_encoder(*operands, ctx.needs_input_grad[3:])
 
     @staticmethod
-    def jvp_rule(ctx, of_values, of_crow_indices, of_indices, *tangents):
-        crow_indices, indices, x, weight = ctx.saved_tensors
+    def jvp_rule(ctx, saved, of_values, of_crow_indices, of_indices, *tangents):
+        crow_indices, indices, x, weight = saved
         return tangent_of_encoder(crow_indices, indices, x, weight, tangents)
 
 

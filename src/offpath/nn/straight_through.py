@@ -72,8 +72,8 @@ class _OfEntries(torch.autograd.Function):
         return sums.to(gradient.dtype), None
 
     @staticmethod
-    def jvp_rule(ctx, of_thresholds, _):
-        (indices,) = ctx.saved_tensors
+    def jvp_rule(ctx, saved, of_thresholds, _):
+        (indices,) = saved
         return of_thresholds.index_select(0, indices)
 
 
@@ -111,11 +111,11 @@ class _Jump(_StraightThrough):
         return through, torch.where(near, -thresholds / ctx.bandwidth * gradient, 0.0), None
 
     @staticmethod
-    def jvp_rule(ctx, of_values, of_thresholds, _):
-        values, thresholds = ctx.saved_tensors
+    def jvp_rule(ctx, saved, of_values, of_thresholds, _):
+        values, thresholds = saved
         near = _near(values, thresholds, ctx.bandwidth)
         through = torch.where(values <= thresholds, 0.0, of_values)
-        return through + torch.where(near, -thresholds / ctx.bandwidth * of_thresholds, 0.0)
+        return (through + torch.where(near, -thresholds / ctx.bandwidth * of_thresholds, 0.0)).to(values.dtype)
 
 
 class _Step(_StraightThrough):
@@ -129,8 +129,8 @@ class _Step(_StraightThrough):
         return None, torch.where(_near(values, thresholds, ctx.bandwidth), -gradient / ctx.bandwidth, 0.0), None
 
     @staticmethod
-    def jvp_rule(ctx, of_values, of_thresholds, _):
-        values, thresholds = ctx.saved_tensors
+    def jvp_rule(ctx, saved, of_values, of_thresholds, _):
+        values, thresholds = saved
         return torch.where(_near(values, thresholds, ctx.bandwidth), -of_thresholds / ctx.bandwidth, 0.0)
 
 

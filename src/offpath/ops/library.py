@@ -17,7 +17,7 @@ from offpath.kernels import KernelError
 from offpath.kernels.one_pass import alone
 from offpath.kernels.operands import wide as wide
 from offpath.ops import batching
-from offpath.ops.transformable import Rule, is_in_forward_mode, transformed
+from offpath.ops.transformable import Rule, is_in_forward_mode, passage, transformed
 
 library = torch.library.Library("offpath", "DEF")
 # The ops of `define` by name, without the way through the dispatcher where nobody listens. In eager training that way
@@ -48,8 +48,8 @@ def define(
     """
     library.define(schema)
     name = schema[: schema.index("(")]
-    library.impl(name, _without_forward_mode(name, kernel), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"offpath::{name}", of_one_device(name, fake), lib=library)
+    library.impl(name, _on_its_own(name, kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"offpath::{name}", of_one_device(name, _followed(name, fake)), lib=library)
     batch(name)
     if autograd is not None:
         save, backward = autograd
@@ -157,17 +157,31 @@ def of_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _without_forward_mode(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.library` lets tangents pass by and calls their result zero; a refusal instead, outside of a `Function`."""
-
+def _on_its_own(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(kernel)
     def run(*operands: Any) -> Any:
-        if is_in_forward_mode() and torch._C._is_fwd_grad_enabled():
-            raise NotImplementedError(NO_FORWARD_MODE.format(f"offpath::{name}"))
+        _refuse_tangents(name)
         with alone():
             return no_views(kernel(*operands))
 
     return run
+
+
+def _followed(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake`, which is what the compiler calls of an op inside of a forward mode that it traces."""
+
+    @wraps(fake)
+    def run(*operands: Any, **options: Any) -> Any:
+        _refuse_tangents(name)
+        return fake(*operands, **options)
+
+    return run
+
+
+def _refuse_tangents(name: str) -> None:
+    """`torch.library` lets tangents pass by and calls their result zero, unless a `Function` takes care of them."""
+    if is_in_forward_mode() and not passage.is_open:
+        raise NotImplementedError(NO_FORWARD_MODE.format(f"offpath::{name}"))
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from offpath.kernels.methods import PreparedMatrix
 from offpath.ops.choice import CHOICES_KEPT, any_forced
 from offpath.ops.convolution_choice import pays_densely
 from offpath.ops.dense_convolution import DenseConvolution
+from offpath.ops.library import is_vmapped
 
 # Sizes of images whose plans are kept; making them takes about as long as a few images.
 KEPT = 8
@@ -115,4 +116,6 @@ def _products(backend: Backend) -> ConvolutionProducts:
 
 def is_channels_last(images: Tensor) -> bool:
     """Whether `nn.Conv2d` would answer these images [images, channels, height, width] channels-last."""
-    return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+    if images.is_contiguous() or is_vmapped(images):  # which knows no other order
+        return False
+    return images.is_contiguous(memory_format=torch.channels_last)

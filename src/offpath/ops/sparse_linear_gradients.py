@@ -91,36 +91,44 @@ def _save(ctx, inputs, output):
 
 def _gradients_of_dx(ctx, of_dx):
     dy, values, *topology = ctx.saved_tensors
-    of_dy, _, of_values = _gradients(ctx, topology, (dy, None, values), (of_dx, None, None))
+    wants_dy, wants_values, *_ = ctx.needs_input_grad
+    wanted = wants_dy, False, wants_values
+    of_dy, _, of_values = _gradients(ctx, topology, (dy, None, values), (of_dx, None, None), wanted)
     return of_dy, of_values, None, None, None, None
 
 
 def _gradients_of_dvalues(ctx, of_dvalues):
     dy, x, *topology = ctx.saved_tensors
-    of_dy, of_x, _ = _gradients(ctx, topology, (dy, x, None), (None, of_dvalues, None))
+    wants_dy, wants_x, *_ = ctx.needs_input_grad
+    of_dy, of_x, _ = _gradients(ctx, topology, (dy, x, None), (None, of_dvalues, None), (wants_dy, wants_x, False))
     return of_dy, of_x, None, None, None
 
 
 def _gradients_of_backward(ctx, *given):
     dy, x, values, *topology = ctx.saved_tensors
-    return *_gradients(ctx, topology, (dy, x, values), given), None, None, None, None
+    return *_gradients(ctx, topology, (dy, x, values), given, ctx.needs_input_grad[:3]), None, None, None, None
 
 
 def _gradients(
-    ctx: Any, topology: list[Tensor], operands: tuple[Tensor, _Some, _Some], given: tuple[_Some, _Some, _Some]
+    ctx: Any,
+    topology: list[Tensor],
+    operands: tuple[Tensor, _Some, _Some],
+    given: tuple[_Some, _Some, _Some],
+    wanted: tuple[bool, bool, bool],
 ) -> tuple[_Some, _Some, _Some]:
-    """Of dy, x and values, for those `given` of dx, dvalues and dbias."""
+    """Those `wanted` of dy, x and values, for those `given` of dx, dvalues and dbias."""
     (dy, x, values), (of_dx, of_dvalues, of_dbias) = operands, given
+    wants_dy, wants_x, wants_values = wanted
     of_dy, of_x, of_values = [], None, None
     if of_dx is not None:
-        of_dy.append(linear(of_dx, values, None, *topology, ctx.prefer))
-        of_values = dvalues(dy, of_dx, *topology, ctx.prefer)
+        of_dy.append(linear(of_dx, values, None, *topology, ctx.prefer) if wants_dy else None)
+        of_values = dvalues(dy, of_dx, *topology, ctx.prefer) if wants_values else None
     if of_dvalues is not None:
         assert x is not None
         of_dvalues = of_dvalues.contiguous()  # that of a sum is one number, expanded
-        of_dy.append(linear(x, of_dvalues, None, *topology, ctx.prefer))
-        of_x = dx(dy, of_dvalues, *topology, x.shape[-1], ctx.prefer)
-    if of_dbias is not None:
+        of_dy.append(linear(x, of_dvalues, None, *topology, ctx.prefer) if wants_dy else None)
+        of_x = dx(dy, of_dvalues, *topology, x.shape[-1], ctx.prefer) if wants_x else None
+    if of_dbias is not None and wants_dy:
         of_dy.append(of_dbias.expand_as(dy))
     return total(of_dy), of_x, of_values
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,37 +15,60 @@ from torch.autograd import Function, forward_ad
 Rule = Callable[[Sequence[Any], Sequence[Tensor], Sequence[Tensor | None]], Any]
 
 
+class _Passage(threading.local):
+    """Whether an op is called by a `Function` that takes care of its tangents, which the op itself would drop."""
+
+    is_open = False
+
+
+passage = _Passage()
+
+
 def is_in_forward_mode() -> bool:
     """Whether tangents may come along, which only an `autograd.Function` passes on."""
     return forward_ad._current_level >= 0
 
 
 def transformed(name: str, save: Callable[..., None], backward: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
-    """`offpath::<name>` as the kind of `autograd.Function` that `torch.func` can transform, both modes of it."""
+    """`offpath::<name>` as the kind of `autograd.Function` that `torch.func` can transform, both modes of it.
+
+    All operands and results are saved: `torch.func.vmap` takes what is saved for the two modes for one list.
+    """
 
     def forward(*operands):
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.offpath, name).default(*operands)
+        was_open, passage.is_open = passage.is_open, True
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                return getattr(torch.ops.offpath, name).default(*operands)
+        finally:
+            passage.is_open = was_open
 
     def setup_context(ctx, inputs, output):
         save(ctx, inputs, output)
-        if is_in_forward_mode():
-            _save_for_both(ctx, inputs, output if isinstance(output, tuple) else (output,))
+        outputs = output if isinstance(output, tuple) else (output,)
+        ctx.operands = [None if isinstance(one, Tensor) else one for one in inputs]
+        tensors = [one if isinstance(one, Tensor) else None for one in (*inputs, *outputs)]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        if sum(one.is_floating_point() for one in outputs) == 1:  # the rules of several count on all gradients
+            ctx.set_materialize_grads(False)  # an operand without a tangent has none, instead of one of zeros
 
     def gradients(ctx, *of_outputs):
-        if not hasattr(ctx, "operands"):
-            return backward(ctx, *of_outputs)
-        context, (operands, outputs) = _Context(ctx.needs_input_grad), _saved(ctx)
+        operands, outputs = _divided(ctx, _alive(ctx.saved_tensors))
+        if all(one is None for one in of_outputs):
+            return (None,) * len(operands)
+        context = _Context(ctx.needs_input_grad)
         save(context, operands, outputs if len(outputs) > 1 else outputs[0])
         return backward(context, *of_outputs)
 
     def jvp(ctx, *tangents):
-        operands, outputs = _saved(ctx)
-        found = rule(operands, outputs, tangents)
-        if not isinstance(found, tuple):
-            return found
-        # torch takes no results of which some have a tangent and others have none.
-        return tuple(_zeros(one) if of_one is None else of_one for one, of_one in zip(outputs, found, strict=True))
+        with forward_ad._set_fwd_grad_enabled(True):  # torch turns off what an outer forward mode needs
+            operands, outputs = _divided(ctx, _primals(ctx.saved_tensors))
+            found = rule(operands, outputs, tangents)
+            if not isinstance(found, tuple):
+                return found
+            # torch takes no results of which some have a tangent and others have none.
+            return tuple(_zeros(one) if of_one is None else of_one for one, of_one in zip(outputs, found, strict=True))
 
     methods = {"forward": forward, "setup_context": setup_context, "backward": gradients, "jvp": jvp}
     attributes = {key: staticmethod(method) for key, method in methods.items()} | {"generate_vmap_rule": True}
@@ -53,8 +77,13 @@ def transformed(name: str, save: Callable[..., None], backward: Callable[..., An
 
 
 def in_both_modes(function: Any) -> Callable[..., Any]:
-    """`function.apply`, of an `autograd.Function` whose `jvp` is called `jvp_rule`: Dynamo takes none with a `jvp`."""
-    with_jvp: Any = type(function.__name__, (function,), {"jvp": staticmethod(function.jvp_rule)})
+    """`function.apply`, of a `Function` with a `jvp_rule(ctx, saved, *tangents)`: Dynamo takes none with a `jvp`."""
+
+    def jvp(ctx, *tangents):
+        with forward_ad._set_fwd_grad_enabled(True):
+            return function.jvp_rule(ctx, _primals(ctx.saved_tensors), *tangents)
+
+    with_jvp: Any = type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
 
     def apply(*operands: Any) -> Any:
         tangents = not torch.compiler.is_compiling() and is_in_forward_mode()
@@ -85,21 +114,28 @@ class _Context(SimpleNamespace):
     def set_materialize_grads(self, value: bool) -> None: ...
 
 
-def _save_for_both(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-    """All of it: `torch.func.vmap` takes what is saved for the two modes for one list."""
-    ctx.operands = [None if isinstance(one, Tensor) else one for one in inputs]
-    tensors = [one if isinstance(one, Tensor) else None for one in (*inputs, *outputs)]
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-    if sum(one.is_floating_point() for one in outputs) == 1:  # whose gradient is there, or nobody asks for others
-        ctx.set_materialize_grads(False)  # an operand without a tangent has none, instead of one of zeros
-
-
-def _saved(ctx: Any) -> tuple[list[Any], Sequence[Tensor]]:
+def _divided(ctx: Any, saved: Sequence[Any]) -> tuple[list[Any], Sequence[Tensor]]:
     """(operands, outputs)."""
-    tensors, others = ctx.saved_tensors, ctx.operands
-    operands = [other if there is None else there for there, other in zip(tensors, others, strict=False)]
-    return operands, tensors[len(others) :]
+    operands = [other if there is None else there for there, other in zip(saved, ctx.operands, strict=False)]
+    return operands, saved[len(ctx.operands) :]
+
+
+def _alive(saved: Sequence[Any]) -> list[Any]:
+    """Without the wrappers of a transform that is over: `torch.func.vjp` gives its gradients afterwards."""
+    return [None if one is None else torch._C._functorch.unwrap_if_dead(one) for one in saved]
+
+
+def _primals(saved: Sequence[Any]) -> list[Any]:
+    """Without the tangents of this level: theirs is what the rule computes, and the outer ones are in what is left."""
+    return [None if one is None else _primal(one) for one in saved]
+
+
+def _primal(tensor: Tensor) -> Tensor:
+    if not torch._C._functorch.is_batchedtensor(tensor):
+        return forward_ad.unpack_dual(tensor).primal
+    # `torch.func.vmap` has no rule for this one, so it is done below.
+    dim, level = torch._C._functorch.maybe_get_bdim(tensor), torch._C._functorch.maybe_get_level(tensor)
+    return torch._C._functorch._add_batch_dim(_primal(torch._C._functorch.get_unwrapped(tensor)), dim, level)
 
 
 def _zeros(output: Tensor) -> Tensor | None:
