@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import pickle
 from collections import OrderedDict
 from collections.abc import Callable
-from pickle import UnpicklingError
+from copy import copy, deepcopy
 
 import numpy as np
 import pytest
@@ -202,6 +203,13 @@ def test_a_slice_of_rows_that_lead_elsewhere_is_refused(pointer: list[int], part
         rows[part]
 
 
+def test_what_a_user_notes_on_rows_is_copied_along() -> None:
+    rows = ROWS[:2]
+    rows.note = "of layer 3"  # type: ignore[attr-defined]
+    for copied in (copy(rows), deepcopy(rows), pickle.loads(pickle.dumps(rows))):
+        assert copied.note == "of layer 3" and torch.equal(copied.to_dense(), rows.to_dense())
+
+
 HOSTILE: dict[str, dict[str, object]] = {
     "fewer values": {"values": torch.ones(1)},
     "values of a table": {"values": torch.ones(3, 2)},
@@ -218,7 +226,7 @@ def test_a_file_that_was_tampered_with_is_refused_when_it_is_loaded(case: str) -
     rows.__dict__ |= HOSTILE[case]
     torch.save(rows, file)
     file.seek(0)
-    with pytest.raises((KernelError, UnpicklingError), match="expected"):
+    with pytest.raises((KernelError, pickle.UnpicklingError), match="expected"):
         torch.load(file, weights_only=True)
 
 

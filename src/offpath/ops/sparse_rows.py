@@ -205,11 +205,8 @@ class SparseRows:
         SparseRows(shape=(2, 2), nnz=2, float64, on meta)
         """
         values = self.values.to(*target, **options)
-        non_blocking = options.get("non_blocking", False)
-        crow_indices, indices = (
-            part.to(values.device, non_blocking=non_blocking, copy=options.get("copy", False))
-            for part in (self.crow_indices, self.indices)
-        )
+        how = {name: options[name] for name in ("non_blocking", "copy") if name in options}
+        crow_indices, indices = (part.to(values.device, **how) for part in (self.crow_indices, self.indices))
         return SparseRows(crow_indices, indices, values, self.columns)
 
     def matmul(self, weight: Tensor) -> Tensor:
@@ -267,9 +264,12 @@ class SparseRows:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What a file holds is no better than what a caller gives."""
-        if set(state) != {"crow_indices", "indices", "values", "columns"}:
+        parts = ("crow_indices", "indices", "values", "columns")
+        others = {name: state[name] for name in state if name not in parts}
+        if len(state) - len(others) < len(parts) or any(hasattr(type(self), name) for name in others):
             raise KernelError(f"expected the parts of SparseRows, got {', '.join(map(str, state))}")
-        self.__init__(**state)  # type: ignore[misc]
+        SparseRows.__init__(self, *(state[part] for part in parts))
+        self.__dict__ |= others
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
