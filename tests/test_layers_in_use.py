@@ -231,8 +231,18 @@ def test_a_cast_of_all_tensors_leaves_counts() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of sizes, which are compared as numbers
-def test_a_trace_in_grad_mode_can_be_saved(tmp_path: Path) -> None:
-    layer, x = SparseLinear(20, 30, sparsity=0.5), _x(4, 20)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SparseLinear(20, 30, sparsity=0.5),
+        lambda: layers.TopK(2, output="dense"),
+        lambda: nn.Sequential(layers.TopK(2), layers.SparseInputLinear(20, 5)),
+        lambda: layers.SparseAutoencoder(20, 40, 4),
+    ],
+    ids=["linear", "topk", "rows", "autoencoder"],
+)
+def test_a_trace_in_grad_mode_can_be_saved(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    layer, x = make(), _x(4, 20)
     torch.jit.trace(layer, x).save(tmp_path / "traced.pt")
     assert torch.equal(torch.jit.load(tmp_path / "traced.pt")(x), layer(x))
 

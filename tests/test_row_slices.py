@@ -210,11 +210,29 @@ def test_what_a_user_notes_on_rows_is_copied_along() -> None:
         assert copied.note == "of layer 3" and torch.equal(copied.to_dense(), rows.to_dense())
 
 
+class _Named(SparseRows):
+    def __init__(self, dense: torch.Tensor, name: str) -> None:
+        rows = SparseRows.from_dense(dense)
+        super().__init__(rows.crow_indices, rows.indices, rows.values, rows.columns)
+        self.name = name
+
+
+def test_rows_of_a_class_of_ones_own_are_copied() -> None:
+    copied = deepcopy(_Named(DENSE, "latents"))
+    assert type(copied) is _Named and copied.name == "latents" and torch.equal(copied.to_dense(), DENSE)
+
+
+def test_whole_numbers_of_numpy_count_columns() -> None:
+    assert SparseRows(ROWS.crow_indices, ROWS.indices, ROWS.values, np.int64(4)).columns == 4
+    assert SparseRows.from_topk(torch.ones(2, 1), torch.zeros(2, 1).long(), np.int64(9)).shape == (2, 9)
+
+
 HOSTILE: dict[str, dict[str, object]] = {
     "fewer values": {"values": torch.ones(1)},
     "values of a table": {"values": torch.ones(3, 2)},
     "indices of floats": {"indices": torch.ones(9)},
     "columns of floats": {"columns": 4.0},
+    "values of another layout": {"values": torch.eye(9).to_sparse()},
     "columns below 0": {"columns": -1},
     "another check": {"_check": OrderedDict},
 }

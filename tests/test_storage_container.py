@@ -102,7 +102,7 @@ def test_files_of_other_kinds_are_told_apart(tmp_path: Path) -> None:
     offpath.sparsify(again, filter_fn=lambda module, name: name + ".values" in tensors)
     again.load_state_dict(tensors)
     torch.save(dense_model().state_dict(), tmp_path / "pickle")
-    must_be_refused(tmp_path / "pickle", "got an archive, as torch.save writes it; torch.load reads that")
+    must_be_refused(tmp_path / "pickle", "got a zip archive, as torch.save writes one; torch.load reads it")
     (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
     must_be_refused(tmp_path / "pointer", "git lfs pull")
     (tmp_path / "page").write_text("<!DOCTYPE html><html><body>404</body></html>")

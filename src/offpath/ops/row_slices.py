@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from offpath.kernels import KernelError
 from offpath.kernels.reference_rows import check_pointer
+from offpath.ops.int32 import expect_entries
 
 RowChoice = slice | Tensor | np.ndarray | Sequence[int]
 
@@ -38,7 +39,7 @@ def entries_of(crow_indices: Tensor, nnz: int, chosen: RowChoice) -> tuple[Tenso
         check_pointer(crow_indices, nnz)
     counts = stops - starts
     bounds = pad(counts.cumsum(0), (1, 0))
-    total = expect_int32(int(bounds[-1]))
+    total = expect_entries(int(bounds[-1]))
     shifts = starts - bounds[:-1]
     return bounds.int(), shifts.repeat_interleave(counts, output_size=total) + torch.arange(total, device=device)
 
@@ -52,13 +53,6 @@ def _neighbours(crow_indices: Tensor, nnz: int, first: int, end: int) -> tuple[T
     if not (begins and ends) or bool((bounds[1:] < bounds[:-1]).any()):
         check_pointer(crow_indices, nnz)  # says what is wrong
     return bounds - start, slice(start, stop)
-
-
-def expect_int32(entries: int) -> int:
-    """So many entries. Raises `KernelError` for more than int32 can count."""
-    if entries >= 2**31:
-        raise KernelError(f"expected at most 2^31 - 1 entries, got {entries}; take fewer rows at a time")
-    return entries
 
 
 def _as_tensor(chosen: Any, count: int, device: torch.device) -> Tensor:

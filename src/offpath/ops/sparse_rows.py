@@ -12,9 +12,10 @@ from offpath import kernels
 from offpath.kernels import KernelError
 from offpath.kernels.operands import row_numbers
 from offpath.kernels.reference_rows import check_pointer, check_rows
+from offpath.ops.int32 import expect_columns, expect_entries, of_int32
 from offpath.ops.library import direct
 from offpath.ops.row_products import check_parts
-from offpath.ops.row_slices import RowChoice, entries_of, expect_int32
+from offpath.ops.row_slices import RowChoice, entries_of
 from offpath.ops.selection import check_scores, row_pointer, to_dense
 
 
@@ -45,15 +46,15 @@ class SparseRows:
             or crow_indices.dtype is not torch.int32
             or indices.dtype is not torch.int32
             or not values.dtype.is_floating_point
+            or values.layout is not torch.strided
             or not crow_indices.device == indices.device == values.device
         ):
             raise KernelError(
                 "expected crow_indices int32 [rows + 1], indices int32 [nnz] and floating values [nnz] on one device; "
                 "got " + ", ".join(f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (crow_indices, indices, values))
             )
-        if not isinstance(columns, int | torch.SymInt) or not 0 <= columns < 2**31:
-            raise KernelError(f"expected columns to be an int that int32 indices can count, got {columns!r:.60}")
-        self.crow_indices, self.indices, self.values, self.columns = crow_indices, indices, values, columns
+        self.crow_indices, self.indices, self.values = crow_indices, indices, values
+        self.columns: int = expect_columns(columns)
 
     @classmethod
     def from_dense(cls, dense: Tensor) -> SparseRows:
@@ -82,7 +83,7 @@ class SparseRows:
             raise KernelError(f"expected integer indices, got {indices.dtype}; give what topk returns as its indices")
         # Before the indices are copied: those of too many entries take 16 GB.
         crow_indices = row_pointer(values.shape[0], values.shape[1], values.device)
-        return cls(crow_indices, _of_int32(indices.reshape(-1), columns), values.reshape(-1), columns)
+        return cls(crow_indices, of_int32(indices.reshape(-1), columns), values.reshape(-1), columns)
 
     @classmethod
     def from_sparse_csr(cls, matrix: Tensor) -> SparseRows:
@@ -97,8 +98,8 @@ class SparseRows:
                 f"expected a matrix of layout torch.sparse_csr, got {got}; matrix.to_sparse_csr() makes one of a tensor"
             )
         indices, columns = matrix.col_indices(), matrix.shape[1]
-        crow_indices = matrix.crow_indices().clamp(max=expect_int32(indices.shape[0]) + 1)
-        return cls(crow_indices.int(), _of_int32(indices, columns), matrix.values(), columns)
+        crow_indices = matrix.crow_indices().clamp(max=expect_entries(indices.shape[0]) + 1)
+        return cls(crow_indices.int(), of_int32(indices, columns), matrix.values(), columns)
 
     @classmethod
     def cat(cls, parts: Sequence[SparseRows]) -> SparseRows:
@@ -115,7 +116,7 @@ class SparseRows:
         if len(kinds) != 1:
             got = "; ".join(f"{columns} columns of {dtype} on {device}" for columns, dtype, device in kinds)
             raise KernelError(f"expected rows of one width, dtype and device, got {got or 'none'}")
-        expect_int32(sum(part.nnz for part in parts))
+        expect_entries(sum(part.nnz for part in parts))
         for part in parts:
             check_pointer(part.crow_indices, part.nnz)
         counts = torch.cat([part.crow_indices.diff() for part in parts])
@@ -253,7 +254,8 @@ class SparseRows:
         >>> SparseRows.from_dense(torch.tensor([[0.0, 2.0], [1.0, 3.0]])).row_indices()
         tensor([0, 1, 1], dtype=torch.int32)
         """
-        check_pointer(self.crow_indices, self.nnz)
+        if not torch.compiler.is_compiling():  # which cannot look at numbers
+            check_pointer(self.crow_indices, self.nnz)
         return row_numbers(self.crow_indices, self.nnz).int()
 
     def live_counts(self) -> Tensor:
@@ -262,8 +264,9 @@ class SparseRows:
         live = (self.values != 0).long()
         return live.new_zeros(self.columns).index_add(0, self.indices.long(), live)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Any) -> None:
         """What a file holds is no better than what a caller gives."""
+        state = state if isinstance(state, dict) else {}
         parts = ("crow_indices", "indices", "values", "columns")
         others = {name: state[name] for name in state if name not in parts}
         if len(state) - len(others) < len(parts) or any(hasattr(type(self), name) for name in others):
@@ -288,11 +291,6 @@ class SparseRows:
             least, most = (int(per_row.min()), int(per_row.max())) if per_row.numel() else (0, 0)
             stored = f"{least} to {most} in a row" if least != most else f"{most} in a row"
         return f"SparseRows(shape={self.shape}, nnz={self.nnz}, {dtype}, {stored})"
-
-
-def _of_int32(indices: Tensor, columns: int) -> Tensor:
-    """What no int32 can hold must not become another index; products refuse -1 and `columns`."""
-    return (indices.clamp(-1, columns) if indices.dtype is torch.int64 else indices).int()
 
 
 # `torch.load` may read what `torch.save` wrote, under this name of the module: files would not survive another one.
