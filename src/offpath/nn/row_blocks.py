@@ -121,20 +121,16 @@ def _with_gradient(
     return SparseRows(crow_indices, indices, _encoded(values, crow_indices, indices, x, weight, bias), weight.shape[0])
 
 
-class _Encoded(torch.autograd.Function):
+class _Encoded:
     """Entries of x @ weight.T + bias that have been computed, with the gradients of x, weight and bias at them."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(values, crow_indices, indices, x, weight, bias):
+    def compute(values, crow_indices, indices, x, weight, bias):
         return values.clone()  # what is given back as it came is a view to autograd, and refuses in-place functions
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, crow_indices, indices, x, weight, _ = inputs
-        ctx.save_for_backward(crow_indices, indices, x, weight)
-        ctx.save_for_forward(crow_indices, indices, x, weight)
+    def saved(ctx, values, crow_indices, indices, x, weight, bias):
+        return crow_indices, indices, x, weight
 
     @staticmethod
     def backward(ctx, dvalues):

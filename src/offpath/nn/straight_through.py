@@ -46,19 +46,15 @@ def thresholds_of(rows: SparseRows, thresholds: Tensor) -> Tensor:
     return _of_entries(thresholds, rows.indices)
 
 
-class _OfEntries(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _OfEntries:
     @staticmethod
-    def forward(thresholds, indices):
+    def compute(thresholds, indices):
         return thresholds.index_select(0, indices)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        thresholds, indices = inputs
-        ctx.save_for_backward(indices)
-        ctx.save_for_forward(indices)
+    def saved(ctx, thresholds, indices):
         ctx.units = thresholds.shape[0]
+        return (indices,)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -82,16 +78,13 @@ def _adds_in_order(sums: Tensor) -> bool:
     return sums.is_cpu
 
 
-class _StraightThrough(torch.autograd.Function):
+class _StraightThrough:
     """Of entries and their thresholds."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        values, thresholds, ctx.bandwidth = inputs
-        ctx.save_for_backward(values, thresholds)
-        ctx.save_for_forward(values, thresholds)
+    def saved(ctx, values, thresholds, bandwidth):
+        ctx.bandwidth = bandwidth
+        return values, thresholds
 
 
 def _near(values: Tensor, thresholds: Tensor, bandwidth: float) -> Tensor:
@@ -100,7 +93,7 @@ def _near(values: Tensor, thresholds: Tensor, bandwidth: float) -> Tensor:
 
 class _Jump(_StraightThrough):
     @staticmethod
-    def forward(values, thresholds, bandwidth):
+    def compute(values, thresholds, bandwidth):
         return torch.where(values <= thresholds, 0.0, values)
 
     @staticmethod
@@ -120,7 +113,7 @@ class _Jump(_StraightThrough):
 
 class _Step(_StraightThrough):
     @staticmethod
-    def forward(values, thresholds, bandwidth):
+    def compute(values, thresholds, bandwidth):
         return (~(values <= thresholds)).to(thresholds.dtype)
 
     @staticmethod
@@ -134,4 +127,4 @@ class _Step(_StraightThrough):
         return torch.where(_near(values, thresholds, ctx.bandwidth), -of_thresholds / ctx.bandwidth, 0.0)
 
 
-_of_entries, _jump, _step = (in_both_modes(function) for function in (_OfEntries, _Jump, _Step))
+_of_entries, _jump, _step = (in_both_modes(rules) for rules in (_OfEntries, _Jump, _Step))

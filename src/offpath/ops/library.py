@@ -17,7 +17,7 @@ from offpath.kernels import KernelError
 from offpath.kernels.one_pass import alone
 from offpath.kernels.operands import wide as wide
 from offpath.ops import batching
-from offpath.ops.transformable import Rule, is_in_forward_mode, passage, transformed
+from offpath.ops.transformable import Rule, is_in_forward_mode, is_transforming as is_transforming, passage, transformed
 
 library = torch.library.Library("offpath", "DEF")
 # The ops of `define` by name, without the way through the dispatcher where nobody listens. In eager training that way
@@ -100,11 +100,6 @@ def _function(
         return output
 
     return type(name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
-
-
-def is_transforming() -> bool:
-    """Whether a transform of `torch.func` is under way."""
-    return _functorch_interpreter() is not None
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from offpath.ops import sparse_linear_gradients as gradient_ops
-from offpath.ops.library import direct, is_differentiating, is_faking, is_in_a_mode, no_views, nobody_listens
+from offpath.ops.library import direct, is_faking, is_in_a_mode, is_transforming, no_views, nobody_listens
 from offpath.ops.row_choice import finding_pays
 from offpath.ops.sparse_row_products import prepared_weight, sparse_matmul
 from offpath.ops.sparse_rows import SparseRows
+from offpath.ops.transformable import is_in_forward_mode
 
 
 def sparse_matmul_of_nonzeros(
@@ -29,11 +30,12 @@ def sparse_matmul_of_nonzeros(
     """
     x, weight = x.resolve_neg(), (w_values, w_crow_indices, w_indices, out_features)
     compiling = torch.compiler.is_compiling()
-    if is_differentiating() or (not compiling and (is_faking() or x.is_meta)):
+    in_a_mode = not compiling and is_in_a_mode()
+    if not compiling and (is_transforming() or is_in_forward_mode() or x.is_meta or (in_a_mode and is_faking())):
         # How many nonzeros there are is no size that these can follow. A zero passes no gradient here either.
         return gradient_ops.dx(torch.where(x != 0, x, 0), *weight)
     # Fake ones have no zeros to look at, and who counts operations hears only of ops.
-    plain = type(x) in (Tensor, Parameter) and not compiling and not is_in_a_mode()
+    plain = type(x) in (Tensor, Parameter) and not compiling and not in_a_mode
     if plain and w_values.dtype is x.dtype and w_values.shape == w_indices.shape:
         backend, prepared = prepared_weight(x, w_crow_indices, w_indices, out_features)
         if x.shape[1] == prepared.pattern.shape[0] and not finding_pays(

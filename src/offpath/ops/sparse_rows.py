@@ -46,15 +46,17 @@ class SparseRows:
             or crow_indices.dtype is not torch.int32
             or indices.dtype is not torch.int32
             or not values.dtype.is_floating_point
-            or values.layout is not torch.strided
-            or not crow_indices.device == indices.device == values.device
+            or not (
+                (crow_indices.is_cpu and indices.is_cpu and values.is_cpu)  # soon known: layers make rows in every call
+                or crow_indices.device == indices.device == values.device
+            )
         ):
             raise KernelError(
                 "expected crow_indices int32 [rows + 1], indices int32 [nnz] and floating values [nnz] on one device; "
                 "got " + ", ".join(f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (crow_indices, indices, values))
             )
         self.crow_indices, self.indices, self.values = crow_indices, indices, values
-        self.columns: int = expect_columns(columns)
+        self.columns: int = columns if type(columns) is int and 0 <= columns < 2**31 else expect_columns(columns)
 
     @classmethod
     def from_dense(cls, dense: Tensor) -> SparseRows:
@@ -206,6 +208,8 @@ class SparseRows:
         SparseRows(shape=(2, 2), nnz=2, float64, on meta)
         """
         values = self.values.to(*target, **options)
+        if values is self.values:
+            return self
         how = {name: options[name] for name in ("non_blocking", "copy") if name in options}
         crow_indices, indices = (part.to(values.device, **how) for part in (self.crow_indices, self.indices))
         return SparseRows(crow_indices, indices, values, self.columns)
@@ -266,10 +270,9 @@ class SparseRows:
 
     def __setstate__(self, state: Any) -> None:
         """What a file holds is no better than what a caller gives."""
-        state = state if isinstance(state, dict) else {}
         parts = ("crow_indices", "indices", "values", "columns")
-        others = {name: state[name] for name in state if name not in parts}
-        if len(state) - len(others) < len(parts) or any(hasattr(type(self), name) for name in others):
+        others = {name: state[name] for name in state if name not in parts} if isinstance(state, dict) else state
+        if len(state) - len(others) < len(parts) or any(hasattr(SparseRows, name) for name in others):
             raise KernelError(f"expected the parts of SparseRows, got {', '.join(map(str, state))}")
         SparseRows.__init__(self, *(state[part] for part in parts))
         self.__dict__ |= others

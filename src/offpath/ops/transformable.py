@@ -14,6 +14,8 @@ from torch.autograd import Function, forward_ad
 # From all operands, all results and the tangents of the operands to those of the results; see `ops.tangents`.
 Rule = Callable[[Sequence[Any], Sequence[Tensor], Sequence[Tensor | None]], Any]
 
+_functorch_interpreter = torch._C._functorch.peek_interpreter_stack
+
 
 class _Passage(threading.local):
     """Whether an op is called by a `Function` that takes care of its tangents, which the op itself would drop."""
@@ -22,6 +24,11 @@ class _Passage(threading.local):
 
 
 passage = _Passage()
+
+
+def is_transforming() -> bool:
+    """Whether a transform of `torch.func` is under way."""
+    return _functorch_interpreter() is not None
 
 
 def is_in_forward_mode() -> bool:
@@ -76,18 +83,35 @@ def transformed(name: str, save: Callable[..., None], backward: Callable[..., An
     return lambda *operands: function.apply(*map(_in_one, operands))
 
 
-def in_both_modes(function: Any) -> Callable[..., Any]:
-    """`function.apply`, of a `Function` with a `jvp_rule(ctx, saved, *tangents)`: Dynamo takes none with a `jvp`."""
+def in_both_modes(rules: Any) -> Callable[..., Any]:
+    """A function of `rules`: `compute(*operands)`, `saved(ctx, *operands)`, `backward`, `jvp_rule(ctx, saved, ...)`.
+
+    Two in one: torch looks at the signature of what transforms can take whenever it is called, which takes as long as a
+    small layer, and Dynamo takes none with a `jvp`.
+    """
+
+    def forward(ctx, *operands):
+        ctx.save_for_backward(*rules.saved(ctx, *operands))
+        return rules.compute(*operands)
+
+    def setup_context(ctx, inputs, output):
+        tensors = rules.saved(ctx, *inputs)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     def jvp(ctx, *tangents):
         with forward_ad._set_fwd_grad_enabled(True):
-            return function.jvp_rule(ctx, _primals(ctx.saved_tensors), *tangents)
+            return rules.jvp_rule(ctx, _primals(ctx.saved_tensors), *tangents)
 
-    with_jvp: Any = type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
+    name, backward = rules.__name__, staticmethod(rules.backward)
+    usual: Any = type(name, (Function,), {"forward": staticmethod(forward), "backward": backward})
+    methods = {"forward": rules.compute, "setup_context": setup_context, "jvp": jvp}
+    attributes = {key: staticmethod(method) for key, method in methods.items()}
+    transformable: Any = type(name, (Function,), attributes | {"backward": backward, "generate_vmap_rule": True})
 
     def apply(*operands: Any) -> Any:
-        tangents = not torch.compiler.is_compiling() and is_in_forward_mode()
-        return with_jvp.apply(*operands) if tangents else function.apply(*operands)
+        listened_to = not torch.compiler.is_compiling() and (is_transforming() or is_in_forward_mode())
+        return transformable.apply(*operands) if listened_to else usual.apply(*operands)
 
     return apply
 
