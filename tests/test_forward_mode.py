@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -359,16 +358,18 @@ def test_compiled_forward_mode_gives_the_same_tangents_or_says_no(kind: str, bac
     for run in (inside, lambda x: jvp(outside, (x,), (x,))[1]):
         try:
             found = run(x)
-        except (NotImplementedError, RuntimeError) as error:
-            # Where Dynamo gives up on a frame, it compiles what that calls by itself, and tells it that it compiles.
-            assert re.search("use reverse mode|data pointer of Tensor", str(error)) and kind not in SURELY
+        except NotImplementedError as error:
+            assert "use reverse mode" in str(error) and kind not in SURELY
             continue
         assert_same(found, right)
 
 
 def test_selected_rows_carry_tangents_into_products() -> None:
     x, weight = torch.randn(4, 6, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)
-    decode = lambda x: encode_topk(x, weight, None, 2) @ weight  # noqa: E731
+
+    def decode(x: Tensor) -> Tensor:
+        return encode_topk(x, weight, None, 2) @ weight
+
     assert_same(jacfwd(decode)(x), torch.autograd.functional.jacobian(decode, x))
 
 

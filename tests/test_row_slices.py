@@ -175,6 +175,9 @@ REFUSED: dict[str, Callable[[], object]] = {
     "an index of CSR that int32 cannot hold": lambda: SparseRows.from_sparse_csr(
         torch.sparse_csr_tensor([0, 1], [2**32 + 1], [1.0], (1, 2**31 - 1), check_invariants=False)
     ).to_dense(),
+    "a pointer of CSR that int32 cannot hold": lambda: SparseRows.from_sparse_csr(
+        torch.sparse_csr_tensor([0, -(2**32), 1], [0], [1.0], (2, 3), check_invariants=False)
+    ).to_dense(),
     "a dense matrix": lambda: SparseRows.from_sparse_csr(DENSE),
 }
 
@@ -205,7 +208,7 @@ def test_a_slice_of_rows_that_lead_elsewhere_is_refused(pointer: list[int], part
 
 def test_what_a_user_notes_on_rows_is_copied_along() -> None:
     rows = ROWS[:2]
-    rows.note = "of layer 3"  # type: ignore[attr-defined]
+    vars(rows)["note"] = "of layer 3"
     for copied in (copy(rows), deepcopy(rows), pickle.loads(pickle.dumps(rows))):
         assert copied.note == "of layer 3" and torch.equal(copied.to_dense(), rows.to_dense())
 

@@ -100,11 +100,6 @@ def test_a_model_that_does_not_fit_is_refused(build: Callable[[], Topology], mes
         build()
 
 
-def test_a_filter_that_is_no_function_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"function of \(module, name\), got list"):
-        offpath.SET(m := model_of(), _sgd(m), filter_fn=["0"])
-
-
 class Hasty:
     needs_dense_gradient = True
     gradient_steps = 2.5

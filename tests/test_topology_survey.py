@@ -73,3 +73,9 @@ def test_explored_goes_through_a_state_dict_and_is_recorded_on_request_alone() -
     for one, other, recorded in ((plain, state, True), (again, plain.state_dict(), False)):
         with pytest.raises(TopologyError, match=f"record_explored={not recorded}, got one with {recorded}"):
             one.load_state_dict(other)
+
+
+def test_a_filter_that_is_no_function_is_refused() -> None:
+    model = model_of()
+    with pytest.raises(ValueError, match=r"function of \(module, name\), got list"):
+        offpath.SET(model, torch.optim.SGD(model.parameters(), lr=0.1), filter_fn=["0"])

@@ -35,7 +35,7 @@ def _stacked(op: Any, parts: Sequence[Tensor]) -> Tensor:
             f"expected results of one shape for torch.func.vmap, but how many entries {op.name()} finds differs from "
             "sample to sample; choose a fixed number (topk_rows, TopK, activation='topk'), or loop over the samples"
         )
-    return torch.stack(list(parts))
+    return torch.stack(tuple(parts))
 
 
 def _selected(operands: tuple[Any, ...], in_dims: tuple[Any, ...], place: int) -> list[Any]:

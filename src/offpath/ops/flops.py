@@ -94,5 +94,5 @@ class _WhenImported(MetaPathFinder):
             execute(module)
             _register(module)
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # of this one loader alone
         return spec

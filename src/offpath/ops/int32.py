@@ -16,7 +16,7 @@ from offpath.ops.library import is_tracing
 def expect_entries(entries: int) -> int:
     """So many entries. Raises `KernelError` for more than int32 can count."""
     if entries >= 2**31:
-        raise KernelError(f"expected at most 2^31 - 1 entries, got {entries}; take fewer rows at a time")
+        raise KernelError(f"expected at most 2^31 - 1 entries, got {entries}; split the batch")
     return entries
 
 

@@ -17,7 +17,15 @@ from offpath.kernels import KernelError
 from offpath.kernels.one_pass import alone
 from offpath.kernels.operands import wide as wide
 from offpath.ops import batching
-from offpath.ops.transformable import Rule, is_in_forward_mode, is_transforming as is_transforming, passage, transformed
+from offpath.ops.transformable import (
+    Rule,
+    functorch_interpreter,
+    is_differentiating as is_differentiating,
+    is_in_forward_mode,
+    is_transforming as is_transforming,
+    passage,
+    transformed,
+)
 
 library = torch.library.Library("offpath", "DEF")
 # The ops of `define` by name, without the way through the dispatcher where nobody listens. In eager training that way
@@ -30,7 +38,6 @@ NO_FORWARD_MODE = (
 _PLAIN = (Tensor, Parameter)
 _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _count_of_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
-_functorch_interpreter = torch._C._functorch.peek_interpreter_stack
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _is_included, _VMAP = torch._C._dispatch_tls_is_dispatch_key_included, torch._C._dispatch_key_parse("VmapMode")
 
@@ -107,11 +114,6 @@ def unwrapped(tensor: Tensor) -> Tensor:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
-
-
-def is_differentiating() -> bool:
-    """Whether derivatives may be under way that neither `requires_grad` nor `torch.is_grad_enabled` tell of."""
-    return not torch.compiler.is_compiling() and (is_transforming() or is_in_forward_mode())
 
 
 def is_vmapped(tensor: Tensor) -> bool:
@@ -214,7 +216,7 @@ def nobody_listens(*operands: Tensor | None) -> bool:
     """
     if (
         _count_of_modes() > 0
-        or _functorch_interpreter() is not None
+        or functorch_interpreter() is not None
         or _tracing_state() is not None
         or forward_ad._current_level >= 0
         or autograd_profiler._is_profiler_enabled

@@ -11,6 +11,7 @@ from torch import Tensor
 from offpath import kernels
 from offpath.kernels import KernelError
 from offpath.kernels.operands import in_own_dtype
+from offpath.ops.int32 import expect_columns
 from offpath.ops.library import define, direct
 from offpath.ops.row_choice import pays_densely
 from offpath.ops.tangents import OF_DOTS, OF_WEIGHT_GRADIENT, of_op
@@ -38,8 +39,7 @@ def _dots(dy: Tensor, crow_indices: Tensor, indices: Tensor, weight: Tensor) -> 
 def _weight_gradient(values: Tensor, crow_indices: Tensor, indices: Tensor, dy: Tensor, columns: int) -> Tensor:
     check_parts(crow_indices, indices, values)
     check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
-    if columns >= 2**31:
-        raise KernelError(f"expected at most 2^31 - 1 columns, which int32 indices can name, got {columns}")
+    expect_columns(columns)
     backend = kernels.select(dy.device.type, dy.dtype)
     if pays_densely("weight_gradient", backend, dy, indices.shape[0], dy.shape[0], columns, dy.shape[1]):
         return _product(backend.rows.written_out(crow_indices, indices, values, columns).t(), dy)

@@ -13,27 +13,23 @@ from torch import Tensor
 from offpath import kernels
 from offpath.kernels import KernelError
 from offpath.kernels.operands import row_numbers as row_numbers, wide
+from offpath.ops.int32 import expect_entries
 from offpath.ops.library import define, direct
 from offpath.ops.tangents import OF_DOTS, total
 
 
 def row_pointer(rows: int, k: int, device: torch.device) -> Tensor:
     """The `crow_indices` of `rows` rows of k entries each."""
-    _check_count(rows, k)
+    expect_entries(rows * k)
     if k == 0:
         return torch.zeros(rows + 1, dtype=torch.int32, device=device)
     return torch.arange(0, rows * k + 1, k, dtype=torch.int32, device=device)
 
 
-def _check_count(rows: int, k: int) -> None:
-    if rows * k >= 2**31:
-        raise KernelError(f"expected at most 2^31 - 1 entries, got {rows} rows of {k}; split the batch")
-
-
 def _topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     check_scores(x)
     _check_k(k, x.shape[1])
-    _check_count(x.shape[0], k)
+    expect_entries(x.shape[0] * k)
     return kernels.select(x.device.type, x.dtype).rows.topk(x, k)
 
 
@@ -56,7 +52,7 @@ def _above(x: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
 def _encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     check_scores(x)
     _check_k(k, weight.shape[0])
-    _check_count(x.shape[0], k)
+    expect_entries(x.shape[0] * k)
     operands = (weight,) if bias is None else (weight, bias)
     if (
         weight.dim() != 2

@@ -100,7 +100,7 @@ class SparseRows:
                 f"expected a matrix of layout torch.sparse_csr, got {got}; matrix.to_sparse_csr() makes one of a tensor"
             )
         indices, columns = matrix.col_indices(), matrix.shape[1]
-        crow_indices = matrix.crow_indices().clamp(max=expect_entries(indices.shape[0]) + 1)
+        crow_indices = matrix.crow_indices().clamp(-1, expect_entries(indices.shape[0]) + 1)
         return cls(crow_indices.int(), of_int32(indices, columns), matrix.values(), columns)
 
     @classmethod

@@ -14,7 +14,7 @@ from torch.autograd import Function, forward_ad
 # From all operands, all results and the tangents of the operands to those of the results; see `ops.tangents`.
 Rule = Callable[[Sequence[Any], Sequence[Tensor], Sequence[Tensor | None]], Any]
 
-_functorch_interpreter = torch._C._functorch.peek_interpreter_stack
+functorch_interpreter = torch._C._functorch.peek_interpreter_stack
 
 
 class _Passage(threading.local):
@@ -28,12 +28,17 @@ passage = _Passage()
 
 def is_transforming() -> bool:
     """Whether a transform of `torch.func` is under way."""
-    return _functorch_interpreter() is not None
+    return functorch_interpreter() is not None
 
 
 def is_in_forward_mode() -> bool:
     """Whether tangents may come along, which only an `autograd.Function` passes on."""
     return forward_ad._current_level >= 0
+
+
+def is_differentiating() -> bool:
+    """Whether derivatives may be under way that neither `requires_grad` nor `torch.is_grad_enabled` tell of."""
+    return not torch.compiler.is_compiling() and (is_transforming() or is_in_forward_mode())
 
 
 def transformed(name: str, save: Callable[..., None], backward: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
@@ -110,8 +115,7 @@ def in_both_modes(rules: Any) -> Callable[..., Any]:
     transformable: Any = type(name, (Function,), attributes | {"backward": backward, "generate_vmap_rule": True})
 
     def apply(*operands: Any) -> Any:
-        listened_to = not torch.compiler.is_compiling() and (is_transforming() or is_in_forward_mode())
-        return transformable.apply(*operands) if listened_to else usual.apply(*operands)
+        return transformable.apply(*operands) if is_differentiating() else usual.apply(*operands)
 
     return apply
 
