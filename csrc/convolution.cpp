@@ -176,7 +176,8 @@ Plan plan_input_gradient(const Csr &weight, const Convolution &convolution, cons
 
 ConvolutionPlan::ConvolutionPlan(const Csr &weight, const Convolution &convolution, bool input_gradient,
                                  const Layout &layout, int threads)
-    : shifts(input_gradient ? Shifts::input_gradient(convolution) : Shifts::forward(convolution)),
+    : convolution(convolution),
+      shifts(input_gradient ? Shifts::input_gradient(convolution) : Shifts::forward(convolution)),
       source_channels(input_gradient ? convolution.out_channels : convolution.channels),
       result_channels(input_gradient ? convolution.channels : convolution.out_channels),
       block_stride(shifts.block_stride(layout.panel_width)),
@@ -190,8 +191,8 @@ ConvolutionTiles::ConvolutionTiles(const Csr &weight, const Convolution &convolu
 
 ConvolutionTiles::ConvolutionTiles(const Transposed &taps, const Convolution &convolution, const Layout &layout,
                                    int threads)
-    : shifts(Shifts::forward(convolution)), channels(convolution.channels), out_channels(convolution.out_channels),
-      block_stride(shifts.block_stride(layout.strip_width)),
+    : convolution(convolution), shifts(Shifts::forward(convolution)), channels(convolution.channels),
+      out_channels(convolution.out_channels), block_stride(shifts.block_stride(layout.strip_width)),
       tiles({taps.crow_indices.get(), taps.row_of_entry.get(), taps.columns}, out_channels, threads, rows_per_tile),
       row_begin(taps.columns), slots(taps.slots.get(), taps.slots.get() + taps.nnz) {
     for (int64_t row = 0; row < taps.columns; ++row) {

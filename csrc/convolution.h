@@ -57,6 +57,7 @@ class ConvolutionPlan {
 
     int64_t bytes() const { return plan.bytes(); }
 
+    const Convolution convolution;
     const Shifts shifts;
     const int64_t source_channels, result_channels, block_stride;
     const Plan plan;
@@ -70,6 +71,7 @@ class ConvolutionTiles {
     int64_t nnz() const { return tiles.nnz(); }
     int64_t bytes() const;
 
+    const Convolution convolution;
     const Shifts shifts;
     const int64_t channels, out_channels, block_stride;
 

@@ -1,4 +1,4 @@
-// What both files of bindings share: raw addresses in, nothing else knows Python.
+// What the files of bindings share; nothing else knows Python.
 #pragma once
 
 #include "isa.h"
@@ -9,14 +9,6 @@
 #include <stdexcept>
 
 namespace offpath {
-
-using Address = uintptr_t;
-
-template <class T> T *at(Address address) { return reinterpret_cast<T *>(address); }
-
-inline Csr csr_at(Address crow_indices, Address col_indices, int64_t rows) {
-    return {at<const int32_t>(crow_indices), at<const int32_t>(col_indices), rows};
-}
 
 // The kernels for T in the variant `isa`, counted as one call of it.
 template <class T> const Kernels<T> &use_kernels(int64_t isa) { return kernels_of<T>(use_table(isa)); }
@@ -29,8 +21,13 @@ template <class T, class AnyPlan> const Kernels<T> &use_kernels(int64_t isa, con
     return kernels;
 }
 
-// The products and selections on sparse rows.
+// The products of layers.
+void bind_products(nanobind::module_ &m);
+
+// The products on sparse rows, and what selects their entries.
 void bind_rows(nanobind::module_ &m);
+void bind_selections(nanobind::module_ &m);
+
 void bind_convolutions(nanobind::module_ &m);
 
 // The products with int8 values.

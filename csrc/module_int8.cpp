@@ -1,53 +1,64 @@
-// The Python face of the products with int8 values; kernels/variant_int8.py is its only caller.
+// The Python face of the products with int8 values: tensors in, as in module_products.cpp.
 #include "int8_products.h"
 #include "module.h"
+#include "operand.h"
 
 namespace nb = nanobind;
 using namespace offpath;
 
 namespace {
 
-template <class T>
-void call_bitmap_int8_spmm(int64_t isa, const BitMatrix &matrix, int64_t batch, Address values, Address scales,
-                           Address bias, Address x, int64_t x_feature_stride, int64_t x_batch_stride, Address y,
-                           int threads) {
-    nb::gil_scoped_release release;
-    bitmap_int8_spmm<T>(use_kernels<T>(isa), matrix, {at<const int8_t>(values), at<const float>(scales)},
-                        at<const T>(bias), {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(y),
-                        threads);
+// y = product(weight, bias, x, batch, y) for what was made of a pattern with this many connections.
+template <class Made, class Product>
+bool int8_spmm(const Made &made, int64_t nnz, const Operand &values, const Operand &scales, const Operand &x,
+               const Operand &bias, const Operand &y, const Product &product) {
+    return by_dtype(x, [&]<class T>() {
+        const auto in = x.matrix<T>(made.columns);
+        if (!(values.is_vector<int8_t>(nnz) && scales.is_vector<float>(made.rows) &&
+              bias.is_vector_or_none<T>(made.rows) && in && y.has_room<T>(made.rows * in->batch)))
+            return false;
+        const Int8Values weight{values.data<const int8_t>(), scales.data<const float>()};
+        product(weight, bias.data<const T>(), in->matrix, in->batch, y.data<T>());
+        return true;
+    });
 }
 
-template <class T>
-void call_int8_dots(int64_t isa, const BitMatrix &matrix, int64_t batch, Address values, Address scales, Address bias,
-                    Address x, int64_t x_feature_stride, int64_t x_batch_stride, Address y, int threads) {
-    nb::gil_scoped_release release;
-    int8_dots<T>(use_kernels<T>(isa), matrix, {at<const int8_t>(values), at<const float>(scales)}, at<const T>(bias),
-                 {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(y), threads);
+bool call_bitmap_int8_spmm(int64_t isa, const BitMatrix &bits, const Operand &values, const Operand &scales,
+                           const Operand &x, const Operand &bias, const Operand &y, int threads) {
+    return int8_spmm(bits, bits.nnz(), values, scales, x, bias, y,
+                     [&]<class T>(const Int8Values &weight, const T *bias, const Matrix<T> &x, int64_t batch, T *y) {
+                         const Kernels<T> &kernels = use_kernels<T>(isa);
+                         nb::gil_scoped_release release;
+                         bitmap_int8_spmm<T>(kernels, bits, weight, bias, x, batch, y, threads);
+                     });
 }
 
-template <class T>
-void call_planned_int8_spmm(int64_t isa, const ProductPlan &plan, int64_t batch, Address values, Address scales,
-                            Address bias, Address x, int64_t x_feature_stride, int64_t x_batch_stride, Address y,
-                            int threads) {
-    const Kernels<T> &kernels = use_kernels<T>(isa, plan);
-    nb::gil_scoped_release release;
-    planned_int8_spmm<T>(kernels, plan, {at<const int8_t>(values), at<const float>(scales)}, at<const T>(bias),
-                         {at<const T>(x), x_feature_stride, x_batch_stride}, batch, at<T>(y), threads);
+bool call_int8_dots(int64_t isa, const BitMatrix &bits, const Operand &values, const Operand &scales, const Operand &x,
+                    const Operand &bias, const Operand &y, int threads) {
+    return int8_spmm(bits, bits.nnz(), values, scales, x, bias, y,
+                     [&]<class T>(const Int8Values &weight, const T *bias, const Matrix<T> &x, int64_t batch, T *y) {
+                         const Kernels<T> &kernels = use_kernels<T>(isa);
+                         nb::gil_scoped_release release;
+                         int8_dots<T>(kernels, bits, weight, bias, x, batch, y, threads);
+                     });
+}
+
+bool call_planned_int8_spmm(int64_t isa, const ProductPlan &plan, const Operand &values, const Operand &scales,
+                            const Operand &x, const Operand &bias, const Operand &y, int threads) {
+    return int8_spmm(plan, plan.nnz, values, scales, x, bias, y,
+                     [&]<class T>(const Int8Values &weight, const T *bias, const Matrix<T> &x, int64_t batch, T *y) {
+                         const Kernels<T> &kernels = use_kernels<T>(isa, plan);
+                         nb::gil_scoped_release release;
+                         planned_int8_spmm<T>(kernels, plan, weight, bias, x, batch, y, threads);
+                     });
 }
 
 } // namespace
 
-namespace offpath {
-
-void bind_int8(nb::module_ &m) {
-#define OFFPATH_INT8_PRODUCTS(suffix, T)                                                                               \
-    m.def("bitmap_int8_spmm_" #suffix, &call_bitmap_int8_spmm<T>);                                                     \
-    m.def("int8_dots_" #suffix, &call_int8_dots<T>);                                                                   \
-    m.def("planned_int8_spmm_" #suffix, &call_planned_int8_spmm<T>);
-    OFFPATH_INT8_PRODUCTS(f32, float)
-    OFFPATH_INT8_PRODUCTS(f64, double)
-    OFFPATH_INT8_PRODUCTS(bf16, bfloat16)
-#undef OFFPATH_INT8_PRODUCTS
+void offpath::bind_int8(nb::module_ &m) {
+    const nb::arg given;
+    const auto or_none = nb::arg().none();
+    m.def("bitmap_int8_spmm", &call_bitmap_int8_spmm, given, given, given, given, given, or_none, given, given);
+    m.def("int8_dots", &call_int8_dots, given, given, given, given, given, or_none, given, given);
+    m.def("planned_int8_spmm", &call_planned_int8_spmm, given, given, given, given, given, or_none, given, given);
 }
-
-} // namespace offpath

@@ -1,7 +1,9 @@
-// The Python face of the kernels on sparse rows; kernels/variant_rows.py is its only caller.
+// The Python face of the kernels on sparse rows: tensors in, as in module_products.cpp. Here the contents of the index
+// tensors that describe rows are looked at too: they come with every batch.
 #include "dense_rows.h"
 #include "encode.h"
 #include "module.h"
+#include "operand.h"
 #include "row_products.h"
 #include "sparse_row_products.h"
 
@@ -10,141 +12,172 @@ using namespace offpath;
 
 namespace {
 
-template <class T>
-void call_rows_matmul(int64_t isa, int64_t rows, int64_t width, Address crow_indices, Address indices, Address values,
-                      Address weight, int64_t weight_stride, Address y, int threads) {
-    nb::gil_scoped_release release;
-    rows_matmul<T>(use_kernels<T>(isa), csr_at(crow_indices, indices, rows), at<const T>(values),
-                   {at<const T>(weight), weight_stride}, width, {at<T>(y), width}, false, threads);
+// Rows, if a kernel may follow them in so many columns.
+std::optional<Csr> rows_of(const Operand &crow_indices, const Operand &indices, int64_t columns) {
+    const auto found = csr_of(crow_indices, indices);
+    return found && rows_fit(*found, indices.length(), columns) ? found : std::nullopt;
 }
 
-template <class T>
-void call_rows_dots(int64_t isa, int64_t rows, int64_t width, Address crow_indices, Address indices, Address dy,
-                    int64_t dy_stride, Address weight, int64_t weight_stride, Address dots, int threads) {
-    nb::gil_scoped_release release;
-    rows_dots<T>(use_kernels<T>(isa), csr_at(crow_indices, indices, rows), {at<const T>(dy), dy_stride},
-                 {at<const T>(weight), weight_stride}, width, at<T>(dots), threads);
+bool call_count_indices(const Operand &indices, const Operand &counts) {
+    const int64_t nnz = indices.length(), columns = counts.length();
+    if (!(indices.is_vector<int32_t>(nnz) && counts.is_vector<int32_t>(columns)))
+        return false;
+    const int32_t pointer[] = {0, static_cast<int32_t>(nnz)};
+    if (nnz > INT32_MAX || !rows_fit({pointer, indices.data<const int32_t>(), 1}, nnz, columns))
+        return false;
+    count_indices(indices.data<const int32_t>(), nnz, columns, counts.data<int32_t>());
+    return true;
 }
 
-template <class T>
-void call_rows_weight_gradient(int64_t isa, int64_t rows, int64_t columns, int64_t width, Address crow_indices,
-                               Address indices, Address values, Address dy, int64_t dy_stride, Address gradient,
-                               int64_t gradient_stride, bool add, int threads) {
-    nb::gil_scoped_release release;
-    rows_weight_gradient<T>(use_kernels<T>(isa), csr_at(crow_indices, indices, rows), at<const T>(values),
-                            {at<const T>(dy), dy_stride}, columns, width, {at<T>(gradient), gradient_stride}, add,
-                            threads);
+bool call_rows_matmul(int64_t isa, const Operand &crow_indices, const Operand &indices, const Operand &values,
+                      const Operand &weight, const Operand &y, int threads) {
+    return by_dtype(values, [&]<class T>() {
+        const auto of_weight = weight.rows<const T>();
+        if (!(of_weight && values.is_vector<T>(indices.length())))
+            return false;
+        const auto rows = rows_of(crow_indices, indices, of_weight->count);
+        if (!(rows && y.has_room<T>(rows->rows * of_weight->width)))
+            return false;
+        const Kernels<T> &kernels = use_kernels<T>(isa);
+        nb::gil_scoped_release release;
+        rows_matmul<T>(kernels, *rows, values.data<const T>(), of_weight->rows, of_weight->width,
+                       {y.data<T>(), of_weight->width}, false, threads);
+        return true;
+    });
 }
 
-template <class T>
-void call_rows_written_out(int64_t rows, int64_t columns, Address crow_indices, Address indices, Address values,
-                           Address dense, int threads) {
-    nb::gil_scoped_release release;
-    rows_written_out<T>(csr_at(crow_indices, indices, rows), at<const T>(values), columns, at<T>(dense), threads);
+bool call_rows_dots(int64_t isa, const Operand &crow_indices, const Operand &indices, const Operand &dy,
+                    const Operand &weight, const Operand &dots, int threads) {
+    return by_dtype(dots, [&]<class T>() {
+        const auto of_y = dy.rows<const T>(), of_weight = weight.rows<const T>();
+        if (!(of_y && of_weight && of_y->width == of_weight->width && dots.has_room<T>(indices.length())))
+            return false;
+        const auto rows = rows_of(crow_indices, indices, of_weight->count);
+        if (!(rows && rows->rows == of_y->count))
+            return false;
+        const Kernels<T> &kernels = use_kernels<T>(isa);
+        nb::gil_scoped_release release;
+        rows_dots<T>(kernels, *rows, of_y->rows, of_weight->rows, of_y->width, dots.data<T>(), threads);
+        return true;
+    });
 }
 
-template <class T>
-void call_rows_picked(int64_t rows, int64_t columns, Address crow_indices, Address indices, Address dense,
-                      Address picked, int threads) {
-    nb::gil_scoped_release release;
-    rows_picked<T>(csr_at(crow_indices, indices, rows), at<const T>(dense), columns, at<T>(picked), threads);
+bool call_rows_weight_gradient(int64_t isa, const Operand &crow_indices, const Operand &indices, const Operand &values,
+                               const Operand &dy, const Operand &gradient, bool add, int threads) {
+    return by_dtype(values, [&]<class T>() {
+        const auto of_y = dy.rows<const T>();
+        const auto out = gradient.rows<T>();
+        if (!(of_y && out && of_y->width == out->width && values.is_vector<T>(indices.length())))
+            return false;
+        const auto rows = rows_of(crow_indices, indices, out->count);
+        if (!(rows && rows->rows == of_y->count))
+            return false;
+        const Kernels<T> &kernels = use_kernels<T>(isa);
+        nb::gil_scoped_release release;
+        rows_weight_gradient<T>(kernels, *rows, values.data<const T>(), of_y->rows, out->count, out->width, out->rows,
+                                add, threads);
+        return true;
+    });
 }
 
-template <class T>
-void call_sparse_matmul(int64_t isa, int64_t rows, int64_t columns, int64_t width, Address crow_indices,
-                        Address indices, Address values, Address w_crow_indices, Address w_indices, Address w_values,
-                        Address y, int threads) {
-    nb::gil_scoped_release release;
-    sparse_matmul<T>(use_kernels<T>(isa), csr_at(crow_indices, indices, rows), at<const T>(values),
-                     {csr_at(w_crow_indices, w_indices, columns), at<const T>(w_values)}, width, at<T>(y), threads);
+bool call_rows_written_out(const Operand &crow_indices, const Operand &indices, const Operand &values,
+                           const Operand &dense, int threads) {
+    return by_dtype(values, [&]<class T>() {
+        const auto out = dense.matrix<T>();
+        if (!(out && dense.has_room<T>(out->batch * out->features) && values.is_vector<T>(indices.length())))
+            return false;
+        const auto rows = rows_of(crow_indices, indices, out->features);
+        if (!(rows && rows->rows == out->batch))
+            return false;
+        nb::gil_scoped_release release;
+        rows_written_out<T>(*rows, values.data<const T>(), out->features, dense.data<T>(), threads);
+        return true;
+    });
 }
 
-template <class T>
-void call_sparse_dots(int64_t isa, int64_t rows, int64_t columns, int64_t width, Address crow_indices, Address indices,
-                      Address dy, int64_t dy_stride, Address w_crow_indices, Address w_indices, Address w_values,
-                      Address dots, int threads) {
-    nb::gil_scoped_release release;
-    sparse_dots<T>(use_kernels<T>(isa), csr_at(crow_indices, indices, rows), {at<const T>(dy), dy_stride},
-                   {csr_at(w_crow_indices, w_indices, columns), at<const T>(w_values)}, width, at<T>(dots), threads);
+bool call_rows_picked(const Operand &crow_indices, const Operand &indices, const Operand &dense, const Operand &picked,
+                      int threads) {
+    return by_dtype(picked, [&]<class T>() {
+        const auto in = dense.matrix<T>();
+        if (!(in && dense.has_room<T>(in->batch * in->features) && picked.has_room<T>(indices.length())))
+            return false;
+        const auto rows = rows_of(crow_indices, indices, in->features);
+        if (!(rows && rows->rows == in->batch))
+            return false;
+        nb::gil_scoped_release release;
+        rows_picked<T>(*rows, dense.data<const T>(), in->features, picked.data<T>(), threads);
+        return true;
+    });
 }
 
-template <class T>
-void call_sparse_weight_gradient(int64_t isa, int64_t rows, int64_t columns, int64_t width, Address crow_indices,
-                                 Address indices, Address values, Address dy, int64_t dy_stride, Address w_crow_indices,
-                                 Address w_indices, Address gradient, int threads) {
-    nb::gil_scoped_release release;
-    sparse_weight_gradient<T>(use_kernels<T>(isa), csr_at(crow_indices, indices, rows), at<const T>(values),
-                              {at<const T>(dy), dy_stride}, csr_at(w_crow_indices, w_indices, columns), width,
-                              at<T>(gradient), threads);
+bool call_sparse_matmul(int64_t isa, const Operand &crow_indices, const Operand &indices, const Operand &values,
+                        const Operand &w_crow_indices, const Operand &w_indices, const Operand &w_values,
+                        const Operand &y, int threads) {
+    return by_dtype(values, [&]<class T>() {
+        const auto weight = csr_of(w_crow_indices, w_indices);
+        const auto out = y.matrix<T>();
+        if (!(weight && w_values.is_vector<T>(w_indices.length()) && values.is_vector<T>(indices.length()) && out &&
+              y.has_room<T>(out->batch * out->features)))
+            return false;
+        const auto rows = rows_of(crow_indices, indices, weight->rows);
+        if (!(rows && rows->rows == out->batch))
+            return false;
+        const Kernels<T> &kernels = use_kernels<T>(isa);
+        nb::gil_scoped_release release;
+        sparse_matmul<T>(kernels, *rows, values.data<const T>(), {*weight, w_values.data<const T>()}, out->features,
+                         y.data<T>(), threads);
+        return true;
+    });
 }
 
-template <class T>
-void call_topk(int64_t isa, int64_t rows, int64_t columns, int64_t k, Address x, int64_t x_stride, Address values,
-               Address indices, int threads) {
-    nb::gil_scoped_release release;
-    topk<T>(use_kernels<T>(isa), {at<const T>(x), x_stride}, rows, columns, k, at<T>(values), at<int32_t>(indices),
-            threads);
+bool call_sparse_dots(int64_t isa, const Operand &crow_indices, const Operand &indices, const Operand &dy,
+                      const Operand &w_crow_indices, const Operand &w_indices, const Operand &w_values,
+                      const Operand &dots, int threads) {
+    return by_dtype(dots, [&]<class T>() {
+        const auto weight = csr_of(w_crow_indices, w_indices);
+        const auto of_y = dy.rows<const T>();
+        if (!(weight && w_values.is_vector<T>(w_indices.length()) && of_y && dots.has_room<T>(indices.length())))
+            return false;
+        const auto rows = rows_of(crow_indices, indices, weight->rows);
+        if (!(rows && rows->rows == of_y->count))
+            return false;
+        const Kernels<T> &kernels = use_kernels<T>(isa);
+        nb::gil_scoped_release release;
+        sparse_dots<T>(kernels, *rows, of_y->rows, {*weight, w_values.data<const T>()}, of_y->width, dots.data<T>(),
+                       threads);
+        return true;
+    });
 }
 
-template <class T>
-void call_batch_topk(int64_t isa, int64_t rows, int64_t columns, int64_t k, Address x, int64_t x_stride,
-                     Address crow_indices, Address indices, Address values, int threads) {
-    nb::gil_scoped_release release;
-    batch_topk<T>(use_kernels<T>(isa), {at<const T>(x), x_stride}, rows, columns, k, at<int32_t>(crow_indices),
-                  at<int32_t>(indices), at<T>(values), threads);
-}
-
-template <class T>
-int64_t call_count_above(int64_t isa, int64_t rows, int64_t columns, Address x, int64_t x_stride, Address thresholds,
-                         Address crow_indices, int threads) {
-    nb::gil_scoped_release release;
-    return count_above<T>(use_kernels<T>(isa), {at<const T>(x), x_stride}, rows, columns, at<const T>(thresholds),
-                          at<int32_t>(crow_indices), threads);
-}
-
-template <class T>
-void call_take_above(int64_t isa, int64_t rows, int64_t columns, Address x, int64_t x_stride, Address thresholds,
-                     Address crow_indices, Address indices, Address values, int threads) {
-    nb::gil_scoped_release release;
-    take_above<T>(use_kernels<T>(isa), {at<const T>(x), x_stride}, rows, columns, at<const T>(thresholds),
-                  at<const int32_t>(crow_indices), at<int32_t>(indices), at<T>(values), threads);
-}
-
-template <class T>
-void call_encode_topk(int64_t isa, int64_t batch, int64_t width, int64_t rows, int64_t k, Address x,
-                      int64_t x_feature_stride, int64_t x_batch_stride, Address weight, int64_t weight_stride,
-                      Address bias, Address values, Address indices, int threads) {
-    nb::gil_scoped_release release;
-    encode_topk<T>(use_kernels<T>(isa), {at<const T>(x), x_feature_stride, x_batch_stride}, batch, width,
-                   {at<const T>(weight), weight_stride}, rows, at<const T>(bias), k, at<T>(values),
-                   at<int32_t>(indices), threads);
+bool call_sparse_weight_gradient(int64_t isa, const Operand &crow_indices, const Operand &indices,
+                                 const Operand &values, const Operand &dy, const Operand &w_crow_indices,
+                                 const Operand &w_indices, const Operand &gradient, int threads) {
+    return by_dtype(values, [&]<class T>() {
+        const auto weight = csr_of(w_crow_indices, w_indices);
+        const auto of_y = dy.rows<const T>();
+        if (!(weight && values.is_vector<T>(indices.length()) && of_y && gradient.has_room<T>(w_indices.length())))
+            return false;
+        const auto rows = rows_of(crow_indices, indices, weight->rows);
+        if (!(rows && rows->rows == of_y->count))
+            return false;
+        const Kernels<T> &kernels = use_kernels<T>(isa);
+        nb::gil_scoped_release release;
+        sparse_weight_gradient<T>(kernels, *rows, values.data<const T>(), of_y->rows, *weight, of_y->width,
+                                  gradient.data<T>(), threads);
+        return true;
+    });
 }
 
 } // namespace
 
 void offpath::bind_rows(nb::module_ &m) {
-    m.def("rows_fit", [](int64_t rows, int64_t nnz, int64_t columns, Address crow_indices, Address indices) {
-        return rows_fit(csr_at(crow_indices, indices, rows), nnz, columns);
-    });
-    m.def("count_indices", [](int64_t nnz, int64_t columns, Address indices, Address counts) {
-        count_indices(at<const int32_t>(indices), nnz, columns, at<int32_t>(counts));
-    });
-#define OFFPATH_ROWS(suffix, T)                                                                                        \
-    m.def("rows_matmul_" #suffix, &call_rows_matmul<T>);                                                               \
-    m.def("rows_dots_" #suffix, &call_rows_dots<T>);                                                                   \
-    m.def("rows_weight_gradient_" #suffix, &call_rows_weight_gradient<T>);                                             \
-    m.def("rows_written_out_" #suffix, &call_rows_written_out<T>);                                                     \
-    m.def("rows_picked_" #suffix, &call_rows_picked<T>);                                                               \
-    m.def("sparse_matmul_" #suffix, &call_sparse_matmul<T>);                                                           \
-    m.def("sparse_dots_" #suffix, &call_sparse_dots<T>);                                                               \
-    m.def("sparse_weight_gradient_" #suffix, &call_sparse_weight_gradient<T>);                                         \
-    m.def("topk_" #suffix, &call_topk<T>);                                                                             \
-    m.def("batch_topk_" #suffix, &call_batch_topk<T>);                                                                 \
-    m.def("count_above_" #suffix, &call_count_above<T>);                                                               \
-    m.def("take_above_" #suffix, &call_take_above<T>);                                                                 \
-    m.def("encode_topk_" #suffix, &call_encode_topk<T>);
-    OFFPATH_ROWS(f32, float)
-    OFFPATH_ROWS(f64, double)
-    OFFPATH_ROWS(bf16, bfloat16)
-#undef OFFPATH_ROWS
+    m.def("count_indices", &call_count_indices);
+    m.def("rows_matmul", &call_rows_matmul);
+    m.def("rows_dots", &call_rows_dots);
+    m.def("rows_weight_gradient", &call_rows_weight_gradient);
+    m.def("rows_written_out", &call_rows_written_out);
+    m.def("rows_picked", &call_rows_picked);
+    m.def("sparse_matmul", &call_sparse_matmul);
+    m.def("sparse_dots", &call_sparse_dots);
+    m.def("sparse_weight_gradient", &call_sparse_weight_gradient);
 }

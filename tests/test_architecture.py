@@ -44,13 +44,13 @@ ONLY_IN = {
     "offpath.kernels._native": {
         "kernels/cpu.py",
         "kernels/plans.py",
-        "kernels/row_operands.py",
-        "kernels/variant.py",
-        "kernels/variant_rows.py",
+        *(f"kernels/variant{of}.py" for of in ("", "_convolution", "_gradients", "_int8", "_rows", "_sparse_rows")),
     },
     "torch.library": {"ops/library.py"},
 }
-BINDINGS = {"module.cpp", "module.h", "module_convolution.cpp", "module_int8.cpp", "module_rows.cpp"}
+BINDINGS = {"module.h", "operand.h", "operand.cpp"} | {
+    f"module{of}.cpp" for of in ("", "_convolution", "_int8", "_products", "_rows", "_selection")
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -115,6 +116,49 @@ def test_operands_that_do_not_fit_the_plan_are_refused(name: str, change: dict[s
     plan = backend.plan(operands.pop("crow_indices"), operands.pop("col_indices"), 8, torch.float32)
     with pytest.raises(KernelError, match="got"):
         backend.planned_spmm(plan, **(operands | change))
+
+
+def _freed(tensor: torch.Tensor) -> torch.Tensor:
+    freed = tensor.clone()
+    freed.untyped_storage().resize_(0)
+    return freed
+
+
+MISFITS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "another dtype": torch.Tensor.double,
+    "half": torch.Tensor.half,
+    "on meta": lambda operand: operand.to("meta"),
+    "freed": _freed,
+    "a dimension less": lambda operand: operand[0],
+    "sparse": lambda operand: operand.to_sparse(),
+    "twice as long, every other entry": lambda vector: vector.repeat_interleave(2)[::2],
+    "too long": lambda operand: torch.cat([operand, operand[..., :1]], -1),
+    "too short": lambda operand: operand[..., 1:],
+    "fewer tokens": lambda activations: activations[1:],
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+@pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: p.name)
+@pytest.mark.parametrize("name", NATIVE)
+def test_every_product_refuses_every_operand_that_does_not_fit(name: str, product: Product, misfit: str) -> None:
+    pattern = patterns.random((6, 8), 12, torch.Generator().manual_seed(0))
+    operands = product.draw(pattern, 5, gaussian(6, torch.float32))
+    product.run(kernels.backends()[name], pattern, operands)  # as they stand they fit
+    # The width of x is the pattern's where nothing was made of it, which is for its owner to check.
+    of_width = [key for key in operands if key != "x" or not product.name.startswith(("spmm", "sddmm"))]
+    apply_to = {
+        "another dtype": []
+        if len(operands) == 1
+        else [key for key in operands if key != "x" or "scales" not in operands],
+        "twice as long, every other entry": [key for key, operand in operands.items() if operand.dim() == 1],
+        "too long": of_width,
+        "too short": of_width,
+        "fewer tokens": ["x"] if {"x", "dy"} <= operands.keys() else [],
+    }.get(misfit, list(operands))
+    for key in apply_to:
+        with pytest.raises(KernelError, match="storage was freed" if misfit == "freed" else "got"):
+            product.run(kernels.backends()[name], pattern, operands | {key: MISFITS[misfit](operands[key])})
 
 
 @pytest.mark.parametrize("name", NATIVE)

@@ -1,8 +1,8 @@
 """The native CPU kernels: float32, float64 and bfloat16, one variant per instruction set, on torch's own threads.
 
-The native module is handed raw addresses, so everything that could make it read or write outside a tensor is checked
-before: device, dtype, shape, strides (`operands.py`). The contents of the index tensors are the caller's to check
-(`Pattern` does, once per pattern; the ops see to it).
+The native module is handed tensors and looks itself whether they fit: device, dtype, shape, strides. What does not fit
+it refuses, and `operands.py` says why. The contents of a weight's index tensors are the caller's to check (`Pattern`
+does, once per pattern; the ops see to it).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from offpath.kernels import _native
 from offpath.kernels.backend import Backend, KernelError
-from offpath.kernels.operands import DTYPES, address, are_indices, refuse
+from offpath.kernels.operands import DTYPES, refuse
 from offpath.kernels.plans import make_bitmap, make_plan, make_tiles
 from offpath.kernels.variant import Variant
 from offpath.kernels.variant_convolution import ConvolutionVariant
@@ -95,7 +95,7 @@ def _computes(device_type: str, dtype: torch.dtype) -> bool:
 
 
 def _digest(crow_indices: Tensor, col_indices: Tensor) -> int:
-    if not are_indices(crow_indices, col_indices):
+    found = _native.digest(crow_indices, col_indices)
+    if found is None:
         refuse(crow_indices=crow_indices, col_indices=col_indices)
-    rows, nnz = crow_indices.shape[0] - 1, col_indices.shape[0]
-    return _native.digest(rows, nnz, address(crow_indices), address(col_indices))
+    return found

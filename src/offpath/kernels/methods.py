@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -107,8 +107,7 @@ class PreparedMatrix:
 
     def plan(self, backend: Backend, dtype: torch.dtype) -> Any:
         """What `planned_spmm` wants."""
-        make = partial(backend.plan, dtype=dtype, permutation=self.permutation)
-        return self._once(backend, ("plan", dtype), make)
+        return self._once(backend, ("plan", dtype), backend.plan, dtype=dtype, permutation=self.permutation)
 
     def tiles(self, backend: Backend) -> Any:
         """What `tiled_sddmm` wants."""
@@ -123,10 +122,11 @@ class PreparedMatrix:
         """Bytes of the plans, tiles and bitmaps."""
         return sum(made.bytes for made in self._made.values())
 
-    def _once(self, backend: Backend, kind: Hashable, make: Callable[[Tensor, Tensor, int], Any]) -> Any:
+    def _once(self, backend: Backend, kind: Hashable, make: Callable[..., Any], **options: Any) -> Any:
         made = self._made.get((backend.name, kind))
         if made is None:
-            made = made_once(lambda: make(self.crow_indices, self.col_indices, self.columns), self.crow_indices)
+            indices = self.crow_indices, self.col_indices
+            made = made_once(lambda: make(*indices, self.columns, **options), self.crow_indices)
             self._made[backend.name, kind] = made
         return made
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,38 +33,6 @@ def on_device_of(operand: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(operand.get_device())
 
 
-def address(tensor: Tensor) -> int:
-    address = tensor.data_ptr()
-    if address == 0 and tensor.numel():
-        raise KernelError(f"expected a tensor with memory behind it, got {tuple(tensor.shape)} whose storage was freed")
-    return address
-
-
-def is_vector(tensor: Tensor, dtype: torch.dtype, count: int) -> bool:
-    # Asked in every call of a layer: comparing shapes would take three times as long.
-    return (
-        tensor.dtype is dtype
-        and tensor.is_cpu
-        and tensor.dim() == 1
-        and tensor.numel() == count
-        and tensor.is_contiguous()
-    )
-
-
-def is_matrix(tensor: Tensor, dtype: torch.dtype) -> bool:
-    return are_tokens(tensor, dtype) and tensor.dim() == 2
-
-
-def are_tokens(tensor: Tensor, dtype: torch.dtype) -> bool:
-    return (
-        tensor.dtype is dtype
-        and dtype in DTYPES
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and tensor.dim() >= 2
-    )
-
-
 def are_indices(crow_indices: Tensor, col_indices: Tensor) -> bool:
     return (
         crow_indices.dtype is torch.int32
@@ -79,7 +47,19 @@ def are_indices(crow_indices: Tensor, col_indices: Tensor) -> bool:
     )
 
 
+def refuse_freed(**given: Tensor | None) -> None:
+    """Raises `KernelError` for tensors without the memory that they had."""
+    for name, tensor in given.items():
+        if tensor is None or not tensor.is_cpu or tensor.layout is not torch.strided:
+            continue
+        if tensor.numel() and tensor.data_ptr() == 0:
+            raise KernelError(
+                f"expected a tensor with memory behind it, got {name} {tuple(tensor.shape)} whose storage was freed"
+            )
+
+
 def refuse(**given: Tensor | None) -> NoReturn:
+    refuse_freed(**given)
     got = ", ".join(
         f"{name} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
         + ("" if tensor.dim() != 1 or tensor.is_contiguous() else " (not contiguous)")
@@ -93,20 +73,25 @@ def refuse(**given: Tensor | None) -> NoReturn:
     )
 
 
-def one_unit_stride(matrix: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """`matrix` with its (feature, batch) strides, one of them 1; a copy only when the tensor has no such stride."""
-    batch_stride, feature_stride = matrix.stride()
-    if feature_stride != 1 and batch_stride != 1:
-        matrix = matrix.contiguous()
-        batch_stride, feature_stride = matrix.stride()
-    return matrix, (feature_stride, batch_stride)
+def copied_or_refused(
+    product: Callable[..., bool],
+    operands: Sequence[Any],
+    named: Mapping[str, Tensor | None],
+) -> None:
+    """Compute a native product that has refused its `operands` after all, with copies of activations that need one.
+
+    Those are the ones of which no stride is 1, as what `expand` makes. Raises `KernelError` for what else does not fit,
+    with what is `named`.
+    """
+    refuse_freed(**named)  # before a copy reads it
+    if not product(*contiguous(operands, named.values(), least_dims=2)):
+        refuse(**named)
 
 
-def token_strides(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """The same for x [..., features] as [tokens, features]."""
-    if x.dim() == 2:
-        return one_unit_stride(x)
-    return x.contiguous(), (1, x.shape[-1])
+def contiguous(operands: Sequence[Any], inputs: Iterable[Tensor | None], least_dims: int) -> list[Any]:
+    """`operands`, with copies of those `inputs` among them that lie in memory otherwise."""
+    copied = {id(one) for one in inputs if one is not None and one.layout is torch.strided and one.dim() >= least_dims}
+    return [one.contiguous() if id(one) in copied else one for one in operands]
 
 
 def wide(operand: Tensor) -> Tensor:

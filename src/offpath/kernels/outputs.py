@@ -16,7 +16,7 @@ _TAKE_OUTPUT = native_of_each_dtype("take_output")
 
 
 def output(like: Tensor, *shape: int) -> Tensor:
-    if math.prod(shape) * like.element_size() < _KEPT_OUTPUT_BYTES:
+    if math.prod(shape) * like.element_size() < _KEPT_OUTPUT_BYTES or like.dtype not in _TAKE_OUTPUT:
         return like.new_empty(*shape)  # half a microsecond less than with a tuple
     output = _TAKE_OUTPUT[like.dtype](shape)
     # torch.utils.deterministic is a module whose class is exchanged at import, which type checkers cannot see.

@@ -10,7 +10,8 @@ import torch  # first: the native module joins the OpenMP pool that torch has lo
 from torch import Tensor
 
 from offpath.kernels import _native
-from offpath.kernels.operands import DTYPES, address, are_indices, refuse
+from offpath.kernels.errors import KernelError
+from offpath.kernels.operands import DTYPES, refuse
 
 _SUFFIXES = dict(zip(DTYPES, ("f32", "f64", "bf16"), strict=True))
 
@@ -46,22 +47,12 @@ def make_plan(
     permutation: Tensor | None = None,
 ) -> Prepared:
     """What `Variant.planned_spmm` of the variant `isa` wants for a canonical pattern; O(nnz + rows)."""
-    rows, nnz = crow_indices.shape[0] - 1, col_indices.shape[0]
-    if not (
-        are_indices(crow_indices, col_indices)
-        and (permutation is None or (are_indices(crow_indices, permutation) and permutation.shape[0] == nnz))
-    ):
+    if dtype not in _MAKE_PLAN:
+        raise KernelError(f"expected a plan for one of {', '.join(map(str, _MAKE_PLAN))}, got {dtype}")
+    native = _MAKE_PLAN[dtype](isa, crow_indices, col_indices, columns, permutation, torch.get_num_threads())
+    if native is None:
         refuse(crow_indices=crow_indices, col_indices=col_indices, permutation=permutation)
-    native = _MAKE_PLAN[dtype](
-        isa,
-        rows,
-        columns,
-        address(crow_indices),
-        address(col_indices),
-        0 if permutation is None else address(permutation),
-        torch.get_num_threads(),
-    )
-    return Prepared(native, rows, columns, nnz)
+    return Prepared(native, crow_indices.numel() - 1, columns, col_indices.numel())
 
 
 def make_bitmap(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Prepared:
@@ -75,8 +66,7 @@ def make_tiles(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Prepa
 
 
 def _prepare(make: Callable, crow_indices: Tensor, col_indices: Tensor, columns: int) -> Prepared:
-    rows, nnz = crow_indices.shape[0] - 1, col_indices.shape[0]
-    if not are_indices(crow_indices, col_indices):
+    native = make(crow_indices, col_indices, columns, torch.get_num_threads())
+    if native is None:
         refuse(crow_indices=crow_indices, col_indices=col_indices)
-    native = make(rows, columns, address(crow_indices), address(col_indices), torch.get_num_threads())
-    return Prepared(native, rows, columns, nnz)
+    return Prepared(native, crow_indices.numel() - 1, columns, col_indices.numel())

@@ -1,27 +1,34 @@
-"""What the native products expect of sparse rows, and of matrices that they read row by row."""
+"""How sparse rows are refused that no native product may follow."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 from torch import Tensor
 
-from offpath.kernels import _native
-from offpath.kernels.operands import address, are_indices, refuse
+from offpath.kernels.operands import are_indices, contiguous, refuse, refuse_freed
 from offpath.kernels.reference_rows import check_rows
 
 
-def check_rows_fit(crow_indices: Tensor, indices: Tensor, columns: int) -> None:
-    """Raises `KernelError` for rows that no kernel may follow."""
-    if not are_indices(crow_indices, indices):
+def copied_or_refused_rows(
+    product: Callable[..., bool],
+    operands: Sequence[Any],
+    crow_indices: Tensor,
+    indices: Tensor,
+    columns: int,
+    named: Mapping[str, Tensor | None],
+    **results: Tensor,
+) -> None:
+    """`copied_or_refused`, also of vectors, where the rows that `crow_indices` and `indices` describe may be wrong.
+
+    Raises `KernelError` that says what they name beside `columns`, or else what is `named`, and the `results` if the
+    caller was given them.
+    """
+    refuse_freed(crow_indices=crow_indices, indices=indices, **named)
+    if product(*contiguous(operands, (crow_indices, indices, *named.values()), least_dims=1)):
+        return
+    if not are_indices(crow_indices.contiguous(), indices.contiguous()):
         refuse(crow_indices=crow_indices, indices=indices)
-    rows, nnz = crow_indices.shape[0] - 1, indices.shape[0]
-    if not _native.rows_fit(rows, nnz, columns, address(crow_indices), address(indices)):
-        check_rows(crow_indices, indices, columns)  # says what is wrong
-
-
-def has_rows(matrix: Tensor) -> bool:
-    """Whether the rows are contiguous, and do not overlap."""
-    return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
-
-
-def contiguous_rows(matrix: Tensor) -> Tensor:
-    return matrix if has_rows(matrix) else matrix.contiguous()
+    check_rows(crow_indices, indices, columns)
+    refuse(**named, **results)

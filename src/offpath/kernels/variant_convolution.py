@@ -1,4 +1,4 @@
-"""The convolutions of one instruction set: operands checked, memory for results taken, the native function called."""
+"""The convolutions of one instruction set: memory for results taken, the native function called."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import torch  # first: the native module joins the OpenMP pool that torch has loaded
 from torch import Tensor
 
+from offpath.kernels import _native
 from offpath.kernels.convolution import Convolution, ConvolutionProducts
-from offpath.kernels.operands import DTYPES, address, are_indices, is_vector, refuse
+from offpath.kernels.operands import DTYPES, are_indices, refuse
 from offpath.kernels.outputs import output
 from offpath.kernels.plans import native_of_each_dtype
 
 _MAKE_PLAN, _MAKE_TILES = map(native_of_each_dtype, ("make_convolution_plan", "make_convolution_tiles"))
-_FORWARD, _DX, _DVALUES = map(native_of_each_dtype, ("convolve", "convolution_dx", "convolution_dvalues"))
 
 
 class Prepared:
@@ -29,7 +29,8 @@ class Prepared:
         self.convolution, self.dtype, self.nnz = convolution, dtype, col_indices.shape[0]
         self._isa, self._indices = isa, (crow_indices, col_indices)
         by_axis = (convolution.size, convolution.kernel, convolution.stride, convolution.padding, convolution.dilation)
-        axes = zip(*by_axis, convolution.outputs, strict=True)
+        self.outputs = convolution.outputs
+        axes = zip(*by_axis, self.outputs, strict=True)
         rows, columns = axes
         self.sizes = (convolution.in_channels, convolution.out_channels, convolution.groups, *rows, *columns)
 
@@ -43,7 +44,7 @@ class Prepared:
 
     @cached_property
     def dvalues(self) -> Any:
-        return _MAKE_TILES[self.dtype](self._isa, self.sizes, *map(address, self._indices), torch.get_num_threads())
+        return _MAKE_TILES[self.dtype](self._isa, self.sizes, *self._indices, torch.get_num_threads())
 
     @property
     def bytes(self) -> int:
@@ -51,8 +52,8 @@ class Prepared:
         return sum(vars(self)[name].bytes for name in ("forward", "dx", "dvalues") if name in vars(self))
 
     def _plan(self, input_gradient: bool) -> Any:
-        addresses = map(address, self._indices)
-        return _MAKE_PLAN[self.dtype](self._isa, self.sizes, input_gradient, *addresses, torch.get_num_threads())
+        operands = self._isa, self.sizes, input_gradient, *self._indices
+        return _MAKE_PLAN[self.dtype](*operands, torch.get_num_threads())
 
 
 class ConvolutionVariant:
@@ -75,64 +76,24 @@ class ConvolutionVariant:
     def forward(
         self, prepared: Prepared, values: Tensor, x: Tensor, bias: Tensor | None, channels_last: bool
     ) -> Tensor:
-        convolution, dtype = prepared.convolution, prepared.dtype
-        if not (
-            is_vector(values, dtype, prepared.nnz)
-            and _is_input(x, prepared)
-            and (bias is None or is_vector(bias, dtype, convolution.out_channels))
-        ):
+        y = _images(x, prepared.convolution.out_channels, prepared.outputs, channels_last)
+        operands = self._index, prepared.forward, values, x, bias, y, torch.get_num_threads()
+        if values.dtype is not prepared.dtype or not _native.convolve(*operands):
             refuse(values=values, x=x, bias=bias)
-        y = _images(x, convolution.out_channels, convolution.outputs, channels_last)
-        _FORWARD[dtype](
-            self._index,
-            prepared.forward,
-            prepared.sizes,
-            x.shape[0],
-            address(values),
-            0 if bias is None else address(bias),
-            address(x),
-            x.stride(),
-            address(y),
-            y.stride(),
-            torch.get_num_threads(),
-        )
         return y
 
     def dx(self, prepared: Prepared, values: Tensor, dy: Tensor, channels_last: bool) -> Tensor:
-        convolution, dtype = prepared.convolution, prepared.dtype
-        if not (is_vector(values, dtype, prepared.nnz) and _is_output(dy, prepared)):
+        dx = _images(dy, prepared.convolution.in_channels, prepared.convolution.size, channels_last)
+        operands = self._index, prepared.dx, values, dy, dx, torch.get_num_threads()
+        if values.dtype is not prepared.dtype or not _native.convolution_dx(*operands):
             refuse(values=values, dy=dy)
-        dx = _images(dy, convolution.in_channels, convolution.size, channels_last)
-        _DX[dtype](
-            self._index,
-            prepared.dx,
-            prepared.sizes,
-            dy.shape[0],
-            address(values),
-            address(dy),
-            dy.stride(),
-            address(dx),
-            dx.stride(),
-            torch.get_num_threads(),
-        )
         return dx
 
     def dvalues(self, prepared: Prepared, dy: Tensor, x: Tensor) -> Tensor:
-        if not (_is_input(x, prepared) and _is_output(dy, prepared) and dy.shape[0] == x.shape[0]):
-            refuse(dy=dy, x=x)
         dvalues = output(dy, prepared.nnz)
-        _DVALUES[prepared.dtype](
-            self._index,
-            prepared.dvalues,
-            prepared.sizes,
-            x.shape[0],
-            address(dy),
-            dy.stride(),
-            address(x),
-            x.stride(),
-            address(dvalues),
-            torch.get_num_threads(),
-        )
+        operands = self._index, prepared.dvalues, dy, x, dvalues, torch.get_num_threads()
+        if dy.dtype is not prepared.dtype or not _native.convolution_dvalues(*operands):
+            refuse(dy=dy, x=x)
         return dvalues
 
 
@@ -140,21 +101,3 @@ def _images(like: Tensor, channels: int, size: tuple[int, int], channels_last: b
     if channels_last:
         return output(like, like.shape[0], *size, channels).permute(0, 3, 1, 2)
     return output(like, like.shape[0], channels, *size)
-
-
-def _is_input(x: Tensor, prepared: Prepared) -> bool:
-    return _are_images(x, prepared.dtype, prepared.convolution.in_channels, prepared.convolution.size)
-
-
-def _is_output(y: Tensor, prepared: Prepared) -> bool:
-    return _are_images(y, prepared.dtype, prepared.convolution.out_channels, prepared.convolution.outputs)
-
-
-def _are_images(images: Tensor, dtype: torch.dtype, channels: int, size: tuple[int, int]) -> bool:
-    return (
-        images.dtype is dtype
-        and images.is_cpu
-        and images.layout is torch.strided
-        and images.dim() == 4
-        and images.shape[1:] == (channels, *size)
-    )
