@@ -83,6 +83,13 @@ def small_integers(seed: int, dtype: torch.dtype) -> Draw:
     return lambda shape: torch.randint(-3, 4, shape, generator=generator).to(dtype)
 
 
+def freed(tensor: Tensor) -> Tensor:
+    """A copy whose memory is gone, as sharded training leaves parameters between their uses."""
+    copy = tensor.clone()
+    copy.untyped_storage().resize_(0)
+    return copy
+
+
 def gaussian(seed: int, dtype: torch.dtype) -> Draw:
     generator = torch.Generator().manual_seed(seed)
     return lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)

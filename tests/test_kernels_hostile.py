@@ -13,7 +13,7 @@ from checkers import poisoned_memory
 from children import outcomes_under
 from offpath import kernels, pattern as patterns
 from offpath.kernels import KernelError, _native, cpu, variant
-from problems import PROBLEMS, Problem, gaussian
+from problems import PROBLEMS, Problem, freed, gaussian
 
 NATIVE = [name for name in kernels.backends() if name.startswith("cpu:")]
 LARGE = [p for p in PROBLEMS if p.name.startswith("several threads")]
@@ -118,17 +118,11 @@ def test_operands_that_do_not_fit_the_plan_are_refused(name: str, change: dict[s
         backend.planned_spmm(plan, **(operands | change))
 
 
-def _freed(tensor: torch.Tensor) -> torch.Tensor:
-    freed = tensor.clone()
-    freed.untyped_storage().resize_(0)
-    return freed
-
-
 MISFITS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "another dtype": torch.Tensor.double,
     "half": torch.Tensor.half,
     "on meta": lambda operand: operand.to("meta"),
-    "freed": _freed,
+    "freed": freed,
     "a dimension less": lambda operand: operand[0],
     "sparse": lambda operand: operand.to_sparse(),
     "twice as long, every other entry": lambda vector: vector.repeat_interleave(2)[::2],

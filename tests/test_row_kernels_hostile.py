@@ -14,7 +14,7 @@ from cases import Operands
 from offpath import kernels
 from offpath.kernels import Backend, KernelError, cpu
 from offpath.kernels.row_products import RowProducts
-from problems import gaussian, small_integers
+from problems import freed, gaussian, small_integers
 from row_cases import BAD_ROWS, LARGE_PROBLEMS, NATIVE, PROBLEMS, PRODUCTS, RowProblem, RowProduct, every_backend
 from row_checkers import DEFINITION, check_refuses, check_with, same_bits, subnormals
 from selection_cases import ENCODE_PROBLEMS, EncodeProblem, scores
@@ -310,6 +310,10 @@ def _misfits() -> dict[str, Callable[[RowProducts], object]]:
         "thresholds of doubles": lambda r: r.above(x, torch.ones(6).double()),
         "weight too narrow": lambda r: r.encode_topk(x, torch.ones(9, 5), None, 2),
         "bias too short": lambda r: r.encode_topk(x, torch.ones(9, 6), torch.ones(8), 2),
+        "sparse scores": lambda r: r.topk(x.to_sparse(), 2),
+        "freed values": lambda r: r.matmul(crow, indices, freed(values), weight),
+        "a freed weight, transposed": lambda r: r.matmul(crow, indices, values, freed(torch.ones(4, 2).t())),
+        "freed indices": lambda r: r.counts(freed(indices), 2),
         "bias of doubles": lambda r: r.encode_topk(x, torch.ones(9, 6), torch.ones(9).double(), 2),
     }
 

@@ -74,9 +74,7 @@ def refuse(**given: Tensor | None) -> NoReturn:
 
 
 def copied_or_refused(
-    product: Callable[..., bool],
-    operands: Sequence[Any],
-    named: Mapping[str, Tensor | None],
+    product: Callable[..., bool], operands: Sequence[Any], named: Mapping[str, Tensor | None]
 ) -> None:
     """Compute a native product that has refused its `operands` after all, with copies of activations that need one.
 
@@ -86,6 +84,17 @@ def copied_or_refused(
     refuse_freed(**named)  # before a copy reads it
     if not product(*contiguous(operands, named.values(), least_dims=2)):
         refuse(**named)
+
+
+def not_expanded(gradient: Tensor) -> Tensor:
+    """`gradient`, or a copy where it is one number, expanded: what the backward pass of a sum gives.
+
+    Products would refuse it and be called again with the copy, which takes longer.
+    """
+    if gradient.layout is not torch.strided or gradient.is_contiguous() or 1 in gradient.stride():
+        return gradient
+    refuse_freed(gradient=gradient)
+    return gradient.contiguous()
 
 
 def contiguous(operands: Sequence[Any], inputs: Iterable[Tensor | None], least_dims: int) -> list[Any]:

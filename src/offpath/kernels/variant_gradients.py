@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offpath.kernels import _native
 from offpath.kernels.backend import KernelError
-from offpath.kernels.operands import copied_or_refused
+from offpath.kernels.operands import copied_or_refused, not_expanded
 from offpath.kernels.outputs import output
 from offpath.kernels.plans import Prepared
 
@@ -21,7 +21,7 @@ class GradientVariant:
         self._index = index
 
     def sddmm(self, crow_indices: Tensor, col_indices: Tensor, dy: Tensor, x: Tensor) -> Tensor:
-        dvalues = output(dy, col_indices.numel())
+        dy, x, dvalues = not_expanded(dy), not_expanded(x), output(dy, col_indices.numel())
         operands = self._index, crow_indices, col_indices, dy, x, dvalues, torch.get_num_threads()
         if not _native.sddmm(*operands):
             named = {"crow_indices": crow_indices, "col_indices": col_indices, "dy": dy, "x": x}
@@ -38,7 +38,7 @@ class GradientVariant:
         return self._prepared_sddmm(_native.filled_dvalues, bitmap, dy, x)
 
     def _prepared_sddmm(self, product: Callable[..., bool], prepared: Prepared, dy: Tensor, x: Tensor) -> Tensor:
-        dvalues = output(dy, prepared.nnz)
+        dy, x, dvalues = not_expanded(dy), not_expanded(x), output(dy, prepared.nnz)
         operands = self._index, prepared.native, dy, x, dvalues, torch.get_num_threads()
         if not product(*operands):
             copied_or_refused(product, operands, {"dy": dy, "x": x})
@@ -51,7 +51,7 @@ class GradientVariant:
         return self._prepared_dx(_native.filled_dx, bitmap, values, dy)
 
     def _prepared_dx(self, product: Callable[..., bool], bitmap: Prepared, values: Tensor, dy: Tensor) -> Tensor:
-        dx = output(dy, *dy.shape[:-1], bitmap.columns)
+        dy, dx = not_expanded(dy), output(dy, *dy.shape[:-1], bitmap.columns)
         operands = self._index, bitmap.native, values, dy, dx, torch.get_num_threads()
         if not product(*operands):
             copied_or_refused(product, operands, {"values": values, "dy": dy})
@@ -77,7 +77,7 @@ class GradientVariant:
             None if tiles is None else tiles.native,
             None if bitmap is None else bitmap.native,
             values,
-            dy,
+            not_expanded(dy),
             x,
             dx,
             feature_major,
@@ -97,7 +97,7 @@ class GradientVariant:
             self._index,
             bitmap.native,
             values,
-            dy,
+            not_expanded(dy),
             x,
             fills_dx,
             fills_dvalues,

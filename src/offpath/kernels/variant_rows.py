@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offpath.kernels import _native
 from offpath.kernels.backend import KernelError
-from offpath.kernels.operands import copied_or_refused, in_own_dtype, refuse, wide
+from offpath.kernels.operands import copied_or_refused, in_own_dtype, not_expanded, refuse, wide
 from offpath.kernels.outputs import output
 from offpath.kernels.reference_rows import check_k
 from offpath.kernels.row_operands import copied_or_refused_rows
@@ -51,7 +51,7 @@ class RowVariant:
         return y
 
     def dots(self, crow_indices: Tensor, indices: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-        dots = output(dy, indices.numel())
+        dy, dots = not_expanded(dy), output(dy, indices.numel())
         operands = self._index, crow_indices, indices, dy, weight, dots, torch.get_num_threads()
         if not _native.rows_dots(*operands):
             named = {"dy": dy, "weight": weight}
@@ -61,7 +61,7 @@ class RowVariant:
     def weight_gradient(
         self, crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor, columns: int
     ) -> Tensor:
-        gradient = output(values, columns, *dy.shape[1:])
+        dy, gradient = not_expanded(dy), output(values, columns, *dy.shape[1:])
         self._weight_gradient(crow_indices, indices, values, dy, gradient, False)
         return gradient
 

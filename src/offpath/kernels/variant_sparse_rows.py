@@ -6,6 +6,7 @@ import torch  # first: the native module joins the OpenMP pool that torch has lo
 from torch import Tensor
 
 from offpath.kernels import _native
+from offpath.kernels.operands import not_expanded
 from offpath.kernels.outputs import output
 from offpath.kernels.row_operands import copied_or_refused_rows
 
@@ -38,7 +39,7 @@ def sparse_dots(
     w_indices: Tensor,
     w_values: Tensor,
 ) -> Tensor:
-    dots = output(dy, indices.numel())
+    dy, dots = not_expanded(dy), output(dy, indices.numel())
     rows, weight = (crow_indices, indices), (w_crow_indices, w_indices, w_values)
     operands = isa, *rows, dy, *weight, dots, torch.get_num_threads()
     if not _native.sparse_dots(*operands):
@@ -56,7 +57,7 @@ def sparse_weight_gradient(
     w_crow_indices: Tensor,
     w_indices: Tensor,
 ) -> Tensor:
-    gradient = output(dy, w_indices.numel())
+    dy, gradient = not_expanded(dy), output(dy, w_indices.numel())
     rows = crow_indices, indices
     operands = isa, *rows, values, dy, w_crow_indices, w_indices, gradient, torch.get_num_threads()
     if not _native.sparse_weight_gradient(*operands):
