@@ -178,8 +178,6 @@ ConvolutionPlan::ConvolutionPlan(const Csr &weight, const Convolution &convoluti
                                  const Layout &layout, int threads)
     : convolution(convolution),
       shifts(input_gradient ? Shifts::input_gradient(convolution) : Shifts::forward(convolution)),
-      source_channels(input_gradient ? convolution.out_channels : convolution.channels),
-      result_channels(input_gradient ? convolution.channels : convolution.out_channels),
       block_stride(shifts.block_stride(layout.panel_width)),
       plan((input_gradient ? plan_input_gradient : plan_forward)(weight, convolution, shifts, block_stride, layout,
                                                                  threads)) {}

@@ -55,11 +55,15 @@ class ConvolutionPlan {
     ConvolutionPlan(const Csr &weight, const Convolution &convolution, bool input_gradient, const Layout &layout,
                     int threads);
 
+    // Whether kernels of this layout read blocks as they are planned.
+    bool fits(const Layout &layout) const {
+        return plan.fits(layout) && block_stride == shifts.block_stride(layout.panel_width);
+    }
     int64_t bytes() const { return plan.bytes(); }
 
     const Convolution convolution;
     const Shifts shifts;
-    const int64_t source_channels, result_channels, block_stride;
+    const int64_t block_stride;
     const Plan plan;
 };
 
@@ -69,6 +73,7 @@ class ConvolutionTiles {
     ConvolutionTiles(const Csr &weight, const Convolution &convolution, const Layout &layout, int threads);
 
     int64_t nnz() const { return tiles.nnz(); }
+    bool fits(const Layout &layout) const { return block_stride == shifts.block_stride(layout.strip_width); }
     int64_t bytes() const;
 
     const Convolution convolution;

@@ -1,6 +1,5 @@
-// The Python face of what is made of a pattern; this file, module_*.cpp and operand.h are the only ones that know
-// Python. Where they take raw addresses, kernels/*.py have checked device, dtype, shape, strides and the pattern
-// before.
+// The Python face of what is made of a pattern. This file, module_*.cpp and operand.* are the only ones that know
+// Python.
 #include "module.h"
 #include "bitmap.h"
 #include "digest.h"
@@ -45,11 +44,12 @@ std::unique_ptr<Made> make(const Operand &crow_indices, const Operand &col_indic
     return std::make_unique<Made>(*csr, columns, threads);
 }
 
+// None for what are no vectors; whether they belong together is asked later, of those that are new.
 std::optional<uint64_t> digest_of(const Operand &crow_indices, const Operand &col_indices) {
-    const auto csr = csr_of(crow_indices, col_indices);
-    if (!csr)
+    const int64_t pointers = crow_indices.length(), nnz = col_indices.length();
+    if (!(crow_indices.is_vector<int32_t>(pointers) && col_indices.is_vector<int32_t>(nnz)))
         return {};
-    return digest(csr->col_indices, col_indices.length(), digest(csr->crow_indices, csr->rows + 1, 0));
+    return digest(col_indices.data<const int32_t>(), nnz, digest(crow_indices.data<const int32_t>(), pointers, 0));
 }
 
 // A torch tensor over a kept block, which comes back when the tensor dies.

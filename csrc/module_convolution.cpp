@@ -67,7 +67,7 @@ bool call_convolve(int64_t isa, const ConvolutionPlan &plan, const Operand &valu
         if (!(values.is_vector<T>(plan.plan.nnz()) && bias.is_vector_or_none<T>(plan.convolution.out_channels) && in &&
               out && in->count == out->count))
             return false;
-        const Kernels<T> &kernels = use_kernels<T>(isa, plan.plan);
+        const Kernels<T> &kernels = use_kernels<T>(isa, plan);
         nb::gil_scoped_release release;
         convolve<T>(kernels, plan, values.data<const T>(), bias.data<const T>(), in->data, in->images, out->data,
                     out->images, in->count, threads);
@@ -82,7 +82,7 @@ bool call_convolution_dx(int64_t isa, const ConvolutionPlan &plan, const Operand
         const auto in = inputs<T>(dx, plan.convolution);
         if (!(values.is_vector<T>(plan.plan.nnz()) && out && in && in->count == out->count))
             return false;
-        const Kernels<T> &kernels = use_kernels<T>(isa, plan.plan);
+        const Kernels<T> &kernels = use_kernels<T>(isa, plan);
         nb::gil_scoped_release release;
         convolve<T>(kernels, plan, values.data<const T>(), nullptr, out->data, out->images, in->data, in->images,
                     in->count, threads);
@@ -97,7 +97,7 @@ bool call_convolution_dvalues(int64_t isa, const ConvolutionTiles &tiles, const 
         const auto in = inputs<const T>(x, tiles.convolution);
         if (!(out && in && in->count == out->count && dvalues.has_room<T>(tiles.nnz())))
             return false;
-        const Kernels<T> &kernels = use_kernels<T>(isa);
+        const Kernels<T> &kernels = use_kernels<T>(isa, tiles);
         nb::gil_scoped_release release;
         convolution_dvalues<T>(kernels, tiles, out->data, out->images, in->data, in->images, in->count,
                                dvalues.data<T>(), threads);

@@ -52,9 +52,9 @@ class Operand {
     int64_t entries() const;
     // How many entries a vector has; -1 if it is none.
     int64_t length() const { return is_dense && fields.ndim == 1 ? fields.shape[0] : -1; }
-    // Whether it is a vector of so many entries, one after the other.
+    // Whether it is a vector of so many entries, one after the other; what has another number of dimensions has -1.
     template <class T> bool is_vector(int64_t count) const {
-        return holds<T>() && length() == count && is_contiguous();
+        return count >= 0 && holds<T>() && length() == count && is_contiguous();
     }
     // The same for a vector that may be left out.
     template <class T> bool is_vector_or_none(int64_t count) const { return is_none || is_vector<T>(count); }
@@ -121,12 +121,13 @@ class Operand {
     bool is_none = false, is_dense = false;
 };
 
-// A row pointer and indices in int32, whose contents are somebody else's to check.
+// A row pointer and indices in int32. What they say is somebody else's to check, but for the number of entries.
 inline std::optional<Csr> csr_of(const Operand &crow_indices, const Operand &indices) {
-    const int64_t rows = crow_indices.length() - 1;
-    if (!(rows >= 0 && crow_indices.is_vector<int32_t>(rows + 1) && indices.is_vector<int32_t>(indices.length())))
+    const int64_t rows = crow_indices.length() - 1, nnz = indices.length();
+    if (!(rows >= 0 && crow_indices.is_vector<int32_t>(rows + 1) && indices.is_vector<int32_t>(nnz)))
         return {};
-    return Csr{crow_indices.data<const int32_t>(), indices.data<const int32_t>(), rows};
+    const Csr found{crow_indices.data<const int32_t>(), indices.data<const int32_t>(), rows};
+    return found.crow_indices[rows] == nnz ? std::optional(found) : std::nullopt;
 }
 
 // What body, called with the type of the operand's entries, returns; false where no product computes with them.

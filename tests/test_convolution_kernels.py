@@ -139,6 +139,29 @@ def test_wrong_operands_are_refused(backend: Backend) -> None:
             run("forward", backend, problem, operands | wrong, False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_plans_of_another_isa_are_refused_or_read_as_they_are(dtype: torch.dtype) -> None:
+    problem, native = PROBLEMS[1], [kernels.backends()[name].convolutions for name in NATIVE]
+    pattern, draw = problem.pattern, gaussian(0, dtype)
+    x, dy = (drawn(product, problem, "contiguous", draw)[of] for product, of in (("forward", "x"), ("dx", "dy")))
+    values = draw((pattern.nnz,))
+    for made in native:
+        plan = made.prepare(pattern.crow_indices, pattern.col_indices, problem.convolution, dtype)
+        for own in native:
+            of_own = own.prepare(pattern.crow_indices, pattern.col_indices, problem.convolution, dtype)
+            for run_over in (
+                lambda plan, own=own: own.forward(plan, values, x, None, False),
+                lambda plan, own=own: own.dx(plan, values, dy, False),
+                lambda plan, own=own: own.dvalues(plan, dy, x),
+            ):
+                try:
+                    found = run_over(plan)
+                except ValueError as error:
+                    assert "another dtype or ISA" in str(error)
+                    continue
+                assert torch.equal(found, run_over(of_own))
+
+
 def test_blocks_beyond_int32_are_refused() -> None:
     backend = kernels.backends()[NATIVE[-1]]
     huge = ConvolutionProblem(

@@ -11,7 +11,7 @@ import torch
 from cases import PRODUCTS, Product
 from checkers import poisoned_memory
 from children import outcomes_under
-from offpath import kernels, pattern as patterns
+from offpath import SparseLinear, kernels, pattern as patterns
 from offpath.kernels import KernelError, _native, cpu, variant
 from problems import PROBLEMS, Problem, freed, gaussian
 
@@ -124,6 +124,7 @@ MISFITS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "on meta": lambda operand: operand.to("meta"),
     "freed": freed,
     "a dimension less": lambda operand: operand[0],
+    "a dimension more": lambda vector: vector[None],
     "sparse": lambda operand: operand.to_sparse(),
     "twice as long, every other entry": lambda vector: vector.repeat_interleave(2)[::2],
     "too long": lambda operand: torch.cat([operand, operand[..., :1]], -1),
@@ -141,11 +142,13 @@ def test_every_product_refuses_every_operand_that_does_not_fit(name: str, produc
     product.run(kernels.backends()[name], pattern, operands)  # as they stand they fit
     # The width of x is the pattern's where nothing was made of it, which is for its owner to check.
     of_width = [key for key in operands if key != "x" or not product.name.startswith(("spmm", "sddmm"))]
+    vectors = [key for key, operand in operands.items() if operand.dim() == 1]
     apply_to = {
         "another dtype": []
         if len(operands) == 1
         else [key for key in operands if key != "x" or "scales" not in operands],
-        "twice as long, every other entry": [key for key, operand in operands.items() if operand.dim() == 1],
+        "twice as long, every other entry": vectors,
+        "a dimension more": vectors,
         "too long": of_width,
         "too short": of_width,
         "fewer tokens": ["x"] if {"x", "dy"} <= operands.keys() else [],
@@ -153,6 +156,43 @@ def test_every_product_refuses_every_operand_that_does_not_fit(name: str, produc
     for key in apply_to:
         with pytest.raises(KernelError, match="storage was freed" if misfit == "freed" else "got"):
             product.run(kernels.backends()[name], pattern, operands | {key: MISFITS[misfit](operands[key])})
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_indices_of_two_dimensions_are_refused_whatever_comes_with_them(name: str) -> None:
+    backend, fits = kernels.backends()[name], _operands()
+    crow, col, x = fits["crow_indices"], fits["col_indices"][None], fits["x"]
+    one, dy = torch.ones(1, 1), torch.ones(5, 6)
+    for call in (
+        lambda: backend.spmm(crow, col, one, x),
+        lambda: backend.sddmm(crow, col, dy, x),
+        lambda: backend.plan(crow, col, 8, torch.float32, one.int()),
+        lambda: backend.tiles(crow, col, 8),
+        lambda: backend.bitmap(crow, col, 8),
+        lambda: backend.digest(crow, col),
+    ):
+        with pytest.raises(KernelError, match="got"):
+            call()
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_indices_of_another_number_than_the_row_pointer_says_are_refused(name: str) -> None:
+    backend, operands = kernels.backends()[name], _operands()
+    crow, col = operands["crow_indices"], operands["col_indices"][:0]
+    for call in (
+        lambda: backend.spmm(crow, col, torch.ones(0), operands["x"]),
+        lambda: backend.plan(crow, col, 8, torch.float32),
+        lambda: backend.tiles(crow, col, 8),
+        lambda: backend.bitmap(crow, col, 8),
+    ):
+        with pytest.raises(KernelError, match="got"):
+            call()
+
+
+def test_a_result_of_more_bytes_than_there_are_numbers_for_is_refused() -> None:
+    layer = SparseLinear(1, 4096, density=1.0)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="overflow"):
+        layer(torch.zeros(1, 1).expand(2**50, 1))
 
 
 @pytest.mark.parametrize("name", NATIVE)

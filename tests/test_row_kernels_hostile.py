@@ -234,6 +234,27 @@ def test_a_buffer_with_strides_is_written_where_it_lies_or_refused(layout: str, 
 
 
 @every_backend
+def test_a_buffer_that_is_also_added_to_itself_is_written_or_refused(backend: Backend) -> None:
+    crow_indices, indices = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    values, buffer = torch.tensor([2.0, 9.0, 2.0, 9.0])[::2], torch.ones(2, 6)[:, :4]
+    try:
+        backend.rows.add_weight_gradient(crow_indices, indices, values, buffer, buffer)
+    except KernelError:
+        assert torch.equal(buffer, torch.ones(2, 4))
+    else:
+        assert torch.equal(buffer, torch.full((2, 4), 3.0))
+
+
+@every_backend
+def test_a_bias_with_steps_gives_the_same_entries(backend: Backend) -> None:
+    operands = ENCODE_PROBLEMS[0].draw(gaussian(7, torch.float32))
+    x, weight, bias = operands["x"], operands["weight"], gaussian(8, torch.float32)((operands["weight"].shape[0],))
+    expected = DEFINITION.encode_topk(x, weight, bias, 2)
+    found = backend.rows.encode_topk(x, weight, torch.stack([bias, bias + 1], 1)[:, 0], 2)
+    assert torch.equal(found[1], expected[1])
+
+
+@every_backend
 def test_a_buffer_whose_rows_lie_on_one_another_is_refused(backend: Backend) -> None:
     p, whole = PROBLEM, torch.ones(1, PROBLEM.width)
     values, dy = torch.ones(p.indices.shape), torch.ones(p.rows, p.width)
@@ -261,6 +282,13 @@ def test_scores_with_any_strides_give_the_same_entries(layout: str, backend: Bac
         for selection, of in (("topk", 4), ("batch_topk", 4), ("above", x.new_ones(shape[1]))):
             expected = getattr(DEFINITION, selection)(x, of)
             assert all(map(same_bits, getattr(backend.rows, selection)(view, of), expected))
+
+
+def _freed_slice() -> Tensor:
+    whole = torch.ones(2, 12)
+    scores = whole[:, :6]
+    whole.untyped_storage().resize_(0)
+    return scores
 
 
 def _misfits() -> dict[str, Callable[[RowProducts], object]]:
@@ -313,6 +341,8 @@ def _misfits() -> dict[str, Callable[[RowProducts], object]]:
         "sparse scores": lambda r: r.topk(x.to_sparse(), 2),
         "freed values": lambda r: r.matmul(crow, indices, freed(values), weight),
         "a freed weight, transposed": lambda r: r.matmul(crow, indices, values, freed(torch.ones(4, 2).t())),
+        "a freed slice of scores": lambda r: r.above(_freed_slice(), None),
+        "a freed slice of a batch's scores": lambda r: r.batch_topk(_freed_slice(), 2),
         "freed indices": lambda r: r.counts(freed(indices), 2),
         "bias of doubles": lambda r: r.encode_topk(x, torch.ones(9, 6), torch.ones(9).double(), 2),
     }

@@ -50,12 +50,21 @@ def are_indices(crow_indices: Tensor, col_indices: Tensor) -> bool:
 def refuse_freed(**given: Tensor | None) -> None:
     """Raises `KernelError` for tensors without the memory that they had."""
     for name, tensor in given.items():
-        if tensor is None or not tensor.is_cpu or tensor.layout is not torch.strided:
+        if tensor is None or not tensor.is_cpu or tensor.layout is not torch.strided or not _has_storage(tensor):
             continue
         if tensor.numel() and tensor.data_ptr() == 0:
             raise KernelError(
                 f"expected a tensor with memory behind it, got {name} {tuple(tensor.shape)} whose storage was freed"
             )
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    """Not what a transform that is over has left behind, for example."""
+    try:
+        tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def refuse(**given: Tensor | None) -> NoReturn:
@@ -74,15 +83,19 @@ def refuse(**given: Tensor | None) -> NoReturn:
 
 
 def copied_or_refused(
-    product: Callable[..., bool], operands: Sequence[Any], named: Mapping[str, Tensor | None]
+    product: Callable[..., bool],
+    operands: Sequence[Any],
+    named: Mapping[str, Tensor | None],
+    least_dims: int = 2,
 ) -> None:
     """Compute a native product that has refused its `operands` after all, with copies of activations that need one.
 
-    Those are the ones of which no stride is 1, as what `expand` makes. Raises `KernelError` for what else does not fit,
-    with what is `named`.
+    Those are the ones of which no stride is 1, as what `expand` makes. Vectors, which have `least_dims` 1, are not
+    copied for layers: it would be done anew in each call. Raises `KernelError` for what else does not fit, with what is
+    `named`.
     """
     refuse_freed(**named)  # before a copy reads it
-    if not product(*contiguous(operands, named.values(), least_dims=2)):
+    if not product(*contiguous(operands, named.values(), least_dims)):
         refuse(**named)
 
 
@@ -97,9 +110,12 @@ def not_expanded(gradient: Tensor) -> Tensor:
     return gradient.contiguous()
 
 
-def contiguous(operands: Sequence[Any], inputs: Iterable[Tensor | None], least_dims: int) -> list[Any]:
-    """`operands`, with copies of those `inputs` among them that lie in memory otherwise."""
+def contiguous(
+    operands: Sequence[Any], inputs: Iterable[Tensor | None], least_dims: int, results: Iterable[Tensor] = ()
+) -> list[Any]:
+    """`operands`, with copies of those `inputs` among them that lie in memory otherwise, and are no `results`."""
     copied = {id(one) for one in inputs if one is not None and one.layout is torch.strided and one.dim() >= least_dims}
+    copied -= set(map(id, results))
     return [one.contiguous() if id(one) in copied else one for one in operands]
 
 

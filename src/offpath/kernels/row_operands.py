@@ -26,7 +26,7 @@ def copied_or_refused_rows(
     caller was given them.
     """
     refuse_freed(crow_indices=crow_indices, indices=indices, **named)
-    if product(*contiguous(operands, (crow_indices, indices, *named.values()), least_dims=1)):
+    if product(*contiguous(operands, (crow_indices, indices, *named.values()), 1, results.values())):
         return
     if not are_indices(crow_indices.contiguous(), indices.contiguous()):
         refuse(crow_indices=crow_indices, indices=indices)

@@ -44,7 +44,7 @@ class Prepared:
 
     @cached_property
     def dvalues(self) -> Any:
-        return _MAKE_TILES[self.dtype](self._isa, self.sizes, *self._indices, torch.get_num_threads())
+        return self._made(_MAKE_TILES[self.dtype](self._isa, self.sizes, *self._indices, torch.get_num_threads()))
 
     @property
     def bytes(self) -> int:
@@ -53,7 +53,12 @@ class Prepared:
 
     def _plan(self, input_gradient: bool) -> Any:
         operands = self._isa, self.sizes, input_gradient, *self._indices
-        return _MAKE_PLAN[self.dtype](*operands, torch.get_num_threads())
+        return self._made(_MAKE_PLAN[self.dtype](*operands, torch.get_num_threads()))
+
+    def _made(self, plan: Any) -> Any:
+        if plan is None:
+            refuse(crow_indices=self._indices[0], col_indices=self._indices[1])
+        return plan
 
 
 class ConvolutionVariant:

@@ -1,4 +1,4 @@
-"""The products with int8 values of one instruction set: operands checked, the native function called."""
+"""The products with int8 values of one instruction set: memory for results taken, the native function called."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offpath.kernels import _native
 from offpath.kernels.backend import KernelError
-from offpath.kernels.operands import copied_or_refused, in_own_dtype, not_expanded, refuse, wide
+from offpath.kernels.operands import copied_or_refused, in_own_dtype, not_expanded, refuse, refuse_freed, wide
 from offpath.kernels.outputs import output
 from offpath.kernels.reference_rows import check_k
 from offpath.kernels.row_operands import copied_or_refused_rows
@@ -47,7 +47,7 @@ class RowVariant:
         operands = self._index, crow_indices, indices, values, weight, y, torch.get_num_threads()
         if not _native.rows_matmul(*operands):
             named = {"values": values, "weight": weight}
-            copied_or_refused_rows(_native.rows_matmul, operands, crow_indices, indices, weight.shape[0], named)
+            copied_or_refused_rows(_native.rows_matmul, operands, crow_indices, indices, _count(weight), named)
         return y
 
     def dots(self, crow_indices: Tensor, indices: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class RowVariant:
         operands = self._index, crow_indices, indices, dy, weight, dots, torch.get_num_threads()
         if not _native.rows_dots(*operands):
             named = {"dy": dy, "weight": weight}
-            copied_or_refused_rows(_native.rows_dots, operands, crow_indices, indices, weight.shape[0], named)
+            copied_or_refused_rows(_native.rows_dots, operands, crow_indices, indices, _count(weight), named)
         return dots
 
     def weight_gradient(
@@ -68,9 +68,10 @@ class RowVariant:
     def add_weight_gradient(
         self, crow_indices: Tensor, indices: Tensor, values: Tensor, dy: Tensor, buffer: Tensor
     ) -> None:
-        if buffer.dim() != 2:
+        if buffer.dim() != 2 or buffer.layout is not torch.strided:
             refuse(buffer=buffer, dy=dy)
         has_rows = buffer.stride(1) == 1 and buffer.stride(0) >= buffer.shape[1]  # which do not overlap
+        refuse_freed(buffer=buffer)
         rows = buffer if has_rows else buffer.contiguous()
         self._weight_gradient(crow_indices, indices, values, dy, rows, True)
         if rows is not buffer:
@@ -122,6 +123,7 @@ class RowVariant:
         crow_indices, threads = x.new_empty(x.shape[0] + 1, dtype=torch.int32), torch.get_num_threads()
         nnz = _native.count_above(self._index, x, threshold, crow_indices, threads)
         if nnz < 0:
+            refuse_freed(x=x, threshold=threshold)
             x, threshold = x.contiguous(), None if threshold is None else threshold.contiguous()
             nnz = _native.count_above(self._index, x, threshold, crow_indices, threads)
             if nnz < 0:
@@ -138,7 +140,8 @@ class RowVariant:
         values, indices = x.new_empty(*x.shape[:-1], k), x.new_empty(*x.shape[:-1], k, dtype=torch.int32)
         operands = self._index, x, weight, bias, k, values, indices, torch.get_num_threads()
         if not _native.encode_topk(*operands):
-            copied_or_refused(_native.encode_topk, operands, {"x": x, "weight": weight, "bias": bias})
+            named = {"x": x, "weight": weight, "bias": bias}
+            copied_or_refused(_native.encode_topk, operands, named, least_dims=1)
         return values, indices
 
 
@@ -162,8 +165,12 @@ def dense_dots(crow_indices: Tensor, indices: Tensor, dy: Tensor, weight: Tensor
     operands = crow_indices, indices, products, dots, torch.get_num_threads()
     if not _native.rows_picked(*operands):
         named = {"dy": dy, "weight": weight}
-        copied_or_refused_rows(_native.rows_picked, operands, crow_indices, indices, weight.shape[0], named)
+        copied_or_refused_rows(_native.rows_picked, operands, crow_indices, indices, _count(weight), named)
     return dots
+
+
+def _count(weight: Tensor) -> int:
+    return weight.shape[0] if weight.dim() else 0
 
 
 def _columns(x: Tensor) -> int:
