@@ -11,6 +11,8 @@ struct Ways {
     const ProductPlan *transpose;
     const Tiles *tiles;
     const BitMatrix *bits; // may be null where nothing goes over it
+
+    bool fits(const Layout &layout) const { return !transpose || transpose->fits(layout); }
 };
 
 // dx [batch, columns] ([columns, batch] where feature_major), dvalues and dbias. dy is packed once, and the threads

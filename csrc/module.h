@@ -13,11 +13,12 @@ namespace offpath {
 // The kernels for T in the variant `isa`, counted as one call of it.
 template <class T> const Kernels<T> &use_kernels(int64_t isa) { return kernels_of<T>(use_table(isa)); }
 
-// The same for products over a plan.
-template <class T, class AnyPlan> const Kernels<T> &use_kernels(int64_t isa, const AnyPlan &plan) {
+// The same for what was made of a pattern; a plan has to be made for these kernels.
+template <class T, class Made> const Kernels<T> &use_kernels(int64_t isa, const Made &made) {
     const Kernels<T> &kernels = use_kernels<T>(isa);
-    if (!plan.fits(kernels.layout))
-        throw std::invalid_argument("the plan was made for another dtype or ISA");
+    if constexpr (requires { made.fits(kernels.layout); })
+        if (!made.fits(kernels.layout))
+            throw std::invalid_argument("the plan was made for another dtype or ISA");
     return kernels;
 }
 

@@ -8,48 +8,44 @@ using namespace offpath;
 
 namespace {
 
-// y = product(weight, bias, x, batch, y) for what was made of a pattern with this many connections.
+// y = product(kernels, weight, bias, x, batch, y) for what was made of a pattern with this many connections.
 template <class Made, class Product>
-bool int8_spmm(const Made &made, int64_t nnz, const Operand &values, const Operand &scales, const Operand &x,
-               const Operand &bias, const Operand &y, const Product &product) {
+bool int8_spmm(int64_t isa, const Made &made, int64_t nnz, const Operand &values, const Operand &scales,
+               const Operand &x, const Operand &bias, const Operand &y, const Product &product) {
     return by_dtype(x, [&]<class T>() {
         const auto in = x.matrix<T>(made.columns);
         if (!(values.is_vector<int8_t>(nnz) && scales.is_vector<float>(made.rows) &&
               bias.is_vector_or_none<T>(made.rows) && in && y.has_room<T>(made.rows * in->batch)))
             return false;
         const Int8Values weight{values.data<const int8_t>(), scales.data<const float>()};
-        product(weight, bias.data<const T>(), in->matrix, in->batch, y.data<T>());
+        const Kernels<T> &kernels = use_kernels<T>(isa, made);
+        nb::gil_scoped_release release;
+        product(kernels, weight, bias.data<const T>(), in->matrix, in->batch, y.data<T>());
         return true;
     });
 }
 
 bool call_bitmap_int8_spmm(int64_t isa, const BitMatrix &bits, const Operand &values, const Operand &scales,
                            const Operand &x, const Operand &bias, const Operand &y, int threads) {
-    return int8_spmm(bits, bits.nnz(), values, scales, x, bias, y,
-                     [&]<class T>(const Int8Values &weight, const T *bias, const Matrix<T> &x, int64_t batch, T *y) {
-                         const Kernels<T> &kernels = use_kernels<T>(isa);
-                         nb::gil_scoped_release release;
-                         bitmap_int8_spmm<T>(kernels, bits, weight, bias, x, batch, y, threads);
+    return int8_spmm(isa, bits, bits.nnz(), values, scales, x, bias, y,
+                     [&](auto &kernels, auto &weight, auto *bias, auto &x, int64_t batch, auto *y) {
+                         bitmap_int8_spmm(kernels, bits, weight, bias, x, batch, y, threads);
                      });
 }
 
 bool call_int8_dots(int64_t isa, const BitMatrix &bits, const Operand &values, const Operand &scales, const Operand &x,
                     const Operand &bias, const Operand &y, int threads) {
-    return int8_spmm(bits, bits.nnz(), values, scales, x, bias, y,
-                     [&]<class T>(const Int8Values &weight, const T *bias, const Matrix<T> &x, int64_t batch, T *y) {
-                         const Kernels<T> &kernels = use_kernels<T>(isa);
-                         nb::gil_scoped_release release;
-                         int8_dots<T>(kernels, bits, weight, bias, x, batch, y, threads);
+    return int8_spmm(isa, bits, bits.nnz(), values, scales, x, bias, y,
+                     [&](auto &kernels, auto &weight, auto *bias, auto &x, int64_t batch, auto *y) {
+                         int8_dots(kernels, bits, weight, bias, x, batch, y, threads);
                      });
 }
 
 bool call_planned_int8_spmm(int64_t isa, const ProductPlan &plan, const Operand &values, const Operand &scales,
                             const Operand &x, const Operand &bias, const Operand &y, int threads) {
-    return int8_spmm(plan, plan.nnz, values, scales, x, bias, y,
-                     [&]<class T>(const Int8Values &weight, const T *bias, const Matrix<T> &x, int64_t batch, T *y) {
-                         const Kernels<T> &kernels = use_kernels<T>(isa, plan);
-                         nb::gil_scoped_release release;
-                         planned_int8_spmm<T>(kernels, plan, weight, bias, x, batch, y, threads);
+    return int8_spmm(isa, plan, plan.nnz, values, scales, x, bias, y,
+                     [&](auto &kernels, auto &weight, auto *bias, auto &x, int64_t batch, auto *y) {
+                         planned_int8_spmm(kernels, plan, weight, bias, x, batch, y, threads);
                      });
 }
 

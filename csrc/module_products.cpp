@@ -42,121 +42,111 @@ bool call_sddmm(int64_t isa, const Operand &crow_indices, const Operand &col_ind
     });
 }
 
-// y = product(values, bias, x, batch, y) for what was made of a pattern with this many connections.
+// y = product(kernels, values, bias, x, batch, y) for what was made of a pattern with this many connections.
 template <class Made, class Product>
-bool prepared_spmm(const Made &made, int64_t nnz, const Operand &values, const Operand &x, const Operand &bias,
-                   const Operand &y, const Product &product) {
+bool prepared_spmm(int64_t isa, const Made &made, int64_t nnz, const Operand &values, const Operand &x,
+                   const Operand &bias, const Operand &y, const Product &product) {
     return by_dtype(values, [&]<class T>() {
         const auto in = x.tokens<T>(made.columns);
         if (!(values.is_vector<T>(nnz) && bias.is_vector_or_none<T>(made.rows) && in &&
               y.has_room<T>(made.rows * in->batch)))
             return false;
-        product(values.data<const T>(), bias.data<const T>(), in->matrix, in->batch, y.data<T>());
+        const Kernels<T> &kernels = use_kernels<T>(isa, made);
+        nb::gil_scoped_release release;
+        product(kernels, values.data<const T>(), bias.data<const T>(), in->matrix, in->batch, y.data<T>());
         return true;
     });
 }
 
 bool call_planned_spmm(int64_t isa, const ProductPlan &plan, const Operand &values, const Operand &x,
                        const Operand &bias, const Operand &y, bool feature_major, int threads) {
-    return prepared_spmm(plan, plan.nnz, values, x, bias, y,
-                         [&]<class T>(const T *values, const T *bias, const Matrix<T> &x, int64_t batch, T *y) {
-                             const Kernels<T> &kernels = use_kernels<T>(isa, plan);
-                             nb::gil_scoped_release release;
-                             planned_spmm<T>(kernels, plan, values, bias, x, batch, y, feature_major, threads);
+    return prepared_spmm(isa, plan, plan.nnz, values, x, bias, y,
+                         [&](auto &kernels, auto *values, auto *bias, auto &x, int64_t batch, auto *y) {
+                             planned_spmm(kernels, plan, values, bias, x, batch, y, feature_major, threads);
                          });
 }
 
 bool call_filled_spmm(int64_t isa, const BitMatrix &bits, const Operand &values, const Operand &x, const Operand &bias,
                       const Operand &y, bool feature_major, int threads) {
-    return prepared_spmm(bits, bits.nnz(), values, x, bias, y,
-                         [&]<class T>(const T *values, const T *bias, const Matrix<T> &x, int64_t batch, T *y) {
-                             const Kernels<T> &kernels = use_kernels<T>(isa);
-                             nb::gil_scoped_release release;
-                             filled_spmm<T>(kernels, bits, values, bias, x, batch, y, feature_major, threads);
+    return prepared_spmm(isa, bits, bits.nnz(), values, x, bias, y,
+                         [&](auto &kernels, auto *values, auto *bias, auto &x, int64_t batch, auto *y) {
+                             filled_spmm(kernels, bits, values, bias, x, batch, y, feature_major, threads);
                          });
 }
 
 bool call_bitmap_spmm(int64_t isa, const BitMatrix &bits, const Operand &values, const Operand &x, const Operand &bias,
                       const Operand &y, int threads) {
-    return prepared_spmm(bits, bits.nnz(), values, x, bias, y,
-                         [&]<class T>(const T *values, const T *bias, const Matrix<T> &x, int64_t batch, T *y) {
-                             const Kernels<T> &kernels = use_kernels<T>(isa);
-                             nb::gil_scoped_release release;
-                             bitmap_spmm<T>(kernels, bits, values, bias, x, batch, y, threads);
+    return prepared_spmm(isa, bits, bits.nnz(), values, x, bias, y,
+                         [&](auto &kernels, auto *values, auto *bias, auto &x, int64_t batch, auto *y) {
+                             bitmap_spmm(kernels, bits, values, bias, x, batch, y, threads);
                          });
 }
 
-// dx = product(values, dy, batch, dx) for the bits of a weight.
+// dx = product(kernels, values, dy, batch, dx) for the bits of a weight.
 template <class Product>
-bool dx_over_bits(const BitMatrix &bits, const Operand &values, const Operand &dy, const Operand &dx,
+bool dx_over_bits(int64_t isa, const BitMatrix &bits, const Operand &values, const Operand &dy, const Operand &dx,
                   const Product &product) {
     return by_dtype(values, [&]<class T>() {
         const auto out = dy.matrix<T>(bits.rows);
         if (!(values.is_vector<T>(bits.nnz()) && out && dx.has_room<T>(bits.columns * out->batch)))
             return false;
-        product(values.data<const T>(), out->matrix, out->batch, dx.data<T>());
+        const Kernels<T> &kernels = use_kernels<T>(isa, bits);
+        nb::gil_scoped_release release;
+        product(kernels, values.data<const T>(), out->matrix, out->batch, dx.data<T>());
         return true;
     });
 }
 
 bool call_bitmap_dx(int64_t isa, const BitMatrix &bits, const Operand &values, const Operand &dy, const Operand &dx,
                     int threads) {
-    return dx_over_bits(bits, values, dy, dx, [&]<class T>(const T *values, const Matrix<T> &dy, int64_t batch, T *dx) {
-        const Kernels<T> &kernels = use_kernels<T>(isa);
-        nb::gil_scoped_release release;
-        bitmap_dx<T>(kernels, bits, values, dy, batch, dx, threads);
+    return dx_over_bits(isa, bits, values, dy, dx, [&](auto &kernels, auto *values, auto &dy, int64_t batch, auto *dx) {
+        bitmap_dx(kernels, bits, values, dy, batch, dx, threads);
     });
 }
 
 bool call_filled_dx(int64_t isa, const BitMatrix &bits, const Operand &values, const Operand &dy, const Operand &dx,
                     int threads) {
-    return dx_over_bits(bits, values, dy, dx, [&]<class T>(const T *values, const Matrix<T> &dy, int64_t batch, T *dx) {
-        const Kernels<T> &kernels = use_kernels<T>(isa);
-        nb::gil_scoped_release release;
-        filled_dx<T>(kernels, bits, values, dy, batch, dx, threads);
+    return dx_over_bits(isa, bits, values, dy, dx, [&](auto &kernels, auto *values, auto &dy, int64_t batch, auto *dx) {
+        filled_dx(kernels, bits, values, dy, batch, dx, threads);
     });
 }
 
-// dvalues = product(dy, x, batch, dvalues) for what was made of a pattern.
+// dvalues = product(kernels, dy, x, batch, dvalues) for what was made of a pattern.
 template <class Made, class Product>
-bool prepared_sddmm(const Made &made, const Operand &dy, const Operand &x, const Operand &dvalues,
+bool prepared_sddmm(int64_t isa, const Made &made, const Operand &dy, const Operand &x, const Operand &dvalues,
                     const Product &product) {
     return by_dtype(dvalues, [&]<class T>() {
         const auto out = dy.matrix<T>(made.rows), in = x.matrix<T>(made.columns);
         if (!(out && in && in->batch == out->batch && dvalues.has_room<T>(made.nnz())))
             return false;
-        product(out->matrix, in->matrix, in->batch, dvalues.data<T>());
+        const Kernels<T> &kernels = use_kernels<T>(isa, made);
+        nb::gil_scoped_release release;
+        product(kernels, out->matrix, in->matrix, in->batch, dvalues.data<T>());
         return true;
     });
 }
 
 bool call_tiled_sddmm(int64_t isa, const Tiles &tiles, const Operand &dy, const Operand &x, const Operand &dvalues,
                       int threads) {
-    return prepared_sddmm(tiles, dy, x, dvalues,
-                          [&]<class T>(const Matrix<T> &dy, const Matrix<T> &x, int64_t batch, T *dvalues) {
-                              const Kernels<T> &kernels = use_kernels<T>(isa);
-                              nb::gil_scoped_release release;
-                              tiled_sddmm<T>(kernels, tiles, dy, x, batch, dvalues, threads);
+    return prepared_sddmm(isa, tiles, dy, x, dvalues,
+                          [&](auto &kernels, auto &dy, auto &x, int64_t batch, auto *dvalues) {
+                              tiled_sddmm(kernels, tiles, dy, x, batch, dvalues, threads);
                           });
 }
 
 bool call_bitmap_dvalues(int64_t isa, const BitMatrix &bits, const Operand &dy, const Operand &x,
                          const Operand &dvalues, int threads) {
-    return prepared_sddmm(bits, dy, x, dvalues,
-                          [&]<class T>(const Matrix<T> &dy, const Matrix<T> &x, int64_t batch, T *dvalues) {
-                              const Kernels<T> &kernels = use_kernels<T>(isa);
-                              nb::gil_scoped_release release;
-                              bitmap_dvalues<T>(kernels, bits, dy, x, batch, dvalues, threads);
+    return prepared_sddmm(isa, bits, dy, x, dvalues,
+                          [&](auto &kernels, auto &dy, auto &x, int64_t batch, auto *dvalues) {
+                              bitmap_dvalues(kernels, bits, dy, x, batch, dvalues, threads);
                           });
 }
 
 bool call_filled_dvalues(int64_t isa, const BitMatrix &bits, const Operand &dy, const Operand &x,
                          const Operand &dvalues, int threads) {
-    return prepared_sddmm(bits, dy, x, dvalues,
-                          [&]<class T>(const Matrix<T> &dy, const Matrix<T> &x, int64_t batch, T *dvalues) {
-                              const Kernels<T> &kernels = use_kernels<T>(isa);
-                              nb::gil_scoped_release release;
-                              filled_dvalues<T>(kernels, bits, dy, x, batch, dvalues, threads);
+    return prepared_sddmm(isa, bits, dy, x, dvalues,
+                          [&](auto &kernels, auto &dy, auto &x, int64_t batch, auto *dvalues) {
+                              filled_dvalues(kernels, bits, dy, x, batch, dvalues, threads);
                           });
 }
 
@@ -168,16 +158,19 @@ struct Sizes {
 
 template <class Made> Sizes sizes_of(const Made &made) { return {made.rows, made.columns, made.nnz()}; }
 
-// All gradients = product(values, dy, x, batch, dx, dvalues, dbias) for a weight of these sizes.
-template <class Product>
-bool all_gradients(const Sizes &of, const Operand &values, const Operand &dy, const Operand &x, const Operand &dx,
-                   const Operand &dvalues, const Operand &dbias, const Product &product) {
+// All gradients = product(kernels, values, dy, x, batch, dx, dvalues, dbias) for a weight of these sizes.
+template <class Made, class Product>
+bool all_gradients(int64_t isa, const Made &made, const Sizes &of, const Operand &values, const Operand &dy,
+                   const Operand &x, const Operand &dx, const Operand &dvalues, const Operand &dbias,
+                   const Product &product) {
     return by_dtype(values, [&]<class T>() {
         const auto out = dy.matrix<T>(of.rows), in = x.matrix<T>(of.columns);
         if (!(values.is_vector<T>(of.nnz) && out && in && in->batch == out->batch &&
               dx.has_room<T>(of.columns * in->batch) && dvalues.has_room<T>(of.nnz) && dbias.has_room<T>(of.rows)))
             return false;
-        product(values.data<const T>(), out->matrix, in->matrix, in->batch, dx.data<T>(), dvalues.data<T>(),
+        const Kernels<T> &kernels = use_kernels<T>(isa, made);
+        nb::gil_scoped_release release;
+        product(kernels, values.data<const T>(), out->matrix, in->matrix, in->batch, dx.data<T>(), dvalues.data<T>(),
                 dbias.data<T>());
         return true;
     });
@@ -193,26 +186,23 @@ bool call_backward(int64_t isa, const ProductPlan *transpose, const Tiles *tiles
     if ((transpose && Sizes{transpose->columns, transpose->rows, transpose->nnz} != of) ||
         (bits && sizes_of(*bits) != of))
         return false;
-    const auto product = [&]<class T>(const T *values, const Matrix<T> &dy, const Matrix<T> &x, int64_t batch, T *dx,
-                                      T *dvalues, T *dbias) {
-        const Kernels<T> &kernels = transpose ? use_kernels<T>(isa, *transpose) : use_kernels<T>(isa);
-        nb::gil_scoped_release release;
-        backward<T>(kernels, {transpose, tiles, bits}, of.rows, of.columns, of.nnz, values, dy, x, batch, dx,
-                    feature_major, dvalues, dbias, threads);
-    };
-    return all_gradients(of, values, dy, x, dx, dvalues, dbias, product);
+    const Ways ways = {transpose, tiles, bits};
+    return all_gradients(
+        isa, ways, of, values, dy, x, dx, dvalues, dbias,
+        [&](auto &kernels, auto *values, auto &dy, auto &x, int64_t batch, auto *dx, auto *dvalues, auto *dbias) {
+            backward(kernels, ways, of.rows, of.columns, of.nnz, values, dy, x, batch, dx, feature_major, dvalues,
+                     dbias, threads);
+        });
 }
 
 bool call_bitmap_backward(int64_t isa, const BitMatrix &bits, const Operand &values, const Operand &dy,
                           const Operand &x, bool fills_dx, bool fills_dvalues, const Operand &dx,
                           const Operand &dvalues, const Operand &dbias, int threads) {
-    const auto product = [&]<class T>(const T *values, const Matrix<T> &dy, const Matrix<T> &x, int64_t batch, T *dx,
-                                      T *dvalues, T *dbias) {
-        const Kernels<T> &kernels = use_kernels<T>(isa);
-        nb::gil_scoped_release release;
-        bitmap_backward<T>(kernels, bits, values, dy, x, batch, fills_dx, fills_dvalues, dx, dvalues, dbias, threads);
-    };
-    return all_gradients(sizes_of(bits), values, dy, x, dx, dvalues, dbias, product);
+    return all_gradients(
+        isa, bits, sizes_of(bits), values, dy, x, dx, dvalues, dbias,
+        [&](auto &kernels, auto *values, auto &dy, auto &x, int64_t batch, auto *dx, auto *dvalues, auto *dbias) {
+            bitmap_backward(kernels, bits, values, dy, x, batch, fills_dx, fills_dvalues, dx, dvalues, dbias, threads);
+        });
 }
 
 bool call_expand(int64_t isa, const BitMatrix &bits, const Operand &values, const Operand &dense, int threads) {

@@ -12,10 +12,11 @@ using namespace offpath;
 
 namespace {
 
-// Rows, if a kernel may follow them in so many columns.
-std::optional<Csr> rows_of(const Operand &crow_indices, const Operand &indices, int64_t columns) {
+// So many rows, if a kernel may follow them in so many columns.
+std::optional<Csr> rows_of(const Operand &crow_indices, const Operand &indices, int64_t count, int64_t columns) {
     const auto found = csr_of(crow_indices, indices);
-    return found && rows_fit(*found, indices.length(), columns) ? found : std::nullopt;
+    const bool fits = found && found->rows == count && rows_fit(*found, indices.length(), columns);
+    return fits ? found : std::nullopt;
 }
 
 bool call_count_indices(const Operand &indices, const Operand &counts) {
@@ -35,13 +36,14 @@ bool call_rows_matmul(int64_t isa, const Operand &crow_indices, const Operand &i
         const auto of_weight = weight.rows<const T>();
         if (!(of_weight && values.is_vector<T>(indices.length())))
             return false;
-        const auto rows = rows_of(crow_indices, indices, of_weight->count);
-        if (!(rows && y.has_room<T>(rows->rows * of_weight->width)))
+        const auto out = y.rows<T>();
+        const auto rows = out ? rows_of(crow_indices, indices, out->count, of_weight->count) : std::nullopt;
+        if (!(rows && out->width == of_weight->width))
             return false;
         const Kernels<T> &kernels = use_kernels<T>(isa);
         nb::gil_scoped_release release;
-        rows_matmul<T>(kernels, *rows, values.data<const T>(), of_weight->rows, of_weight->width,
-                       {y.data<T>(), of_weight->width}, false, threads);
+        rows_matmul<T>(kernels, *rows, values.data<const T>(), of_weight->rows, of_weight->width, out->rows, false,
+                       threads);
         return true;
     });
 }
@@ -52,8 +54,8 @@ bool call_rows_dots(int64_t isa, const Operand &crow_indices, const Operand &ind
         const auto of_y = dy.rows<const T>(), of_weight = weight.rows<const T>();
         if (!(of_y && of_weight && of_y->width == of_weight->width && dots.has_room<T>(indices.length())))
             return false;
-        const auto rows = rows_of(crow_indices, indices, of_weight->count);
-        if (!(rows && rows->rows == of_y->count))
+        const auto rows = rows_of(crow_indices, indices, of_y->count, of_weight->count);
+        if (!rows)
             return false;
         const Kernels<T> &kernels = use_kernels<T>(isa);
         nb::gil_scoped_release release;
@@ -69,8 +71,8 @@ bool call_rows_weight_gradient(int64_t isa, const Operand &crow_indices, const O
         const auto out = gradient.rows<T>();
         if (!(of_y && out && of_y->width == out->width && values.is_vector<T>(indices.length())))
             return false;
-        const auto rows = rows_of(crow_indices, indices, out->count);
-        if (!(rows && rows->rows == of_y->count))
+        const auto rows = rows_of(crow_indices, indices, of_y->count, out->count);
+        if (!rows)
             return false;
         const Kernels<T> &kernels = use_kernels<T>(isa);
         nb::gil_scoped_release release;
@@ -86,8 +88,8 @@ bool call_rows_written_out(const Operand &crow_indices, const Operand &indices, 
         const auto out = dense.matrix<T>();
         if (!(out && dense.has_room<T>(out->batch * out->features) && values.is_vector<T>(indices.length())))
             return false;
-        const auto rows = rows_of(crow_indices, indices, out->features);
-        if (!(rows && rows->rows == out->batch))
+        const auto rows = rows_of(crow_indices, indices, out->batch, out->features);
+        if (!rows)
             return false;
         nb::gil_scoped_release release;
         rows_written_out<T>(*rows, values.data<const T>(), out->features, dense.data<T>(), threads);
@@ -101,8 +103,8 @@ bool call_rows_picked(const Operand &crow_indices, const Operand &indices, const
         const auto in = dense.matrix<T>();
         if (!(in && dense.has_room<T>(in->batch * in->features) && picked.has_room<T>(indices.length())))
             return false;
-        const auto rows = rows_of(crow_indices, indices, in->features);
-        if (!(rows && rows->rows == in->batch))
+        const auto rows = rows_of(crow_indices, indices, in->batch, in->features);
+        if (!rows)
             return false;
         nb::gil_scoped_release release;
         rows_picked<T>(*rows, dense.data<const T>(), in->features, picked.data<T>(), threads);
@@ -119,8 +121,8 @@ bool call_sparse_matmul(int64_t isa, const Operand &crow_indices, const Operand 
         if (!(weight && w_values.is_vector<T>(w_indices.length()) && values.is_vector<T>(indices.length()) && out &&
               y.has_room<T>(out->batch * out->features)))
             return false;
-        const auto rows = rows_of(crow_indices, indices, weight->rows);
-        if (!(rows && rows->rows == out->batch))
+        const auto rows = rows_of(crow_indices, indices, out->batch, weight->rows);
+        if (!rows)
             return false;
         const Kernels<T> &kernels = use_kernels<T>(isa);
         nb::gil_scoped_release release;
@@ -138,8 +140,8 @@ bool call_sparse_dots(int64_t isa, const Operand &crow_indices, const Operand &i
         const auto of_y = dy.rows<const T>();
         if (!(weight && w_values.is_vector<T>(w_indices.length()) && of_y && dots.has_room<T>(indices.length())))
             return false;
-        const auto rows = rows_of(crow_indices, indices, weight->rows);
-        if (!(rows && rows->rows == of_y->count))
+        const auto rows = rows_of(crow_indices, indices, of_y->count, weight->rows);
+        if (!rows)
             return false;
         const Kernels<T> &kernels = use_kernels<T>(isa);
         nb::gil_scoped_release release;
@@ -157,8 +159,8 @@ bool call_sparse_weight_gradient(int64_t isa, const Operand &crow_indices, const
         const auto of_y = dy.rows<const T>();
         if (!(weight && values.is_vector<T>(indices.length()) && of_y && gradient.has_room<T>(w_indices.length())))
             return false;
-        const auto rows = rows_of(crow_indices, indices, weight->rows);
-        if (!(rows && rows->rows == of_y->count))
+        const auto rows = rows_of(crow_indices, indices, of_y->count, weight->rows);
+        if (!rows)
             return false;
         const Kernels<T> &kernels = use_kernels<T>(isa);
         nb::gil_scoped_release release;
