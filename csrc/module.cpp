@@ -23,7 +23,7 @@ using namespace offpath;
 
 namespace {
 
-// These three are None for operands that do not fit.
+// What is made is None for operands that do not fit.
 template <class T>
 std::unique_ptr<ProductPlan> make_plan(int64_t isa, const Operand &crow_indices, const Operand &col_indices,
                                        int64_t columns, const Operand &permutation, int threads) {

@@ -12,11 +12,16 @@ using namespace offpath;
 
 namespace {
 
-// So many rows, if a kernel may follow them in so many columns.
-std::optional<Csr> rows_of(const Operand &crow_indices, const Operand &indices, int64_t count, int64_t columns) {
-    const auto found = csr_of(crow_indices, indices);
-    const bool fits = found && found->rows == count && rows_fit(*found, indices.length(), columns);
-    return fits ? found : std::nullopt;
+// product(rows), if these are so many rows that a kernel may follow in so many columns. The interpreter is let go.
+template <class Product>
+bool over_rows(const Operand &crow_indices, const Operand &indices, int64_t count, int64_t columns,
+               const Product &product) {
+    const auto rows = csr_of(crow_indices, indices);
+    if (!(rows && rows->rows == count && rows_fit(*rows, indices.length(), columns)))
+        return false;
+    nb::gil_scoped_release release;
+    product(*rows);
+    return true;
 }
 
 bool call_count_indices(const Operand &indices, const Operand &counts) {
@@ -34,17 +39,13 @@ bool call_rows_matmul(int64_t isa, const Operand &crow_indices, const Operand &i
                       const Operand &weight, const Operand &y, int threads) {
     return by_dtype(values, [&]<class T>() {
         const auto of_weight = weight.rows<const T>();
-        if (!(of_weight && values.is_vector<T>(indices.length())))
-            return false;
         const auto out = y.rows<T>();
-        const auto rows = out ? rows_of(crow_indices, indices, out->count, of_weight->count) : std::nullopt;
-        if (!(rows && out->width == of_weight->width))
+        if (!(of_weight && out && out->width == of_weight->width && values.is_vector<T>(indices.length())))
             return false;
-        const Kernels<T> &kernels = use_kernels<T>(isa);
-        nb::gil_scoped_release release;
-        rows_matmul<T>(kernels, *rows, values.data<const T>(), of_weight->rows, of_weight->width, out->rows, false,
-                       threads);
-        return true;
+        return over_rows(crow_indices, indices, out->count, of_weight->count, [&](const Csr &rows) {
+            rows_matmul<T>(use_kernels<T>(isa), rows, values.data<const T>(), of_weight->rows, of_weight->width,
+                           out->rows, false, threads);
+        });
     });
 }
 
@@ -54,13 +55,9 @@ bool call_rows_dots(int64_t isa, const Operand &crow_indices, const Operand &ind
         const auto of_y = dy.rows<const T>(), of_weight = weight.rows<const T>();
         if (!(of_y && of_weight && of_y->width == of_weight->width && dots.has_room<T>(indices.length())))
             return false;
-        const auto rows = rows_of(crow_indices, indices, of_y->count, of_weight->count);
-        if (!rows)
-            return false;
-        const Kernels<T> &kernels = use_kernels<T>(isa);
-        nb::gil_scoped_release release;
-        rows_dots<T>(kernels, *rows, of_y->rows, of_weight->rows, of_y->width, dots.data<T>(), threads);
-        return true;
+        return over_rows(crow_indices, indices, of_y->count, of_weight->count, [&](const Csr &rows) {
+            rows_dots<T>(use_kernels<T>(isa), rows, of_y->rows, of_weight->rows, of_y->width, dots.data<T>(), threads);
+        });
     });
 }
 
@@ -71,14 +68,10 @@ bool call_rows_weight_gradient(int64_t isa, const Operand &crow_indices, const O
         const auto out = gradient.rows<T>();
         if (!(of_y && out && of_y->width == out->width && values.is_vector<T>(indices.length())))
             return false;
-        const auto rows = rows_of(crow_indices, indices, of_y->count, out->count);
-        if (!rows)
-            return false;
-        const Kernels<T> &kernels = use_kernels<T>(isa);
-        nb::gil_scoped_release release;
-        rows_weight_gradient<T>(kernels, *rows, values.data<const T>(), of_y->rows, out->count, out->width, out->rows,
-                                add, threads);
-        return true;
+        return over_rows(crow_indices, indices, of_y->count, out->count, [&](const Csr &rows) {
+            rows_weight_gradient<T>(use_kernels<T>(isa), rows, values.data<const T>(), of_y->rows, out->count,
+                                    out->width, out->rows, add, threads);
+        });
     });
 }
 
@@ -88,12 +81,9 @@ bool call_rows_written_out(const Operand &crow_indices, const Operand &indices, 
         const auto out = dense.matrix<T>();
         if (!(out && dense.has_room<T>(out->batch * out->features) && values.is_vector<T>(indices.length())))
             return false;
-        const auto rows = rows_of(crow_indices, indices, out->batch, out->features);
-        if (!rows)
-            return false;
-        nb::gil_scoped_release release;
-        rows_written_out<T>(*rows, values.data<const T>(), out->features, dense.data<T>(), threads);
-        return true;
+        return over_rows(crow_indices, indices, out->batch, out->features, [&](const Csr &rows) {
+            rows_written_out<T>(rows, values.data<const T>(), out->features, dense.data<T>(), threads);
+        });
     });
 }
 
@@ -103,12 +93,9 @@ bool call_rows_picked(const Operand &crow_indices, const Operand &indices, const
         const auto in = dense.matrix<T>();
         if (!(in && dense.has_room<T>(in->batch * in->features) && picked.has_room<T>(indices.length())))
             return false;
-        const auto rows = rows_of(crow_indices, indices, in->batch, in->features);
-        if (!rows)
-            return false;
-        nb::gil_scoped_release release;
-        rows_picked<T>(*rows, dense.data<const T>(), in->features, picked.data<T>(), threads);
-        return true;
+        return over_rows(crow_indices, indices, in->batch, in->features, [&](const Csr &rows) {
+            rows_picked<T>(rows, dense.data<const T>(), in->features, picked.data<T>(), threads);
+        });
     });
 }
 
@@ -121,14 +108,10 @@ bool call_sparse_matmul(int64_t isa, const Operand &crow_indices, const Operand 
         if (!(weight && w_values.is_vector<T>(w_indices.length()) && values.is_vector<T>(indices.length()) && out &&
               y.has_room<T>(out->batch * out->features)))
             return false;
-        const auto rows = rows_of(crow_indices, indices, out->batch, weight->rows);
-        if (!rows)
-            return false;
-        const Kernels<T> &kernels = use_kernels<T>(isa);
-        nb::gil_scoped_release release;
-        sparse_matmul<T>(kernels, *rows, values.data<const T>(), {*weight, w_values.data<const T>()}, out->features,
-                         y.data<T>(), threads);
-        return true;
+        return over_rows(crow_indices, indices, out->batch, weight->rows, [&](const Csr &rows) {
+            sparse_matmul<T>(use_kernels<T>(isa), rows, values.data<const T>(), {*weight, w_values.data<const T>()},
+                             out->features, y.data<T>(), threads);
+        });
     });
 }
 
@@ -140,14 +123,10 @@ bool call_sparse_dots(int64_t isa, const Operand &crow_indices, const Operand &i
         const auto of_y = dy.rows<const T>();
         if (!(weight && w_values.is_vector<T>(w_indices.length()) && of_y && dots.has_room<T>(indices.length())))
             return false;
-        const auto rows = rows_of(crow_indices, indices, of_y->count, weight->rows);
-        if (!rows)
-            return false;
-        const Kernels<T> &kernels = use_kernels<T>(isa);
-        nb::gil_scoped_release release;
-        sparse_dots<T>(kernels, *rows, of_y->rows, {*weight, w_values.data<const T>()}, of_y->width, dots.data<T>(),
-                       threads);
-        return true;
+        return over_rows(crow_indices, indices, of_y->count, weight->rows, [&](const Csr &rows) {
+            sparse_dots<T>(use_kernels<T>(isa), rows, of_y->rows, {*weight, w_values.data<const T>()}, of_y->width,
+                           dots.data<T>(), threads);
+        });
     });
 }
 
@@ -159,14 +138,10 @@ bool call_sparse_weight_gradient(int64_t isa, const Operand &crow_indices, const
         const auto of_y = dy.rows<const T>();
         if (!(weight && values.is_vector<T>(indices.length()) && of_y && gradient.has_room<T>(w_indices.length())))
             return false;
-        const auto rows = rows_of(crow_indices, indices, of_y->count, weight->rows);
-        if (!rows)
-            return false;
-        const Kernels<T> &kernels = use_kernels<T>(isa);
-        nb::gil_scoped_release release;
-        sparse_weight_gradient<T>(kernels, *rows, values.data<const T>(), of_y->rows, *weight, of_y->width,
-                                  gradient.data<T>(), threads);
-        return true;
+        return over_rows(crow_indices, indices, of_y->count, weight->rows, [&](const Csr &rows) {
+            sparse_weight_gradient<T>(use_kernels<T>(isa), rows, values.data<const T>(), of_y->rows, *weight,
+                                      of_y->width, gradient.data<T>(), threads);
+        });
     });
 }
 

@@ -3,6 +3,8 @@
 #include "module.h"
 #include "operand.h"
 
+#include <nanobind/stl/optional.h>
+
 namespace nb = nanobind;
 using namespace offpath;
 
@@ -43,10 +45,10 @@ bool call_batch_topk(int64_t isa, const Operand &x, int64_t k, const Operand &cr
     });
 }
 
-// How many entries are above, of which row i's begin at crow_indices[i]; -1 for operands that do not fit.
-int64_t call_count_above(int64_t isa, const Operand &x, const Operand &thresholds, const Operand &crow_indices,
-                         int threads) {
-    int64_t nnz = -1;
+// How many entries are above, of which row i's begin at crow_indices[i]; None for operands that do not fit.
+std::optional<int64_t> call_count_above(int64_t isa, const Operand &x, const Operand &thresholds,
+                                        const Operand &crow_indices, int threads) {
+    std::optional<int64_t> nnz;
     by_dtype(x, [&]<class T>() {
         const auto scores = scores_of<T>(x);
         if (!(scores && thresholds.is_vector_or_none<T>(scores->width) &&

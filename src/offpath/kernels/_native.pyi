@@ -189,7 +189,9 @@ def topk(isa: int, x: Tensor, k: int, values: Tensor, indices: Tensor, threads: 
 def batch_topk(
     isa: int, x: Tensor, k: int, crow_indices: Tensor, indices: Tensor, values: Tensor, threads: int, /
 ) -> bool: ...
-def count_above(isa: int, x: Tensor, thresholds: Tensor | None, crow_indices: Tensor, threads: int, /) -> int: ...
+def count_above(
+    isa: int, x: Tensor, thresholds: Tensor | None, crow_indices: Tensor, threads: int, /
+) -> int | None: ...
 def take_above(
     isa: int,
     x: Tensor,

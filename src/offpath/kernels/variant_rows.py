@@ -122,11 +122,11 @@ class RowVariant:
         _columns(x)
         crow_indices, threads = x.new_empty(x.shape[0] + 1, dtype=torch.int32), torch.get_num_threads()
         nnz = _native.count_above(self._index, x, threshold, crow_indices, threads)
-        if nnz < 0:
+        if nnz is None:
             refuse_freed(x=x, threshold=threshold)
             x, threshold = x.contiguous(), None if threshold is None else threshold.contiguous()
             nnz = _native.count_above(self._index, x, threshold, crow_indices, threads)
-            if nnz < 0:
+            if nnz is None:
                 refuse(x=x, threshold=threshold)
         if nnz >= 2**31:
             raise KernelError(f"expected at most 2^31 - 1 entries, got {nnz}; split the batch")
