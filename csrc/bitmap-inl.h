@@ -63,6 +63,15 @@ template <class T, class Value, class Body>
     });
 }
 
+template <class Value> constexpr bool is_written = true;
+template <class Value> constexpr bool is_written<const Value> = false;
+
+// Fetches, some parts ahead of one, a cache line of values: no more than a part has.
+template <class T, class Value> [[gnu::always_inline]] inline void fetch_ahead(int part, Value *of_part) {
+    if (part * ColumnVector<T>::columns * sizeof(Value) % 64 == 0)
+        __builtin_prefetch(of_part + prefetched_bytes / sizeof(Value), is_written<Value>);
+}
+
 // Calls body(part of the word, first column, bits, values of these columns, whether a whole register of values may be
 // read) for each register full of columns of a row.
 template <class T, class Value, class Body>
@@ -73,11 +82,9 @@ template <class T, class Value, class Body>
     const bool whole = end - values >= bitmap.crow_indices[row + 1] - bitmap.crow_indices[row] + 64;
     for (int64_t w = 0; w < bitmap.words_per_row; ++w) {
         const uint64_t word = bitmap.words[row * bitmap.words_per_row + w];
-        __builtin_prefetch(values + prefetched_bytes / sizeof(Value));
-        if constexpr (sizeof(Value) > 2)
-            __builtin_prefetch(values + (prefetched_bytes + 64) / sizeof(Value));
         each_part_of_word<T>(word, values,
                              [&] [[gnu::always_inline]] (int part, int64_t column, uint32_t bits, Value *of_part) {
+                                 fetch_ahead<T>(part, of_part);
                                  body(part, w * 64 + column, bits, of_part, whole);
                              });
         values += __builtin_popcountll(word);
@@ -85,17 +92,18 @@ template <class T, class Value, class Body>
 }
 
 // Calls body(part of the word, first column, bits of each row, values of each row) for each register full of columns
-// of some words of neighbouring rows, and moves `values` on to the words after them.
+// of some words of rows that lie `apart`, and moves `values` on to the words after them.
 template <class T, int rows, class Value, class Body>
-[[gnu::always_inline]] inline void each_part_of_rows(const offpath::Bitmap &bitmap, int64_t row, int64_t word,
-                                                     int64_t last, Value **values, const Body &body) {
+[[gnu::always_inline]] inline void each_part_of_rows(const offpath::Bitmap &bitmap, int64_t row, int64_t apart,
+                                                     int64_t word, int64_t last, Value **values, const Body &body) {
     constexpr int columns = ColumnVector<T>::columns;
     const uint64_t *words = bitmap.words + row * bitmap.words_per_row;
+    const int64_t words_apart = apart * bitmap.words_per_row;
     for (; word < last; ++word) {
         uint64_t of_row[rows];
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r)
-            of_row[r] = words[r * bitmap.words_per_row + word];
+            of_row[r] = words[r * words_apart + word];
         each_part<64 / columns>([&] [[gnu::always_inline]] (int part) {
             uint32_t bits[rows];
             Value *at[rows];
@@ -103,6 +111,7 @@ template <class T, int rows, class Value, class Body>
             for (int r = 0; r < rows; ++r) {
                 bits[r] = static_cast<uint32_t>(of_row[r] >> part * columns & ((uint64_t{1} << columns) - 1));
                 at[r] = values[r] + __builtin_popcountll(of_row[r] & ((uint64_t{1} << part * columns) - 1));
+                fetch_ahead<T>(part, at[r]);
             }
             body(part, word * 64 + part * columns, bits, at);
         });
@@ -125,7 +134,7 @@ template <class T, int tokens>
 constexpr int bitmap_turns = tokens <= 2 && 64 / ColumnVector<T>::columns <= 4 ? 64 / ColumnVector<T>::columns : 1;
 
 template <class T, int tokens, bool finite, int rows>
-[[gnu::always_inline]] inline void bitmap_some_rows(const offpath::bitmap_args<T> &args, int64_t row) {
+[[gnu::always_inline]] inline void bitmap_some_rows(const offpath::bitmap_args<T> &args, int64_t row, int64_t apart) {
     using S = Simd<offpath::Sum<T>>;
     using C = ColumnVector<T>;
     constexpr int turns = bitmap_turns<T, tokens>;
@@ -141,10 +150,11 @@ template <class T, int tokens, bool finite, int rows>
                 acc[r][i][t] = S::zero();
     const T *values[rows];
     for (int r = 0; r < rows; ++r)
-        values[r] = args.values + bitmap.crow_indices[row + r];
-    const bool whole = bitmap.crow_indices[bitmap.rows] - bitmap.crow_indices[row + rows] >= C::columns;
+        values[r] = args.values + bitmap.crow_indices[row + r * apart];
+    const bool whole =
+        bitmap.crow_indices[bitmap.rows] - bitmap.crow_indices[row + (rows - 1) * apart + 1] >= C::columns;
     each_part_of_rows<T, rows>(
-        bitmap, row, 0, bitmap.words_per_row, values,
+        bitmap, row, apart, 0, bitmap.words_per_row, values,
         [&] [[gnu::always_inline]] (int part, int64_t column, const uint32_t (&bits)[rows], const T *const(&at)[rows]) {
             typename C::V spread[rows];
 #pragma GCC unroll 4
@@ -184,8 +194,8 @@ template <class T, int tokens, bool finite, int rows>
             offpath::Sum<T> sums[S::lanes];
             S::store(sums, sum_each<offpath::Sum<T>>(totals));
             for (int i = 0; i < S::lanes && first + i < tokens; ++i) {
-                const offpath::Sum<T> y = sums[i] + (args.bias ? compute(args.bias[row + r]) : 0);
-                S::store_first(args.y + (first + i) * bitmap.rows + row + r, S::set1(y), 1);
+                const offpath::Sum<T> y = sums[i] + (args.bias ? compute(args.bias[row + r * apart]) : 0);
+                S::store_first(args.y + (first + i) * bitmap.rows + row + r * apart, S::set1(y), 1);
             }
         }
     }
@@ -194,12 +204,12 @@ template <class T, int tokens, bool finite, int rows>
 template <class T, int tokens, bool finite>
 void bitmap_rows(const offpath::bitmap_args<T> &args, const offpath::Block &block) {
     constexpr int together = finite ? bitmap_rows_together<tokens> : 1;
-    int64_t row = block.row_begin;
-    for (; block.row_end - row >= together; row += together)
-        bitmap_some_rows<T, tokens, finite, together>(args, row);
+    const int64_t apart = (block.row_end - block.row_begin) / together;
+    for (int64_t i = 0; i < apart; ++i)
+        bitmap_some_rows<T, tokens, finite, together>(args, block.row_begin + i, apart);
     if constexpr (together > 1)
-        for (; row < block.row_end; ++row)
-            bitmap_some_rows<T, tokens, finite, 1>(args, row);
+        for (int64_t row = block.row_begin + apart * together; row < block.row_end; ++row)
+            bitmap_some_rows<T, tokens, finite, 1>(args, row, 1);
 }
 
 template <class T, bool finite> void bitmap_tokens(const offpath::bitmap_args<T> &args, const offpath::Block &block) {

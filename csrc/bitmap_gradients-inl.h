@@ -40,7 +40,7 @@ template <> struct ColumnSums<bfloat16> {
 };
 #endif
 
-// Neighbouring rows that are read together, so that sums are loaded and stored, and activations loaded, once for all.
+// Rows that are read together, so that sums are loaded and stored, and activations loaded, once for all.
 #if defined(__AVX512F__)
 constexpr int dx_rows_together = 8, dvalues_rows_together = 4;
 #else
@@ -50,8 +50,9 @@ constexpr int dx_rows_together = 4, dvalues_rows_together = 2;
 // cache.
 constexpr int64_t rows_of_strip = 64, strip_bytes = 16 << 10;
 
-// Calls body.template operator()<rows>(first row, first word, last word, where each row's values of these words start)
-// for strips of a block's rows, `rows` being `together` or one. `body` moves on each row's values.
+// Calls body.template operator()<rows>(first row, how far apart they are, first word, last word, where each row's
+// values of these words start) for strips of a block's rows, `rows` being `together` or one. `body` moves on each row's
+// values.
 template <int together, class Value, class Body>
 [[gnu::always_inline]] inline void each_strip(const offpath::Bitmap &bitmap, const offpath::Block &block,
                                               int64_t bytes_per_column, Value *values, const Body &body) {
@@ -64,11 +65,17 @@ template <int together, class Value, class Body>
         for (int64_t word = 0; word < bitmap.words_per_row; word += words_of_strip) {
             const int64_t left = bitmap.words_per_row - word;
             const int64_t last = word + (left < words_of_strip ? left : words_of_strip);
-            int64_t i = 0;
-            for (; rows - i >= together; i += together)
-                body.template operator()<together>(first + i, word, last, of_row + i);
-            for (; i < rows; ++i)
-                body.template operator()<1>(first + i, word, last, of_row + i);
+            const int64_t apart = rows / together;
+            for (int64_t i = 0; i < apart; ++i) {
+                Value *of_rows[together];
+                for (int r = 0; r < together; ++r)
+                    of_rows[r] = of_row[i + r * apart];
+                body.template operator()<together>(first + i, apart, word, last, of_rows);
+                for (int r = 0; r < together; ++r)
+                    of_row[i + r * apart] = of_rows[r];
+            }
+            for (int64_t i = apart * together; i < rows; ++i)
+                body.template operator()<1>(first + i, 1, word, last, of_row + i);
         }
     }
 }
@@ -132,10 +139,14 @@ void bitmap_dx_rows(const offpath::bitmap_dx_args<T> &args, const offpath::Block
     const offpath::Bitmap &bitmap = args.bitmap;
     const auto *dy = static_cast<const Multiplied<T> *>(args.dy);
     const int64_t nnz = bitmap.crow_indices[bitmap.rows];
-    const auto add_rows = [&]<int rows>(int64_t row, int64_t word, int64_t last, const T **values) {
-        const bool whole = nnz - bitmap.crow_indices[row + rows] >= ColumnVector<T>::columns;
+    const auto add_rows = [&]<int rows>(int64_t row, int64_t apart, int64_t word, int64_t last, const T **values) {
+        const bool whole = nnz - bitmap.crow_indices[row + (rows - 1) * apart + 1] >= ColumnVector<T>::columns;
+        Multiplied<T> dy_of_rows[offpath::bitmap_batch][rows];
+        for (int64_t t = 0; t < args.batch; ++t)
+            for (int r = 0; r < rows; ++r)
+                dy_of_rows[t][r] = dy[t * args.dy_stride + row + r * apart];
         each_part_of_rows<T, rows>(
-            bitmap, row, word, last, values,
+            bitmap, row, apart, word, last, values,
             [&] [[gnu::always_inline]] (int, int64_t column, const uint32_t (&bits)[rows], const T *const(&at)[rows]) {
                 RowsOfColumns<T, rows, finite> weights;
                 weights.expand(at, bits, whole);
@@ -143,7 +154,7 @@ void bitmap_dx_rows(const offpath::bitmap_dx_args<T> &args, const offpath::Block
 #pragma GCC unroll 2
                     for (int i = 0; i < ColumnSums<T>::vectors; ++i) {
                         offpath::Sum<T> *sums = args.sums + t * args.sums_stride + column + i * S::lanes;
-                        S::store(sums, weights.add(i, dy + t * args.dy_stride + row, bits, S::load(sums)));
+                        S::store(sums, weights.add(i, dy_of_rows[t], bits, S::load(sums)));
                     }
             });
     };
@@ -193,9 +204,9 @@ template <class T> void bitmap_dvalues(const offpath::bitmap_dvalues_args<T> &ar
     const auto *dy = static_cast<const typename Format<T>::Value *>(args.dy);
     const auto *x = static_cast<const typename Format<T>::Value *>(args.x);
     const int64_t steps = (args.batch - 1) / Format<T>::columns_per_step + 1;
-    const auto dot_rows = [&]<int rows>(int64_t row, int64_t word, int64_t last, T **dvalues) {
+    const auto dot_rows = [&]<int rows>(int64_t row, int64_t apart, int64_t word, int64_t last, T **dvalues) {
         each_part_of_rows<T, rows>(
-            bitmap, row, word, last, dvalues,
+            bitmap, row, apart, word, last, dvalues,
             [&] [[gnu::always_inline]] (int, int64_t column, const uint32_t (&bits)[rows], T *const(&at)[rows]) {
                 ColumnSums<T> sums[rows];
                 for (int r = 0; r < rows; ++r)
@@ -207,7 +218,7 @@ template <class T> void bitmap_dvalues(const offpath::bitmap_dvalues_args<T> &ar
                         of_columns[i] = Step::load(x + step * args.x_stride + column + i * S::lanes);
 #pragma GCC unroll 4
                     for (int r = 0; r < rows; ++r) {
-                        const typename Step::V of_row = Step::set1(dy[step * args.dy_stride + row + r]);
+                        const typename Step::V of_row = Step::set1(dy[step * args.dy_stride + row + r * apart]);
 #pragma GCC unroll 2
                         for (int i = 0; i < vectors; ++i)
                             sums[r].v[i] = Step::multiply_add(of_row, of_columns[i], sums[r].v[i]);
@@ -215,7 +226,7 @@ template <class T> void bitmap_dvalues(const offpath::bitmap_dvalues_args<T> &ar
                 }
 #pragma GCC unroll 4
                 for (int r = 0; r < rows; ++r) { // what is too much in a whole register is written anew after it
-                    const T *end = args.dvalues + bitmap.crow_indices[row + r + 1];
+                    const T *end = args.dvalues + bitmap.crow_indices[row + r * apart + 1];
                     sums[r].compress(bits[r], at[r], end - at[r] >= ColumnVector<T>::columns);
                 }
             });

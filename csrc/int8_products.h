@@ -15,17 +15,11 @@ struct Int8Values {
 template <class T>
 void bitmap_int8_spmm(const Kernels<T> &kernels, const BitMatrix &matrix, const Int8Values &weight, const T *bias,
                       const Matrix<T> &x, int64_t batch, T *y, int threads) {
-    const Bitmap view = matrix.view();
-    const int64_t width = 64 * view.words_per_row;
-    const auto rows = scratch<T>(bitmap_batch * width);
-    for (int64_t first = 0; first < batch; first += bitmap_batch) {
-        const int64_t tokens = std::min<int64_t>(bitmap_batch, batch - first);
-        copy_rows(x, first, tokens, view.columns, width, rows.get());
-        const bitmap_int8_args<T> args{
-            view,       weight.values,         weight.scales, bias,
-            rows.get(), y + first * view.rows, tokens,        all_finite(rows.get(), tokens * width)};
-        by_rows(kernels.bitmap_int8, args, view.rows, rows_per_task, threads_for(matrix.nnz() * tokens, threads));
-    }
+    over_bits(matrix, x, batch, y, threads,
+              [&](const T *rows, int64_t tokens, bool finite, T *of_tokens, const Block &block) {
+                  kernels.bitmap_int8(
+                      {matrix.view(), weight.values, weight.scales, bias, rows, of_tokens, tokens, finite}, block);
+              });
 }
 
 // The product of bitmap_int8_spmm with activations that are rounded to int8, token by token.

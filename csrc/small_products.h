@@ -94,20 +94,35 @@ Scratch<Sum<T>> rows_or_pairs(const Kernels<T> &kernels, const Matrix<T> &matrix
     return rows;
 }
 
+// Calls product(x, tokens, whether x is finite, y, block of rows) for at most bitmap_batch of the tokens at a time. The
+// values of a block that the first of them have brought into the cache serve the others.
+template <class T, class Product>
+void over_bits(const BitMatrix &matrix, const Matrix<T> &x, int64_t batch, T *y, int threads, const Product &product) {
+    constexpr int64_t most_tokens = 8 * bitmap_batch; // or a copy of many would be large
+    const Bitmap view = matrix.view();
+    const int64_t width = 64 * view.words_per_row;
+    const auto rows = scratch<T>(std::min(most_tokens, batch) * width);
+    for (int64_t begin = 0; begin < batch; begin += most_tokens) {
+        const int64_t tokens = std::min(most_tokens, batch - begin);
+        copy_rows(x, begin, tokens, view.columns, width, rows.get());
+        const bool finite = all_finite(rows.get(), tokens * width);
+        parallel_for(ceil_div(view.rows, rows_per_task), threads_for(matrix.nnz() * tokens, threads), [&](int64_t i) {
+            const Block block{i * rows_per_task, std::min(view.rows, (i + 1) * rows_per_task), 0, 0};
+            for (int64_t first = 0; first < tokens; first += bitmap_batch)
+                product(rows.get() + first * width, std::min<int64_t>(bitmap_batch, tokens - first), finite,
+                        y + (begin + first) * view.rows, block);
+        });
+    }
+}
+
 // The product of spmm for a few tokens, over bits.
 template <class T>
 void bitmap_spmm(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const T *bias, const Matrix<T> &x,
                  int64_t batch, T *y, int threads) {
-    const Bitmap view = matrix.view();
-    const int64_t width = 64 * view.words_per_row;
-    const auto rows = scratch<T>(bitmap_batch * width);
-    for (int64_t first = 0; first < batch; first += bitmap_batch) {
-        const int64_t tokens = std::min<int64_t>(bitmap_batch, batch - first);
-        copy_rows(x, first, tokens, view.columns, width, rows.get());
-        const bool finite = all_finite(rows.get(), tokens * width);
-        const bitmap_args<T> args{view, values, bias, rows.get(), y + first * view.rows, tokens, finite};
-        by_rows(kernels.bitmap, args, view.rows, rows_per_task, threads_for(matrix.nnz() * tokens, threads));
-    }
+    over_bits(matrix, x, batch, y, threads,
+              [&](const T *rows, int64_t tokens, bool finite, T *of_tokens, const Block &block) {
+                  kernels.bitmap({matrix.view(), values, bias, rows, of_tokens, tokens, finite}, block);
+              });
 }
 
 // One part of the rows after the other, each summed apart, for the gradient of x for at most bitmap_batch tokens.
