@@ -92,7 +92,9 @@ template <class T, class Value, class Body>
 }
 
 // Calls body(part of the word, first column, bits of each row, values of each row) for each register full of columns
-// of some words of rows that lie `apart`, and moves `values` on to the words after them.
+// of some words of rows that lie `apart`, and moves `values` on to the words after them. Rows that were neighbours
+// would each be followed in memory by one that is read at the same time; so each goes on with the row that is read
+// next, and neither fetching ahead nor the processor's own is in vain.
 template <class T, int rows, class Value, class Body>
 [[gnu::always_inline]] inline void each_part_of_rows(const offpath::Bitmap &bitmap, int64_t row, int64_t apart,
                                                      int64_t word, int64_t last, Value **values, const Body &body) {

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import any_batch
 import bars
+import cold_weights
 from any_batch import beside_dense, excess_steps, worst_tail
 from bar_jobs import BREAK_EVEN, JOBS, Effort, Job, break_even_figures
 from children import environment
@@ -293,6 +294,21 @@ def test_the_plot_over_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         any_batch.main(["--max-batch", "15", "--out", str(out)])
     assert "expected --max-batch of at least 16, a full vector, got 15" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--step"]])
+def test_layers_in_turn(tmp_path: Path, options: list[str]) -> None:
+    out = tmp_path / "tables" / "cold.txt"
+    cold_weights.main(["--size", "24", "--layers", "2", "--rounds", "1", *options, "--out", str(out)])
+    machine, *lines = out.read_text().splitlines()
+    assert "threads" in machine
+    what = "training step" if options else "forward"
+    assert [line for line in lines if "in turn" in line] == [
+        f"{dtype} {what}, 2 layers of 24 -> 24 in turn" for dtype in ("fp32", "bf16")
+    ]
+    figures = [line.split() for line in lines if "x" in line]
+    assert [int(tokens) for tokens, *_ in figures] == 2 * list(cold_weights.TOKENS)
+    assert all(len(cells) == 2 * len(cold_weights.SPARSITIES) for _, *cells in figures)
 
 
 def test_where_dense_takes_less() -> None:
