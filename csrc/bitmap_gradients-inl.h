@@ -46,9 +46,10 @@ constexpr int dx_rows_together = 8, dvalues_rows_together = 4;
 #else
 constexpr int dx_rows_together = 4, dvalues_rows_together = 2;
 #endif
-// Rows that are gone through strip by strip, and what a strip's activations or sums may take: half of the first-level
-// cache.
-constexpr int64_t rows_of_strip = 64, strip_bytes = 16 << 10;
+// Rows that are gone through strip by strip, and what a strip's activations or sums may take of the second-level cache.
+// Strips that fit into the first one break the streams in which rows are read: those of a weight in memory took up to
+// three times as long.
+constexpr int64_t rows_of_strip = 64, strip_bytes = 128 << 10;
 
 // Calls body.template operator()<rows>(first row, how far apart they are, first word, last word, where each row's
 // values of these words start) for strips of a block's rows, `rows` being `together` or one. `body` moves on each row's

@@ -64,7 +64,7 @@ PROBLEMS = (
     Problem("only the last row", _only_row(8, 21, 7), 20),
     Problem("rows of one to eight connections", lambda: patterns.from_mask(torch.ones(8, 8).tril().bool()), 17),
     Problem("strips of every width", _random(33, 65, 0.2), 8 * 16 + 4 * 16 + 2 * 16 + 16 + 3),
-    Problem("several strips of several rows", _random(70, 1300, 0.3), 9),
+    Problem("several rows at once, and some that are left", _random(70, 1300, 0.3), 9),
     Problem("several threads", _random(200, 300, 0.1), 150),
     Problem("several threads, one long row", _one_long_row, 70),
     Problem("batch over several sddmm blocks", _random(12, 30, 0.2), 2048 * 2 + 5),
@@ -74,6 +74,7 @@ PROBLEMS = (
 LARGE_PROBLEMS = (
     Problem("several tiles, several blocks of rows", _random(1100, 150, 0.1), 150),
     Problem("tiles as wide as they get", _random(3, 66_000, 0.0005), 5),
+    Problem("several strips of several rows", _random(70, 4200, 0.1), 9),
 )
 
 
