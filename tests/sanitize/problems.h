@@ -110,5 +110,7 @@ inline std::vector<Problem> problems() {
     all.push_back(random_problem(1030, 150, 0.1, 5));
     all.push_back(random_problem(20, 300, 0.3, 300));
     all.push_back({"one long row", 64, 1100, 70, [](int64_t r, int64_t c) { return r == 17 || (r + c) % 200 == 0; }});
+    // Several strips of the gradients over bits, of several rows.
+    all.push_back(random_problem(70, 4200, 0.1, 9));
     return all;
 }
