@@ -17,6 +17,8 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from contenders import of_sparse_linear
@@ -40,7 +42,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def table(dtype: torch.dtype, options: argparse.Namespace) -> Iterator[str]:
     """A line for each number of tokens, a column for each sparsity: dense time over sparse time, and the latter."""
-    columns = [list(_cells(dtype, sparsity, options)) for sparsity in SPARSITIES]
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        sparsities = progress.track(SPARSITIES, description=f"measuring {dtype_name(dtype)}")
+        columns = [list(_cells(dtype, sparsity, options)) for sparsity in sparsities]
     what = "training step" if options.step else "forward"
     yield f"{dtype_name(dtype)} {what}, {options.layers} layers of {options.size} -> {options.size} in turn"
     yield f"{'tokens':<9}" + "".join(f"{sparsity:>7.0%}{'ms':>8}" for sparsity in SPARSITIES)

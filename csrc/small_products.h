@@ -19,10 +19,10 @@ template <class Entry> int64_t token_stride(int64_t entries) {
     return entries + 64 / static_cast<int64_t>(sizeof(Entry));
 }
 
-// Runs a kernel over `count` things, `step` in one go, as the rows of its block.
-template <class Args> void by_rows(Kernel<Args> kernel, const Args &args, int64_t count, int64_t step, int threads) {
-    parallel_for(ceil_div(count, step), threads,
-                 [&](int64_t i) { kernel(args, {i * step, std::min(count, (i + 1) * step), 0, 0}); });
+// Calls run(block) for all rows, rows_per_task of them in a block.
+template <class Run> void by_rows(int64_t rows, int threads, const Run &run) {
+    parallel_for(ceil_div(rows, rows_per_task), threads,
+                 [&](int64_t i) { run(Block{i * rows_per_task, std::min(rows, (i + 1) * rows_per_task), 0, 0}); });
 }
 
 template <class T> bool all_finite(const T *x, int64_t count) {
@@ -106,8 +106,7 @@ void over_bits(const BitMatrix &matrix, const Matrix<T> &x, int64_t batch, T *y,
         const int64_t tokens = std::min(most_tokens, batch - begin);
         copy_rows(x, begin, tokens, view.columns, width, rows.get());
         const bool finite = all_finite(rows.get(), tokens * width);
-        parallel_for(ceil_div(view.rows, rows_per_task), threads_for(matrix.nnz() * tokens, threads), [&](int64_t i) {
-            const Block block{i * rows_per_task, std::min(view.rows, (i + 1) * rows_per_task), 0, 0};
+        by_rows(view.rows, threads_for(matrix.nnz() * tokens, threads), [&](const Block &block) {
             for (int64_t first = 0; first < tokens; first += bitmap_batch)
                 product(rows.get() + first * width, std::min<int64_t>(bitmap_batch, tokens - first), finite,
                         y + (begin + first) * view.rows, block);
@@ -229,14 +228,16 @@ void bitmap_dvalues(const Kernels<T> &kernels, const BitMatrix &matrix, const Ma
 template <class T>
 void expand(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, T *dense, int threads) {
     const expand_args<T> args{matrix.view(), values, dense};
-    by_rows(kernels.expand, args, matrix.rows, rows_per_task, threads_for(matrix.rows * matrix.columns, threads));
+    by_rows(matrix.rows, threads_for(matrix.rows * matrix.columns, threads),
+            [&](const Block &block) { kernels.expand(args, block); });
 }
 
 // values[s] = dense[row of s, column of s]
 template <class T>
 void compress(const Kernels<T> &kernels, const BitMatrix &matrix, const T *dense, T *values, int threads) {
     const compress_args<T> args{matrix.view(), dense, values};
-    by_rows(kernels.compress, args, matrix.rows, rows_per_task, threads_for(matrix.rows * matrix.columns, threads));
+    by_rows(matrix.rows, threads_for(matrix.rows * matrix.columns, threads),
+            [&](const Block &block) { kernels.compress(args, block); });
 }
 
 } // namespace offpath
