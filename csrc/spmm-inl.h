@@ -13,10 +13,15 @@ namespace {
 // Rows whose sums are computed together, so that no addition waits for the one before it; many registers of tokens are
 // enough additions by themselves.
 template <int vectors> constexpr int rows_together = vectors <= 2 ? 4 : 1;
-// Rows that are finished in a small tile before they are written to y: whole squares of the transpose, on every ISA.
+// Neighbours of each of them that are finished in a small tile before they are written to y: whole squares of the
+// transpose, on every ISA.
 constexpr int64_t spmm_tile_rows = 16;
+// Connections that are added before those of `spmm_prefetched_bytes` later are fetched: a cache line of columns.
+constexpr int64_t connections_per_fetch = 64 / sizeof(int32_t), spmm_prefetched_bytes = 512;
 
-// Some rows and one strip of the batch.
+// Some rows that lie `apart`, and one strip of the batch. Neighbours would each be followed in memory by one that is
+// read at the same time; so each goes on with the row that is read next, and neither fetching ahead nor the processor's
+// own is in vain.
 template <class T, int vectors> struct RowsTogether {
     using S = Simd<offpath::Sum<T>>;
     static constexpr int rows = rows_together<vectors>;
@@ -26,9 +31,9 @@ template <class T, int vectors> struct RowsTogether {
     int64_t counts[rows], row[rows];
 
     // The longest row comes first; what `end` leaves over of the last rows has no connections.
-    RowsTogether(const offpath::spmm_args<T> &args, int64_t first, int64_t end) {
+    RowsTogether(const offpath::spmm_args<T> &args, int64_t first, int64_t apart, int64_t end) {
         for (int i = 0; i < rows; ++i) {
-            row[i] = first + i;
+            row[i] = first + i * apart;
             counts[i] = row[i] < end ? args.csr.crow_indices[row[i] + 1] - args.csr.crow_indices[row[i]] : 0;
         }
         for (int last = rows - 1; last > 0; --last)
@@ -56,7 +61,22 @@ template <class T, int vectors> struct RowsTogether {
     // Adds the connections from `begin` on: the first n rows until one of them ends, then one row less. Which sum is
     // meant must be known to the compiler, or it keeps them in memory.
     template <int n> [[gnu::always_inline]] void add(const offpath::Sum<T> *x, int64_t x_stride, int64_t begin) {
-        for (int64_t s = begin; s < counts[n - 1]; ++s)
+        int64_t s = begin;
+        if constexpr (n == rows)
+            for (; counts[n - 1] - s >= connections_per_fetch; s += connections_per_fetch) {
+                fetch_ahead(s);
+                add_between<n>(x, x_stride, s, s + connections_per_fetch);
+            }
+        add_between<n>(x, x_stride, s, counts[n - 1]);
+        if constexpr (n > 1)
+            add<n - 1>(x, x_stride, counts[n - 1]);
+    }
+
+  private:
+    template <int n>
+    [[gnu::always_inline]] void add_between(const offpath::Sum<T> *x, int64_t x_stride, int64_t begin, int64_t end) {
+#pragma GCC unroll 1
+        for (int64_t s = begin; s < end; ++s)
 #pragma GCC unroll 4
             for (int i = 0; i < n; ++i) {
                 const offpath::Sum<T> *column = x + columns[i][s] * x_stride;
@@ -65,8 +85,16 @@ template <class T, int vectors> struct RowsTogether {
                 for (int v = 0; v < vectors; ++v)
                     sums[i][v] = S::fma(value, S::load(column + v * S::lanes), sums[i][v]);
             }
-        if constexpr (n > 1)
-            add<n - 1>(x, x_stride, counts[n - 1]);
+    }
+    [[gnu::always_inline]] void fetch_ahead(int64_t s) const {
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; ++i) {
+            __builtin_prefetch(columns[i] + s + spmm_prefetched_bytes / sizeof(int32_t));
+            const T *value = values[i] + s + spmm_prefetched_bytes / sizeof(T);
+#pragma GCC unroll 2
+            for (int64_t line = 0; line < connections_per_fetch; line += 64 / sizeof(T))
+                __builtin_prefetch(value + line);
+        }
     }
 };
 
@@ -75,14 +103,17 @@ void spmm_strip(const offpath::spmm_args<T> &args, const offpath::Block &block, 
     using S = Simd<offpath::Sum<T>>;
     constexpr int64_t lanes = S::lanes, width = vectors * lanes;
     const int64_t tokens = args.batch - token < width ? args.batch - token : width;
-    alignas(64) offpath::Sum<T> tile[spmm_tile_rows * width];
-    for (int64_t first = block.row_begin; first < block.row_end; first += spmm_tile_rows) {
-        const int64_t end = block.row_end - first < spmm_tile_rows ? block.row_end : first + spmm_tile_rows;
-        for (int64_t r = first; r < end; r += rows_together<vectors>) {
-            RowsTogether<T, vectors> together(args, r, end);
-            together.template add<rows_together<vectors>>(args.x + token, args.x_stride, 0);
+    constexpr int at_once = rows_together<vectors>;
+    constexpr int64_t rows_of_tile = at_once * spmm_tile_rows;
+    alignas(64) offpath::Sum<T> tile[rows_of_tile * width];
+    for (int64_t first = block.row_begin; first < block.row_end; first += rows_of_tile) {
+        const int64_t end = block.row_end - first < rows_of_tile ? block.row_end : first + rows_of_tile;
+        const int64_t apart = (end - first + at_once - 1) / at_once;
+        for (int64_t r = first; r < first + apart; ++r) {
+            RowsTogether<T, vectors> together(args, r, apart, end);
+            together.template add<at_once>(args.x + token, args.x_stride, 0);
 #pragma GCC unroll 4
-            for (int i = 0; i < rows_together<vectors>; ++i)
+            for (int i = 0; i < at_once; ++i)
 #pragma GCC unroll 8
                 for (int v = 0; v < vectors; ++v)
                     S::store(tile + (together.row[i] - first) * width + v * lanes, together.sums[i][v]);
