@@ -20,6 +20,8 @@ class BitMatrix {
         return static_cast<int64_t>(words.size() * 8 + (crow_indices.size() + slots_of_chunks.size()) * 4);
     }
     int64_t nnz() const { return crow_indices[rows]; }
+    // The column of each connection, [nnz]: what the bits were made of.
+    void write_columns(int32_t *col_indices, int threads) const;
 
     const int64_t rows, columns;
 

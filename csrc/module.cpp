@@ -52,6 +52,15 @@ std::optional<uint64_t> digest_of(const Operand &crow_indices, const Operand &co
     return digest(col_indices.data<const int32_t>(), nnz, digest(crow_indices.data<const int32_t>(), pointers, 0));
 }
 
+// col_indices = the columns that the bits were made of.
+bool write_columns(const BitMatrix &bits, const Operand &col_indices, int threads) {
+    if (!col_indices.is_vector<int32_t>(bits.nnz()))
+        return false;
+    nb::gil_scoped_release release;
+    bits.write_columns(col_indices.data<int32_t>(), threads);
+    return true;
+}
+
 // A torch tensor over a kept block, which comes back when the tensor dies.
 template <class T> nb::ndarray<nb::pytorch> take_output(const std::vector<size_t> &shape) {
     void *block = take_scratch(std::accumulate(shape.begin(), shape.end(), sizeof(T), std::multiplies<size_t>()));
@@ -89,6 +98,7 @@ NB_MODULE(_native, m) {
     m.def("make_tiles", &make<Tiles>);
     nb::class_<BitMatrix>(m, "Bitmap").def_prop_ro("bytes", &BitMatrix::bytes);
     m.def("make_bitmap", &make<BitMatrix>);
+    m.def("write_columns", &write_columns);
 #define OFFPATH_PRODUCTS(suffix, T)                                                                                    \
     m.def("make_plan_" #suffix, &make_plan<T>, given, given, given, given, or_none, given);                            \
     m.def("take_output_" #suffix, &take_output<T>);

@@ -20,6 +20,7 @@ from checkers import gamma
 from offpath import SparseLinear
 from offpath.convert.swap import swap_modules
 from offpath.ops import Connections
+from offpath.ops.prepared import Prepared
 from offpath.pattern import Pattern, PatternError
 
 transformers = pytest.importorskip("transformers")
@@ -284,8 +285,10 @@ def _tampered(layer: SparseLinear) -> SparseLinear:
     vars(pattern).update(shape=(8, 8), crow_indices=layer.crow_indices, col_indices=columns)
     connections = object.__new__(Connections)
     prepared = copy.copy(layer.connections._prepared)
-    vars(prepared).update(pattern=pattern, _chosen={})
-    vars(connections).update(_prepared=prepared, crow_indices=layer.crow_indices, col_indices=columns)
+    vars(prepared).update(vars(Prepared(pattern)))
+    vars(connections).update(
+        _prepared=prepared, crow_indices=layer.crow_indices, _col_indices=columns, _handed_out=False
+    )
     layer._connections = connections
     return layer
 

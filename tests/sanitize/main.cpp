@@ -111,6 +111,12 @@ void run_products(const Operands<T> &o, const Kernels<T> &kernels, const Prepare
         check_run("sddmm" + stored, o.dvalues, integers,
                   [&](T *result) { sddmm<T>(kernels, csr, columns, dy, x, o.batch, result, threads); });
     }
+    const GuardedArray<int32_t> of_bits(o.pattern.nnz());
+    prepared.bits.write_columns(of_bits.data(), threads);
+    check_run("spmm with the columns of bits", o.y, integers, [&](T *result) {
+        spmm<T>(kernels, {csr.crow_indices, of_bits.data(), csr.rows}, columns, o.values(), nullptr, o.x[0].matrix(),
+                o.batch, result, threads);
+    });
     check_run("expand", o.expanded, true,
               [&](T *result) { expand<T>(kernels, prepared.bits, o.values(), result, threads); });
     check_run("compress", o.compressed, true,

@@ -52,9 +52,7 @@ def model_bytes(model: nn.Module) -> int:
     32
     """
     tensors: dict[int, Tensor] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return _bytes(tensors.values()) + sum(
-        _bytes((connections.crow_indices, connections.col_indices)) for connections in _connections(model)
-    )
+    return _bytes(tensors.values()) + sum(connections.index_bytes for connections in _connections(model))
 
 
 def memory_bytes(model: nn.Module) -> int:

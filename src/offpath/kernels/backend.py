@@ -149,7 +149,8 @@ class Backend:
     of the ways to compute a product of a layer it has: the functions of the others refuse. The products expect a
     canonical pattern: whoever calls them has checked it. `digest` fingerprints the contents of (crow_indices,
     col_indices) at a small part of a product's cost; None where there is no such thing.
-    `tiles` orders a pattern for its weight gradient, `bitmap` makes it one bit per position.
+    `tiles` orders a pattern for its weight gradient, `bitmap` makes it one bit per position, `columns_of_bitmap` finds
+    the column indices again that it was made of; None where a bitmap takes as much as these.
     The gradients go over the bitmap of the weight itself: `bitmap_dx` of values and dy, `bitmap_dvalues` of dy and x.
     `filled_spmm`, `filled_dx` and `filled_dvalues` compute the same with the absent connections as zeros: an infinite
     operand becomes NaN where it meets one.
@@ -192,3 +193,4 @@ class Backend:
     methods: frozenset[str] = EVERY_METHOD
     costs: Costs | None = None
     lay_by_feature: Callable[[Tensor], Tensor] | None = None
+    columns_of_bitmap: Callable[[Any], Tensor] | None = None

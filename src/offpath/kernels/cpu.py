@@ -15,7 +15,7 @@ from torch import Tensor
 from offpath.kernels import _native
 from offpath.kernels.backend import Backend, KernelError
 from offpath.kernels.operands import DTYPES, refuse
-from offpath.kernels.plans import make_bitmap, make_plan, make_tiles
+from offpath.kernels.plans import columns_of_bitmap, make_bitmap, make_plan, make_tiles
 from offpath.kernels.variant import Variant
 from offpath.kernels.variant_convolution import ConvolutionVariant
 from offpath.kernels.variant_gradients import GradientVariant
@@ -71,6 +71,7 @@ def make_backend(isa: str) -> Backend:
         tiled_sddmm=gradients.tiled_sddmm,
         backward=gradients.backward,
         bitmap=make_bitmap,
+        columns_of_bitmap=columns_of_bitmap,
         bitmap_spmm=variant.bitmap_spmm,
         bitmap_dx=gradients.bitmap_dx,
         bitmap_dvalues=gradients.bitmap_dvalues,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -39,10 +39,37 @@ class PreparedMatrix:
     def __init__(
         self, crow_indices: Tensor, col_indices: Tensor, columns: int, permutation: Tensor | None = None
     ) -> None:
-        self.crow_indices, self.col_indices = crow_indices, col_indices
-        self.rows, self.columns = crow_indices.shape[0] - 1, columns
+        self.crow_indices = crow_indices
+        self.rows, self.columns, self.nnz = crow_indices.shape[0] - 1, columns, col_indices.shape[0]
         self.permutation = permutation
         self._made: dict[tuple[str, Hashable], Any] = {}
+        self._col_indices: Tensor | None = col_indices
+        self._columns_of_bits: Callable[[], Tensor] | None = None
+
+    @property
+    def col_indices(self) -> Tensor:
+        """The column of each entry. Who asks for them after they have been let go has them kept for good."""
+        kept = self._col_indices
+        if kept is None:
+            kept = self._col_indices = self.find_columns()
+        return kept
+
+    def find_columns(self) -> Tensor:
+        """The same, kept or not."""
+        kept = self._col_indices
+        if kept is not None:
+            return kept
+        assert self._columns_of_bits is not None
+        return self._columns_of_bits()
+
+    def let_columns_go(self, backend: Backend) -> bool:
+        """Keep the bits alone, where there are any that take less; no second time, which could go on for ever."""
+        bitmap = self._made.get((backend.name, "bitmap"))
+        if bitmap is None or backend.columns_of_bitmap is None or self._columns_of_bits is not None:
+            return False
+        self._columns_of_bits = partial(backend.columns_of_bitmap, bitmap)
+        self._col_indices = None
+        return True
 
     def spmm(
         self,
@@ -119,13 +146,15 @@ class PreparedMatrix:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the plans, tiles and bitmaps."""
-        return sum(made.bytes for made in self._made.values())
+        """Bytes of the indices, plans, tiles and bitmaps."""
+        kept = self.crow_indices, self._col_indices, self.permutation
+        indices = sum(one.numel() * one.element_size() for one in kept if one is not None)
+        return indices + sum(made.bytes for made in list(self._made.values()))  # a list: other threads may make some
 
     def _once(self, backend: Backend, kind: Hashable, make: Callable[..., Any], **options: Any) -> Any:
         made = self._made.get((backend.name, kind))
         if made is None:
-            indices = self.crow_indices, self.col_indices
+            indices = self.crow_indices, self.find_columns()
             made = made_once(lambda: make(*indices, self.columns, **options), self.crow_indices)
             self._made[backend.name, kind] = made
         return made
@@ -145,7 +174,7 @@ class PreparedWeight:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the plans, tiles and bitmaps of both."""
+        """Bytes of the indices, plans, tiles and bitmaps of both."""
         return self.matrix.bytes + (self.transpose.bytes if "transpose" in vars(self) else 0)
 
     def forward(

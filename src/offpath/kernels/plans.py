@@ -60,6 +60,14 @@ def make_bitmap(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Prep
     return _prepare(_native.make_bitmap, crow_indices, col_indices, columns)
 
 
+def columns_of_bitmap(bitmap: Prepared) -> Tensor:
+    """The col_indices that a bitmap was made of, int32 [nnz]."""
+    col_indices = torch.empty(bitmap.nnz, dtype=torch.int32)
+    if not _native.write_columns(bitmap.native, col_indices, torch.get_num_threads()):
+        refuse(col_indices=col_indices)
+    return col_indices
+
+
 def make_tiles(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Prepared:
     """A canonical pattern in the order in which its weight gradient is computed; O(nnz + rows + columns)."""
     return _prepare(_native.make_tiles, crow_indices, col_indices, columns)

@@ -39,7 +39,7 @@ class ConnectedModule(nn.Module):
             there.copy_(digest)  # in place: who shares the memory, as another process may, has to hear of it
 
     def _check_there(self) -> None:
-        if self._connections.col_indices.is_meta:
+        if self._connections.is_meta:
             raise RuntimeError(
                 "expected a layer with connections, but this one left them on the meta device, where tensors hold "
                 "nothing; load a checkpoint with load_state_dict(..., assign=True), or build the layer on its device"
@@ -75,18 +75,21 @@ class ConnectedModule(nn.Module):
 
         What has left its connections on meta has none to give; of fake tensors and in a graph, no number can be read.
         """
-        if not (torch.compiler.is_compiling() or self._connections.col_indices.is_meta or is_in_a_mode()):
+        if not (torch.compiler.is_compiling() or self._connections.is_meta or is_in_a_mode()):
             self._check_digest()
 
     def _check_when_compiled(self) -> None:
         """What every call of an eager layer looks at, looked at once: when the call is compiled."""
         if torch.compiler.is_dynamo_compiling():
             self._looked_at()
+        else:
+            self._connections.hand_out()
 
     def _looked_at(self) -> bool:
         # Before torch 2.12, the compiler takes no module as the argument of what it is to call, but its own method.
         if not isinstance(self.topology_digest, FakeTensor):
             self._check_digest()
+        self._connections.hand_out()
         return True
 
     # All that torch.compiler.assume_constant_result does, which brings the compiler with it: seconds of an import.

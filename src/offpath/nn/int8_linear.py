@@ -13,7 +13,7 @@ from offpath.nn.casts import keep_dtypes
 from offpath.nn.linear import SparseLinear
 from offpath.nn.quantise import quantise_rows
 from offpath.nn.sparse_weight import CsrWeightModule
-from offpath.ops import ACTIVATIONS, PREFERENCES, Connections, int8_linear
+from offpath.ops import ACTIVATIONS, PREFERENCES, Connections, int8_linear_of
 from offpath.pattern import Pattern
 
 
@@ -84,17 +84,7 @@ class Int8SparseLinear(CsrWeightModule):
             self._check_digest()
         x = input_under_autocast(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        connections = self._connections
-        return int8_linear(
-            x,
-            self.values,
-            self.scales,
-            bias,
-            connections.crow_indices,
-            connections.col_indices,
-            self.prefer,
-            self.activations,
-        )
+        return int8_linear_of(self._connections, x, self.values, self.scales, bias, self.prefer, self.activations)
 
     @classmethod
     def from_sparse(cls, layer: SparseLinear, activations: str = "float") -> Int8SparseLinear:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from offpath import pattern as patterns
 from offpath.nn.autocast import under_autocast
 from offpath.nn.sparse_weight import CsrWeightModule
-from offpath.ops import PREFERENCES, Explanation, explain, sparse_linear
+from offpath.ops import PREFERENCES, Explanation, explain, sparse_linear_of
 from offpath.pattern import Pattern
 
 
@@ -72,18 +72,12 @@ class SparseLinear(CsrWeightModule):
             self._check_when_compiled()
         else:
             self._check_digest()
-        connections = self._connections
         # As attributes, nn.Module would look for each in three places, in Python: together a microsecond.
         own = self._parameters
         as_usual = "values" in own and "bias" in own
         values, bias = (own["values"], own["bias"]) if as_usual else (self.values, self.bias)
-        return sparse_linear(
-            *under_autocast(x, values, bias),  # type: ignore[arg-type]  # values are never None
-            connections.crow_indices,
-            connections.col_indices,
-            self.prefer,
-            self.feature_major,
-        )
+        operands = under_autocast(x, values, bias)  # type: ignore[arg-type]  # values are never None
+        return sparse_linear_of(self._connections, *operands, self.prefer, self.feature_major)
 
     def explain(self, batch: int) -> Explanation:
         """How this layer computes its products for a batch of so many tokens, and what the alternatives cost.

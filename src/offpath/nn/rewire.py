@@ -63,8 +63,7 @@ def check_rewire(layer: SparseLinear, edit: Edit, grown: Tensor | None = None) -
         )
     if source.device != connections.device:
         raise PatternError(f"expected an edit on {connections.device}, where the layer is, got one on {source.device}")
-    same_rows = torch.equal(source.crow_indices, connections.crow_indices)
-    if not same_rows or not torch.equal(source.col_indices, connections.col_indices):
+    if not (connections.is_meta or connections.are_those_of(source)):
         raise PatternError(
             "expected an edit of this layer's pattern, but it was made from other connections; make it with "
             "offpath.pattern.edit(layer.pattern, ...)"

@@ -79,7 +79,7 @@ class SparseSparseLinear(SparseWeightModule):
     @property
     def row_indices(self) -> Tensor:
         """The output of each connection, int32 [nnz]: a copy."""
-        return self._connections.col_indices.clone()
+        return self._connections.copy_of_columns()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> SparseSparseLinear:

@@ -170,7 +170,7 @@ class SparseWeightModule(ConnectedModule):
         before = {"topology_digest": self.topology_digest}
         super()._apply(fn, recurse)
         keep_dtypes(self, before)
-        if not self._connections.col_indices.is_meta or self.values.is_meta:
+        if not self._connections.is_meta or self.values.is_meta:
             self._connections = self._connections.to(self.values.device)
         return self
 
@@ -235,4 +235,4 @@ class CsrWeightModule(SparseWeightModule):
     @property
     def col_indices(self) -> Tensor:
         """The column of each connection, int32 [nnz]: a copy."""
-        return self._connections.col_indices.clone()
+        return self._connections.copy_of_columns()

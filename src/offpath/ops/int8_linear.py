@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from offpath import kernels
-from offpath.kernels import KernelError
+from offpath.kernels import Backend, KernelError
 from offpath.ops.library import as_rows, define, direct, library
-from offpath.ops.prepared import prepare
+from offpath.ops.prepared import Prepared, prepare
 
 ACTIVATIONS = ("float", "int8")
 
@@ -52,13 +52,21 @@ def _forward(
     prefer: str = "speed",
     activations: str = "float",
 ) -> Tensor:
-    out_features = crow_indices.shape[0] - 1
+    shape = crow_indices.shape[0] - 1, x.shape[-1]
+    backend = checked_backend(x, values, scales, bias, shape[0], col_indices.numel(), activations)
+    prepared = prepare(backend, crow_indices, col_indices, shape)
+    return int8_product(prepared, backend, x, values, scales, bias, prefer, activations)
+
+
+def checked_backend(
+    x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, nnz: int, activations: str
+) -> Backend:
+    """What computes the product; raises `KernelError` for operands that do not fit one another."""
     if activations not in ACTIVATIONS:
         raise KernelError(f"expected activations to be 'float' or 'int8', got {activations!r}")
-    if values.dtype is not torch.int8 or values.shape != col_indices.shape or values.dim() != 1:
+    if values.dtype is not torch.int8 or values.shape != (nnz,):
         raise KernelError(
-            f"expected one int8 value for each of the {col_indices.numel()} connections, got {values.dtype} "
-            f"{tuple(values.shape)}"
+            f"expected one int8 value for each of the {nnz} connections, got {values.dtype} {tuple(values.shape)}"
         )
     if scales.dtype is not torch.float32 or scales.shape != (out_features,):
         raise KernelError(
@@ -68,11 +76,22 @@ def _forward(
         raise KernelError(
             f"expected bias of shape ({out_features},) and {x.dtype}, got {tuple(bias.shape)} {bias.dtype}"
         )
-    backend = kernels.select(x.device.type, x.dtype)
-    prepared = prepare(backend, crow_indices, col_indices, (out_features, x.shape[-1]))
+    return kernels.select(x.device.type, x.dtype)
+
+
+def int8_product(
+    prepared: Prepared,
+    backend: Backend,
+    x: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    prefer: str,
+    activations: str,
+) -> Tensor:
     operands = values.contiguous(), scales.contiguous(), as_rows(x), bias
     y = prepared.int8_forward(backend, *operands, prefer, activations)
-    return y.view(*x.shape[:-1], out_features)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _fake(x, values, scales, bias, crow_indices, col_indices, prefer="speed", activations="float"):

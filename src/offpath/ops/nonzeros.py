@@ -38,9 +38,7 @@ def sparse_matmul_of_nonzeros(
     plain = type(x) in (Tensor, Parameter) and not compiling and not in_a_mode
     if plain and w_values.dtype is x.dtype and w_values.shape == w_indices.shape:
         backend, prepared = prepared_weight(x, w_crow_indices, w_indices, out_features)
-        if x.shape[1] == prepared.pattern.shape[0] and not finding_pays(
-            x, backend, w_indices.shape[0], prepared.pattern.shape
-        ):
+        if x.shape[1] == prepared.shape[0] and not finding_pays(x, backend, w_indices.shape[0], prepared.shape):
             return _OfNonzeros.apply(x, *weight)
     return sparse_matmul(SparseRows.from_dense(x), *weight)
 

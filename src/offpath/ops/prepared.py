@@ -11,10 +11,9 @@ nobody else gets to see.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import weakref
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -32,20 +31,16 @@ class Prepared:
     """A private, checked copy of a pattern, what backends made of it and of its transpose, and the methods chosen."""
 
     def __init__(self, pattern: Pattern) -> None:
-        self.pattern = pattern
+        self.shape, self.nnz, self.crow_indices = pattern.shape, pattern.nnz, pattern.crow_indices
+        self.matrix = matrix = PreparedMatrix(pattern.crow_indices, pattern.col_indices, pattern.shape[1])
+        # Of the matrix, not of `self`, which keeps what is returned: a cycle would outlive the layer.
+        self._weight = PreparedWeight(matrix, partial(_transpose, matrix))
         self._chosen: dict[tuple[str, str, int, torch.dtype, str, str | None], str] = {}
-
-    @cached_property
-    def _weight(self) -> PreparedWeight:
-        pattern = self.pattern  # not `self`, which keeps what is returned: a cycle would outlive the layer
-        rows, columns = pattern.shape
-        matrix = PreparedMatrix(pattern.crow_indices, pattern.col_indices, columns)
-        return PreparedWeight(matrix, lambda: PreparedMatrix(*pattern.transpose()[:2], rows, pattern.transpose()[2]))
 
     @cached_property
     def convolutions(self) -> PreparedConvolutions:
         """What backends made of the pattern as the weight of convolutions."""
-        return PreparedConvolutions(self._weight.matrix)
+        return PreparedConvolutions(self.matrix)
 
     def forward(
         self,
@@ -67,7 +62,7 @@ class Prepared:
         method = self._method(backend, "forward", x, prefer)
         dense = None
         if keep_dense and method == "dense" and self._method(backend, "dx", x, prefer) == "dense":
-            dense = self._weight.matrix.dense(backend, values)
+            dense = self.matrix.dense(backend, values)
         return self._weight.forward(backend, method, values, x, bias, feature_major, dense), dense
 
     def int8_forward(
@@ -82,9 +77,9 @@ class Prepared:
     ) -> Tensor:
         """x @ W.T + bias for int8 values with a scale for each row of W, and x as it is or rounded to int8."""
         if activations == "int8":
-            return backend.int8_dots(self._weight.matrix.bitmap(backend), values, scales, x, bias)
+            return backend.int8_dots(self.matrix.bitmap(backend), values, scales, x, bias)
         method = self._method(backend, "forward", x, prefer)
-        return self._weight.matrix.int8_spmm(backend, method, values, scales, x, bias)
+        return self.matrix.int8_spmm(backend, method, values, scales, x, bias)
 
     def dx(self, backend: Backend, values: Tensor, dy: Tensor, prefer: str) -> Tensor:
         """dy @ W, for dy [batch, rows]."""
@@ -112,8 +107,7 @@ class Prepared:
     @property
     def bytes(self) -> int:
         """Bytes of the copy, its transpose, the plans and the bitmaps."""
-        convolutions = self.convolutions.bytes if "convolutions" in vars(self) else 0
-        return self.pattern.index_bytes + self._weight.bytes + convolutions
+        return self._weight.bytes + (self.convolutions.bytes if "convolutions" in vars(self) else 0)
 
     def _method(
         self, backend: Backend, product: str, operand: Tensor, prefer: str, dx_method: str | None = None
@@ -135,86 +129,15 @@ class Prepared:
     def _choose(
         self, backend: Backend, product: str, batch: int, operand: Tensor, prefer: str, dx_method: str | None
     ) -> str:
-        size = (*self.pattern.shape, self.pattern.nnz, batch)
+        size = (*self.shape, self.nnz, batch)
         with on_device_of(operand):
             return choose(backend, product, *size, operand.dtype, prefer, dx_method)
 
 
-class Connections:
-    """A pattern that only its owner can change: ops need not look whether it did.
-
-    Copies the pattern. `crow_indices` and `col_indices` are for the ops alone; who writes into them gets wrong numbers.
-    Copies and pickles are `Connections` of their own.
-
-    >>> from offpath import pattern as patterns
-    >>> connections = Connections(patterns.full((2, 3)))
-    >>> x, values = torch.ones(1, 3), torch.arange(6.0)
-    >>> torch.ops.offpath.sparse_linear(x, values, None, connections.crow_indices, connections.col_indices)
-    tensor([[ 3., 12.]])
-    """
-
-    def __init__(self, pattern: Pattern) -> None:
-        with torch.inference_mode(False):  # or the layer could never be trained
-            own = Pattern(pattern.shape, pattern.crow_indices.clone(), pattern.col_indices.clone())
-            # Other tensor objects over the same memory: what is remembered must not keep its own key alive.
-            self.crow_indices, self.col_indices = own.crow_indices.detach(), own.col_indices.detach()
-        self._prepared = Prepared(own)
-        _remember(self.col_indices, None, self._prepared)
-
-    @property
-    def nnz(self) -> int:
-        """Number of connections."""
-        return self.col_indices.numel()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the index tensors are."""
-        return self.col_indices.device
-
-    @property
-    def pattern(self) -> Pattern:
-        """A copy as a frozen `Pattern`."""
-        return Pattern(self._prepared.pattern.shape, self.crow_indices.clone(), self.col_indices.clone())
-
-    def same_or_new(self, pattern: Pattern) -> Connections:
-        """These connections, with all that was prepared from them, if they are those of `pattern` on its device."""
-        own = self._prepared.pattern
-        same = (
-            own.shape == pattern.shape
-            and self.device == pattern.device
-            and not self.col_indices.is_meta
-            and torch.equal(own.crow_indices, pattern.crow_indices)
-            and torch.equal(own.col_indices, pattern.col_indices)
-        )
-        return self if same else Connections(pattern)
-
-    def outdate(self) -> None:
-        """Say that values no longer belong here: autograd refuses a backward pass of a graph from before."""
-        if not (self.col_indices.is_meta or self.col_indices.is_inference()):
-            torch.autograd.graph.increment_version(self.col_indices)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the indices and of all that was prepared from them."""
-        return self._prepared.bytes
-
-    def digest(self) -> int:
-        """A fingerprint of the contents, the same in every process; 0 on the meta device."""
-        if self.col_indices.is_meta:
-            return 0
-        together = torch.cat([self.crow_indices, self.col_indices]).cpu().numpy().tobytes()
-        return int.from_bytes(hashlib.blake2b(together, digest_size=8).digest(), "little", signed=True)
-
-    def to(self, device: torch.device) -> Connections:
-        """These connections on `device`: the same object when they are there already."""
-        return self if self.device == device else Connections(self._prepared.pattern.to(device))
-
-    def __reduce__(self) -> tuple[type[Connections], tuple[Pattern]]:
-        # Not a copy: what is sent to another process through shared memory has to live until it has arrived.
-        return Connections, (self._prepared.pattern,)
-
-    def __deepcopy__(self, memo: dict) -> Connections:
-        return Connections(self._prepared.pattern)
+def _transpose(matrix: PreparedMatrix) -> PreparedMatrix:
+    shape = matrix.rows, matrix.columns
+    crow_indices, col_indices, permutation = Pattern(shape, matrix.crow_indices, matrix.col_indices).transpose()
+    return PreparedMatrix(crow_indices, col_indices, matrix.rows, permutation)
 
 
 class _Entry:
@@ -238,25 +161,22 @@ def prepare(backend: Backend, crow_indices: Tensor, col_indices: Tensor, shape: 
     Raises `PatternError` when the tensors are not canonical CSR of `shape`.
     """
     found = _entries.get(id(col_indices))
-    if found is not None and (found.col_indices() is not col_indices or found.prepared.pattern.shape != shape):
+    if found is not None and (found.col_indices() is not col_indices or found.prepared.shape != shape):
         found = None
-    if (
-        found is not None
-        and found.digest is None
-        and found.prepared.pattern.crow_indices.data_ptr() == crow_indices.data_ptr()
-    ):
+    if found is not None and found.digest is None and found.prepared.crow_indices.data_ptr() == crow_indices.data_ptr():
         return found.prepared
     if backend.digest is None:
         return Prepared(Pattern(shape, crow_indices, col_indices))
     now = backend.digest(crow_indices, col_indices)
-    if found is not None and found.digest == now and found.prepared.pattern.nnz == col_indices.shape[0]:
+    if found is not None and found.digest == now and found.prepared.nnz == col_indices.shape[0]:
         return found.prepared
     prepared = Prepared(Pattern(shape, crow_indices.clone(), col_indices.clone()))
-    _remember(col_indices, now, prepared)
+    remember(col_indices, now, prepared)
     return prepared
 
 
-def _remember(col_indices: Tensor, digest: int | None, prepared: Prepared) -> None:
+def remember(col_indices: Tensor, digest: int | None, prepared: Prepared) -> None:
+    """Let `prepare` find what is known of these connections; without a digest, nobody but their owner changes them."""
     key = id(col_indices)
     entry = _Entry(weakref.ref(col_indices, lambda _: _forget(key, entry_ref)), digest, prepared)
     entry_ref = weakref.ref(entry)

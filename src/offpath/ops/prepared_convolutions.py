@@ -86,7 +86,7 @@ class PreparedConvolutions:
         # Once: hashing the sizes takes as long as the rest.
         found = None if forced else self._pays_densely.get(key)
         if found is None:
-            nnz = self._matrix.col_indices.numel()
+            nnz = self._matrix.nnz
             found = pays_densely(backend, product, convolution, nnz, like, channels_last, prefer)
             if not forced:
                 if len(self._pays_densely) >= CHOICES_KEPT:

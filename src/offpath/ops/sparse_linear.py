@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from offpath import kernels
-from offpath.kernels import KernelError
+from offpath.kernels import Backend, KernelError
 from offpath.ops import sparse_linear_gradients as gradient_ops
 from offpath.ops.library import (
     as_rows,
@@ -102,21 +102,26 @@ def _forward_keeping(
     feature_major: bool,
     keep_dense: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    out_features = crow_indices.shape[0] - 1
-    _check("x", x, values, col_indices)
+    shape = crow_indices.shape[0] - 1, x.shape[-1]
+    backend = checked_backend(x, values, bias, shape[0], col_indices.shape[0])
+    prepared = prepare(backend, crow_indices, col_indices, shape)
+    return prepared.forward(backend, values, x, bias, prefer, feature_major and x.dim() == 2, keep_dense)
+
+
+def checked_backend(x: Tensor, values: Tensor, bias: Tensor | None, out_features: int, nnz: int) -> Backend:
+    """What computes the product; raises `KernelError` for operands that do not fit one another."""
+    _check("x", x, values, nnz)
     if bias is not None and (bias.dim() != 1 or bias.numel() != out_features or bias.dtype is not x.dtype):
         raise KernelError(
             f"expected bias of shape ({out_features},) and {x.dtype}, got {tuple(bias.shape)} {bias.dtype}"
         )
-    backend = kernels.select("cpu" if x.is_cpu else x.device.type, x.dtype)
-    prepared = prepare(backend, crow_indices, col_indices, (out_features, x.shape[-1]))
-    return prepared.forward(backend, values, x, bias, prefer, feature_major and x.dim() == 2, keep_dense)
+    return kernels.select("cpu" if x.is_cpu else x.device.type, x.dtype)
 
 
 def _dx(
     dy: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, in_features: int, prefer: str = "speed"
 ) -> Tensor:
-    _check("dy", dy, values, col_indices)
+    _check("dy", dy, values, col_indices.shape[0])
     _check_width(dy, crow_indices)
     backend = kernels.select(dy.device.type, dy.dtype)
     shape = (crow_indices.shape[0] - 1, in_features)
@@ -154,7 +159,7 @@ def _all_gradients(
     feature_major: bool,
     dense: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check("x", x, values, col_indices)
+    _check("x", x, values, col_indices.shape[0])
     backend = kernels.select("cpu" if dy.is_cpu else dy.device.type, dy.dtype)
     prepared = prepare(backend, crow_indices, col_indices, (crow_indices.shape[0] - 1, x.shape[-1]))
     dx, dvalues, dbias = prepared.backward(
@@ -163,12 +168,11 @@ def _all_gradients(
     return dx if x.dim() == 2 else dx.view(x.shape), dvalues, dbias
 
 
-def _check(name: str, operand: Tensor, values: Tensor, col_indices: Tensor) -> None:
-    if operand.dtype is not values.dtype or values.dim() != 1 or values.numel() != col_indices.numel():
+def _check(name: str, operand: Tensor, values: Tensor, nnz: int) -> None:
+    if operand.dtype is not values.dtype or values.dim() != 1 or values.numel() != nnz:
         raise KernelError(
-            f"expected {name} and values of one dtype, and one value for each of the {col_indices.numel()} "
-            f"connections; got {name} {operand.dtype}, values {values.dtype} {tuple(values.shape)}. "
-            "Cast the module or its input"
+            f"expected {name} and values of one dtype, and one value for each of the {nnz} connections; got {name} "
+            f"{operand.dtype}, values {values.dtype} {tuple(values.shape)}. Cast the module or its input"
         )
 
 

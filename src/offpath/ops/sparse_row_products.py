@@ -20,7 +20,6 @@ from offpath.ops.row_choice import pays_over_all_connections
 from offpath.ops.row_products import check_matrix, check_parts
 from offpath.ops.sparse_rows import SparseRows
 from offpath.ops.tangents import of_op
-from offpath.pattern import Pattern
 
 
 def sparse_matmul(
@@ -58,11 +57,10 @@ def _matmul(
     check_parts(crow_indices, indices, values)
     _check_weight(w_indices, w_values, values.dtype)
     backend, prepared = prepared_weight(values, w_crow_indices, w_indices, width)
-    weight = prepared.pattern
-    if _over_all("sparse_matmul", backend, crow_indices, indices, values, weight):
-        return prepared.dx(
-            backend, w_values, backend.rows.written_out(crow_indices, indices, values, weight.shape[0]), "speed"
-        )
+    weight = prepared.matrix
+    if _over_all("sparse_matmul", backend, crow_indices, indices, values, prepared):
+        rows = backend.rows.written_out(crow_indices, indices, values, weight.rows)
+        return prepared.dx(backend, w_values, rows, "speed")
     return backend.rows.sparse_matmul(
         crow_indices, indices, values, weight.crow_indices, weight.col_indices, w_values, width
     )
@@ -75,9 +73,9 @@ def _dots(
     check_matrix("dy", dy, dy.dtype, rows=crow_indices.shape[0] - 1)
     _check_weight(w_indices, w_values, dy.dtype)
     backend, prepared = prepared_weight(dy, w_crow_indices, w_indices, dy.shape[1])
-    weight = prepared.pattern
-    if _over_all("sparse_dots", backend, crow_indices, indices, dy, weight):
-        check_rows(crow_indices, indices, weight.shape[0])
+    weight = prepared.matrix
+    if _over_all("sparse_dots", backend, crow_indices, indices, dy, prepared):
+        check_rows(crow_indices, indices, weight.rows)
         products, _ = prepared.forward(backend, w_values, dy, None, "speed", feature_major=False, keep_dense=False)
         return products[row_numbers(crow_indices), indices.long()]
     return backend.rows.sparse_dots(crow_indices, indices, dy, weight.crow_indices, weight.col_indices, w_values)
@@ -89,9 +87,9 @@ def _weight_gradient(
     check_parts(crow_indices, indices, values)
     check_matrix("dy", dy, values.dtype, rows=crow_indices.shape[0] - 1)
     backend, prepared = prepared_weight(dy, w_crow_indices, w_indices, dy.shape[1])
-    weight = prepared.pattern
-    if _over_all("sparse_weight_gradient", backend, crow_indices, indices, dy, weight):
-        rows = backend.rows.written_out(crow_indices, indices, values, weight.shape[0])
+    weight = prepared.matrix
+    if _over_all("sparse_weight_gradient", backend, crow_indices, indices, dy, prepared):
+        rows = backend.rows.written_out(crow_indices, indices, values, weight.rows)
         return prepared.dvalues(backend, rows, dy, "speed")
     return backend.rows.sparse_weight_gradient(
         crow_indices, indices, values, dy, weight.crow_indices, weight.col_indices
@@ -99,7 +97,7 @@ def _weight_gradient(
 
 
 def _over_all(
-    product: str, backend: Backend, crow_indices: Tensor, indices: Tensor, operand: Tensor, weight: Pattern
+    product: str, backend: Backend, crow_indices: Tensor, indices: Tensor, operand: Tensor, weight: Prepared
 ) -> bool:
     size = indices.shape[0], crow_indices.shape[0] - 1, weight.nnz, weight.shape
     return pays_over_all_connections(product, backend, operand.dtype, *size)
