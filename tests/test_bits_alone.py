@@ -233,13 +233,15 @@ def _let_go_or_not(layer: nn.Module) -> Tensor:
     return layer(_input())
 
 
-def test_inference_mode_does_not_spoil_training() -> None:
+@pytest.mark.parametrize("then", ["row-wise", None])
+def test_inference_mode_does_not_spoil_training(then: str | None) -> None:
     layer, twin = _layer(), _layer()
     with torch.inference_mode(), forced_methods(forward="bitmap"):
         layer(_input())
     assert _is_without(layer)
-    with torch.inference_mode():
-        layer._connections.hand_out()
+    with torch.inference_mode(), forced_methods(**({} if then is None else {"forward": then})):
+        layer(_input())
+        layer.connections.col_indices  # noqa: B018  # asking for them is what is tried
     for ours, theirs in zip(_with_gradients(layer), _with_gradients(twin), strict=True):
         assert torch.equal(ours, theirs)
 
