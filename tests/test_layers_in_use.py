@@ -257,7 +257,7 @@ def test_an_aotinductor_package_computes_what_the_layer_does(tmp_path: Path) -> 
 
 
 def test_only_so_many_choices_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offpath.ops.prepared.CHOICES_KEPT", 4)
+    monkeypatch.setattr("offpath.ops.prepared_products.CHOICES_KEPT", 4)
     monkeypatch.setattr("offpath.ops.prepared_convolutions.CHOICES_KEPT", 4)
     linear, convolution = SparseLinear(20, 30), layers.SparseConv2d(3, 4, 3)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from offpath import kernels
 from offpath.kernels import KernelError, row_calibration, visit_calibration
 from offpath.nn import SparseSparseLinear
 from offpath.ops import SparseRows, forced_dense_rows, row_choice, row_products, topk_rows
-from offpath.ops.prepared import Prepared
+from offpath.ops.prepared_products import Prepared
 
 BACKEND = kernels.default_backend()[0]
 

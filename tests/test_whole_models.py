@@ -20,7 +20,7 @@ from checkers import gamma
 from offpath import SparseLinear
 from offpath.convert.swap import swap_modules
 from offpath.ops import Connections
-from offpath.ops.prepared import Prepared
+from offpath.ops.prepared_products import Prepared
 from offpath.pattern import Pattern, PatternError
 
 transformers = pytest.importorskip("transformers")
@@ -287,7 +287,7 @@ def _tampered(layer: SparseLinear) -> SparseLinear:
     prepared = copy.copy(layer.connections._prepared)
     vars(prepared).update(vars(Prepared(pattern)))
     vars(connections).update(
-        _prepared=prepared, crow_indices=layer.crow_indices, _col_indices=columns, _handed_out=False
+        _prepared=prepared, crow_indices=layer.crow_indices, _col_indices=columns, _handed_out=True, _are_gone=False
     )
     layer._connections = connections
     return layer

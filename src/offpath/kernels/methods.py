@@ -62,14 +62,16 @@ class PreparedMatrix:
         assert self._columns_of_bits is not None
         return self._columns_of_bits()
 
-    def let_columns_go(self, backend: Backend) -> bool:
-        """Keep the bits alone, where there are any that take less; no second time, which could go on for ever."""
-        bitmap = self._made.get((backend.name, "bitmap"))
-        if bitmap is None or backend.columns_of_bitmap is None or self._columns_of_bits is not None:
-            return False
-        self._columns_of_bits = partial(backend.columns_of_bitmap, bitmap)
+    def can_let_columns_go(self, backend: Backend) -> bool:
+        """Whether there are bits to find them in. Once, or products in turns would find and forget them for ever."""
+        has_bits = backend.columns_of_bitmap is not None and (backend.name, "bitmap") in self._made
+        return has_bits and self._columns_of_bits is None
+
+    def let_columns_go(self, backend: Backend) -> None:
+        """Keep the bits alone, which there must be."""
+        assert backend.columns_of_bitmap is not None
+        self._columns_of_bits = partial(backend.columns_of_bitmap, self._made[backend.name, "bitmap"])
         self._col_indices = None
-        return True
 
     def spmm(
         self,

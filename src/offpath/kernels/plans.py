@@ -63,7 +63,7 @@ def make_bitmap(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Prep
 def columns_of_bitmap(bitmap: Prepared) -> Tensor:
     """The col_indices that a bitmap was made of, int32 [nnz]."""
     with torch.inference_mode(False):  # or what keeps them could never be trained
-        col_indices = torch.empty(bitmap.nnz, dtype=torch.int32)
+        col_indices = torch.empty(bitmap.nnz, dtype=torch.int32, device="cpu")
     if not _native.write_columns(bitmap.native, col_indices, torch.get_num_threads()):
         refuse(col_indices=col_indices)
     return col_indices

@@ -83,7 +83,7 @@ class ConnectedModule(nn.Module):
         if torch.compiler.is_dynamo_compiling():
             self._looked_at()
         else:
-            self._connections.hand_out()
+            self._hand_out()
 
     def _looked_at(self) -> bool:
         # Before torch 2.12, the compiler takes no module as the argument of what it is to call, but its own method.
@@ -92,5 +92,11 @@ class ConnectedModule(nn.Module):
         self._connections.hand_out()
         return True
 
+    def _hand_out(self) -> bool:
+        """Who gets the connections may read them: in compiled code, from when it is compiled on."""
+        self._connections.hand_out()
+        return True
+
     # All that torch.compiler.assume_constant_result does, which brings the compiler with it: seconds of an import.
     _looked_at._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions declare no attributes
+    _hand_out._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -54,7 +54,7 @@ def check_rewire(layer: SparseLinear, edit: Edit, grown: Tensor | None = None) -
             "expected a layer with values of its own, got one whose values are computed from others; call "
             "torch.nn.utils.prune.remove(layer, 'values') first"
         )
-    source, connections = edit.source, layer.connections
+    source, connections = edit.source, layer._connections
     shape = (layer.out_features, layer.in_features)
     if source.shape != shape or source.nnz != connections.nnz:
         raise PatternError(
@@ -63,7 +63,7 @@ def check_rewire(layer: SparseLinear, edit: Edit, grown: Tensor | None = None) -
         )
     if source.device != connections.device:
         raise PatternError(f"expected an edit on {connections.device}, where the layer is, got one on {source.device}")
-    if not (connections.is_meta or connections.are_those_of(source)):
+    if not connections.are_those_of(source):
         raise PatternError(
             "expected an edit of this layer's pattern, but it was made from other connections; make it with "
             "offpath.pattern.edit(layer.pattern, ...)"

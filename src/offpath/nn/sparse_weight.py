@@ -107,6 +107,7 @@ class SparseWeightModule(ConnectedModule):
     @property
     def connections(self) -> Connections:
         """The topology as the ops take it, for those who call them themselves; not to be written into."""
+        self._hand_out()
         return self._connections
 
     @property
@@ -235,4 +236,6 @@ class CsrWeightModule(SparseWeightModule):
     @property
     def col_indices(self) -> Tensor:
         """The column of each connection, int32 [nnz]: a copy."""
+        if torch.compiler.is_compiling():
+            return self.connections.col_indices.clone()
         return self._connections.copy_of_columns()

@@ -8,7 +8,8 @@ from torch import Tensor
 from offpath import kernels
 from offpath.kernels import Backend, KernelError
 from offpath.ops.library import as_rows, define, direct, library
-from offpath.ops.prepared import Prepared, prepare
+from offpath.ops.prepared import prepare
+from offpath.ops.prepared_products import Prepared
 
 ACTIVATIONS = ("float", "int8")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offpath.ops.connections import Connections
 from offpath.ops.int8_linear import checked_backend as checked_int8_backend, int8_linear, int8_product
 from offpath.ops.library import nobody_listens
+from offpath.ops.prepared import Connections
 from offpath.ops.sparse_linear import checked_backend, sparse_linear
 
 
@@ -24,7 +24,9 @@ def sparse_linear_of(
         indices = connections.crow_indices, connections.col_indices
         return sparse_linear(x, values, bias, *indices, prefer, feature_major)
     backend = checked_backend(x, values, bias, connections.crow_indices.shape[0] - 1, connections.nnz)
-    y, _ = connections.known(backend).forward(backend, values, x, bias, prefer, feature_major and x.dim() == 2, False)
+    y, _ = connections.known(backend, x.shape[-1]).forward(
+        backend, values, x, bias, prefer, feature_major and x.dim() == 2, False
+    )
     connections.let_columns_go(backend)
     return y
 
@@ -44,7 +46,7 @@ def int8_linear_of(
         return int8_linear(x, values, scales, bias, *indices, prefer, activations)
     out_features, nnz = connections.crow_indices.shape[0] - 1, connections.nnz
     backend = checked_int8_backend(x, values, scales, bias, out_features, nnz, activations)
-    y = int8_product(connections.known(backend), backend, x, values, scales, bias, prefer, activations)
+    y = int8_product(connections.known(backend, x.shape[-1]), backend, x, values, scales, bias, prefer, activations)
     connections.let_columns_go(backend)
     return y
 

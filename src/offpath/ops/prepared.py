@@ -6,138 +6,184 @@ that follows from them - the check, a private copy, the transpose, the plans - i
 read the private copy and the plans alone: a write between digest and kernel cannot lead them outside a tensor.
 
 A layer spares itself the digest (at batch 1 it would cost more than the product): it owns `Connections`, whose tensors
-nobody else gets to see.
+nobody else gets to see. While inference is all that it is asked for, it keeps one bit per position and no columns.
 """
 
 from __future__ import annotations
 
-import math
+import hashlib
 import weakref
-from functools import cached_property, partial
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from offpath.kernels import Backend
-from offpath.kernels.methods import PreparedMatrix, PreparedWeight
-from offpath.kernels.operands import on_device_of
-from offpath.ops.choice import CHOICES_KEPT, any_forced, choose
-from offpath.ops.library import as_rows
-from offpath.ops.prepared_convolutions import PreparedConvolutions
+from offpath.ops.library import is_in_a_mode, is_tracing, is_transforming
+from offpath.ops.prepared_products import Prepared
 from offpath.pattern import Pattern
 
+_Result = TypeVar("_Result")
 
-class Prepared:
-    """A private, checked copy of a pattern, what backends made of it and of its transpose, and the methods chosen."""
+
+class Connections:
+    """A pattern that only its owner can change: ops need not look whether it did.
+
+    Copies the pattern. `crow_indices` and `col_indices` are for the ops alone; who writes into them gets wrong numbers.
+    As long as nobody has asked for `col_indices`, `let_columns_go` keeps the bits of the pattern alone, in which they
+    are found again when somebody does. Copies and pickles are `Connections` of their own.
+
+    >>> from offpath import pattern as patterns
+    >>> connections = Connections(patterns.full((2, 3)))
+    >>> x, values = torch.ones(1, 3), torch.arange(6.0)
+    >>> torch.ops.offpath.sparse_linear(x, values, None, connections.crow_indices, connections.col_indices)
+    tensor([[ 3., 12.]])
+    """
 
     def __init__(self, pattern: Pattern) -> None:
-        self.shape, self.nnz, self.crow_indices = pattern.shape, pattern.nnz, pattern.crow_indices
-        self.matrix = matrix = PreparedMatrix(pattern.crow_indices, pattern.col_indices, pattern.shape[1])
-        # Of the matrix, not of `self`, which keeps what is returned: a cycle would outlive the layer.
-        self._weight = PreparedWeight(matrix, partial(_transpose, matrix))
-        self._chosen: dict[tuple[str, str, int, torch.dtype, str, str | None], str] = {}
+        with torch.inference_mode(False):  # or the layer could never be trained
+            own = Pattern(pattern.shape, pattern.crow_indices.clone(), pattern.col_indices.clone())
+            # Other tensor objects over the same memory: what is remembered must not keep its own key alive. By this
+            # one ops find what is known; it stays when its memory goes, and compiled code sees no difference.
+            self.crow_indices, self._col_indices = own.crow_indices.detach(), own.col_indices.detach()
+        self._prepared = Prepared(own)
+        self._handed_out = self._are_gone = False
+        self._changing = Lock()
+        _remember(self._col_indices, None, self._prepared)
 
-    @cached_property
-    def convolutions(self) -> PreparedConvolutions:
-        """What backends made of the pattern as the weight of convolutions."""
-        return PreparedConvolutions(self.matrix)
+    @property
+    def col_indices(self) -> Tensor:
+        """The column of each connection, int32 [nnz]."""
+        # Compiled code, which may serve other layers too, gives it to ops, and these do not read it.
+        if not torch.compiler.is_compiling():
+            self.hand_out()
+        return self._col_indices
 
-    def forward(
-        self,
-        backend: Backend,
-        values: Tensor,
-        x: Tensor,
-        bias: Tensor | None,
-        prefer: str,
-        feature_major: bool,
-        keep_dense: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """x @ W.T + bias, for x [..., columns].
+    def hand_out(self) -> None:
+        """See to it that `col_indices` hold numbers, from now on: somebody has them."""
+        if self._handed_out:
+            return
+        with self._changing:
+            if self._are_gone:
+                _without_modes(self._bring_back)
+                self._are_gone = False
+            self._handed_out = True
 
-        With `keep_dense`, also the weight written out, if both this product and the gradient of x are computed with it.
-        """
-        if x.dim() != 2 and not (backend.native and x.dim() > 2):
-            y, dense = self.forward(backend, values, as_rows(x), bias, prefer, feature_major, keep_dense)
-            return y.view(*x.shape[:-1], y.shape[-1]), dense
-        method = self._method(backend, "forward", x, prefer)
-        dense = None
-        if keep_dense and method == "dense" and self._method(backend, "dx", x, prefer) == "dense":
-            dense = self.matrix.dense(backend, values)
-        return self._weight.forward(backend, method, values, x, bias, feature_major, dense), dense
+    def let_columns_go(self, backend: Backend) -> None:
+        """Keep the bits that `backend` has made of the pattern, if it has, in place of columns that nobody has."""
+        matrix = self._prepared.matrix
+        if self._handed_out or self._are_gone or not matrix.can_let_columns_go(backend):
+            return
+        with self._changing, torch.inference_mode(False):
+            if not (self._handed_out or self._are_gone):
+                matrix.let_columns_go(backend)
+                nothing = torch.empty(self.nnz, dtype=torch.int32, device=self.device)
+                nothing.untyped_storage().resize_(0)
+                self._col_indices.data = nothing
+                self._are_gone = True
 
-    def int8_forward(
-        self,
-        backend: Backend,
-        values: Tensor,
-        scales: Tensor,
-        x: Tensor,
-        bias: Tensor | None,
-        prefer: str,
-        activations: str,
-    ) -> Tensor:
-        """x @ W.T + bias for int8 values with a scale for each row of W, and x as it is or rounded to int8."""
-        if activations == "int8":
-            return backend.int8_dots(self.matrix.bitmap(backend), values, scales, x, bias)
-        method = self._method(backend, "forward", x, prefer)
-        return self.matrix.int8_spmm(backend, method, values, scales, x, bias)
+    def _bring_back(self) -> None:
+        with torch.inference_mode(False):
+            self._col_indices.data = self._prepared.matrix.col_indices
 
-    def dx(self, backend: Backend, values: Tensor, dy: Tensor, prefer: str) -> Tensor:
-        """dy @ W, for dy [batch, rows]."""
-        return self._weight.dx(backend, self._method(backend, "dx", dy, prefer), values, dy)
+    def known(self, backend: Backend, columns: int) -> Prepared:
+        """What `prepare` knows of them as a matrix of so many columns; raises `PatternError` if they are not that."""
+        if columns == self._prepared.shape[1]:
+            return prepare(backend, self.crow_indices, self._col_indices, self._prepared.shape)
+        self.hand_out()
+        return prepare(backend, self.crow_indices, self._col_indices, (self._prepared.shape[0], columns))
 
-    def dvalues(self, backend: Backend, dy: Tensor, x: Tensor, prefer: str) -> Tensor:
-        """The entries of dy.T @ x that are connections."""
-        return self._weight.dvalues(backend, self._method(backend, "dvalues", x, prefer), dy, x)
+    @property
+    def nnz(self) -> int:
+        """Number of connections."""
+        return self._prepared.nnz
 
-    def backward(
-        self,
-        backend: Backend,
-        values: Tensor,
-        dy: Tensor,
-        x: Tensor,
-        prefer: str,
-        feature_major: bool,
-        dense: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dx, dvalues, dbias), where dbias is the sum of dy over the batch; `dense` is what `forward` kept."""
-        of_x = self._method(backend, "dx", dy, prefer)
-        of_values = self._method(backend, "dvalues", x, prefer, of_x)
-        return self._weight.backward(backend, of_x, of_values, values, dy, x, feature_major, dense)
+    @property
+    def device(self) -> torch.device:
+        """Where the index tensors are."""
+        return self.crow_indices.device
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether there are sizes and no numbers."""
+        return self.crow_indices.is_meta
+
+    @property
+    def pattern(self) -> Pattern:
+        """A copy as a frozen `Pattern`."""
+        return Pattern(self._prepared.shape, self.crow_indices.clone(), self.copy_of_columns())
+
+    def copy_of_columns(self) -> Tensor:
+        """A copy of `col_indices`, which may stay away."""
+        return self._columns.clone()
+
+    def are_those_of(self, pattern: Pattern) -> bool:
+        """Whether `pattern` has the same connections, on the same device; never of what is on meta."""
+        return (
+            self._prepared.shape == pattern.shape
+            and self.device == pattern.device
+            and not self.is_meta
+            and torch.equal(self.crow_indices, pattern.crow_indices)
+            and torch.equal(self._columns, pattern.col_indices)
+        )
+
+    def same_or_new(self, pattern: Pattern) -> Connections:
+        """These connections, with all that was prepared from them, if they are those of `pattern` on its device."""
+        return self if self.are_those_of(pattern) else Connections(pattern)
+
+    def outdate(self) -> None:
+        """Say that values no longer belong here: autograd refuses a backward pass of a graph from before."""
+        if not (self.is_meta or self._col_indices.is_inference()):
+            torch.autograd.graph.increment_version(self._col_indices)
 
     @property
     def bytes(self) -> int:
-        """Bytes of the copy, its transpose, the plans and the bitmaps."""
-        return self._weight.bytes + (self.convolutions.bytes if "convolutions" in vars(self) else 0)
+        """Bytes of the indices that are kept and of all that was prepared from them."""
+        return self._prepared.bytes
 
-    def _method(
-        self, backend: Backend, product: str, operand: Tensor, prefer: str, dx_method: str | None = None
-    ) -> str:
-        batch = operand.shape[0] if operand.dim() == 2 else math.prod(operand.shape[:-1])
-        key = backend.name, product, batch, operand.dtype, prefer, dx_method
-        if any_forced():
-            return self._choose(backend, product, batch, operand, prefer, dx_method)
-        method = self._chosen.get(key)
-        if method is None:
-            method = self._choose(backend, product, batch, operand, prefer, dx_method)
-            # While a graph is captured, costs are calculated where they have not been measured.
-            if not (operand.is_cuda and torch.cuda.is_current_stream_capturing()):
-                if len(self._chosen) >= CHOICES_KEPT:
-                    self._chosen.clear()
-                self._chosen[key] = method
-        return method
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of `crow_indices` and `col_indices`, kept or not."""
+        return self.crow_indices.element_size() * (self.crow_indices.numel() + self.nnz)
 
-    def _choose(
-        self, backend: Backend, product: str, batch: int, operand: Tensor, prefer: str, dx_method: str | None
-    ) -> str:
-        size = (*self.shape, self.nnz, batch)
-        with on_device_of(operand):
-            return choose(backend, product, *size, operand.dtype, prefer, dx_method)
+    def digest(self) -> int:
+        """A fingerprint of the contents, the same in every process; 0 on the meta device."""
+        if self.is_meta:
+            return 0
+        together = torch.cat([self.crow_indices, self._columns]).cpu().numpy().tobytes()
+        return int.from_bytes(hashlib.blake2b(together, digest_size=8).digest(), "little", signed=True)
+
+    def to(self, device: torch.device) -> Connections:
+        """These connections on `device`: the same object when they are there already."""
+        return self if self.device == device else Connections(self._own_pattern.to(device))
+
+    @property
+    def _columns(self) -> Tensor:
+        """To be looked at, and no more: the kernels' own, where they are kept."""
+        return _without_modes(self._prepared.matrix.find_columns) if self._are_gone else self._col_indices
+
+    @property
+    def _own_pattern(self) -> Pattern:
+        return Pattern(self._prepared.shape, self._prepared.crow_indices, self._columns)
+
+    def __reduce__(self) -> tuple[type[Connections], tuple[Pattern]]:
+        # Not a copy: what is sent to another process through shared memory has to live until it has arrived.
+        self.hand_out()
+        return Connections, (self._own_pattern,)
+
+    def __deepcopy__(self, memo: dict) -> Connections:
+        return Connections(self._own_pattern)
 
 
-def _transpose(matrix: PreparedMatrix) -> PreparedMatrix:
-    shape = matrix.rows, matrix.columns
-    crow_indices, col_indices, permutation = Pattern(shape, matrix.crow_indices, matrix.col_indices).transpose()
-    return PreparedMatrix(crow_indices, col_indices, matrix.rows, permutation)
+def _without_modes(make: Callable[[], _Result]) -> _Result:
+    """What `make` returns where no mode, transform or tracer of the caller's makes something else of tensors."""
+    if not (is_in_a_mode() or is_transforming() or is_tracing()):
+        return make()
+    with ThreadPoolExecutor(max_workers=1) as helper:
+        return helper.submit(make).result()
 
 
 class _Entry:
@@ -171,12 +217,11 @@ def prepare(backend: Backend, crow_indices: Tensor, col_indices: Tensor, shape: 
     if found is not None and found.digest == now and found.prepared.nnz == col_indices.shape[0]:
         return found.prepared
     prepared = Prepared(Pattern(shape, crow_indices.clone(), col_indices.clone()))
-    remember(col_indices, now, prepared)
+    _remember(col_indices, now, prepared)
     return prepared
 
 
-def remember(col_indices: Tensor, digest: int | None, prepared: Prepared) -> None:
-    """Let `prepare` find what is known of these connections; without a digest, nobody but their owner changes them."""
+def _remember(col_indices: Tensor, digest: int | None, prepared: Prepared) -> None:
     key = id(col_indices)
     entry = _Entry(weakref.ref(col_indices, lambda _: _forget(key, entry_ref)), digest, prepared)
     entry_ref = weakref.ref(entry)

@@ -15,7 +15,8 @@ from offpath.kernels import Backend, KernelError
 from offpath.kernels.operands import row_numbers
 from offpath.kernels.reference_rows import check_rows
 from offpath.ops.library import define, direct
-from offpath.ops.prepared import Prepared, prepare
+from offpath.ops.prepared import prepare
+from offpath.ops.prepared_products import Prepared
 from offpath.ops.row_choice import pays_over_all_connections
 from offpath.ops.row_products import check_matrix, check_parts
 from offpath.ops.sparse_rows import SparseRows

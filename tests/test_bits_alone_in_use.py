@@ -1,0 +1,198 @@
+"""Layers that have let go of their column indices, under compilers, transforms, modes and threads."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bits_alone_cases import gradients_of, half_sparse, is_without_columns, let_go, some_input
+from offpath import SparseLinear
+from offpath.ops import forced_methods
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*jit.*:DeprecationWarning")
+def test_compilers_exporters_and_tracers_get_the_indices() -> None:
+    x = some_input()
+    expected = let_go(half_sparse())
+    compiled, traced = half_sparse().eval(), half_sparse().eval()
+    for layer in (compiled, traced):
+        let_go(layer)
+    with torch.no_grad(), forced_methods(forward="bitmap"):
+        assert torch.equal(torch.compile(compiled, backend="eager", fullgraph=True)(x), expected)
+        for strict in (False, True):
+            let_go(anew := half_sparse().eval())
+            program = torch.export.export(anew, (x,), strict=strict)
+            assert torch.equal(program.module()(x), expected)
+        assert torch.equal(torch.jit.trace(traced, (x,))(x), expected)
+
+
+def test_fake_tensors_and_transforms_get_the_indices() -> None:
+    x, twin = some_input(), half_sparse()
+    for run in (
+        lambda layer: torch.func.vmap(layer)(x),
+        lambda layer: torch.func.jvp(layer, (x,), (x,))[1],
+        lambda layer: torch.func.grad(lambda inputs: layer(inputs).sum())(x),
+        lambda layer: torch.func.jacrev(layer)(x),
+    ):
+        layer = half_sparse()
+        let_go(layer)
+        assert torch.equal(run(layer), run(twin))
+    layer = half_sparse()
+    let_go(layer)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        assert layer(mode.from_tensor(x)).shape == (5, 70)
+    assert torch.equal(_let_go_or_not(layer), _let_go_or_not(twin))
+
+
+@torch.no_grad()
+def _let_go_or_not(layer: nn.Module) -> Tensor:
+    return layer(some_input())
+
+
+@pytest.mark.parametrize("then", ["row-wise", None])
+def test_inference_mode_does_not_spoil_training(then: str | None) -> None:
+    layer, twin = half_sparse(), half_sparse()
+    with torch.inference_mode(), forced_methods(forward="bitmap"):
+        layer(some_input())
+    assert is_without_columns(layer)
+    with torch.inference_mode(), forced_methods(**({} if then is None else {"forward": then})):
+        layer(some_input())
+        layer.connections.col_indices  # noqa: B018  # asking for them is what is tried
+    for ours, theirs in zip(gradients_of(layer), gradients_of(twin), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_many_threads_find_the_same_connections() -> None:
+    x, twin = some_input(), half_sparse()
+    for _ in range(20):
+        layer = half_sparse()
+
+        @torch.no_grad()
+        def use(number: int, layer: SparseLinear = layer) -> Tensor:
+            if number % 4 == 3:
+                assert torch.equal(layer.connections.col_indices, twin.col_indices)
+            assert layer.pattern.equals(twin.pattern)
+            return layer(x)
+
+        with forced_methods(forward="bitmap"), ThreadPoolExecutor(max_workers=8) as pool:
+            answers = list(pool.map(use, range(16)))
+        assert all(torch.equal(answer, answers[0]) for answer in answers)
+
+
+def test_threads_that_train_at_once_cannot_go_back_over_another_topology() -> None:
+    other = SparseLinear(130, 70, sparsity=0.5)
+    for _ in range(30):
+        layer, barrier = half_sparse(), Barrier(2)
+        let_go(layer)
+
+        def forward(layer: SparseLinear = layer, barrier: Barrier = barrier) -> Tensor:
+            barrier.wait()
+            return layer(some_input())
+
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            graphs = [future.result() for future in [pool.submit(forward) for _ in range(2)]]
+        layer.load_state_dict(other.state_dict())
+        for y in graphs:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
+
+
+def _frames(compiled: Callable[[], object], rounds: int) -> int:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(rounds):
+        compiled()
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_compiled_code_serves_every_topology_and_every_layer_alike() -> None:
+    """Guards on what connections keep would compile anew for each, until torch gives up."""
+    x, layer = some_input(), half_sparse()
+    run = torch.compile(lambda layer, x: layer(x), backend="eager", fullgraph=True)
+
+    def other_topology() -> None:
+        layer.load_state_dict(SparseLinear(130, 70, sparsity=0.5).state_dict())
+        with torch.no_grad(), forced_methods(forward="bitmap"):
+            layer(x)
+        run(layer, x).sum().backward()
+
+    def other_layer() -> None:
+        new = half_sparse()
+        let_go(new)
+        y = run(new, x)
+        y.sum().backward()
+        assert torch.equal(new.values.grad, _with_gradients_of_sum(half_sparse(), x))
+        stale = run(new, x)
+        new.load_state_dict(SparseLinear(130, 70, sparsity=0.5).state_dict())
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            stale.sum().backward()
+
+    assert _frames(other_topology, 10) == 1
+    assert _frames(other_layer, 10) == 1
+
+
+def _with_gradients_of_sum(layer: SparseLinear, x: Tensor) -> Tensor:
+    layer(x).sum().backward()
+    return layer.values.grad
+
+
+class _CallsTheOp(nn.Module):
+    """What `layer.connections` are there for."""
+
+    def __init__(self, layer: SparseLinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.layer.connections
+        y = torch.ops.offpath.sparse_linear(x, self.layer.values, self.layer.bias, own.crow_indices, own.col_indices)
+        return y + self.layer.col_indices.sum()
+
+
+def test_those_who_call_the_ops_themselves_get_the_indices() -> None:
+    x, expected = some_input(), _CallsTheOp(half_sparse())(some_input()).detach()
+    with torch.no_grad():
+        for run in (
+            lambda model: model(x),
+            lambda model: torch.compile(model, backend="eager", fullgraph=True)(x),
+            lambda model: torch.export.export(model, (x,), strict=True).module()(x),
+            lambda model: torch.export.export(model, (x,), strict=False).module()(x),
+        ):
+            let_go(layer := half_sparse())
+            assert torch.equal(run(_CallsTheOp(layer)), expected)
+
+
+def test_a_layer_is_pickled_when_the_interpreter_ends(tmp_path) -> None:
+    script = (
+        "import atexit, sys, torch, offpath\n"
+        "layer, x = offpath.SparseLinear(130, 70, sparsity=0.5), torch.randn(5, 130)\n"
+        "with torch.no_grad(), offpath.ops.forced_methods(forward='bitmap'):\n"
+        "    layer(x)\n"
+        "assert layer._connections._are_gone\n"
+        "atexit.register(lambda: torch.save(layer, sys.argv[1]))\n"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path / "layer.pt"], check=True, timeout=120)
+    assert torch.load(tmp_path / "layer.pt", weights_only=False).nnz == 4550
+
+
+def test_the_default_device_and_fake_modes_do_not_matter() -> None:
+    layer, twin, x = half_sparse(), half_sparse(), some_input()
+    let_go(layer)
+    with torch.device("meta"):
+        state, copied = layer.state_dict(), copy.deepcopy(layer)
+        with torch.no_grad(), forced_methods(forward="bucketed"):
+            layer(x)
+    assert torch.equal(state["col_indices"], twin.col_indices)
+    assert copied.pattern.equals(twin.pattern)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer.state_dict()["col_indices"].shape == (layer.nnz,)
+    assert is_without_columns(layer)
