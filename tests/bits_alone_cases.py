@@ -28,7 +28,7 @@ def let_go(layer: nn.Module, x: Tensor | None = None, method: str = "bitmap") ->
 
 def is_without_columns(layer: nn.Module) -> bool:
     connections = layer._connections
-    return connections._are_gone and connections._prepared.matrix._col_indices is None
+    return connections._are_gone and connections._prepared.matrix.kept_columns is None
 
 
 def gradients_of(layer: SparseLinear) -> list[Tensor]:

@@ -111,7 +111,7 @@ def test_columns_that_were_needed_again_stay() -> None:
         for method in ("row-wise", "bitmap"):
             with forced_methods(forward=method):
                 layer(some_input())
-    assert layer._connections._prepared.matrix._col_indices is not None
+    assert layer._connections._prepared.matrix.kept_columns is not None
 
 
 @pytest.mark.parametrize("methods", [("bucketed", "tiled"), ("row-wise", "row-wise"), ("bitmap", "bitmap")])

@@ -43,20 +43,20 @@ class PreparedMatrix:
         self.rows, self.columns, self.nnz = crow_indices.shape[0] - 1, columns, col_indices.shape[0]
         self.permutation = permutation
         self._made: dict[tuple[str, Hashable], Any] = {}
-        self._col_indices: Tensor | None = col_indices
+        self.kept_columns: Tensor | None = col_indices
         self._columns_of_bits: Callable[[], Tensor] | None = None
 
     @property
     def col_indices(self) -> Tensor:
         """The column of each entry. Who asks for them after they have been let go has them kept for good."""
-        kept = self._col_indices
+        kept = self.kept_columns
         if kept is None:
-            kept = self._col_indices = self.find_columns()
+            kept = self.kept_columns = self.find_columns()
         return kept
 
     def find_columns(self) -> Tensor:
         """The same, kept or not."""
-        kept = self._col_indices
+        kept = self.kept_columns
         if kept is not None:
             return kept
         assert self._columns_of_bits is not None
@@ -71,7 +71,7 @@ class PreparedMatrix:
         """Keep the bits alone, which there must be."""
         assert backend.columns_of_bitmap is not None
         self._columns_of_bits = partial(backend.columns_of_bitmap, self._made[backend.name, "bitmap"])
-        self._col_indices = None
+        self.kept_columns = None
 
     def spmm(
         self,
@@ -149,7 +149,7 @@ class PreparedMatrix:
     @property
     def bytes(self) -> int:
         """Bytes of the indices, plans, tiles and bitmaps."""
-        kept = self.crow_indices, self._col_indices, self.permutation
+        kept = self.crow_indices, self.kept_columns, self.permutation
         indices = sum(one.numel() * one.element_size() for one in kept if one is not None)
         return indices + sum(made.bytes for made in list(self._made.values()))  # a list: other threads may make some
 

@@ -118,7 +118,8 @@ class Connections:
 
     def copy_of_columns(self) -> Tensor:
         """A copy of `col_indices`, which may stay away."""
-        return self._columns.clone()
+        kept = self._prepared.matrix.kept_columns
+        return self._columns if kept is None else kept.clone()
 
     def are_those_of(self, pattern: Pattern) -> bool:
         """Whether `pattern` has the same connections, on the same device; never of what is on meta."""
@@ -162,8 +163,12 @@ class Connections:
 
     @property
     def _columns(self) -> Tensor:
-        """To be looked at, and no more: the kernels' own, where they are kept."""
-        return _without_modes(self._prepared.matrix.find_columns) if self._are_gone else self._col_indices
+        """To be looked at, and no more: the kernels' own, where they are kept.
+
+        Not `col_indices`, whose memory another thread may let go.
+        """
+        kept = self._prepared.matrix.kept_columns
+        return _without_modes(self._prepared.matrix.find_columns) if kept is None else kept
 
     @property
     def _own_pattern(self) -> Pattern:
