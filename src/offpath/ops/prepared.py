@@ -118,8 +118,7 @@ class Connections:
 
     def copy_of_columns(self) -> Tensor:
         """A copy of `col_indices`, which may stay away."""
-        kept = self._prepared.matrix.kept_columns
-        return self._columns if kept is None else kept.clone()
+        return self._columns.clone()
 
     def are_those_of(self, pattern: Pattern) -> bool:
         """Whether `pattern` has the same connections, on the same device; never of what is on meta."""
