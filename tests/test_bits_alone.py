@@ -24,6 +24,12 @@ from problems import LARGE_PROBLEMS, PROBLEMS, Problem
 METHODS = ("bitmap", "filled", "dense", "bucketed", "row-wise")
 
 
+@pytest.fixture(autouse=True)
+def no_compiler_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process other tests may have compiled; after that, layers keep their columns."""
+    monkeypatch.setattr("offpath.ops.prepared._Compilers.have_come", False)
+
+
 def _problem_of(problem: Problem, columns_of: Callable[..., Tensor]) -> str | None:
     """What is wrong with the columns that `columns_of` finds in a bitmap of the problem's pattern."""
     pattern = problem.pattern

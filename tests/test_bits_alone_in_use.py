@@ -19,20 +19,26 @@ from offpath import SparseLinear
 from offpath.ops import forced_methods
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*jit.*:DeprecationWarning")
-def test_compilers_exporters_and_tracers_get_the_indices() -> None:
-    x = some_input()
-    expected = let_go(half_sparse())
-    compiled, traced = half_sparse().eval(), half_sparse().eval()
-    for layer in (compiled, traced):
-        let_go(layer)
+@pytest.fixture(autouse=True)
+def no_compiler_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process other tests may have compiled; after that, layers keep their columns."""
+    monkeypatch.setattr("offpath.ops.prepared._Compilers.have_come", False)
+
+
+@pytest.mark.parametrize("how", ["compile", "export", "strict export"])
+def test_compilers_and_exporters_get_the_columns_of_all(how: str) -> None:
+    x, layer, other = some_input(), half_sparse().eval(), half_sparse().eval()
+    expected = let_go(layer)
+    let_go(other)
     with torch.no_grad(), forced_methods(forward="bitmap"):
-        assert torch.equal(torch.compile(compiled, backend="eager", fullgraph=True)(x), expected)
-        for strict in (False, True):
-            let_go(anew := half_sparse().eval())
-            program = torch.export.export(anew, (x,), strict=strict)
-            assert torch.equal(program.module()(x), expected)
-        assert torch.equal(torch.jit.trace(traced, (x,))(x), expected)
+        if how == "compile":
+            made = torch.compile(layer, backend="eager", fullgraph=True)
+        else:
+            made = torch.export.export(layer, (x,), strict=how.startswith("strict")).module()
+        assert torch.equal(made(x), expected)
+        assert torch.equal(other(x), expected)
+    assert not is_without_columns(layer)
+    assert not is_without_columns(other)
 
 
 def test_fake_tensors_and_transforms_get_the_indices() -> None:
@@ -114,6 +120,12 @@ def _frames(compiled: Callable[[], object], rounds: int) -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@torch.no_grad()
+def _infer(layer: SparseLinear) -> None:
+    with forced_methods(forward="bitmap"):
+        layer(some_input())
+
+
 def test_compiled_code_serves_every_topology_and_every_layer_alike() -> None:
     """Guards on what connections keep would compile anew for each, until torch gives up."""
     x, layer = some_input(), half_sparse()
@@ -121,16 +133,12 @@ def test_compiled_code_serves_every_topology_and_every_layer_alike() -> None:
 
     def other_topology() -> None:
         layer.load_state_dict(SparseLinear(130, 70, sparsity=0.5).state_dict())
-        with torch.no_grad(), forced_methods(forward="bitmap"):
-            layer(x)
+        _infer(layer)
         run(layer, x).sum().backward()
 
     def other_layer() -> None:
         new = half_sparse()
-        let_go(new)
-        y = run(new, x)
-        y.sum().backward()
-        assert torch.equal(new.values.grad, _with_gradients_of_sum(half_sparse(), x))
+        _infer(new)
         stale = run(new, x)
         new.load_state_dict(SparseLinear(130, 70, sparsity=0.5).state_dict())
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -140,9 +148,38 @@ def test_compiled_code_serves_every_topology_and_every_layer_alike() -> None:
     assert _frames(other_layer, 10) == 1
 
 
-def _with_gradients_of_sum(layer: SparseLinear, x: Tensor) -> Tensor:
-    layer(x).sum().backward()
-    return layer.values.grad
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_what_compiled_code_saves_and_reads_are_numbers(backend: str) -> None:
+    """It serves layers that were not there when it was compiled, and topologies that came later."""
+    x, layer, gone = some_input(), half_sparse(), half_sparse()
+    let_go(gone)
+    torch._dynamo.reset()
+    run = torch.compile(lambda layer, x: layer(x), backend=backend)
+    read = torch.compile(lambda layer: layer.col_indices + layer.connections.col_indices, backend=backend)
+
+    def check(served: SparseLinear) -> None:
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.clone(), lambda saved: saved):
+            run(served, x).sum().backward()
+        assert torch.equal(read(served), 2 * served.pattern.col_indices)
+
+    check(layer)
+    check(gone)
+    layer.load_state_dict(SparseLinear(130, 70, sparsity=0.5).state_dict())
+    later = half_sparse()
+    for served in (layer, later):
+        _infer(served)
+        check(served)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*jit.*:DeprecationWarning")
+def test_tracers_keep_the_columns_of_what_they_trace() -> None:
+    layer, other = half_sparse().eval(), half_sparse().eval()
+    expected = let_go(layer)
+    let_go(other)
+    with torch.no_grad(), forced_methods(forward="bitmap"):
+        assert torch.equal(torch.jit.trace(layer, (some_input(),))(some_input()), expected)
+    assert not is_without_columns(layer)
+    assert is_without_columns(other)
 
 
 class _CallsTheOp(nn.Module):
@@ -158,17 +195,21 @@ class _CallsTheOp(nn.Module):
         return y + self.layer.col_indices.sum()
 
 
-def test_those_who_call_the_ops_themselves_get_the_indices() -> None:
-    x, expected = some_input(), _CallsTheOp(half_sparse())(some_input()).detach()
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model, x: model(x),
+        lambda model, x: torch.compile(model, backend="eager", fullgraph=True)(x),
+        lambda model, x: torch.export.export(model, (x,), strict=True).module()(x),
+        lambda model, x: torch.export.export(model, (x,), strict=False).module()(x),
+    ],
+    ids=["eager", "compiled", "exported strictly", "exported"],
+)
+def test_those_who_call_the_ops_themselves_get_the_indices(run: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    x, layer, expected = some_input(), half_sparse(), _CallsTheOp(half_sparse())(some_input()).detach()
+    let_go(layer)
     with torch.no_grad():
-        for run in (
-            lambda model: model(x),
-            lambda model: torch.compile(model, backend="eager", fullgraph=True)(x),
-            lambda model: torch.export.export(model, (x,), strict=True).module()(x),
-            lambda model: torch.export.export(model, (x,), strict=False).module()(x),
-        ):
-            let_go(layer := half_sparse())
-            assert torch.equal(run(_CallsTheOp(layer)), expected)
+        assert torch.equal(run(_CallsTheOp(layer), x), expected)
 
 
 def test_a_layer_is_pickled_when_the_interpreter_ends(tmp_path) -> None:

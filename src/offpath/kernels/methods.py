@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import cached_property, partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ DENSE_METHODS = ("dense",)
 AT_ONCE = {"bucketed": ("tiled", "filled"), "filled": ("tiled", "filled", "bitmap"), "bitmap": ("filled", "bitmap")}
 
 
+_keeping = Lock()
+
+
 class PreparedMatrix:
     """A canonical CSR matrix and what backends made of it; its tensors must never change.
 
@@ -51,7 +55,8 @@ class PreparedMatrix:
         """The column of each entry. Who asks for them after they have been let go has them kept for good."""
         kept = self.kept_columns
         if kept is None:
-            kept = self.kept_columns = self.find_columns()
+            with _keeping:  # or two threads would each keep their own
+                kept = self.kept_columns = self.find_columns()
         return kept
 
     def find_columns(self) -> Tensor:

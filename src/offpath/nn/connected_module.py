@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from offpath.ops import Connections
+from offpath.ops import Connections, keep_all_columns
 from offpath.ops.library import is_faking, is_in_a_mode, is_transforming, unwrapped
 
 # What an average of equal digests may be off by: torch averages whole numbers in float32, so that each update rounds by
@@ -83,20 +83,18 @@ class ConnectedModule(nn.Module):
         if torch.compiler.is_dynamo_compiling():
             self._looked_at()
         else:
-            self._hand_out()
+            keep_all_columns()
 
     def _looked_at(self) -> bool:
         # Before torch 2.12, the compiler takes no module as the argument of what it is to call, but its own method.
         if not isinstance(self.topology_digest, FakeTensor):
             self._check_digest()
-        self._connections.hand_out()
-        return True
+        return self._keep_columns()
 
-    def _hand_out(self) -> bool:
-        """Who gets the connections may read them: in compiled code, from when it is compiled on."""
-        self._connections.hand_out()
+    def _keep_columns(self) -> bool:
+        keep_all_columns()
         return True
 
     # All that torch.compiler.assume_constant_result does, which brings the compiler with it: seconds of an import.
     _looked_at._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions declare no attributes
-    _hand_out._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _keep_columns._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -107,7 +107,10 @@ class SparseWeightModule(ConnectedModule):
     @property
     def connections(self) -> Connections:
         """The topology as the ops take it, for those who call them themselves; not to be written into."""
-        self._hand_out()
+        if torch.compiler.is_compiling():
+            self._keep_columns()
+        else:
+            self._connections.hand_out()
         return self._connections
 
     @property

@@ -15,7 +15,7 @@ from offpath.ops.choice import (
 from offpath.ops.int8_linear import ACTIVATIONS as ACTIVATIONS, int8_linear as int8_linear
 from offpath.ops.nonzeros import sparse_matmul_of_nonzeros as sparse_matmul_of_nonzeros
 from offpath.ops.owned_linear import int8_linear_of as int8_linear_of, sparse_linear_of as sparse_linear_of
-from offpath.ops.prepared import Connections as Connections
+from offpath.ops.prepared import Connections as Connections, keep_all_columns as keep_all_columns
 from offpath.ops.row_choice import forced_dense_rows as forced_dense_rows
 from offpath.ops.selected_rows import (
     above as above,

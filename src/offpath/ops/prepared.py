@@ -34,7 +34,8 @@ class Connections:
 
     Copies the pattern. `crow_indices` and `col_indices` are for the ops alone; who writes into them gets wrong numbers.
     As long as nobody has asked for `col_indices`, `let_columns_go` keeps the bits of the pattern alone, in which they
-    are found again when somebody does. Copies and pickles are `Connections` of their own.
+    are found again when somebody does. Where a compiler has seen one layer, all keep theirs (`keep_all_columns`).
+    Copies and pickles are `Connections` of their own.
 
     >>> from offpath import pattern as patterns
     >>> connections = Connections(patterns.full((2, 3)))
@@ -46,19 +47,20 @@ class Connections:
     def __init__(self, pattern: Pattern) -> None:
         with torch.inference_mode(False):  # or the layer could never be trained
             own = Pattern(pattern.shape, pattern.crow_indices.clone(), pattern.col_indices.clone())
-            # Other tensor objects over the same memory: what is remembered must not keep its own key alive. By this
-            # one ops find what is known; it stays when its memory goes, and compiled code sees no difference.
+            # Other tensor objects over the same memory: what is remembered must not keep its own key alive. By the name
+            # of this one ops find what is known; it stays when its memory goes.
             self.crow_indices, self._col_indices = own.crow_indices.detach(), own.col_indices.detach()
         self._prepared = Prepared(own)
         self._handed_out = self._are_gone = False
         self._changing = Lock()
+        with _counting:
+            _living.add(self)
         _remember(self._col_indices, None, self._prepared)
 
     @property
     def col_indices(self) -> Tensor:
         """The column of each connection, int32 [nnz]."""
-        # Compiled code, which may serve other layers too, gives it to ops, and these do not read it.
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # then all have been handed out
             self.hand_out()
         return self._col_indices
 
@@ -75,10 +77,10 @@ class Connections:
     def let_columns_go(self, backend: Backend) -> None:
         """Keep the bits that `backend` has made of the pattern, if it has, in place of columns that nobody has."""
         matrix = self._prepared.matrix
-        if self._handed_out or self._are_gone or not matrix.can_let_columns_go(backend):
+        if self._handed_out or self._are_gone or _Compilers.have_come or not matrix.can_let_columns_go(backend):
             return
         with self._changing, torch.inference_mode(False):
-            if not (self._handed_out or self._are_gone):
+            if not (self._handed_out or self._are_gone or _Compilers.have_come):
                 matrix.let_columns_go(backend)
                 nothing = torch.empty(self.nnz, dtype=torch.int32, device=self.device)
                 nothing.untyped_storage().resize_(0)
@@ -180,6 +182,27 @@ class Connections:
 
     def __deepcopy__(self, memo: dict) -> Connections:
         return Connections(self._own_pattern)
+
+
+class _Compilers:
+    have_come = False
+
+
+_living: weakref.WeakSet[Connections] = weakref.WeakSet()
+_counting = Lock()
+
+
+def keep_all_columns() -> None:
+    """Let every layer of this process keep its columns, and bring those back that have gone: a compiler has come.
+
+    What it makes of one layer serves others, and the same with another topology, without a word to them; and it may do
+    with their tensors whatever it likes.
+    """
+    _Compilers.have_come = True
+    with _counting:
+        living = list(_living)
+    for connections in living:
+        connections.hand_out()
 
 
 def _without_modes(make: Callable[[], _Result]) -> _Result:
