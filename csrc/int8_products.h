@@ -34,11 +34,11 @@ void int8_dots(const Kernels<T> &kernels, const BitMatrix &matrix, const Int8Val
     parallel_for(batch, threads_for(batch * view.columns, threads),
                  [&](int64_t b) { kernels.quantise_tokens(tokens, {0, 0, b, b + 1}); });
     const int8_dots_args<T> args{view, weight.values, weight.scales, bias, levels.get(), sizes.get(), y};
-    const int64_t chunks = ceil_div(view.rows, rows_per_task);
+    const int64_t chunks = ceil_div(view.rows, rows_per_block);
     // Neighbouring tasks share tokens, which then stay in cache.
     parallel_for(chunks * ceil_div(batch, dots_tokens), threads_for(matrix.nnz() * batch, threads), [&](int64_t task) {
-        const int64_t row = task % chunks * rows_per_task, token = task / chunks * dots_tokens;
-        kernels.int8_dots(args, {row, std::min(view.rows, row + rows_per_task), token,
+        const int64_t row = task % chunks * rows_per_block, token = task / chunks * dots_tokens;
+        kernels.int8_dots(args, {row, std::min(view.rows, row + rows_per_block), token,
                                  std::min<int64_t>(batch, token + dots_tokens)});
     });
 }

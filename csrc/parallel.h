@@ -3,6 +3,7 @@
 
 #include "table.h"
 
+#include <algorithm>
 #include <string>
 
 namespace offpath {
@@ -52,6 +53,14 @@ template <class Body> void parallel_for(int64_t count, int threads, const Body &
              own.body(share.begin(own.count) + task);
          }},
         count, threads);
+}
+
+constexpr int64_t rows_per_block = 64;
+
+// Calls run(block) for all rows, rows_per_block of them in a block.
+template <class Run> void by_rows(int64_t rows, int threads, const Run &run) {
+    parallel_for(ceil_div(rows, rows_per_block), threads,
+                 [&](int64_t i) { run(Block{i * rows_per_block, std::min(rows, (i + 1) * rows_per_block), 0, 0}); });
 }
 
 // Blocks that cover rows x batch exactly once. Rows are split so that blocks hold about the same number of

@@ -9,7 +9,6 @@
 
 namespace offpath {
 
-constexpr int64_t rows_per_task = 64;
 // Parts that the rows are summed in for the gradient of x: enough for every thread, few enough to be added up quickly.
 constexpr int64_t most_parts = 32;
 
@@ -17,12 +16,6 @@ constexpr int64_t most_parts = 32;
 // one set of the first-level cache, which holds eight lines.
 template <class Entry> int64_t token_stride(int64_t entries) {
     return entries + 64 / static_cast<int64_t>(sizeof(Entry));
-}
-
-// Calls run(block) for all rows, rows_per_task of them in a block.
-template <class Run> void by_rows(int64_t rows, int threads, const Run &run) {
-    parallel_for(ceil_div(rows, rows_per_task), threads,
-                 [&](int64_t i) { run(Block{i * rows_per_task, std::min(rows, (i + 1) * rows_per_task), 0, 0}); });
 }
 
 template <class T> bool all_finite(const T *x, int64_t count) {
@@ -154,7 +147,7 @@ void bitmap_dx_of(const Kernels<T> &kernels, const BitMatrix &matrix, const T *v
     const Bitmap view = matrix.view();
     const int64_t dy_stride = token_stride<Entry>(view.rows);
     const int64_t stride = token_stride<Sum<T>>(64 * view.words_per_row);
-    const int64_t rows_per_part = std::max(rows_per_task, ceil_div(view.rows, most_parts));
+    const int64_t rows_per_part = std::max(rows_per_block, ceil_div(view.rows, most_parts));
     const int64_t count = ceil_div(view.rows, rows_per_part), most_tokens = std::min<int64_t>(bitmap_batch, batch);
     const auto dy_rows = scratch<Entry>(most_tokens * dy_stride);
     const auto sums = scratch<Sum<T>>(count * most_tokens * stride);
@@ -198,10 +191,10 @@ template <class T> class BitmapGradient {
           x_rows(rows_or_pairs(kernels, x, batch, matrix.columns, x_stride)), kernel(kernels.bitmap_dvalues),
           args{matrix.view(), dy_rows.get(), x_rows.get(), dvalues, batch, dy_stride, x_stride} {}
 
-    int64_t tasks() const { return ceil_div(args.bitmap.rows, rows_per_task); }
+    int64_t tasks() const { return ceil_div(args.bitmap.rows, rows_per_block); }
     void run(int64_t task) const {
-        const int64_t begin = task * rows_per_task;
-        kernel(args, {begin, std::min(args.bitmap.rows, begin + rows_per_task), 0, 0});
+        const int64_t begin = task * rows_per_block;
+        kernel(args, {begin, std::min(args.bitmap.rows, begin + rows_per_block), 0, 0});
     }
 
     const int64_t work;

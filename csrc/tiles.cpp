@@ -11,7 +11,6 @@ constexpr int64_t smallest_width = 64, largest_width = 1 << 16;
 // Each run loads its row of dy anew. A wider tile has longer runs, but finds its columns of x in the second-level
 // cache.
 constexpr int64_t wanted_run_length = 6;
-constexpr int64_t rows_per_task = 64;
 
 int64_t width_for(const Csr &csr, int64_t columns) {
     const double density = static_cast<double>(csr.crow_indices[csr.rows]) /
@@ -30,8 +29,8 @@ Tiles::Tiles(const Csr &csr, int64_t columns, int threads, int64_t tile_rows)
       tiles(tiles_across * ceil_div(rows, tile_rows)), segment_begin(tiles + 1), run_begin(tiles + 1),
       connection_begin(tiles + 1), starts(std::make_unique_for_overwrite<int32_t[]>(rows * (tiles_across + 1))) {
     const int workers = connections < serial_work ? 1 : threads;
-    parallel_for(ceil_div(rows, rows_per_task), workers, [&](int64_t task) {
-        for (int64_t row = task * rows_per_task; row < std::min(rows, (task + 1) * rows_per_task); ++row) {
+    by_rows(rows, workers, [&](const Block &block) {
+        for (int64_t row = block.row_begin; row < block.row_end; ++row) {
             int32_t *start = &starts[row * (tiles_across + 1)];
             int64_t tile = 0;
             *start = csr.crow_indices[row];

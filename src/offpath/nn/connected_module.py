@@ -97,4 +97,4 @@ class ConnectedModule(nn.Module):
 
     # All that torch.compiler.assume_constant_result does, which brings the compiler with it: seconds of an import.
     _looked_at._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions declare no attributes
-    _keep_columns._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _keep_columns._dynamo_marked_constant = True  # type: ignore[attr-defined]  # nor does this one

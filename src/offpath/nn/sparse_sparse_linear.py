@@ -79,9 +79,7 @@ class SparseSparseLinear(SparseWeightModule):
     @property
     def row_indices(self) -> Tensor:
         """The output of each connection, int32 [nnz]: a copy."""
-        if torch.compiler.is_compiling():
-            return self.connections.col_indices.clone()
-        return self._connections.copy_of_columns()
+        return self._copy_of_columns()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> SparseSparseLinear:

@@ -113,6 +113,11 @@ class SparseWeightModule(ConnectedModule):
             self._connections.hand_out()
         return self._connections
 
+    def _copy_of_columns(self) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.connections.col_indices.clone()
+        return self._connections.copy_of_columns()
+
     @property
     def nnz(self) -> int:
         """Number of connections."""
@@ -239,6 +244,4 @@ class CsrWeightModule(SparseWeightModule):
     @property
     def col_indices(self) -> Tensor:
         """The column of each connection, int32 [nnz]: a copy."""
-        if torch.compiler.is_compiling():
-            return self.connections.col_indices.clone()
-        return self._connections.copy_of_columns()
+        return self._copy_of_columns()

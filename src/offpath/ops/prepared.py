@@ -93,10 +93,10 @@ class Connections:
 
     def known(self, backend: Backend, columns: int) -> Prepared:
         """What `prepare` knows of them as a matrix of so many columns; raises `PatternError` if they are not that."""
-        if columns == self._prepared.shape[1]:
-            return prepare(backend, self.crow_indices, self._col_indices, self._prepared.shape)
-        self.hand_out()
-        return prepare(backend, self.crow_indices, self._col_indices, (self._prepared.shape[0], columns))
+        shape = self._prepared.shape[0], columns
+        if shape != self._prepared.shape:
+            self.hand_out()  # they will be looked at
+        return prepare(backend, self.crow_indices, self._col_indices, shape)
 
     @property
     def nnz(self) -> int:
