@@ -34,7 +34,7 @@ void backward(const Kernels<T> &kernels, const Ways &ways, int64_t rows, int64_t
     const int workers = threads_for((nnz + rows + columns) * batch, threads);
     const auto with_gradient = [&](const auto &body) {
         if (ways.tiles)
-            body(TiledGradient<T>(kernels, *ways.tiles, dy_panels, x_panels, batch, dvalues));
+            body(TiledGradient<T>(kernels, *ways.tiles, dy_panels, x_panels, batch, dvalues, workers));
         else
             body(FilledGradient<T>(kernels, *ways.bits, dy_panels, x_panels, batch, dvalues));
     };

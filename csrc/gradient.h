@@ -8,8 +8,7 @@ namespace offpath {
 
 // Of the second-level cache, what the activations of one round of the weight gradient may fill.
 constexpr int64_t cached_activation_bytes = 512 << 10;
-// Tiles that a thread computes in one go: neighbours, whose rows of dy then stay in cache.
-constexpr int64_t tiles_per_task = 4, rows_per_sum = 256;
+constexpr int64_t rows_per_sum = 256;
 
 // dvalues[s] = sum over b of dy[row of s, b] * x[col_indices[s], b]
 template <class T>
@@ -49,20 +48,23 @@ void sddmm(const Kernels<T> &kernels, const Csr &csr, int64_t columns, const Mat
 template <class T> class TiledGradient {
   public:
     TiledGradient(const Kernels<T> &kernels, const Tiles &tiles, const Panels<T> &dy, const Panels<T> &x, int64_t batch,
-                  T *dvalues)
+                  T *dvalues, int threads)
         : sums(scratch<Sum<T>>(tiles.nnz())), kernel(kernels.tiled),
-          args{tiles.view(), dy.data(), x.data(), batch, sums.get(), dvalues} {}
+          args{tiles.view(), dy.data(), x.data(), batch, sums.get(), dvalues},
+          count(std::min<int64_t>(args.plan.tiles, threads * blocks_per_thread)) {}
 
-    int64_t tasks() const { return ceil_div(args.plan.tiles, tiles_per_task); }
+    int64_t tasks() const { return count; }
+    // Neighbouring tiles, to which rows of dy that stay in cache are common.
     void run(int64_t task) const {
-        const int64_t begin = task * tiles_per_task;
-        kernel(args, {begin, std::min(args.plan.tiles, begin + tiles_per_task), 0, 0});
+        const Share share{task, count};
+        kernel(args, {share.begin(args.plan.tiles), share.end(args.plan.tiles), 0, 0});
     }
 
   private:
     const Scratch<Sum<T>> sums;
     const Kernel<tiled_args<T>> kernel;
     const tiled_args<T> args;
+    const int64_t count;
 };
 
 // The weight gradient over tiles, without the other gradients.
@@ -75,8 +77,8 @@ void tiled_sddmm(const Kernels<T> &kernels, const Tiles &tiles, const Matrix<T> 
     }
     const Panels<T> dy_panels(kernels, dy, tiles.rows, batch), x_panels(kernels, x, tiles.columns, batch);
     run_together(threads_for((tiles.rows + tiles.columns) * batch, threads), dy_panels, x_panels);
-    const TiledGradient<T> gradient(kernels, tiles, dy_panels, x_panels, batch, dvalues);
-    run_together(threads_for(tiles.nnz() * batch, threads), gradient);
+    const int workers = threads_for(tiles.nnz() * batch, threads);
+    run_together(workers, TiledGradient<T>(kernels, tiles, dy_panels, x_panels, batch, dvalues, workers));
 }
 
 // dbias[r] = sum over b of dy[r, b]

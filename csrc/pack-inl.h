@@ -65,9 +65,11 @@ template <> struct PackPanel<bfloat16> {
         S::V halves[2][S::lanes];
         for (int pair = 0; pair < S::lanes; ++pair) {
             B::V row[2];
-            for (int i = 0; i < 2; ++i)
-                row[i] = 2 * pair + i < tokens ? B::order_for_zip(B::load_first(x + (2 * pair + i) * stride, columns))
-                                               : B::zero();
+            for (int i = 0; i < 2; ++i) {
+                const bfloat16 *token = x + (2 * pair + i) * stride;
+                row[i] =
+                    2 * pair + i < tokens ? B::order_for_zip(B::load_first(fetched_ahead(token), columns)) : B::zero();
+            }
             halves[0][pair] = B::as_floats(B::zip_low(row[0], row[1]));
             halves[1][pair] = B::as_floats(B::zip_high(row[0], row[1]));
         }

@@ -32,9 +32,6 @@ using GompParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
 GompParallel gomp_parallel = nullptr;
 int (*thread_number)() = nullptr;
 
-// Several blocks a thread, so that one late thread delays the end by a fraction of its share.
-constexpr int64_t blocks_per_thread = 8;
-
 // More threads than this begin with the same shares.
 constexpr int64_t most_shares = 64;
 

@@ -36,12 +36,15 @@ struct TileSegment { // runs of one length that follow one another
 struct TileRun {
     int32_t row, slot; // the run's first connection is `slot` of the caller's values
 };
+// So many runs before its own, the weight gradient fetches a run's row of dy, which lies in the second-level cache or
+// beyond.
+constexpr int runs_ahead = 8;
 struct TilePlan {
     const int32_t *segment_begin;    // [tiles + 1]
     const int32_t *run_begin;        // [tiles + 1]
     const int32_t *connection_begin; // [tiles + 1]
     const TileSegment *segments;
-    const TileRun *runs;     // one more follows the last, which may be read but not used
+    const TileRun *runs;     // the last is followed by runs_ahead of row 0
     const uint16_t *columns; // [nnz], counted from the first column of the tile
     int64_t rows, matrix_columns, tiles, tiles_across, tile_width;
 };

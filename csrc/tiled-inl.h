@@ -80,7 +80,7 @@ template <class T, int panels, int vectors, template <class, int64_t> class Rows
               offpath::Sum<T> *sums) const {
         for (int32_t r = 0; r < segment.runs; ++r) {
             typename B::V row[panels][vectors];
-            const Panel *own = dy(runs[r].row), *next = dy(runs[r + 1].row);
+            const Panel *own = dy(runs[r].row), *next = dy(runs[r + offpath::runs_ahead].row);
 #pragma GCC unroll 8
             for (int p = 0; p < panels; ++p)
 #pragma GCC unroll 8

@@ -47,9 +47,9 @@ Tiles::Tiles(const Csr &csr, int64_t columns, int threads, int64_t tile_rows)
         connection_begin[tile + 1] += connection_begin[tile];
     }
     segments = std::make_unique_for_overwrite<TileSegment[]>(segment_begin[tiles]);
-    runs = std::make_unique_for_overwrite<TileRun[]>(run_begin[tiles] + 1);
+    runs = std::make_unique_for_overwrite<TileRun[]>(run_begin[tiles] + runs_ahead);
     tile_columns = std::make_unique_for_overwrite<uint16_t[]>(connections);
-    runs[run_begin[tiles]] = {};
+    std::fill_n(&runs[run_begin[tiles]], runs_ahead, TileRun{});
     parallel_for(tiles, workers, [&](int64_t tile) { fill_tile(tile, csr); });
     starts.reset();
 }
@@ -119,7 +119,7 @@ TilePlan Tiles::view() const {
 int64_t Tiles::bytes() const {
     return 3 * (tiles + 1) * static_cast<int64_t>(sizeof(int32_t)) +
            segment_begin[tiles] * static_cast<int64_t>(sizeof(TileSegment)) +
-           (run_begin[tiles] + 1) * static_cast<int64_t>(sizeof(TileRun)) +
+           (run_begin[tiles] + runs_ahead) * static_cast<int64_t>(sizeof(TileRun)) +
            connections * static_cast<int64_t>(sizeof(uint16_t));
 }
 
