@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from contenders import Contender
-from offpath.cost import this_machine
+from offpath.cost import keep_freed_memory, this_machine
 from offpath.cost.bounds import expected
 from offpath.studies.files import write_text
 
@@ -62,6 +62,7 @@ def interleaved(
     `sample_seconds`, so that neither the clock nor the caches that the others left decide. With `own_pools`, contenders
     have thread pools of their own: an untimed call comes before each sample, while the others' threads go to sleep.
     """
+    keep_freed_memory()
     repeats = {}
     for name, call in calls.items():
         call()

@@ -267,6 +267,7 @@ def crossover(
     quick: CrossoverQuick = False,
 ) -> None:
     """Measure from which sparsity on a sparse layer is faster than the dense one on this machine."""
+    from offpath.cost import keep_freed_memory
     from offpath.studies.crossover import CrossoverConfig, UnwrittenResult, crossover as run_crossover
     from offpath.studies.crossover.config import grid_for, shapes_from
     from offpath.studies.crossover.report import write_report
@@ -277,6 +278,7 @@ def crossover(
     config = CrossoverConfig(**grid_for(device, quick) | given | {"seed": seed, "device": device})
     on = "" if device == "cpu" else f"-{device}"
     out = out or Path("runs") / f"crossover{on}{'-quick' if quick else ''}-seed{seed}"
+    keep_freed_memory()
     with CrossoverDisplay() as display:
         try:
             result = run_crossover(config, out, display, shlex.join(["offpath", *sys.argv[1:]]))

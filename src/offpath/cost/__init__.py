@@ -1,5 +1,6 @@
 """What computing costs: bytes, time, the sparsity from which on it pays, and the machine that it was measured on."""
 
+from offpath.cost.allocator import keep_freed_memory as keep_freed_memory
 from offpath.cost.bytes import (
     TrainingBytes as TrainingBytes,
     memory_bytes as memory_bytes,

@@ -1,0 +1,40 @@
+"""Memory that is kept once it is freed: a block costs no new pages where others of its size have gone before."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+BLOCK_BYTES, PAGE_BYTES = 64 << 20, 4096
+# The first blocks may each need a place of their own: a block that is to be aligned wants more than its size, so that
+# it does not fit into the hole that another one of its size has left.
+NEW_PAGES_OF_LAST_BLOCK = f"""
+import resource
+import sys
+import torch
+import offpath.cost
+
+if sys.argv[1] == "kept":
+    assert offpath.cost.keep_freed_memory() and offpath.cost.keep_freed_memory()
+for block in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones({BLOCK_BYTES}, dtype=torch.uint8)
+    new_pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(new_pages)
+"""
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+
+
+def new_pages_of_last_block(how: str) -> int:
+    command = [sys.executable, "-c", NEW_PAGES_OF_LAST_BLOCK, how]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def test_a_block_takes_the_pages_of_those_before_it() -> None:
+    assert new_pages_of_last_block("kept") < BLOCK_BYTES // PAGE_BYTES / 100
+
+
+def test_by_default_it_gets_new_ones() -> None:
+    huge_pages = BLOCK_BYTES >> 21  # what it is made of where the system hands out pages of 2 MiB unasked
+    assert new_pages_of_last_block("by default") >= huge_pages
