@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from itertools import product as combinations
+from itertools import groupby, product as combinations
 
 import pytest
+import torch
 
 from cost_tables import table_of
+from offpath import kernels
 from offpath.kernels import calibration
-from offpath.kernels.costs import BATCHES, GRID, LARGE_SIZES, SMALL_SIZES, CostTable, sizes_for
+from offpath.kernels.costs import BATCHES, DENSITIES, GRID, LARGE_SIZES, SMALL_SIZES, CostTable, sizes_for
 from offpath.kernels.methods import METHODS, PRODUCTS
 
 
@@ -64,6 +66,37 @@ def test_points_that_are_not_measured_follow_those_that_are(product: str) -> Non
     calibration._fill_in(product, measured)
     for method, column in true.items():
         assert measured[method] == pytest.approx(column)
+
+
+def test_filled_takes_a_large_matrix_with_few_values_as_long_as_the_sparser_one_that_is_measured() -> None:
+    seconds = [math.inf] * len(GRID)
+    for i, (_, density, batch) in enumerate(GRID):
+        if calibration._is_measured(LARGE_SIZES, "forward", "filled", density, batch):
+            seconds[i] = DENSITIES[density] * BATCHES[batch]
+    methods = {"filled": seconds}
+    calibration._fill_in("forward", methods)
+    sparser, denser = DENSITIES[calibration.SPEED_DENSITY], DENSITIES[calibration.DENSE_DENSITY]
+    assert methods["filled"] == [
+        (sparser if DENSITIES[density] <= sparser else denser) * BATCHES[batch] for _, density, batch in GRID
+    ]
+
+
+@pytest.mark.parametrize("half", calibration.HALVES)
+def test_a_method_goes_through_all_large_matrices_in_turns(half: range, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two calls in a row with one matrix would find it in cache, as no large layer of a network does."""
+    order: list[tuple[str, str, int]] = []
+
+    def keep_order(calls: dict[tuple[str, str, int], object], rounds: int) -> dict[tuple[str, str, int], float]:
+        order.extend(calls)
+        return dict.fromkeys(calls, 1.0)
+
+    points = [i for i, (_, density, _) in enumerate(GRID) if density in half]
+    monkeypatch.setattr(calibration, "fastest", keep_order)
+    monkeypatch.setattr(calibration, "_problems", lambda sizes, densities, dtype: ((i, (0, 0), 0) for i in points))
+    calibration._measure_densities(kernels.select("cpu", torch.float32), torch.float32, LARGE_SIZES, half)
+    turns = [turn for turn, _ in groupby(order, key=lambda call: (*call[:2], BATCHES[GRID[call[2]][2]]))]
+    assert len(turns) == len(set(turns)), "a method came to some of its matrices later than to the others"
+    assert order.count(order[0]) == 1 and {call[2] for call in order} <= set(points)
 
 
 @pytest.mark.parametrize("slower", [1.4, 1.05, 1 / 1.05, 1 / 1.4])
