@@ -61,6 +61,7 @@ def interleaved(
     Interleaved, so that a slower spell of the machine meets every contender. A sample repeats its call for about
     `sample_seconds`, so that neither the clock nor the caches that the others left decide. With `own_pools`, contenders
     have thread pools of their own: an untimed call comes before each sample, while the others' threads go to sleep.
+    From then on, the process keeps what is freed.
     """
     keep_freed_memory()
     repeats = {}

@@ -56,7 +56,9 @@ template <class Body> void parallel_for(int64_t count, int threads, const Body &
 }
 
 // Several blocks a thread, so that one late thread delays the end by a fraction of its share.
-constexpr int64_t blocks_per_thread = 8, rows_per_block = 64;
+constexpr int64_t blocks_per_thread = 8;
+
+constexpr int64_t rows_per_block = 64;
 
 // Calls run(block) for all rows, rows_per_block of them in a block.
 template <class Run> void by_rows(int64_t rows, int threads, const Run &run) {

@@ -102,13 +102,12 @@ def _measure_densities(backend: Backend, dtype: torch.dtype, sizes: Sizes, densi
         for method in methods
         if _is_measured(sizes, product, method, *GRID[i][1:])
     }
+    if sizes == LARGE_SIZES:
+        # Matrix after matrix, as the layers of a network: a product that still finds its own in cache may take half as
+        # long. Small ones find theirs there in a network as well.
+        calls = {key: calls[key] for key in sorted(calls, key=lambda key: (GRID[key[2]][2], *key[:2]))}
     with torch.inference_mode():
-        if sizes != LARGE_SIZES:
-            return fastest(calls, SMALL_ROUNDS)
-        # Large ones one after another, as the layers of a network: a product that still finds its own in cache may take
-        # half as long. Small ones find theirs there in a network as well.
-        one_method_after_another = sorted(calls, key=lambda key: (GRID[key[2]][2], *key[:2]))
-        return fastest({key: calls[key] for key in one_method_after_another}, LARGE_ROUNDS)
+        return fastest(calls, LARGE_ROUNDS if sizes == LARGE_SIZES else SMALL_ROUNDS)
 
 
 def _is_measured(sizes: Sizes, product: str, method: str, density: int, batch: int) -> bool:

@@ -21,8 +21,7 @@ LEGEND = (
     "over the sparse layer's: above 1, the sparse layer is faster. Both ran in turns, and every result was compared "
     "with one in float64 before it was timed (of a large layer, in 1024 of its features).",
     "training step: forward and backward with all three gradients, called as a layer is, contiguous input and output; "
-    "without the optimizer. With glibc, memory that is freed stays in the process: whether the system clears it anew "
-    "for each result is a matter of luck, and takes large dense layers with few tokens several times as long.",
+    "without the optimizer.",
     "pays from: the smallest sparsity from which on the sparse layer is never slower, interpolated between the two "
     "measured ones around it. ≤ stands before the lowest sparsity measured when it pays at all of them, > before the "
     "highest when it does not pay there.",
