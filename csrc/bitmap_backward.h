@@ -49,19 +49,21 @@ void bitmap_backward(const Kernels<T> &kernels, const BitMatrix &matrix, const T
     }
     const int workers = threads_for((matrix.rows + 1) * matrix.columns * batch, threads);
     const TokenSums<T> of_bias(dy, matrix.rows, batch, dbias);
-    const auto with = [&](const auto &of_values) {
-        if (!fills_dx)
-            return bitmap_dx(kernels, matrix, values, dy, batch, dx, threads, workers, of_values, of_bias);
-        const Panels<T> panels(kernels, dy, matrix.rows, batch);
-        run_together(threads_for(matrix.rows * batch, threads), panels);
-        run_together(workers, FilledInputGradient<T>(kernels, matrix, values, panels, batch, dx, false, workers),
-                     of_values, of_bias);
-    };
-    if (!fills_dvalues)
-        return with(BitmapGradient<T>(kernels, matrix, dy, x, batch, dvalues));
-    const Panels<T> dy_panels(kernels, dy, matrix.rows, batch), x_panels(kernels, exchanged(x), batch, matrix.columns);
-    run_together(threads_for((matrix.rows + matrix.columns) * batch, threads), dy_panels, x_panels);
-    with(FilledGradient<T>(kernels, matrix, dy_panels, x_panels, batch, dvalues));
+    with_filled(kernels, [&](const auto &filled) {
+        const auto with = [&](const auto &of_values) {
+            if (!fills_dx)
+                return bitmap_dx(kernels, matrix, values, dy, batch, dx, threads, workers, of_values, of_bias);
+            const auto factor = filled.dy_of_dx(dy, matrix.rows, batch);
+            run_together(threads_for(matrix.rows * batch, threads), factor);
+            run_together(workers, filled.dx(matrix, values, factor, batch, dx, false, workers), of_values, of_bias);
+        };
+        if (!fills_dvalues)
+            return with(BitmapGradient<T>(kernels, matrix, dy, x, batch, dvalues));
+        const auto of_dy = filled.dy_of_dvalues(dy, matrix.rows, batch);
+        const auto of_x = filled.x_of_dvalues(x, matrix.columns, batch);
+        run_together(threads_for((matrix.rows + matrix.columns) * batch, threads), of_dy, of_x);
+        with(filled.dvalues(matrix, of_dy, of_x, batch, dvalues));
+    });
 }
 
 } // namespace offpath

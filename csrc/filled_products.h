@@ -1,6 +1,7 @@
 // The products that fill absent connections with zeros, as they are called.
 #pragma once
 
+#include "amx_products.h"
 #include "bitmap.h"
 #include "gradient.h"
 
@@ -97,26 +98,62 @@ template <class T> class FilledGradient {
     const int64_t groups, chunks, panels;
 };
 
-template <class T> Matrix<T> exchanged(const Matrix<T> &matrix) {
-    return {matrix.data, matrix.batch_stride, matrix.feature_stride};
+// The filled products over panels.
+template <class T> struct OnPanels {
+    const Kernels<T> &kernels;
+
+    Panels<T> x_of_product(const Matrix<T> &x, int64_t columns, int64_t batch) const {
+        return {kernels, x, columns, batch};
+    }
+    Panels<T> dy_of_dx(const Matrix<T> &dy, int64_t rows, int64_t batch) const { return {kernels, dy, rows, batch}; }
+    Panels<T> dy_of_dvalues(const Matrix<T> &dy, int64_t rows, int64_t batch) const {
+        return {kernels, dy, rows, batch};
+    }
+    Panels<T> x_of_dvalues(const Matrix<T> &x, int64_t columns, int64_t batch) const {
+        return {kernels, exchanged(x), batch, columns};
+    }
+    FilledProduct<T> product(const BitMatrix &matrix, const T *values, const T *bias, const Panels<T> &x, int64_t batch,
+                             T *y, bool feature_major, int threads) const {
+        return {kernels, matrix, values, bias, x, batch, y, feature_major, threads};
+    }
+    FilledInputGradient<T> dx(const BitMatrix &matrix, const T *values, const Panels<T> &dy, int64_t batch, T *dx,
+                              bool feature_major, int threads) const {
+        return {kernels, matrix, values, dy, batch, dx, feature_major, threads};
+    }
+    FilledGradient<T> dvalues(const BitMatrix &matrix, const Panels<T> &dy, const Panels<T> &x, int64_t batch,
+                              T *dvalues) const {
+        return {kernels, matrix, dy, x, batch, dvalues};
+    }
+};
+
+// Calls body with the filled products of an ISA.
+template <class T, class Body> void with_filled(const Kernels<T> &kernels, const Body &body) {
+    if constexpr (std::is_same_v<T, bfloat16>)
+        if (kernels.amx)
+            return body(OnTiles{*kernels.amx});
+    body(OnPanels<T>{kernels});
 }
 
 template <class T>
 void filled_spmm(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const T *bias, const Matrix<T> &x,
                  int64_t batch, T *y, bool feature_major, int threads) {
-    const Panels<T> panels(kernels, x, matrix.columns, batch);
-    run_together(threads_for(matrix.columns * batch, threads), panels);
-    const int workers = threads_for(matrix.rows * (matrix.columns + 1) * batch, threads);
-    run_together(workers, FilledProduct<T>(kernels, matrix, values, bias, panels, batch, y, feature_major, workers));
+    with_filled(kernels, [&](const auto &filled) {
+        const auto factor = filled.x_of_product(x, matrix.columns, batch);
+        run_together(threads_for(matrix.columns * batch, threads), factor);
+        const int workers = threads_for(matrix.rows * (matrix.columns + 1) * batch, threads);
+        run_together(workers, filled.product(matrix, values, bias, factor, batch, y, feature_major, workers));
+    });
 }
 
 template <class T>
 void filled_dx(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const Matrix<T> &dy, int64_t batch,
                T *dx, int threads) {
-    const Panels<T> panels(kernels, dy, matrix.rows, batch);
-    run_together(threads_for(matrix.rows * batch, threads), panels);
-    const int workers = threads_for((matrix.rows + 1) * matrix.columns * batch, threads);
-    run_together(workers, FilledInputGradient<T>(kernels, matrix, values, panels, batch, dx, false, workers));
+    with_filled(kernels, [&](const auto &filled) {
+        const auto factor = filled.dy_of_dx(dy, matrix.rows, batch);
+        run_together(threads_for(matrix.rows * batch, threads), factor);
+        const int workers = threads_for((matrix.rows + 1) * matrix.columns * batch, threads);
+        run_together(workers, filled.dx(matrix, values, factor, batch, dx, false, workers));
+    });
 }
 
 template <class T>
@@ -126,10 +163,13 @@ void filled_dvalues(const Kernels<T> &kernels, const BitMatrix &matrix, const Ma
         std::fill_n(dvalues, matrix.nnz(), T{});
         return;
     }
-    const Panels<T> dy_panels(kernels, dy, matrix.rows, batch), x_panels(kernels, exchanged(x), batch, matrix.columns);
-    run_together(threads_for((matrix.rows + matrix.columns) * batch, threads), dy_panels, x_panels);
-    const FilledGradient<T> gradient(kernels, matrix, dy_panels, x_panels, batch, dvalues);
-    run_together(threads_for(matrix.rows * matrix.columns * batch, threads), gradient);
+    with_filled(kernels, [&](const auto &filled) {
+        const auto of_dy = filled.dy_of_dvalues(dy, matrix.rows, batch);
+        const auto of_x = filled.x_of_dvalues(x, matrix.columns, batch);
+        run_together(threads_for((matrix.rows + matrix.columns) * batch, threads), of_dy, of_x);
+        run_together(threads_for(matrix.rows * matrix.columns * batch, threads),
+                     filled.dvalues(matrix, of_dy, of_x, batch, dvalues));
+    });
 }
 
 } // namespace offpath

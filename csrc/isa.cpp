@@ -23,6 +23,9 @@ extern const offpath::KernelTable offpath_table_avx2;
 extern const offpath::KernelTable offpath_table_avx512;
 extern const offpath::KernelTable offpath_table_avx512bf16;
 #endif
+#if defined(OFFPATH_AMX)
+extern const offpath::AmxKernels offpath_table_avx512amx;
+#endif
 }
 
 namespace offpath {
@@ -47,6 +50,26 @@ bool multiplies_pairs() {
 }
 #endif
 
+#if defined(__x86_64__)
+// Products of pairs of bfloat16 and of four int8, and the expansion of 16-bit values and of bytes that their bitmap
+// products need. No processor has pairs of bfloat16 and the expansion without the other two.
+bool multiplies_pairs() {
+    return __builtin_cpu_supports("x86-64-v4") != 0 && __builtin_cpu_supports("avx512bf16") != 0 &&
+           __builtin_cpu_supports("avx512vbmi") != 0 && __builtin_cpu_supports("avx512vbmi2") != 0 &&
+           __builtin_cpu_supports("avx512vnni") != 0;
+}
+#endif
+
+#if defined(OFFPATH_AMX)
+// The kernels of pairs, and what tiles add to them.
+const KernelTable table_avx512amx = [] {
+    KernelTable table = offpath_table_avx512bf16;
+    table.isa = "avx512amx";
+    table.bf16.amx = &offpath_table_avx512amx;
+    return table;
+}();
+#endif
+
 // __builtin_cpu_supports also asks the operating system (XGETBV) whether it saves the wide registers.
 const std::array all_isas = {
 #if defined(__aarch64__)
@@ -58,12 +81,10 @@ const std::array all_isas = {
 #if defined(__x86_64__)
     Isa{&offpath_table_avx2, __builtin_cpu_supports("x86-64-v3") != 0},
     Isa{&offpath_table_avx512, __builtin_cpu_supports("x86-64-v4") != 0},
-    // Products of pairs of bfloat16 and of four int8, and the expansion of 16-bit values and of bytes that their bitmap
-    // products need. No processor has pairs of bfloat16 and the expansion without the other two.
-    Isa{&offpath_table_avx512bf16,
-        __builtin_cpu_supports("x86-64-v4") != 0 && __builtin_cpu_supports("avx512bf16") != 0 &&
-            __builtin_cpu_supports("avx512vbmi") != 0 && __builtin_cpu_supports("avx512vbmi2") != 0 &&
-            __builtin_cpu_supports("avx512vnni") != 0},
+    Isa{&offpath_table_avx512bf16, multiplies_pairs()},
+#endif
+#if defined(OFFPATH_AMX)
+    Isa{&table_avx512amx, multiplies_pairs() && may_use_tiles()},
 #endif
 };
 

@@ -20,6 +20,9 @@ std::span<const Isa> isas();
 // index or the CPU cannot run it.
 const KernelTable &use_table(int64_t index);
 
+// Whether this process may use the tile registers of AMX, for which it asks the system.
+bool may_use_tiles();
+
 // How often use_table(index) was called: lets a test that forced a variant see that no other one ran.
 uint64_t calls(int64_t index);
 

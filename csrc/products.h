@@ -29,6 +29,10 @@ template <class T> struct Matrix {
     int64_t feature_stride, batch_stride;
 };
 
+template <class T> Matrix<T> exchanged(const Matrix<T> &matrix) {
+    return {matrix.data, matrix.batch_stride, matrix.feature_stride};
+}
+
 // Columns that a thread transposes or packs in one go, and groups whose rows it computes: whole tiles of the kernels.
 constexpr int64_t columns_per_transpose = 64, columns_per_pack = 256, groups_per_product = 16;
 // Of the second-level cache, what a strip of activations may fill.

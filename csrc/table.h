@@ -2,6 +2,7 @@
 // table of them.
 #pragma once
 
+#include "amx_args.h"
 #include "basics.h"
 #include "int8_args.h"
 #include "plan_args.h"
@@ -229,6 +230,7 @@ template <class T> struct Kernels {
 #include "kernels.def"
 #undef OFFPATH_KERNEL
     Layout layout;
+    const AmxKernels *amx; // what computes the filled products instead, or null
 };
 
 struct KernelTable {

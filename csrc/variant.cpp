@@ -38,7 +38,7 @@ constexpr offpath::Kernels<T> kernels = {
 #define OFFPATH_KERNEL(op) op<T>,
 #include "kernels.def"
 #undef OFFPATH_KERNEL
-    layout<T>};
+    layout<T>, nullptr};
 
 } // namespace
 

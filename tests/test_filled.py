@@ -10,8 +10,8 @@ from offpath.kernels import Backend
 from whole_numbers import whole_numbers
 
 # (rows, columns, batch, sparsity): a token more than go at once; rows and columns that end amid groups, chunks and
-# panels; more rows than a chunk is filled with at once; nearly no connections.
-SIZES = [(13, 70, 257, 0.2), (100, 200, 513, 0.5), (800, 200, 300, 0.1), (97, 130, 600, 0.98)]
+# panels; more rows than a chunk is filled with at once; nearly no connections; several tasks in each direction.
+SIZES = [(13, 70, 257, 0.2), (100, 200, 513, 0.5), (800, 200, 300, 0.1), (97, 130, 600, 0.98), (1100, 600, 520, 0.7)]
 
 
 @pytest.mark.parametrize("backend", [name for name in kernels.backends() if name != "reference"], indirect=True)

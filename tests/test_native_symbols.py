@@ -32,9 +32,14 @@ def _exported(source: Path, row: list[str], folder: Path) -> list[str]:
     return [line.split()[-1] for line in out.stdout.splitlines()]
 
 
+def _source(isa: str) -> Path:
+    own = CSRC / f"variant_{isa}.cpp"
+    return own if own.exists() else CSRC / "variant.cpp"
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[1])
 def test_a_variant_exports_only_its_table(row: list[str], tmp_path: Path) -> None:
-    assert _exported(CSRC / "variant.cpp", row, tmp_path) == [f"offpath_table_{row[1]}"]
+    assert _exported(_source(row[1]), row, tmp_path) == [f"offpath_table_{row[1]}"]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[1])

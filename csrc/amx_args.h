@@ -1,0 +1,82 @@
+// The operands of the products that AMX multiplies: of bfloat16, absent connections filled with zeros as in the filled
+// products of table.h. Factors are cut into tiles of 16 rows of 64 bytes, a register each.
+#pragma once
+
+#include "basics.h"
+
+namespace offpath {
+
+// A tile of the left factor is 16 rows x 32 of the inner dimension; one of the right factor is 16 pairs of neighbours
+// of the inner dimension x 16 columns. Tiles that follow one another along the inner dimension are a strip.
+constexpr int64_t strip_lines = 16, tile_depth = 32, tile_entries = strip_lines * tile_depth;
+// Two strips are multiplied with two at a time. Their sums: [32, 32].
+constexpr int64_t pair_lines = 2 * strip_lines, pair_sums = pair_lines * pair_lines;
+// Tiles of a strip that are filled and multiplied before the next strip has its turn, so that they stay in the
+// first-level cache.
+constexpr int64_t tiles_per_step = 8;
+// What a task has at most: rows of the weight in the product, rows and columns in the weight gradient.
+constexpr int64_t amx_rows = 128, gradient_rows = 256, gradient_columns = 512;
+
+// A matrix [inner, lines] as strips: an even number of them, zeros where the matrix ends.
+struct pack_tiles_args {
+    const bfloat16 *matrix;
+    int64_t inner_stride, line_stride; // one of them is 1
+    bfloat16 *tiles;
+    int64_t inner, lines;
+    bool right; // as the right factor
+};
+
+// y[b, r] = bias[r] + sum over the columns c of W[r, c] * x[b, c], for a block of strips of rows (whole pairs, amx_rows
+// at most) x strips of tokens.
+struct amx_product_args {
+    Bitmap bitmap;
+    const bfloat16 *values; // [nnz]
+    const bfloat16 *bias;   // [rows], or null for zero
+    const bfloat16 *x;      // right factor of columns x tokens
+    bfloat16 *y;            // [batch, rows], contiguous, or [rows, batch] where feature_major
+    int64_t batch;
+    bool feature_major;
+    // Working memory: the strips of the rows, tiles_per_step each, and the sums of all pairs of the block.
+    bfloat16 *filled;
+    float *sums;
+};
+
+// dx[b, c] = sum over the rows r of W[r, c] * dy[b, r], for a block of chunks x strips of tokens.
+struct amx_dx_args {
+    Bitmap bitmap;
+    const int32_t *chunk_slots;
+    const bfloat16 *values; // [nnz]
+    const bfloat16 *dy;     // left factor of tokens x rows
+    bfloat16 *dx;           // [batch, columns], contiguous, or [columns, batch] where feature_major
+    int64_t batch;
+    bool feature_major;
+    bfloat16 *filled; // the strips of a chunk, tiles_per_step each
+    float *sums;
+};
+
+// dvalues[s] = sum over b of dy[b, row of s] * x[b, column of s], for a block of strips of rows x strips of columns,
+// whole pairs each.
+struct amx_dvalues_args {
+    Bitmap bitmap;
+    const bfloat16 *dy, *x; // left factor of rows x tokens, right factor of tokens x columns
+    int64_t batch;          // at least 1
+    bfloat16 *dvalues;      // [nnz]
+    float *sums;
+};
+
+// sums[line] = sum over the inner dimension of a left factor, for a block of strips.
+struct line_sums_args {
+    const bfloat16 *tiles;
+    bfloat16 *sums; // [lines]
+    int64_t inner, lines;
+};
+
+struct AmxKernels {
+    void (*pack)(const pack_tiles_args &, const Block &);
+    void (*product)(const amx_product_args &, const Block &);
+    void (*dx)(const amx_dx_args &, const Block &);
+    void (*dvalues)(const amx_dvalues_args &, const Block &);
+    void (*line_sums)(const line_sums_args &, const Block &);
+};
+
+} // namespace offpath

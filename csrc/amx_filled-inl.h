@@ -1,0 +1,213 @@
+// The filled products of bfloat16 on AMX. The weight is written out in tiles that stay in cache: as the left factor of
+// the product, where a register of its columns is a row of a tile, and as the right one of dX, where two rows are
+// zipped.
+#pragma once
+
+#include "amx-inl.h"
+#include "filled_gradient-inl.h"
+
+namespace {
+
+// What is left of the rows of a block.
+struct UnreadRows {
+    const offpath::amx_product_args &args;
+    const int64_t first_row, count;            // with those beyond the weight, which are zeros
+    const bfloat16 *values[offpath::amx_rows]; // of each row
+    int64_t lines_ahead;                       // of values that a step takes of a row
+
+    UnreadRows(const offpath::amx_product_args &args, int64_t first_row, int64_t count, int64_t tiles)
+        : args(args), first_row(first_row), count(count) {
+        const int32_t *crow_indices = args.bitmap.crow_indices;
+        for (int64_t i = 0; i < count; ++i)
+            values[i] = args.values + crow_indices[row_of(i)];
+        // A piece begins anywhere in a line, and the register that reads its end goes beyond.
+        const int64_t nnz = crow_indices[row_of(count)] - crow_indices[first_row];
+        lines_ahead = nnz * offpath::tiles_per_step / (count * (tiles + 1) * entries_of_line) + 3;
+        for (int64_t i = 0; i < rows_ahead && i < count; ++i)
+            fetch(i, 0);
+    }
+
+    // Writes a step of them: [strips][tiles of the step].
+    void fill(const AmxStep &step) {
+        using C = ColumnVector<bfloat16>;
+        const offpath::Bitmap &bitmap = args.bitmap;
+        const int64_t tiles = step.end - step.begin, first_word = step.begin / 2, words = (tiles + 1) / 2;
+        const bfloat16 *end = args.values + bitmap.crow_indices[bitmap.rows];
+        for (int64_t i = 0; i < count; ++i) {
+            if (const int64_t later = i + rows_ahead; later < count)
+                fetch(later, first_word);
+            else
+                fetch(later - count, first_word + words);
+            bfloat16 *entries =
+                args.filled + i / strip_lines * (2 * words * tile_entries) + i % strip_lines * tile_depth;
+            if (first_row + i >= bitmap.rows) {
+                for (int64_t tile = 0; tile < 2 * words; ++tile)
+                    C::store(entries + tile * tile_entries, C::zero());
+                continue;
+            }
+            const bfloat16 *of_row = values[i];
+            const uint64_t *bits_of_row = bitmap.words + (first_row + i) * bitmap.words_per_row + first_word;
+            for (int64_t w = 0; w < words; ++w) {
+                const bool whole = end - of_row >= 128; // more than a word's values and a register
+                each_part_of_word<bfloat16>(
+                    bits_of_row[w], of_row,
+                    [&] [[gnu::always_inline]] (int part, int64_t, uint32_t bits, const bfloat16 *of_part) {
+                        C::store(entries + (2 * w + part) * tile_entries, C::expand(of_part, bits, whole));
+                    });
+                of_row += __builtin_popcountll(bits_of_row[w]);
+            }
+            values[i] = of_row;
+        }
+    }
+
+  private:
+    // The processor sees no pattern in short pieces of many rows.
+    static constexpr int64_t rows_ahead = 16, entries_of_line = 64 / sizeof(bfloat16);
+
+    int64_t row_of(int64_t i) const { return first_row + i < args.bitmap.rows ? first_row + i : args.bitmap.rows; }
+    void fetch(int64_t i, int64_t word) const {
+        for (int64_t line = 0; line < lines_ahead; ++line)
+            __builtin_prefetch(values[i] + line * entries_of_line);
+        __builtin_prefetch(args.bitmap.words + (first_row + i) * args.bitmap.words_per_row + word);
+    }
+};
+
+// Block: rows count strips, batch counts strips of tokens.
+inline void amx_product(const offpath::amx_product_args &args, const offpath::Block &block) {
+    const offpath::Bitmap &bitmap = args.bitmap;
+    const int64_t first_row = block.row_begin * strip_lines, strips = block.row_end - block.row_begin;
+    const int64_t tiles = tiles_for(bitmap.columns);
+    const Output<bfloat16> output = {args.y, bitmap.rows, args.batch, args.feature_major};
+    const TileRegisters registers;
+    UnreadRows rows(args, first_row, strips * strip_lines, tiles);
+    AmxStep step(tiles);
+    do { // without columns, y is the bias
+        rows.fill(step);
+        multiply_strips<true>(
+            {args.filled, (step.end - step.begin + 1) / 2 * 2 * tile_entries, strips},
+            {args.x + (block.batch_begin * tiles + step.begin) * tile_entries, tiles * tile_entries,
+             block.batch_end - block.batch_begin},
+            step, args.sums,
+            [&](int64_t strip, float *sums) {
+                if (!args.bias)
+                    return true;
+                for (int64_t i = 0; i < pair_lines; ++i) {
+                    const int64_t row = first_row + strip * strip_lines + i;
+                    const auto of_row = Simd<float>::set1(row < bitmap.rows ? compute(args.bias[row]) : 0);
+                    Simd<float>::store(sums + i * pair_lines, of_row);
+                    Simd<float>::store(sums + i * pair_lines + strip_lines, of_row);
+                }
+                return false;
+            },
+            [&](int64_t strip, int64_t strip_of_tokens, const float *sums) {
+                const int64_t row = first_row + strip * strip_lines;
+                if (row < bitmap.rows)
+                    output.write<pair_lines>(sums, row, row + within(bitmap.rows - row, pair_lines),
+                                             (block.batch_begin + strip_of_tokens) * strip_lines);
+            });
+        step.move_on();
+    } while (step.begin < tiles);
+}
+
+// Writes rows `begin` to `end` of a chunk of the weight: [strips of the chunk][tiles of these rows].
+inline void fill_right(const offpath::amx_dx_args &args, int64_t chunk, int64_t begin, int64_t end) {
+    using C = ColumnVector<bfloat16>;
+    const offpath::filled_dx_args<bfloat16> of_chunk = {args.bitmap, args.chunk_slots, args.values, nullptr, nullptr, 0,
+                                                        false,       nullptr,          nullptr};
+    const int64_t tiles = tiles_for(end - begin);
+    // The first row of a pair waits here for the second.
+    alignas(64) bfloat16 first[offpath::chunk_columns];
+    for (int64_t pair = 0; pair < tiles * strip_lines; ++pair) {
+        const int64_t row = begin + 2 * pair;
+        bfloat16 *entries = args.filled + pair / strip_lines * tile_entries + pair % strip_lines * tile_depth;
+        const auto zip = [&] [[gnu::always_inline]] (int64_t column, C::V a, C::V b) {
+            bfloat16 *of_strip = entries + column / strip_lines * (tiles * tile_entries);
+            C::store(of_strip, C::interleave_low(a, b));
+            C::store(of_strip + tiles * tile_entries, C::interleave_high(a, b));
+        };
+        if (row < end)
+            each_vector_of_chunk<bfloat16>(
+                of_chunk, row, chunk,
+                [&] [[gnu::always_inline]] (int64_t column, uint32_t bits, const bfloat16 *values, bool whole) {
+                    C::store(first + column, C::expand(values, bits, whole));
+                });
+        if (row + 1 < end)
+            each_vector_of_chunk<bfloat16>(
+                of_chunk, row + 1, chunk,
+                [&] [[gnu::always_inline]] (int64_t column, uint32_t bits, const bfloat16 *values, bool whole) {
+                    zip(column, C::load(first + column), C::expand(values, bits, whole));
+                });
+        else
+            for (int64_t column = 0; column < offpath::chunk_columns; column += C::entries)
+                zip(column, row < end ? C::load(first + column) : C::zero(), C::zero());
+    }
+}
+
+// Block: rows count chunks, batch counts strips of tokens.
+inline void amx_dx(const offpath::amx_dx_args &args, const offpath::Block &block) {
+    const int64_t rows = args.bitmap.rows, columns = args.bitmap.columns, tiles = tiles_for(rows);
+    // A row of sums is a token.
+    const Output<bfloat16> output = {args.dx, args.batch, columns, !args.feature_major};
+    const TileRegisters registers;
+    for (int64_t chunk = block.row_begin; chunk < block.row_end; ++chunk) {
+        const int64_t first_column = chunk * offpath::chunk_columns;
+        AmxStep step(tiles);
+        do { // without rows, dx is zero
+            const int64_t begin = step.begin * tile_depth, most = step.end * tile_depth;
+            fill_right(args, chunk, begin, most < rows ? most : rows);
+            multiply_strips<false>(
+                {args.dy + (block.batch_begin * tiles + step.begin) * tile_entries, tiles * tile_entries,
+                 block.batch_end - block.batch_begin},
+                {args.filled, (step.end - step.begin) * tile_entries,
+                 2 * tiles_for(within(columns - first_column, offpath::chunk_columns))},
+                step, args.sums, [](int64_t, float *) { return true; },
+                [&](int64_t strip, int64_t strip_of_columns, const float *sums) {
+                    const int64_t token = (block.batch_begin + strip) * strip_lines;
+                    output.write<pair_lines>(sums, token, token + within(args.batch - token, pair_lines),
+                                             first_column + strip_of_columns * strip_lines);
+                });
+            step.move_on();
+        } while (step.begin < tiles);
+    }
+}
+
+// Block: rows count strips of rows, batch counts strips of columns.
+inline void amx_dvalues(const offpath::amx_dvalues_args &args, const offpath::Block &block) {
+    using C = ColumnVector<bfloat16>;
+    const offpath::Bitmap &bitmap = args.bitmap;
+    const int64_t tiles = tiles_for(args.batch);
+    const int64_t first_row = block.row_begin * strip_lines, first_column = block.batch_begin * strip_lines;
+    const int64_t rows = within(bitmap.rows - first_row, (block.row_end - block.row_begin) * strip_lines);
+    // Where the next value of each row goes, and where those of the block end.
+    int64_t slots[offpath::gradient_rows], ends[offpath::gradient_rows];
+    for (int64_t i = 0; i < rows; ++i) {
+        slots[i] = slots_before_column(bitmap, first_row + i, first_column);
+        ends[i] = slots_before_column(bitmap, first_row + i, block.batch_end * strip_lines);
+    }
+    const TileRegisters registers;
+    for (AmxStep step(tiles); step.begin < tiles; step.move_on())
+        multiply_strips<false>(
+            {args.dy + (block.row_begin * tiles + step.begin) * tile_entries, tiles * tile_entries,
+             block.row_end - block.row_begin},
+            {args.x + (block.batch_begin * tiles + step.begin) * tile_entries, tiles * tile_entries,
+             block.batch_end - block.batch_begin},
+            step, args.sums, [](int64_t, float *) { return true; },
+            [&](int64_t strip, int64_t strip_of_columns, const float *sums) {
+                const int64_t line = strip * strip_lines, column = first_column + strip_of_columns * strip_lines;
+                for (int64_t i = line; i < line + pair_lines && i < rows; ++i, sums += pair_lines) {
+                    const int64_t word = (first_row + i) * bitmap.words_per_row + column / 64;
+                    const auto bits = static_cast<uint32_t>(bitmap.words[word] >> column % 64);
+                    const auto both = C::narrow(Simd<float>::load(sums), Simd<float>::load(sums + strip_lines));
+                    // The processor sees no pattern in so many rows.
+                    __builtin_prefetch(args.dvalues + slots[i] + 3 * C::columns, 1);
+                    if (strip_of_columns == 0 && i + pair_lines < rows)
+                        for (int64_t ahead = 0; ahead < 3 * C::columns; ahead += C::columns)
+                            __builtin_prefetch(args.dvalues + slots[i + pair_lines] + ahead, 1);
+                    // A whole register is written where the slots of the row's block have room for it.
+                    C::compress(both, bits, args.dvalues + slots[i], ends[i] - slots[i] >= C::columns);
+                    slots[i] += __builtin_popcount(bits);
+                }
+            });
+}
+
+} // namespace

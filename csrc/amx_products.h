@@ -1,0 +1,185 @@
+// The filled products on AMX as they are called, for an ISA that has it: bfloat16 alone.
+#pragma once
+
+#include "amx_args.h"
+#include "bitmap.h"
+#include "products.h"
+
+namespace offpath {
+
+// Tiles that a task packs in the direction in which the matrix lies in memory, and in the other.
+constexpr int64_t packed_along = 16, packed_across = 4;
+// Tokens of a task at most.
+constexpr int64_t tokens_per_amx_task = 512;
+
+inline int64_t pairs_for(int64_t lines) { return ceil_div(lines, pair_lines); }
+
+// A matrix as strips of tiles, packed by tasks that any loop may run: its batch has the lines, its features are what is
+// summed over.
+class TileStrips {
+  public:
+    TileStrips(const AmxKernels &kernels, const Matrix<bfloat16> &matrix, int64_t features, int64_t batch, bool right)
+        : count(ceil_div(batch, strip_lines)), tiles(ceil_div(features, tile_depth)),
+          memory(scratch<bfloat16>(pairs_for(batch) * 2 * tiles * tile_entries)), kernel(kernels.pack),
+          args{matrix.data, matrix.feature_stride, matrix.batch_stride, memory.get(), features, batch, right},
+          strips(2 * pairs_for(batch)), tiles_together(args.inner_stride == 1 ? packed_along : packed_across),
+          strips_together(args.inner_stride == 1 ? packed_across : packed_along),
+          packs(ceil_div(tiles, tiles_together)) {}
+
+    int64_t tasks() const { return packs * ceil_div(strips, strips_together); }
+    void run(int64_t task) const {
+        const int64_t tile = task % packs * tiles_together, strip = task / packs * strips_together;
+        kernel(args, {tile, std::min(tiles, tile + tiles_together), strip, std::min(strips, strip + strips_together)});
+    }
+    const bfloat16 *data() const { return memory.get(); }
+
+    const int64_t count, tiles;
+
+  private:
+    const Scratch<bfloat16> memory;
+    const Kernel<pack_tiles_args> kernel;
+    const pack_tiles_args args;
+    const int64_t strips, tiles_together, strips_together, packs;
+};
+
+// Strips of tokens in a task where there are so many tasks beside: fewer, if threads would wait for others.
+inline int64_t strips_per_task(int64_t strips, int64_t tasks, int threads) {
+    const int64_t parts = ceil_div(2 * threads, std::max<int64_t>(tasks, 1));
+    return std::clamp<int64_t>(2 * ceil_div(ceil_div(strips, 2), parts), 2, tokens_per_amx_task / strip_lines);
+}
+
+// y = x W^T + bias
+class AmxProduct {
+  public:
+    AmxProduct(const AmxKernels &kernels, const BitMatrix &matrix, const bfloat16 *values, const bfloat16 *bias,
+               const TileStrips &x, int64_t batch, bfloat16 *y, bool feature_major, int threads)
+        : kernel(kernels.product),
+          args{matrix.view(), values, bias, x.data(), y, batch, feature_major, nullptr, nullptr},
+          pairs(pairs_for(matrix.rows)),
+          pairs_together(std::clamp<int64_t>(pairs / (4 * threads), 1, amx_rows / pair_lines)),
+          chunks(ceil_div(pairs, pairs_together)), strips(x.count),
+          strips_together(strips_per_task(strips, chunks, threads)), tiles(std::min(x.tiles + 1, tiles_per_step)) {}
+
+    int64_t tasks() const { return chunks * ceil_div(strips, strips_together); }
+    void run(int64_t task) const {
+        const int64_t pair = task % chunks * pairs_together, strip = task / chunks * strips_together;
+        const auto filled = scratch<bfloat16>(2 * pairs_together * tiles * tile_entries);
+        const auto sums = scratch<float>(pairs_together * ceil_div(strips_together, 2) * pair_sums);
+        amx_product_args own = args;
+        own.filled = filled.get();
+        own.sums = sums.get();
+        kernel(own, {2 * pair, 2 * std::min(pairs, pair + pairs_together), strip,
+                     std::min(strips, strip + strips_together)});
+    }
+
+  private:
+    const Kernel<amx_product_args> kernel;
+    const amx_product_args args;
+    const int64_t pairs, pairs_together, chunks, strips, strips_together, tiles;
+};
+
+// dx = dy W
+class AmxInputGradient {
+  public:
+    AmxInputGradient(const AmxKernels &kernels, const BitMatrix &matrix, const bfloat16 *values, const TileStrips &dy,
+                     int64_t batch, bfloat16 *dx, bool feature_major, int threads)
+        : kernel(kernels.dx),
+          args{matrix.view(), matrix.chunk_slots(), values, dy.data(), dx, batch, feature_major, nullptr, nullptr},
+          chunks(matrix.chunks()), strips(dy.count), strips_together(strips_per_task(strips, chunks, threads)),
+          tiles(std::min(dy.tiles, tiles_per_step)) {}
+
+    int64_t tasks() const { return chunks * ceil_div(strips, strips_together); }
+    void run(int64_t task) const {
+        constexpr int64_t strips_of_chunk = chunk_columns / strip_lines;
+        const int64_t chunk = task % chunks, strip = task / chunks * strips_together;
+        const auto filled = scratch<bfloat16>(strips_of_chunk * tiles * tile_entries);
+        const auto sums = scratch<float>(ceil_div(strips_together, 2) * strips_of_chunk / 2 * pair_sums);
+        amx_dx_args own = args;
+        own.filled = filled.get();
+        own.sums = sums.get();
+        kernel(own, {chunk, chunk + 1, strip, std::min(strips, strip + strips_together)});
+    }
+
+  private:
+    const Kernel<amx_dx_args> kernel;
+    const amx_dx_args args;
+    const int64_t chunks, strips, strips_together, tiles;
+};
+
+// The connections' entries of dy^T x
+class AmxGradient {
+  public:
+    AmxGradient(const AmxKernels &kernels, const BitMatrix &matrix, const TileStrips &dy, const TileStrips &x,
+                int64_t batch, bfloat16 *dvalues)
+        : kernel(kernels.dvalues), args{matrix.view(), dy.data(), x.data(), batch, dvalues, nullptr},
+          strips_of_rows(2 * pairs_for(matrix.rows)), strips_of_columns(2 * pairs_for(matrix.columns)),
+          chunks(ceil_div(strips_of_rows, rows_together)) {}
+
+    int64_t tasks() const { return chunks * ceil_div(strips_of_columns, columns_together); }
+    void run(int64_t task) const {
+        const int64_t row = task % chunks * rows_together, column = task / chunks * columns_together;
+        const auto sums = scratch<float>(gradient_rows * gradient_columns);
+        amx_dvalues_args own = args;
+        own.sums = sums.get();
+        kernel(own, {row, std::min(strips_of_rows, row + rows_together), column,
+                     std::min(strips_of_columns, column + columns_together)});
+    }
+
+  private:
+    static constexpr int64_t rows_together = gradient_rows / strip_lines;
+    static constexpr int64_t columns_together = gradient_columns / strip_lines;
+    const Kernel<amx_dvalues_args> kernel;
+    const amx_dvalues_args args;
+    const int64_t strips_of_rows, strips_of_columns, chunks;
+};
+
+// dbias[r] = sum over b of dy[b, r], of the left factor of the weight gradient
+class LineSums {
+  public:
+    LineSums(const AmxKernels &kernels, const TileStrips &dy, int64_t rows, int64_t batch, bfloat16 *dbias)
+        : kernel(kernels.line_sums), args{dy.data(), dbias, batch, rows}, strips(dy.count) {}
+
+    int64_t tasks() const { return ceil_div(strips, strips_together); }
+    void run(int64_t task) const {
+        const int64_t begin = task * strips_together;
+        kernel(args, {begin, std::min(strips, begin + strips_together), 0, 0});
+    }
+
+  private:
+    static constexpr int64_t strips_together = 16;
+    const Kernel<line_sums_args> kernel;
+    const line_sums_args args;
+    const int64_t strips;
+};
+
+// The filled products of an ISA that has AMX; OnPanels offers the same for the others.
+struct OnTiles {
+    const AmxKernels &kernels;
+
+    TileStrips x_of_product(const Matrix<bfloat16> &x, int64_t columns, int64_t batch) const {
+        return {kernels, x, columns, batch, true};
+    }
+    TileStrips dy_of_dx(const Matrix<bfloat16> &dy, int64_t rows, int64_t batch) const {
+        return {kernels, dy, rows, batch, false};
+    }
+    TileStrips dy_of_dvalues(const Matrix<bfloat16> &dy, int64_t rows, int64_t batch) const {
+        return {kernels, exchanged(dy), batch, rows, false};
+    }
+    TileStrips x_of_dvalues(const Matrix<bfloat16> &x, int64_t columns, int64_t batch) const {
+        return {kernels, exchanged(x), batch, columns, true};
+    }
+    AmxProduct product(const BitMatrix &matrix, const bfloat16 *values, const bfloat16 *bias, const TileStrips &x,
+                       int64_t batch, bfloat16 *y, bool feature_major, int threads) const {
+        return {kernels, matrix, values, bias, x, batch, y, feature_major, threads};
+    }
+    AmxInputGradient dx(const BitMatrix &matrix, const bfloat16 *values, const TileStrips &dy, int64_t batch,
+                        bfloat16 *dx, bool feature_major, int threads) const {
+        return {kernels, matrix, values, dy, batch, dx, feature_major, threads};
+    }
+    AmxGradient dvalues(const BitMatrix &matrix, const TileStrips &dy, const TileStrips &x, int64_t batch,
+                        bfloat16 *dvalues) const {
+        return {kernels, matrix, dy, x, batch, dvalues};
+    }
+};
+
+} // namespace offpath
