@@ -69,6 +69,41 @@ inline void line_sums(const offpath::line_sums_args &args, const offpath::Block 
     }
 }
 
+// Where the sums of a pair of strips go: to a matrix [lines, columns], or, where `transposed`, to [columns, lines].
+struct TileOutput {
+    bfloat16 *matrix;
+    int64_t lines, columns;
+    bool transposed;
+
+    void write(const float *sums, int64_t line, int64_t column) const {
+        using B = BfloatPairs;
+        using S = Simd<float>;
+        const int64_t own_lines = within(lines - line, pair_lines), own_columns = within(columns - column, pair_lines);
+        const auto rounded = [&](int64_t i) {
+            return B::narrow(S::load(sums + i * pair_lines), S::load(sums + i * pair_lines + strip_lines));
+        };
+        if (!transposed) {
+            for (int64_t i = 0; i < own_lines; ++i)
+                B::store_first(matrix + (line + i) * columns + column, rounded(i), own_columns);
+            return;
+        }
+        // Two lines as pairs change places with columns as single entries do.
+        S::V pairs[2][strip_lines];
+        for (int64_t i = 0; i < strip_lines; ++i) {
+            const B::V first = rounded(2 * i), second = rounded(2 * i + 1);
+            pairs[0][i] = B::as_floats(B::interleave_low(first, second));
+            pairs[1][i] = B::as_floats(B::interleave_high(first, second));
+        }
+        for (int64_t half = 0; half * strip_lines < own_columns; ++half) {
+            transpose_registers<S>(pairs[half]);
+            const int64_t first_column = half * strip_lines, end = within(own_columns - first_column, strip_lines);
+            for (int64_t i = 0; i < end; ++i)
+                B::store_first(matrix + (column + first_column + i) * lines + line, B::as_pairs(pairs[half][i]),
+                               own_lines);
+        }
+    }
+};
+
 // Strips of one factor, from the first tile of a step on.
 struct Strips {
     const bfloat16 *tiles;

@@ -77,7 +77,7 @@ inline void amx_product(const offpath::amx_product_args &args, const offpath::Bl
     const offpath::Bitmap &bitmap = args.bitmap;
     const int64_t first_row = block.row_begin * strip_lines, strips = block.row_end - block.row_begin;
     const int64_t tiles = tiles_for(bitmap.columns);
-    const Output<bfloat16> output = {args.y, bitmap.rows, args.batch, args.feature_major};
+    const TileOutput output = {args.y, bitmap.rows, args.batch, !args.feature_major};
     const TileRegisters registers;
     UnreadRows rows(args, first_row, strips * strip_lines, tiles);
     AmxStep step(tiles);
@@ -100,40 +100,49 @@ inline void amx_product(const offpath::amx_product_args &args, const offpath::Bl
                 return false;
             },
             [&](int64_t strip, int64_t strip_of_tokens, const float *sums) {
-                const int64_t row = first_row + strip * strip_lines;
-                if (row < bitmap.rows)
-                    output.write<pair_lines>(sums, row, row + within(bitmap.rows - row, pair_lines),
-                                             (block.batch_begin + strip_of_tokens) * strip_lines);
+                output.write(sums, first_row + strip * strip_lines,
+                             (block.batch_begin + strip_of_tokens) * strip_lines);
             });
         step.move_on();
     } while (step.begin < tiles);
 }
 
-// Writes rows `begin` to `end` of a chunk of the weight: [strips of the chunk][tiles of these rows].
-inline void fill_right(const offpath::amx_dx_args &args, int64_t chunk, int64_t begin, int64_t end) {
-    using C = ColumnVector<bfloat16>;
-    const offpath::filled_dx_args<bfloat16> of_chunk = {args.bitmap, args.chunk_slots, args.values, nullptr, nullptr, 0,
-                                                        false,       nullptr,          nullptr};
-    const int64_t tiles = tiles_for(end - begin);
-    // The first row of a pair waits here for the second.
-    alignas(64) bfloat16 first[offpath::chunk_columns];
-    for (int64_t pair = 0; pair < tiles * strip_lines; ++pair) {
-        const int64_t row = begin + 2 * pair;
-        bfloat16 *entries = args.filled + pair / strip_lines * tile_entries + pair % strip_lines * tile_depth;
+// Two rows of some neighbouring chunks, whose values lie side by side; rows beyond `end` are zeros.
+struct RowPair {
+    const offpath::amx_dx_args &args;
+    const int64_t row, end;
+
+    // The processor sees no pattern where rows are read in part.
+    void fetch(int64_t chunk, int64_t last_chunk) const {
+        const offpath::Bitmap &bitmap = args.bitmap;
+        const int64_t chunks = (bitmap.columns + offpath::chunk_columns - 1) / offpath::chunk_columns;
+        for (int64_t r = row; r < row + 2 && r < bitmap.rows; ++r) {
+            const int32_t *of_row = args.chunk_slots + r * chunks;
+            const int64_t last = last_chunk < chunks ? of_row[last_chunk] : bitmap.crow_indices[r + 1];
+            for (int64_t slot = of_row[chunk]; slot < last; slot += 64 / sizeof(bfloat16))
+                __builtin_prefetch(args.values + slot);
+            __builtin_prefetch(args.values + last);
+        }
+    }
+
+    // Writes a line of the tiles of a chunk, whose strips lie `strip_stride` apart.
+    void fill(int64_t chunk, bfloat16 *entries, int64_t strip_stride) const {
+        using C = ColumnVector<bfloat16>;
+        alignas(64) bfloat16 first[offpath::chunk_columns]; // waits here for the second
         const auto zip = [&] [[gnu::always_inline]] (int64_t column, C::V a, C::V b) {
-            bfloat16 *of_strip = entries + column / strip_lines * (tiles * tile_entries);
+            bfloat16 *of_strip = entries + column / strip_lines * strip_stride;
             C::store(of_strip, C::interleave_low(a, b));
-            C::store(of_strip + tiles * tile_entries, C::interleave_high(a, b));
+            C::store(of_strip + strip_stride, C::interleave_high(a, b));
         };
         if (row < end)
             each_vector_of_chunk<bfloat16>(
-                of_chunk, row, chunk,
+                args, row, chunk,
                 [&] [[gnu::always_inline]] (int64_t column, uint32_t bits, const bfloat16 *values, bool whole) {
                     C::store(first + column, C::expand(values, bits, whole));
                 });
         if (row + 1 < end)
             each_vector_of_chunk<bfloat16>(
-                of_chunk, row + 1, chunk,
+                args, row + 1, chunk,
                 [&] [[gnu::always_inline]] (int64_t column, uint32_t bits, const bfloat16 *values, bool whole) {
                     zip(column, C::load(first + column), C::expand(values, bits, whole));
                 });
@@ -141,34 +150,39 @@ inline void fill_right(const offpath::amx_dx_args &args, int64_t chunk, int64_t 
             for (int64_t column = 0; column < offpath::chunk_columns; column += C::entries)
                 zip(column, row < end ? C::load(first + column) : C::zero(), C::zero());
     }
-}
+};
 
 // Block: rows count chunks, batch counts strips of tokens.
 inline void amx_dx(const offpath::amx_dx_args &args, const offpath::Block &block) {
+    constexpr int64_t pairs_ahead = 8;
     const int64_t rows = args.bitmap.rows, columns = args.bitmap.columns, tiles = tiles_for(rows);
-    // A row of sums is a token.
-    const Output<bfloat16> output = {args.dx, args.batch, columns, !args.feature_major};
+    const int64_t first_column = block.row_begin * offpath::chunk_columns;
+    const int64_t own_columns = (block.row_end - block.row_begin) * offpath::chunk_columns;
+    const TileOutput output = {args.dx, args.batch, columns, args.feature_major};
     const TileRegisters registers;
-    for (int64_t chunk = block.row_begin; chunk < block.row_end; ++chunk) {
-        const int64_t first_column = chunk * offpath::chunk_columns;
-        AmxStep step(tiles);
-        do { // without rows, dx is zero
-            const int64_t begin = step.begin * tile_depth, most = step.end * tile_depth;
-            fill_right(args, chunk, begin, most < rows ? most : rows);
-            multiply_strips<false>(
-                {args.dy + (block.batch_begin * tiles + step.begin) * tile_entries, tiles * tile_entries,
-                 block.batch_end - block.batch_begin},
-                {args.filled, (step.end - step.begin) * tile_entries,
-                 2 * tiles_for(within(columns - first_column, offpath::chunk_columns))},
-                step, args.sums, [](int64_t, float *) { return true; },
-                [&](int64_t strip, int64_t strip_of_columns, const float *sums) {
-                    const int64_t token = (block.batch_begin + strip) * strip_lines;
-                    output.write<pair_lines>(sums, token, token + within(args.batch - token, pair_lines),
-                                             first_column + strip_of_columns * strip_lines);
-                });
-            step.move_on();
-        } while (step.begin < tiles);
-    }
+    AmxStep step(tiles);
+    do { // without rows, dx is zero
+        const int64_t strip_stride = offpath::dx_strip_stride(step.end - step.begin);
+        for (int64_t pair = 0; pair < (step.end - step.begin) * strip_lines; ++pair) {
+            const int64_t row = step.begin * tile_depth + 2 * pair;
+            RowPair{args, row + 2 * pairs_ahead, rows}.fetch(block.row_begin, block.row_end);
+            bfloat16 *entries = args.filled + pair / strip_lines * tile_entries + pair % strip_lines * tile_depth;
+            for (int64_t chunk = block.row_begin; chunk < block.row_end; ++chunk) {
+                RowPair{args, row, rows}.fill(chunk, entries, strip_stride);
+                entries += offpath::chunk_columns / strip_lines * strip_stride;
+            }
+        }
+        multiply_strips<false>(
+            {args.dy + (block.batch_begin * tiles + step.begin) * tile_entries, tiles * tile_entries,
+             block.batch_end - block.batch_begin},
+            {args.filled, strip_stride, 2 * tiles_for(within(columns - first_column, own_columns))}, step, args.sums,
+            [](int64_t, float *) { return true; },
+            [&](int64_t strip, int64_t strip_of_columns, const float *sums) {
+                output.write(sums, (block.batch_begin + strip) * strip_lines,
+                             first_column + strip_of_columns * strip_lines);
+            });
+        step.move_on();
+    } while (step.begin < tiles);
 }
 
 // Block: rows count strips of rows, batch counts strips of columns.

@@ -85,25 +85,38 @@ class AmxInputGradient {
                      int64_t batch, bfloat16 *dx, bool feature_major, int threads)
         : kernel(kernels.dx),
           args{matrix.view(), matrix.chunk_slots(), values, dy.data(), dx, batch, feature_major, nullptr, nullptr},
-          chunks(matrix.chunks()), strips(dy.count), strips_together(strips_per_task(strips, chunks, threads)),
+          chunks(matrix.chunks()), strips(dy.count), chunks_together(most_together(chunks, strips, threads)),
+          tasks_of_chunks(ceil_div(chunks, chunks_together)),
+          strips_together(strips_per_task(strips, tasks_of_chunks, threads)),
           tiles(std::min(dy.tiles, tiles_per_step)) {}
 
-    int64_t tasks() const { return chunks * ceil_div(strips, strips_together); }
+    int64_t tasks() const { return tasks_of_chunks * ceil_div(strips, strips_together); }
     void run(int64_t task) const {
         constexpr int64_t strips_of_chunk = chunk_columns / strip_lines;
-        const int64_t chunk = task % chunks, strip = task / chunks * strips_together;
-        const auto filled = scratch<bfloat16>(strips_of_chunk * tiles * tile_entries);
-        const auto sums = scratch<float>(ceil_div(strips_together, 2) * strips_of_chunk / 2 * pair_sums);
+        const int64_t chunk = task % tasks_of_chunks * chunks_together;
+        const int64_t strip = task / tasks_of_chunks * strips_together;
+        const auto filled = scratch<bfloat16>(chunks_together * strips_of_chunk * dx_strip_stride(tiles));
+        const auto sums =
+            scratch<float>(chunks_together * ceil_div(strips_together, 2) * strips_of_chunk / 2 * pair_sums);
         amx_dx_args own = args;
         own.filled = filled.get();
         own.sums = sums.get();
-        kernel(own, {chunk, chunk + 1, strip, std::min(strips, strip + strips_together)});
+        kernel(own,
+               {chunk, std::min(chunks, chunk + chunks_together), strip, std::min(strips, strip + strips_together)});
     }
 
   private:
+    // With few tokens, rows of the weight are read in longer pieces: their sums have room in the cache. Not so long
+    // that the tokens would be split, each part of which fills the weight anew.
+    static int64_t most_together(int64_t chunks, int64_t strips, int threads) {
+        const int64_t fitting = tokens_per_amx_task / strip_lines / std::max<int64_t>(strips, 1);
+        const int64_t tasks = strips <= 2 ? threads : 2 * threads;
+        return std::clamp<int64_t>(std::min(fitting, chunks / tasks), 1, 4);
+    }
+
     const Kernel<amx_dx_args> kernel;
     const amx_dx_args args;
-    const int64_t chunks, strips, strips_together, tiles;
+    const int64_t chunks, strips, chunks_together, tasks_of_chunks, strips_together, tiles;
 };
 
 // The connections' entries of dy^T x
@@ -113,11 +126,13 @@ class AmxGradient {
                 int64_t batch, bfloat16 *dvalues)
         : kernel(kernels.dvalues), args{matrix.view(), dy.data(), x.data(), batch, dvalues, nullptr},
           strips_of_rows(2 * pairs_for(matrix.rows)), strips_of_columns(2 * pairs_for(matrix.columns)),
-          chunks(ceil_div(strips_of_rows, rows_together)) {}
+          blocks_of_columns(ceil_div(strips_of_columns, columns_together)) {}
 
-    int64_t tasks() const { return chunks * ceil_div(strips_of_columns, columns_together); }
+    int64_t tasks() const { return ceil_div(strips_of_rows, rows_together) * blocks_of_columns; }
     void run(int64_t task) const {
-        const int64_t row = task % chunks * rows_together, column = task / chunks * columns_together;
+        // Neighbours end and begin in the same cache lines of dvalues: they are for one thread.
+        const int64_t row = task / blocks_of_columns * rows_together;
+        const int64_t column = task % blocks_of_columns * columns_together;
         const auto sums = scratch<float>(gradient_rows * gradient_columns);
         amx_dvalues_args own = args;
         own.sums = sums.get();
@@ -130,7 +145,7 @@ class AmxGradient {
     static constexpr int64_t columns_together = gradient_columns / strip_lines;
     const Kernel<amx_dvalues_args> kernel;
     const amx_dvalues_args args;
-    const int64_t strips_of_rows, strips_of_columns, chunks;
+    const int64_t strips_of_rows, strips_of_columns, blocks_of_columns;
 };
 
 // dbias[r] = sum over b of dy[b, r], of the left factor of the weight gradient

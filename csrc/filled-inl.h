@@ -144,20 +144,25 @@ template <class T> void filled(const offpath::filled_args<T> &args, const offpat
 
 constexpr int64_t chunk_rows_ahead = 8;
 
-// Calls body(column of the chunk, bits, values, whole) for each register full of columns of a chunk of a row.
-template <class T, class Body>
-[[gnu::always_inline]] inline void each_vector_of_chunk(const offpath::filled_dx_args<T> &args, int64_t row,
-                                                        int64_t chunk, const Body &body) {
-    const offpath::Bitmap &bitmap = args.bitmap;
-    const int64_t chunks = (bitmap.columns + offpath::chunk_columns - 1) / offpath::chunk_columns;
-    const int64_t first_word = chunk * (offpath::chunk_columns / 64);
-    const T *end = args.values + bitmap.crow_indices[bitmap.rows];
-    // The values of a later row: the processor sees no pattern.
-    const int64_t later = row + chunk_rows_ahead < bitmap.rows ? row + chunk_rows_ahead : row;
+// Fetches the values of a later row: the processor sees no pattern.
+template <class T>
+[[gnu::always_inline]] inline void fetch_later_row(const offpath::filled_dx_args<T> &args, int64_t row, int64_t chunk) {
+    const int64_t chunks = (args.bitmap.columns + offpath::chunk_columns - 1) / offpath::chunk_columns;
+    const int64_t later = row + chunk_rows_ahead < args.bitmap.rows ? row + chunk_rows_ahead : row;
     const T *ahead = args.values + args.chunk_slots[later * chunks + chunk];
 #pragma GCC unroll 32
     for (int64_t i = 0; i < offpath::chunk_columns; i += 64 / sizeof(T))
         __builtin_prefetch(ahead + i);
+}
+
+// Calls body(column of the chunk, bits, values, whole) for each register full of columns of a chunk of a row.
+template <class T, class Args, class Body>
+[[gnu::always_inline]] inline void each_vector_of_chunk(const Args &args, int64_t row, int64_t chunk,
+                                                        const Body &body) {
+    const offpath::Bitmap &bitmap = args.bitmap;
+    const int64_t chunks = (bitmap.columns + offpath::chunk_columns - 1) / offpath::chunk_columns;
+    const int64_t first_word = chunk * (offpath::chunk_columns / 64);
+    const T *end = args.values + bitmap.crow_indices[bitmap.rows];
     const T *values = args.values + args.chunk_slots[row * chunks + chunk];
     for (int64_t w = 0; w < offpath::chunk_columns / 64; ++w) {
         const uint64_t word =
@@ -180,6 +185,7 @@ template <class T> void fill_chunk(const offpath::filled_dx_args<T> &args, int64
         alignas(64) T first[offpath::chunk_columns];
         for (int64_t row = begin; row < end; row += 2) {
             T *entries = tile + (row - begin) * offpath::chunk_columns;
+            fetch_later_row<T>(args, row, chunk);
             each_vector_of_chunk<T>(
                 args, row, chunk,
                 [&] [[gnu::always_inline]] (int64_t column, uint32_t bits, const T *values, bool whole) {
@@ -190,23 +196,27 @@ template <class T> void fill_chunk(const offpath::filled_dx_args<T> &args, int64
                 B::store(entries + 2 * column, B::zip_low(a, second));
                 B::store(entries + 2 * column + B::entries, B::zip_high(a, second));
             };
-            if (row + 1 < end)
+            if (row + 1 < end) {
+                fetch_later_row<T>(args, row + 1, chunk);
                 each_vector_of_chunk<T>(
                     args, row + 1, chunk,
                     [&] [[gnu::always_inline]] (int64_t column, uint32_t bits, const T *values, bool whole) {
                         zip(column, B::order_for_zip(B::expand(values, bits, whole)));
                     });
-            else
+            } else {
                 for (int64_t column = 0; column < offpath::chunk_columns; column += B::entries)
                     zip(column, B::zero());
+            }
         }
     } else {
-        for (int64_t row = begin; row < end; ++row)
+        for (int64_t row = begin; row < end; ++row) {
+            fetch_later_row<T>(args, row, chunk);
             each_vector_of_chunk<T>(
                 args, row, chunk,
                 [&] [[gnu::always_inline]] (int64_t column, uint32_t bits, const T *values, bool whole) {
                     fill<T>(values, bits, whole, tile + (row - begin) * offpath::chunk_columns + column);
                 });
+        }
     }
 }
 
