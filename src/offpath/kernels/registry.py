@@ -1,9 +1,9 @@
 """Which backend computes: chosen by device and dtype, or forced, but never swapped for another one in silence.
 
 `OFFPATH_BACKEND` (`reference`, `cpu`, `gpu`) and `OFFPATH_ISA` (`baseline`, `avx2`, `avx512`, `avx512bf16`,
-`avx512amx`; on AArch64 `neon`, `neonbf16`) force a choice for the whole process. A forced choice that cannot be met raises. Without one, CPU
-tensors are computed by the fastest variant that the CPU runs and CUDA tensors by the GPU's kernels, which nothing else
-loads.
+`avx512amx`; on AArch64 `neon`, `neonbf16`) force a choice for the whole process. A forced choice that cannot be met
+raises. Without one, CPU tensors are computed by the fastest variant that the CPU runs and CUDA tensors by the GPU's
+kernels, which nothing else loads.
 """
 
 from __future__ import annotations
