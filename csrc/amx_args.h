@@ -41,9 +41,9 @@ struct amx_product_args {
     float *sums;
 };
 
-// From one filled strip to the next one. A line of all strips is written at a time: a cache line more than their tiles
-// take, or all would share one set of the first-level cache.
-constexpr int64_t dx_strip_stride(int64_t tiles) { return tiles * tile_entries + tile_depth; }
+// From one filled strip to the next one, in entries. A line of all strips is written at a time: a cache line more than
+// their tiles take, or all would share one set of the first-level cache.
+constexpr int64_t dx_strip_stride = tiles_per_step * tile_entries + tile_depth;
 
 // dx[b, c] = sum over the rows r of W[r, c] * dy[b, r], for a block of chunks x strips of tokens.
 struct amx_dx_args {

@@ -125,14 +125,14 @@ struct RowPair {
         }
     }
 
-    // Writes a line of the tiles of a chunk, whose strips lie `strip_stride` apart.
-    void fill(int64_t chunk, bfloat16 *entries, int64_t strip_stride) const {
+    // Writes a line of the tiles of a chunk.
+    void fill(int64_t chunk, bfloat16 *entries) const {
         using C = ColumnVector<bfloat16>;
         alignas(64) bfloat16 first[offpath::chunk_columns]; // waits here for the second
         const auto zip = [&] [[gnu::always_inline]] (int64_t column, C::V a, C::V b) {
-            bfloat16 *of_strip = entries + column / strip_lines * strip_stride;
+            bfloat16 *of_strip = entries + column / strip_lines * offpath::dx_strip_stride;
             C::store(of_strip, C::interleave_low(a, b));
-            C::store(of_strip + strip_stride, C::interleave_high(a, b));
+            C::store(of_strip + offpath::dx_strip_stride, C::interleave_high(a, b));
         };
         if (row < end)
             each_vector_of_chunk<bfloat16>(
@@ -162,21 +162,20 @@ inline void amx_dx(const offpath::amx_dx_args &args, const offpath::Block &block
     const TileRegisters registers;
     AmxStep step(tiles);
     do { // without rows, dx is zero
-        const int64_t strip_stride = offpath::dx_strip_stride(step.end - step.begin);
         for (int64_t pair = 0; pair < (step.end - step.begin) * strip_lines; ++pair) {
             const int64_t row = step.begin * tile_depth + 2 * pair;
             RowPair{args, row + 2 * pairs_ahead, rows}.fetch(block.row_begin, block.row_end);
             bfloat16 *entries = args.filled + pair / strip_lines * tile_entries + pair % strip_lines * tile_depth;
             for (int64_t chunk = block.row_begin; chunk < block.row_end; ++chunk) {
-                RowPair{args, row, rows}.fill(chunk, entries, strip_stride);
-                entries += offpath::chunk_columns / strip_lines * strip_stride;
+                RowPair{args, row, rows}.fill(chunk, entries);
+                entries += offpath::chunk_columns / strip_lines * offpath::dx_strip_stride;
             }
         }
         multiply_strips<false>(
             {args.dy + (block.batch_begin * tiles + step.begin) * tile_entries, tiles * tile_entries,
              block.batch_end - block.batch_begin},
-            {args.filled, strip_stride, 2 * tiles_for(within(columns - first_column, own_columns))}, step, args.sums,
-            [](int64_t, float *) { return true; },
+            {args.filled, offpath::dx_strip_stride, 2 * tiles_for(within(columns - first_column, own_columns))}, step,
+            args.sums, [](int64_t, float *) { return true; },
             [&](int64_t strip, int64_t strip_of_columns, const float *sums) {
                 output.write(sums, (block.batch_begin + strip) * strip_lines,
                              first_column + strip_of_columns * strip_lines);

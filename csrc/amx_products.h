@@ -87,15 +87,14 @@ class AmxInputGradient {
           args{matrix.view(), matrix.chunk_slots(), values, dy.data(), dx, batch, feature_major, nullptr, nullptr},
           chunks(matrix.chunks()), strips(dy.count), chunks_together(most_together(chunks, strips, threads)),
           tasks_of_chunks(ceil_div(chunks, chunks_together)),
-          strips_together(strips_per_task(strips, tasks_of_chunks, threads)),
-          tiles(std::min(dy.tiles, tiles_per_step)) {}
+          strips_together(strips_per_task(strips, tasks_of_chunks, threads)) {}
 
     int64_t tasks() const { return tasks_of_chunks * ceil_div(strips, strips_together); }
     void run(int64_t task) const {
         constexpr int64_t strips_of_chunk = chunk_columns / strip_lines;
         const int64_t chunk = task % tasks_of_chunks * chunks_together;
         const int64_t strip = task / tasks_of_chunks * strips_together;
-        const auto filled = scratch<bfloat16>(chunks_together * strips_of_chunk * dx_strip_stride(tiles));
+        const auto filled = scratch<bfloat16>(chunks_together * strips_of_chunk * dx_strip_stride);
         const auto sums =
             scratch<float>(chunks_together * ceil_div(strips_together, 2) * strips_of_chunk / 2 * pair_sums);
         amx_dx_args own = args;
@@ -116,7 +115,7 @@ class AmxInputGradient {
 
     const Kernel<amx_dx_args> kernel;
     const amx_dx_args args;
-    const int64_t chunks, strips, chunks_together, tasks_of_chunks, strips_together, tiles;
+    const int64_t chunks, strips, chunks_together, tasks_of_chunks, strips_together;
 };
 
 // The connections' entries of dy^T x
