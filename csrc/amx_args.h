@@ -54,7 +54,7 @@ struct amx_dx_args {
     bfloat16 *dx;           // [batch, columns], contiguous, or [columns, batch] where feature_major
     int64_t batch;
     bool feature_major;
-    bfloat16 *filled; // the strips of a chunk, tiles_per_step each
+    bfloat16 *filled; // the strips of the chunks, dx_strip_stride apart
     float *sums;
 };
 

@@ -107,10 +107,10 @@ inline void amx_product(const offpath::amx_product_args &args, const offpath::Bl
     } while (step.begin < tiles);
 }
 
-// Two rows of some neighbouring chunks, whose values lie side by side; rows beyond `end` are zeros.
+// Two rows, in some neighbouring chunks, whose values lie side by side; rows that the weight lacks are zeros.
 struct RowPair {
     const offpath::amx_dx_args &args;
-    const int64_t row, end;
+    const int64_t row;
 
     // The processor sees no pattern where rows are read in part.
     void fetch(int64_t chunk, int64_t last_chunk) const {
@@ -128,6 +128,7 @@ struct RowPair {
     // Writes a line of the tiles of a chunk.
     void fill(int64_t chunk, bfloat16 *entries) const {
         using C = ColumnVector<bfloat16>;
+        const int64_t end = args.bitmap.rows;
         alignas(64) bfloat16 first[offpath::chunk_columns]; // waits here for the second
         const auto zip = [&] [[gnu::always_inline]] (int64_t column, C::V a, C::V b) {
             bfloat16 *of_strip = entries + column / strip_lines * offpath::dx_strip_stride;
@@ -155,7 +156,7 @@ struct RowPair {
 // Block: rows count chunks, batch counts strips of tokens.
 inline void amx_dx(const offpath::amx_dx_args &args, const offpath::Block &block) {
     constexpr int64_t pairs_ahead = 8;
-    const int64_t rows = args.bitmap.rows, columns = args.bitmap.columns, tiles = tiles_for(rows);
+    const int64_t columns = args.bitmap.columns, tiles = tiles_for(args.bitmap.rows);
     const int64_t first_column = block.row_begin * offpath::chunk_columns;
     const int64_t own_columns = (block.row_end - block.row_begin) * offpath::chunk_columns;
     const TileOutput output = {args.dx, args.batch, columns, args.feature_major};
@@ -164,10 +165,10 @@ inline void amx_dx(const offpath::amx_dx_args &args, const offpath::Block &block
     do { // without rows, dx is zero
         for (int64_t pair = 0; pair < (step.end - step.begin) * strip_lines; ++pair) {
             const int64_t row = step.begin * tile_depth + 2 * pair;
-            RowPair{args, row + 2 * pairs_ahead, rows}.fetch(block.row_begin, block.row_end);
+            RowPair{args, row + 2 * pairs_ahead}.fetch(block.row_begin, block.row_end);
             bfloat16 *entries = args.filled + pair / strip_lines * tile_entries + pair % strip_lines * tile_depth;
             for (int64_t chunk = block.row_begin; chunk < block.row_end; ++chunk) {
-                RowPair{args, row, rows}.fill(chunk, entries);
+                RowPair{args, row}.fill(chunk, entries);
                 entries += offpath::chunk_columns / strip_lines * offpath::dx_strip_stride;
             }
         }

@@ -33,9 +33,10 @@ class TileStrips {
     }
     const bfloat16 *data() const { return memory.get(); }
 
-    const int64_t count, tiles;
+    const int64_t count;
 
   private:
+    const int64_t tiles;
     const Scratch<bfloat16> memory;
     const Kernel<pack_tiles_args> kernel;
     const pack_tiles_args args;
@@ -58,12 +59,12 @@ class AmxProduct {
           pairs(pairs_for(matrix.rows)),
           pairs_together(std::clamp<int64_t>(pairs / (4 * threads), 1, amx_rows / pair_lines)),
           chunks(ceil_div(pairs, pairs_together)), strips(x.count),
-          strips_together(strips_per_task(strips, chunks, threads)), tiles(std::min(x.tiles + 1, tiles_per_step)) {}
+          strips_together(strips_per_task(strips, chunks, threads)) {}
 
     int64_t tasks() const { return chunks * ceil_div(strips, strips_together); }
     void run(int64_t task) const {
         const int64_t pair = task % chunks * pairs_together, strip = task / chunks * strips_together;
-        const auto filled = scratch<bfloat16>(2 * pairs_together * tiles * tile_entries);
+        const auto filled = scratch<bfloat16>(2 * pairs_together * tiles_per_step * tile_entries);
         const auto sums = scratch<float>(pairs_together * ceil_div(strips_together, 2) * pair_sums);
         amx_product_args own = args;
         own.filled = filled.get();
@@ -75,7 +76,7 @@ class AmxProduct {
   private:
     const Kernel<amx_product_args> kernel;
     const amx_product_args args;
-    const int64_t pairs, pairs_together, chunks, strips, strips_together, tiles;
+    const int64_t pairs, pairs_together, chunks, strips, strips_together;
 };
 
 // dx = dy W
