@@ -214,29 +214,27 @@ void bitmap_rows(const offpath::bitmap_args<T> &args, const offpath::Block &bloc
             bitmap_some_rows<T, tokens, finite, 1>(args, row, 1);
 }
 
-template <class T, bool finite> void bitmap_tokens(const offpath::bitmap_args<T> &args, const offpath::Block &block) {
+template <class T> void bitmap(const offpath::bitmap_args<T> &args, const offpath::Block &block) {
+    if (!args.x_is_finite)
+        return bitmap_rows<T, 1, false>(args, block);
     switch (args.batch) {
     case 1:
-        return bitmap_rows<T, 1, finite>(args, block);
+        return bitmap_rows<T, 1, true>(args, block);
     case 2:
-        return bitmap_rows<T, 2, finite>(args, block);
+        return bitmap_rows<T, 2, true>(args, block);
     case 3:
-        return bitmap_rows<T, 3, finite>(args, block);
+        return bitmap_rows<T, 3, true>(args, block);
     case 4:
-        return bitmap_rows<T, 4, finite>(args, block);
+        return bitmap_rows<T, 4, true>(args, block);
     case 5:
-        return bitmap_rows<T, 5, finite>(args, block);
+        return bitmap_rows<T, 5, true>(args, block);
     case 6:
-        return bitmap_rows<T, 6, finite>(args, block);
+        return bitmap_rows<T, 6, true>(args, block);
     case 7:
-        return bitmap_rows<T, 7, finite>(args, block);
+        return bitmap_rows<T, 7, true>(args, block);
     case 8:
-        return bitmap_rows<T, 8, finite>(args, block);
+        return bitmap_rows<T, 8, true>(args, block);
     }
-}
-
-template <class T> void bitmap(const offpath::bitmap_args<T> &args, const offpath::Block &block) {
-    args.x_is_finite ? bitmap_tokens<T, true>(args, block) : bitmap_tokens<T, false>(args, block);
 }
 
 template <class T> void expand(const offpath::expand_args<T> &args, const offpath::Block &block) {

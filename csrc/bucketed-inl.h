@@ -5,6 +5,8 @@
 
 #include "groups-inl.h"
 
+#include <utility> // types alone: see variant.cpp
+
 namespace {
 
 // Where the product stands in the streams of a group.
@@ -33,20 +35,6 @@ template <class T, int vectors, int stride, int mask>
     }
 }
 
-// The buckets of the masks from `first` to `last`, by halves: a compiler's time grows with the depth of what it
-// inlines.
-template <class T, int vectors, int stride, int first, int last>
-[[gnu::always_inline]] inline void buckets(Accumulators<T, vectors> &acc, Cursor<T> &at,
-                                           const typename Format<T>::Panel *panel) {
-    if constexpr (first == last) {
-        bucket<T, vectors, stride, first>(acc, at, panel);
-    } else {
-        constexpr int middle = (first + last) / 2;
-        buckets<T, vectors, stride, first, middle>(acc, at, panel);
-        buckets<T, vectors, stride, middle + 1, last>(acc, at, panel);
-    }
-}
-
 // One group times one panel of `vectors` vectors, whose columns lie `stride` entries apart: known to the compiler,
 // since a multiplication for each column costs small products a tenth. Writes the group's rows of the tile.
 template <class T, int vectors, int stride = Step<T, vectors>::panel_stride>
@@ -58,7 +46,10 @@ template <class T, int vectors, int stride = Step<T, vectors>::panel_stride>
     Cursor<T> at = {plan.mask_counts + group * offpath::group_masks, plan.column_order + plan.column_begin[group],
                     static_cast<const typename Format<T>::Value *>(values) +
                         plan.slot_begin[group] / Format<T>::columns_per_step};
-    buckets<T, vectors, stride, 1, offpath::group_masks - 1>(acc, at, panel);
+    // All in one go: a compiler's time grows with the depth of what it inlines.
+    [&]<int... masks> [[gnu::always_inline]] (std::integer_sequence<int, masks...>) {
+        (bucket<T, vectors, stride, masks + 1>(acc, at, panel), ...);
+    }(std::make_integer_sequence<int, offpath::group_masks - 1>());
     store_group<T, vectors>(acc, tile);
 }
 

@@ -90,30 +90,27 @@ void bitmap_int8_rows(const offpath::bitmap_int8_args<T> &args, const offpath::B
     }
 }
 
-template <class T, bool finite>
-void bitmap_int8_tokens(const offpath::bitmap_int8_args<T> &args, const offpath::Block &block) {
+template <class T> void bitmap_int8(const offpath::bitmap_int8_args<T> &args, const offpath::Block &block) {
+    if (!args.x_is_finite)
+        return bitmap_int8_rows<T, 1, false>(args, block);
     switch (args.batch) {
     case 1:
-        return bitmap_int8_rows<T, 1, finite>(args, block);
+        return bitmap_int8_rows<T, 1, true>(args, block);
     case 2:
-        return bitmap_int8_rows<T, 2, finite>(args, block);
+        return bitmap_int8_rows<T, 2, true>(args, block);
     case 3:
-        return bitmap_int8_rows<T, 3, finite>(args, block);
+        return bitmap_int8_rows<T, 3, true>(args, block);
     case 4:
-        return bitmap_int8_rows<T, 4, finite>(args, block);
+        return bitmap_int8_rows<T, 4, true>(args, block);
     case 5:
-        return bitmap_int8_rows<T, 5, finite>(args, block);
+        return bitmap_int8_rows<T, 5, true>(args, block);
     case 6:
-        return bitmap_int8_rows<T, 6, finite>(args, block);
+        return bitmap_int8_rows<T, 6, true>(args, block);
     case 7:
-        return bitmap_int8_rows<T, 7, finite>(args, block);
+        return bitmap_int8_rows<T, 7, true>(args, block);
     case 8:
-        return bitmap_int8_rows<T, 8, finite>(args, block);
+        return bitmap_int8_rows<T, 8, true>(args, block);
     }
-}
-
-template <class T> void bitmap_int8(const offpath::bitmap_int8_args<T> &args, const offpath::Block &block) {
-    args.x_is_finite ? bitmap_int8_tokens<T, true>(args, block) : bitmap_int8_tokens<T, false>(args, block);
 }
 
 template <class T> void gather_int8(const offpath::gather_int8_args<T> &args, const offpath::Block &block) {

@@ -14,7 +14,7 @@ template <class T> struct bitmap_int8_args {
     const T *x;           // [batch, 64 * words_per_row], zero from `columns` on
     T *y;                 // [batch, rows], contiguous
     int64_t batch;
-    bool x_is_finite;
+    bool x_is_finite; // else batch is 1
 };
 
 // Tokens as int8: x[b, c] is about sizes[b] * (level - 128), where sizes[b] is a 127th of the largest magnitude of

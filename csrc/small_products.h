@@ -5,6 +5,7 @@
 #include "lanes.h"
 #include "products.h"
 
+#include <array>
 #include <bit>
 
 namespace offpath {
@@ -87,8 +88,9 @@ Scratch<Sum<T>> rows_or_pairs(const Kernels<T> &kernels, const Matrix<T> &matrix
     return rows;
 }
 
-// Calls product(x, tokens, whether x is finite, y, block of rows) for at most bitmap_batch of the tokens at a time. The
-// values of a block that the first of them have brought into the cache serve the others.
+// Calls product(x, tokens, whether x is finite, y, block of rows) for at most bitmap_batch of the tokens at a time, as
+// if all were finite, and then for each that is not. The values of a block that the first of them have brought into the
+// cache serve the others.
 template <class T, class Product>
 void over_bits(const BitMatrix &matrix, const Matrix<T> &x, int64_t batch, T *y, int threads, const Product &product) {
     constexpr int64_t most_tokens = 8 * bitmap_batch; // or a copy of many would be large
@@ -98,11 +100,19 @@ void over_bits(const BitMatrix &matrix, const Matrix<T> &x, int64_t batch, T *y,
     for (int64_t begin = 0; begin < batch; begin += most_tokens) {
         const int64_t tokens = std::min(most_tokens, batch - begin);
         copy_rows(x, begin, tokens, view.columns, width, rows.get());
-        const bool finite = all_finite(rows.get(), tokens * width);
+        std::array<int64_t, most_tokens> not_finite;
+        int64_t count = 0;
+        for (int64_t t = 0; t < tokens; ++t)
+            if (!all_finite(rows.get() + t * width, width))
+                not_finite[count++] = t;
         by_rows(view.rows, threads_for(matrix.nnz() * tokens, threads), [&](const Block &block) {
-            for (int64_t first = 0; first < tokens; first += bitmap_batch)
-                product(rows.get() + first * width, std::min<int64_t>(bitmap_batch, tokens - first), finite,
-                        y + (begin + first) * view.rows, block);
+            const auto multiply = [&](int64_t first, int64_t together, bool finite) {
+                product(rows.get() + first * width, together, finite, y + (begin + first) * view.rows, block);
+            };
+            for (int64_t first = 0; first < tokens && count < tokens; first += bitmap_batch)
+                multiply(first, std::min<int64_t>(bitmap_batch, tokens - first), true);
+            for (int64_t i = 0; i < count; ++i)
+                multiply(not_finite[i], 1, false);
         });
     }
 }

@@ -107,7 +107,7 @@ template <class T> struct bitmap_args {
     const T *x;      // [batch, 64 * words_per_row], zero from `columns` on
     T *y;            // [batch, rows], contiguous
     int64_t batch;
-    bool x_is_finite; // neither an infinity nor a NaN in x
+    bool x_is_finite; // neither an infinity nor a NaN in x; else batch is 1
 };
 
 // sums[b, column] += sum over the rows of the block of value * dy[b, row], for at most bitmap_batch tokens.

@@ -1,4 +1,4 @@
-// Compiled once per ISA, with that ISA's flags. It exports one symbol: its table. No std::, no statics, no
+// Compiled once per ISA, with that ISA's flags. It exports one symbol: its table. No functions of std::, no statics, no
 // allocation, no threads: whatever else it emitted could be linked into another ISA's path.
 #include "bitmap-inl.h"
 #include "bitmap_gradients-inl.h"

@@ -29,16 +29,18 @@ settings.load_profile("offpath")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the reference on two threads, which it does not have: it is by far the slowest backend. Long first."""
-    twice = {item for item in items if _parameters(item) >= {("backend", "reference"), ("threads", 2)}}
+    """Leaves out what runs the same code as another test. Long ones first."""
+    twice = {item for item in items if hasattr(item, "callspec") and _runs_twice(item.callspec.params)}
     config.hook.pytest_deselected(items=list(twice))
     kept = [item for item in items if item not in twice]
     items[:] = sorted(kept, key=lambda item: item.get_closest_marker("long") is None)
 
 
-def _parameters(item: pytest.Item) -> set[tuple[str, object]]:
-    given = item.callspec.params if hasattr(item, "callspec") else {}
-    return {(name, given[name]) for name in ("backend", "threads") if name in given}
+def _runs_twice(params: dict[str, object]) -> bool:
+    if params.get("backend") == "reference":  # by far the slowest one, and it knows no threads
+        return params.get("threads") == 2
+    # Tiles multiply bfloat16 alone; beside that, the table has the kernels of avx512bf16.
+    return params.get("backend") == "cpu:avx512amx" and params.get("dtype") in (torch.float32, torch.float64)
 
 
 @pytest.fixture(scope="session", autouse=True)
