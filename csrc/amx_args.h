@@ -2,7 +2,7 @@
 // products of table.h. Factors are cut into tiles of 16 rows of 64 bytes, a register each.
 #pragma once
 
-#include "basics.h"
+#include "int8_args.h"
 
 namespace offpath {
 
@@ -30,10 +30,10 @@ struct pack_tiles_args {
 // at most) x strips of tokens.
 struct amx_product_args {
     Bitmap bitmap;
-    const bfloat16 *values; // [nnz]
-    const bfloat16 *bias;   // [rows], or null for zero
-    const bfloat16 *x;      // right factor of columns x tokens
-    bfloat16 *y;            // [batch, rows], contiguous, or [rows, batch] where feature_major
+    AnyValues<bfloat16> weight;
+    const bfloat16 *bias; // [rows], or null for zero
+    const bfloat16 *x;    // right factor of columns x tokens
+    bfloat16 *y;          // [batch, rows], contiguous, or [rows, batch] where feature_major
     int64_t batch;
     bool feature_major;
     // Working memory: the strips of the rows, tiles_per_step each, and the sums of all pairs of the block.

@@ -4,22 +4,44 @@
 #pragma once
 
 #include "amx-inl.h"
+#include "filled_dx-inl.h"
 #include "filled_gradient-inl.h"
+#include "simd_bytes.h"
 
 namespace {
 
-// What is left of the rows of a block.
-struct UnreadRows {
-    const offpath::amx_product_args &args;
-    const int64_t first_row, count;            // with those beyond the weight, which are zeros
-    const bfloat16 *values[offpath::amx_rows]; // of each row
-    int64_t lines_ahead;                       // of values that a step takes of a row
+// A word of columns of the weight as two registers: calls store(which of them, register).
+template <class Store>
+[[gnu::always_inline]] inline void each_half_of_word(uint64_t word, const bfloat16 *values, const bfloat16 *end,
+                                                     const Store &store) {
+    const bool whole = end - values >= 128; // more than a word's values and a register
+    each_part_of_word<bfloat16>(word, values,
+                                [&] [[gnu::always_inline]] (int part, int64_t, uint32_t bits, const bfloat16 *of_part) {
+                                    store(part, ColumnVector<bfloat16>::expand(of_part, bits, whole));
+                                });
+}
+template <class Store>
+[[gnu::always_inline]] inline void each_half_of_word(uint64_t word, const int8_t *values, const int8_t *,
+                                                     const Store &store) {
+    const WidenedWord<bfloat16> widened{spread_bytes(values, word)};
+    store(0, widened.part(0));
+    store(1, widened.part(1));
+}
 
-    UnreadRows(const offpath::amx_product_args &args, int64_t first_row, int64_t count, int64_t tiles)
-        : args(args), first_row(first_row), count(count) {
+// What is left of the rows of a block.
+template <class Value> struct UnreadRows {
+    const offpath::amx_product_args &args;
+    const int64_t first_row, count;         // with those beyond the weight, which are zeros
+    const Value *const end;                 // of all values
+    const Value *values[offpath::amx_rows]; // of each row
+    int64_t lines_ahead;                    // of values that a step takes of a row
+
+    UnreadRows(const offpath::amx_product_args &args, const Value *of_weight, int64_t first_row, int64_t count,
+               int64_t tiles)
+        : args(args), first_row(first_row), count(count), end(of_weight + args.bitmap.crow_indices[args.bitmap.rows]) {
         const int32_t *crow_indices = args.bitmap.crow_indices;
         for (int64_t i = 0; i < count; ++i)
-            values[i] = args.values + crow_indices[row_of(i)];
+            values[i] = of_weight + crow_indices[row_of(i)];
         // A piece begins anywhere in a line, and the register that reads its end goes beyond.
         const int64_t nnz = crow_indices[row_of(count)] - crow_indices[first_row];
         lines_ahead = nnz * offpath::tiles_per_step / (count * (tiles + 1) * entries_of_line) + 3;
@@ -32,7 +54,6 @@ struct UnreadRows {
         using C = ColumnVector<bfloat16>;
         const offpath::Bitmap &bitmap = args.bitmap;
         const int64_t tiles = step.end - step.begin, first_word = step.begin / 2, words = (tiles + 1) / 2;
-        const bfloat16 *end = args.values + bitmap.crow_indices[bitmap.rows];
         for (int64_t i = 0; i < count; ++i) {
             if (const int64_t later = i + rows_ahead; later < count)
                 fetch(later, first_word);
@@ -45,15 +66,13 @@ struct UnreadRows {
                     C::store(entries + tile * tile_entries, C::zero());
                 continue;
             }
-            const bfloat16 *of_row = values[i];
+            const Value *of_row = values[i];
             const uint64_t *bits_of_row = bitmap.words + (first_row + i) * bitmap.words_per_row + first_word;
             for (int64_t w = 0; w < words; ++w) {
-                const bool whole = end - of_row >= 128; // more than a word's values and a register
-                each_part_of_word<bfloat16>(
-                    bits_of_row[w], of_row,
-                    [&] [[gnu::always_inline]] (int part, int64_t, uint32_t bits, const bfloat16 *of_part) {
-                        C::store(entries + (2 * w + part) * tile_entries, C::expand(of_part, bits, whole));
-                    });
+                each_half_of_word(bits_of_row[w], of_row, end,
+                                  [&] [[gnu::always_inline]] (int half, C::V entries_of_half) {
+                                      C::store(entries + (2 * w + half) * tile_entries, entries_of_half);
+                                  });
                 of_row += __builtin_popcountll(bits_of_row[w]);
             }
             values[i] = of_row;
@@ -62,7 +81,7 @@ struct UnreadRows {
 
   private:
     // The processor sees no pattern in short pieces of many rows.
-    static constexpr int64_t rows_ahead = 16, entries_of_line = 64 / sizeof(bfloat16);
+    static constexpr int64_t rows_ahead = 16, entries_of_line = 64 / sizeof(Value);
 
     int64_t row_of(int64_t i) const { return first_row + i < args.bitmap.rows ? first_row + i : args.bitmap.rows; }
     void fetch(int64_t i, int64_t word) const {
@@ -72,39 +91,58 @@ struct UnreadRows {
     }
 };
 
-// Block: rows count strips, batch counts strips of tokens.
-inline void amx_product(const offpath::amx_product_args &args, const offpath::Block &block) {
-    const offpath::Bitmap &bitmap = args.bitmap;
+// Calls body(sums, row of the weight) for the registers of sums of a pair of strips.
+template <class Body> void each_row_of_pair(float *sums, int64_t first_row, const Body &body) {
+    for (int64_t i = 0; i < pair_lines; ++i) {
+        body(sums + i * pair_lines, first_row + i);
+        body(sums + i * pair_lines + strip_lines, first_row + i);
+    }
+}
+
+template <class Value>
+void amx_product_of(const offpath::amx_product_args &args, const Value *values, const offpath::Block &block) {
+    using S = Simd<float>;
+    const int64_t rows = args.bitmap.rows, tiles = tiles_for(args.bitmap.columns);
     const int64_t first_row = block.row_begin * strip_lines, strips = block.row_end - block.row_begin;
-    const int64_t tiles = tiles_for(bitmap.columns);
-    const TileOutput output = {args.y, bitmap.rows, args.batch, !args.feature_major};
+    const float *scales = args.weight.int8.scales;
+    const auto scale_of = [&](int64_t row) { return S::set1(row < rows ? scales[row] : 0); };
+    const auto bias_of = [&](int64_t row) { return S::set1(args.bias && row < rows ? compute(args.bias[row]) : 0); };
+    const TileOutput output = {args.y, rows, args.batch, !args.feature_major};
     const TileRegisters registers;
-    UnreadRows rows(args, first_row, strips * strip_lines, tiles);
+    UnreadRows<Value> unread(args, values, first_row, strips * strip_lines, tiles);
     AmxStep step(tiles);
     do { // without columns, y is the bias
-        rows.fill(step);
+        unread.fill(step);
         multiply_strips<true>(
             {args.filled, (step.end - step.begin + 1) / 2 * 2 * tile_entries, strips},
             {args.x + (block.batch_begin * tiles + step.begin) * tile_entries, tiles * tile_entries,
              block.batch_end - block.batch_begin},
             step, args.sums,
             [&](int64_t strip, float *sums) {
-                if (!args.bias)
+                if (scales || !args.bias)
                     return true;
-                for (int64_t i = 0; i < pair_lines; ++i) {
-                    const int64_t row = first_row + strip * strip_lines + i;
-                    const auto of_row = Simd<float>::set1(row < bitmap.rows ? compute(args.bias[row]) : 0);
-                    Simd<float>::store(sums + i * pair_lines, of_row);
-                    Simd<float>::store(sums + i * pair_lines + strip_lines, of_row);
-                }
+                each_row_of_pair(sums, first_row + strip * strip_lines,
+                                 [&](float *at, int64_t row) { S::store(at, bias_of(row)); });
                 return false;
             },
-            [&](int64_t strip, int64_t strip_of_tokens, const float *sums) {
-                output.write(sums, first_row + strip * strip_lines,
-                             (block.batch_begin + strip_of_tokens) * strip_lines);
+            [&](int64_t strip, int64_t strip_of_tokens, float *sums) {
+                const int64_t row_of_pair = first_row + strip * strip_lines;
+                if (scales)
+                    each_row_of_pair(sums, row_of_pair, [&](float *at, int64_t row) {
+                        S::store(at, S::fma(S::load(at), scale_of(row), bias_of(row)));
+                    });
+                output.write(sums, row_of_pair, (block.batch_begin + strip_of_tokens) * strip_lines);
             });
         step.move_on();
     } while (step.begin < tiles);
+}
+
+// Block: rows count strips, batch counts strips of tokens.
+inline void amx_product(const offpath::amx_product_args &args, const offpath::Block &block) {
+    if (args.weight.int8.scales)
+        amx_product_of(args, args.weight.int8.values, block);
+    else
+        amx_product_of(args, args.weight.values, block);
 }
 
 // Two rows, in some neighbouring chunks, whose values lie side by side; rows that the weight lacks are zeros.

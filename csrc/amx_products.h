@@ -52,10 +52,10 @@ inline int64_t strips_per_task(int64_t strips, int64_t tasks, int threads) {
 // y = x W^T + bias
 class AmxProduct {
   public:
-    AmxProduct(const AmxKernels &kernels, const BitMatrix &matrix, const bfloat16 *values, const bfloat16 *bias,
-               const TileStrips &x, int64_t batch, bfloat16 *y, bool feature_major, int threads)
+    AmxProduct(const AmxKernels &kernels, const BitMatrix &matrix, const AnyValues<bfloat16> &weight,
+               const bfloat16 *bias, const TileStrips &x, int64_t batch, bfloat16 *y, bool feature_major, int threads)
         : kernel(kernels.product),
-          args{matrix.view(), values, bias, x.data(), y, batch, feature_major, nullptr, nullptr},
+          args{matrix.view(), weight, bias, x.data(), y, batch, feature_major, nullptr, nullptr},
           pairs(pairs_for(matrix.rows)),
           pairs_together(std::clamp<int64_t>(pairs / (4 * threads), 1, amx_rows / pair_lines)),
           chunks(ceil_div(pairs, pairs_together)), strips(x.count),
@@ -183,9 +183,9 @@ struct OnTiles {
     TileStrips x_of_dvalues(const Matrix<bfloat16> &x, int64_t columns, int64_t batch) const {
         return {kernels, exchanged(x), batch, columns, true};
     }
-    AmxProduct product(const BitMatrix &matrix, const bfloat16 *values, const bfloat16 *bias, const TileStrips &x,
-                       int64_t batch, bfloat16 *y, bool feature_major, int threads) const {
-        return {kernels, matrix, values, bias, x, batch, y, feature_major, threads};
+    AmxProduct product(const BitMatrix &matrix, const AnyValues<bfloat16> &weight, const bfloat16 *bias,
+                       const TileStrips &x, int64_t batch, bfloat16 *y, bool feature_major, int threads) const {
+        return {kernels, matrix, weight, bias, x, batch, y, feature_major, threads};
     }
     AmxInputGradient dx(const BitMatrix &matrix, const bfloat16 *values, const TileStrips &dy, int64_t batch,
                         bfloat16 *dx, bool feature_major, int threads) const {

@@ -18,9 +18,9 @@ inline int64_t panels_sharing(const Layout &layout, int64_t panels, int64_t tile
 // y = x W^T + bias
 template <class T> class FilledProduct {
   public:
-    FilledProduct(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const T *bias,
+    FilledProduct(const Kernels<T> &kernels, const BitMatrix &matrix, const AnyValues<T> &weight, const T *bias,
                   const Panels<T> &panels, int64_t batch, T *y, bool feature_major, int threads)
-        : kernel(kernels.filled), args{matrix.view(), values,  bias,
+        : kernel(kernels.filled), args{matrix.view(), weight,  bias,
                                        panels.data(), y,       batch,
                                        feature_major, nullptr, tile_stride(matrix, kernels.layout)},
           tile_bytes(tile_groups * group_rows * args.tile_stride * kernels.layout.panel_entry_bytes),
@@ -112,9 +112,9 @@ template <class T> struct OnPanels {
     Panels<T> x_of_dvalues(const Matrix<T> &x, int64_t columns, int64_t batch) const {
         return {kernels, exchanged(x), batch, columns};
     }
-    FilledProduct<T> product(const BitMatrix &matrix, const T *values, const T *bias, const Panels<T> &x, int64_t batch,
-                             T *y, bool feature_major, int threads) const {
-        return {kernels, matrix, values, bias, x, batch, y, feature_major, threads};
+    FilledProduct<T> product(const BitMatrix &matrix, const AnyValues<T> &weight, const T *bias, const Panels<T> &x,
+                             int64_t batch, T *y, bool feature_major, int threads) const {
+        return {kernels, matrix, weight, bias, x, batch, y, feature_major, threads};
     }
     FilledInputGradient<T> dx(const BitMatrix &matrix, const T *values, const Panels<T> &dy, int64_t batch, T *dx,
                               bool feature_major, int threads) const {
@@ -135,13 +135,13 @@ template <class T, class Body> void with_filled(const Kernels<T> &kernels, const
 }
 
 template <class T>
-void filled_spmm(const Kernels<T> &kernels, const BitMatrix &matrix, const T *values, const T *bias, const Matrix<T> &x,
-                 int64_t batch, T *y, bool feature_major, int threads) {
+void filled_spmm(const Kernels<T> &kernels, const BitMatrix &matrix, const AnyValues<T> &weight, const T *bias,
+                 const Matrix<T> &x, int64_t batch, T *y, bool feature_major, int threads) {
     with_filled(kernels, [&](const auto &filled) {
         const auto factor = filled.x_of_product(x, matrix.columns, batch);
         run_together(threads_for(matrix.columns * batch, threads), factor);
         const int workers = threads_for(matrix.rows * (matrix.columns + 1) * batch, threads);
-        run_together(workers, filled.product(matrix, values, bias, factor, batch, y, feature_major, workers));
+        run_together(workers, filled.product(matrix, weight, bias, factor, batch, y, feature_major, workers));
     });
 }
 

@@ -122,6 +122,20 @@ template <class T, int vectors>
             S::store(tile + row * (vectors * S::lanes) + v * S::lanes, acc[row][v]);
 }
 
+// tile = bias + scales * tile for the rows of a group.
+template <class T, int vectors>
+[[gnu::always_inline]] inline void scale_group(const float *scales, const T *bias, int64_t group, int64_t rows,
+                                               offpath::Sum<T> *tile) {
+    using S = Simd<offpath::Sum<T>>;
+    const GroupStart<T> start(bias, group, rows);
+    for (int64_t row = 0, r = group * offpath::group_rows; row < offpath::group_rows && r < rows; ++row, ++r)
+        for (int v = 0; v < vectors; ++v) {
+            offpath::Sum<T> *sums = tile + (row * vectors + v) * S::lanes;
+            const typename S::V scale = S::set1(scales[r]);
+            S::store(sums, S::fma(S::load(sums), scale, S::set1(start.of_row[row])));
+        }
+}
+
 // Where finished rows go: y is [batch, rows], contiguous, or [rows, batch] where feature_major.
 template <class T> struct Output {
     T *y;

@@ -119,7 +119,6 @@ template <class T> void gather_int8(const offpath::gather_int8_args<T> &args, co
 
 // Block: rows count groups, batch counts panels.
 template <class T> void bucketed_int8(const offpath::bucketed_int8_args<T> &args, const offpath::Block &block) {
-    using S = Simd<offpath::Sum<T>>;
     const Output<T> output = {args.y, args.plan.rows, args.batch, false};
     const offpath::Sum<T> zeros[offpath::group_rows] = {};
     for (int64_t panel = block.batch_begin; panel < block.batch_end; ++panel) {
@@ -130,14 +129,7 @@ template <class T> void bucketed_int8(const offpath::bucketed_int8_args<T> &args
             each_group<T, vectors>(
                 output, block.row_begin, block.row_end, token, [&](int64_t group, offpath::Sum<T> *tile) {
                     bucketed_group<Multiplied<T>, vectors>(args.plan, args.values, group, x, zeros, tile);
-                    const GroupStart<T> start(args.bias, group, args.plan.rows);
-                    for (int64_t row = 0, r = group * offpath::group_rows;
-                         row < offpath::group_rows && r < args.plan.rows; ++row, ++r)
-                        for (int v = 0; v < vectors; ++v) {
-                            offpath::Sum<T> *sums = tile + (row * vectors + v) * S::lanes;
-                            const typename S::V scale = S::set1(args.scales[r]), bias = S::set1(start.of_row[row]);
-                            S::store(sums, S::fma(S::load(sums), scale, bias));
-                        }
+                    scale_group<T, vectors>(args.scales, args.bias, group, args.plan.rows, tile);
                 });
         });
     }

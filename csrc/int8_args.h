@@ -1,9 +1,21 @@
-// The operands of the kernels that multiply int8 values over bits.
+// The operands of the kernels that multiply int8 values alone, over bits.
 #pragma once
 
 #include "basics.h"
 
 namespace offpath {
+
+// Values of int8 over a pattern: connection s of row r counts as scales[r] * values[s].
+struct Int8Values {
+    const int8_t *values; // [nnz]
+    const float *scales;  // [rows]
+};
+
+// Those of T or, where these have scales, of int8.
+template <class T> struct AnyValues {
+    const T *values; // [nnz]
+    Int8Values int8;
+};
 
 // The product of bitmap with int8 values: y[b, r] = bias[r] + scales[r] * sum of value * x[b, column].
 template <class T> struct bitmap_int8_args {

@@ -5,12 +5,6 @@
 
 namespace offpath {
 
-// Values of int8 over a pattern: connection s of row r counts as scales[r] * values[s].
-struct Int8Values {
-    const int8_t *values; // [nnz]
-    const float *scales;  // [rows]
-};
-
 // The product of bitmap_spmm.
 template <class T>
 void bitmap_int8_spmm(const Kernels<T> &kernels, const BitMatrix &matrix, const Int8Values &weight, const T *bias,

@@ -1,4 +1,5 @@
 // The Python face of the products with int8 values: tensors in, as in module_products.cpp.
+#include "filled_products.h"
 #include "int8_products.h"
 #include "module.h"
 #include "operand.h"
@@ -33,6 +34,14 @@ bool call_bitmap_int8_spmm(int64_t isa, const BitMatrix &bits, const Operand &va
                      });
 }
 
+bool call_filled_int8_spmm(int64_t isa, const BitMatrix &bits, const Operand &values, const Operand &scales,
+                           const Operand &x, const Operand &bias, const Operand &y, int threads) {
+    return int8_spmm(isa, bits, bits.nnz(), values, scales, x, bias, y,
+                     [&](auto &kernels, auto &weight, auto *bias, auto &x, int64_t batch, auto *y) {
+                         filled_spmm(kernels, bits, {nullptr, weight}, bias, x, batch, y, false, threads);
+                     });
+}
+
 bool call_int8_dots(int64_t isa, const BitMatrix &bits, const Operand &values, const Operand &scales, const Operand &x,
                     const Operand &bias, const Operand &y, int threads) {
     return int8_spmm(isa, bits, bits.nnz(), values, scales, x, bias, y,
@@ -55,6 +64,7 @@ void offpath::bind_int8(nb::module_ &m) {
     const nb::arg given;
     const auto or_none = nb::arg().none();
     m.def("bitmap_int8_spmm", &call_bitmap_int8_spmm, given, given, given, given, given, or_none, given, given);
+    m.def("filled_int8_spmm", &call_filled_int8_spmm, given, given, given, given, given, or_none, given, given);
     m.def("int8_dots", &call_int8_dots, given, given, given, given, given, or_none, given, given);
     m.def("planned_int8_spmm", &call_planned_int8_spmm, given, given, given, given, given, or_none, given, given);
 }

@@ -70,7 +70,7 @@ bool call_filled_spmm(int64_t isa, const BitMatrix &bits, const Operand &values,
                       const Operand &y, bool feature_major, int threads) {
     return prepared_spmm(isa, bits, bits.nnz(), values, x, bias, y,
                          [&](auto &kernels, auto *values, auto *bias, auto &x, int64_t batch, auto *y) {
-                             filled_spmm(kernels, bits, values, bias, x, batch, y, feature_major, threads);
+                             filled_spmm(kernels, bits, {values, {}}, bias, x, batch, y, feature_major, threads);
                          });
 }
 

@@ -172,10 +172,11 @@ template <class T> struct bucketed_int8_args {
 
 // The products that fill absent connections with zeros, in tiles that stay in cache.
 //
-// y[b, r] = bias[r] + sum over the columns c of W[r, c] * x[b, c], for a block of groups x panels.
+// y[b, r] = bias[r] + sum over the columns c of W[r, c] * x[b, c], for a block of groups x panels. Values of int8 are
+// summed as they are, and a finished sum is multiplied by its row's scale.
 template <class T> struct filled_args {
     Bitmap bitmap;
-    const T *values;    // [nnz]
+    AnyValues<T> weight;
     const T *bias;      // [rows], or null for zero
     const void *panels; // of x
     T *y;               // [batch, rows], contiguous, or [rows, batch] where feature_major

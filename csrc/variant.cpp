@@ -6,6 +6,7 @@
 #include "convolve-inl.h"
 #include "encode-inl.h"
 #include "filled-inl.h"
+#include "filled_dx-inl.h"
 #include "filled_gradient-inl.h"
 #include "gather-inl.h"
 #include "int8-inl.h"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from whole_numbers import whole_numbers
 
@@ -103,3 +103,29 @@ def test_every_product_is_exact(
     assert torch.equal(dvalues, expected["dvalues"].to(torch.bfloat16))
     for name, exact in expected.items():
         assert torch.equal(found[name], exact.to(torch.bfloat16)), name
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.97])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_product_with_int8_values_is_exact(
+    products: ctypes.CDLL, size: tuple[int, int, int], sparsity: float
+) -> None:
+    rows, columns, batch = size
+    pattern, small, x, _, bias = whole_numbers(rows, columns, batch, sparsity, torch.bfloat16)
+    values, scales = small.to(torch.int8), torch.arange(rows).remainder(3) - 1.0
+    values[::7], x[:, : columns // 2] = -128, 0
+    given_bias = bias if sparsity else None
+    weight = scales.double().unsqueeze(1) * pattern.to_dense(values.double())
+    exact = nn.functional.linear(x.double(), weight, None if given_bias is None else given_bias.double())
+    y = torch.full((batch, rows), torch.nan, dtype=torch.bfloat16)
+    products.run_int8(
+        *_pointers(pattern.crow_indices, pattern.col_indices),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        *_pointers(values, scales, given_bias, x),
+        _strides(x),
+        ctypes.c_int64(batch),
+        ctypes.c_int(2),
+        *_pointers(y),
+    )
+    assert torch.equal(y, exact.to(torch.bfloat16))

@@ -16,7 +16,8 @@ from cost_tables import table_of
 from offpath import SparseLinear, kernels
 from offpath.kernels import Backend, KernelError, calibration
 from offpath.kernels.costs import GRID, LARGE_SIZES, SMALL_SIZES, CostTable
-from offpath.kernels.methods import METHODS, PRODUCTS, PreparedWeight
+from offpath.kernels.methods import METHODS, PRODUCTS, PreparedMatrix, PreparedWeight
+from offpath.nn import Int8SparseLinear
 from offpath.ops import choice, forced_methods, sparse_linear
 from offpath.ops.choice import filled_margin
 
@@ -138,6 +139,26 @@ def test_near_ties_go_to_what_computes_both_gradients_in_one_call(own_cache, mon
         with kernels.forced(BEST):
             chosen = SparseLinear(64, 64).explain(4).chosen
         assert chosen == {"forward": "bitmap", "dx": "bitmap", "dvalues": expected}
+
+
+def test_int8_values_are_copied_only_where_that_pays(own_cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = dict.fromkeys(("bucketed", "tiled", "filled", "dense"), 9e-4) | {"row-wise": 1e-5}
+    monkeypatch.setattr(calibration, "measure", lambda *_: table_of(lambda p, m, *point: costs[m]))
+    int8_spmm, seen = PreparedMatrix.int8_spmm, []
+
+    def watched(self, backend, method, *operands):
+        seen.append(method)
+        return int8_spmm(self, backend, method, *operands)
+
+    monkeypatch.setattr(PreparedMatrix, "int8_spmm", watched)
+    for bitmap in (2e-5, 3e-5):
+        costs["bitmap"] = bitmap
+        _forget(own_cache)
+        with kernels.forced(BEST):
+            layer = SparseLinear(64, 64)
+            Int8SparseLinear.from_sparse(layer)(torch.randn(4, 64))
+            assert layer.explain(4).chosen["forward"] == "row-wise"
+    assert seen == ["bitmap", "row-wise"]
 
 
 def test_the_cheapest_is_chosen_and_memory_never_writes_out_the_weight(own_cache, quick_measure) -> None:

@@ -31,10 +31,19 @@ extern "C" void run(const int32_t *crow_indices, const int32_t *col_indices, int
     const auto only_amx = kernels();
     const BitMatrix bits({crow_indices, col_indices, rows}, columns, threads);
     const Matrix<bfloat16> in{x, x_strides[0], x_strides[1]}, out{dy, dy_strides[0], dy_strides[1]};
-    filled_spmm(only_amx, bits, values, bias, in, batch, y, feature_major, threads);
+    filled_spmm(only_amx, bits, {values, {}}, bias, in, batch, y, feature_major, threads);
     filled_dx(only_amx, bits, values, out, batch, dx, threads);
     filled_dvalues(only_amx, bits, out, in, batch, dvalues, threads);
     bfloat16 *const dvalues_of_both = both + batch * columns, *const dbias = dvalues_of_both + bits.nnz();
     backward(only_amx, {nullptr, nullptr, &bits}, rows, columns, bits.nnz(), values, out, in, batch, both,
              feature_major, dvalues_of_both, dbias, threads);
+}
+
+extern "C" void run_int8(const int32_t *crow_indices, const int32_t *col_indices, int64_t rows, int64_t columns,
+                         const int8_t *values, const float *scales, const bfloat16 *bias, const bfloat16 *x,
+                         const int64_t *x_strides, int64_t batch, int threads, bfloat16 *y) {
+    find_pool();
+    const BitMatrix bits({crow_indices, col_indices, rows}, columns, threads);
+    filled_spmm(kernels(), bits, {nullptr, {values, scales}}, bias, {x, x_strides[0], x_strides[1]}, batch, y, false,
+                threads);
 }

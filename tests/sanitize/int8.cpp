@@ -1,5 +1,6 @@
 #include "int8.h"
 #include "everywhere.h"
+#include "filled_products.h"
 #include "int8_products.h"
 #include "operands.h"
 
@@ -55,11 +56,14 @@ template <class T> void check_int8(const Problem &problem) {
             problem.name + ", " + storage.name, [&](const Kernels<T> &kernels, int threads, const std::string &where) {
                 const BitMatrix bits(o.pattern.csr(), o.pattern.columns, threads);
                 const ProductPlan plan(o.pattern.csr(), o.pattern.columns, nullptr, kernels.layout, threads);
-                const GuardedArray<T> few(expected.size()), many(expected.size()), dots(expected.size());
+                const GuardedArray<T> few(expected.size()), many(expected.size()), dots(expected.size()),
+                    filled(expected.size());
                 bitmap_int8_spmm<T>(kernels, bits, weight, b, x, problem.batch, few.data(), threads);
                 check("bitmap_int8_spmm, " + where, few, expected, true);
                 planned_int8_spmm<T>(kernels, plan, weight, b, x, problem.batch, many.data(), threads);
                 check("planned_int8_spmm, " + where, many, expected, true);
+                filled_spmm<T>(kernels, bits, {nullptr, weight}, b, x, problem.batch, filled.data(), false, threads);
+                check("filled_int8_spmm, " + where, filled, expected, true);
                 int8_dots<T>(kernels, bits, weight, b, x, problem.batch, dots.data(), threads);
                 check("int8_dots, " + where, dots, expected, true);
             });

@@ -99,7 +99,7 @@ void run_products(const Operands<T> &o, const Kernels<T> &kernels, const Prepare
         check_run("bitmap_dvalues" + stored, o.dvalues, integers,
                   [&](T *result) { bitmap_dvalues<T>(kernels, prepared.bits, dy, x, o.batch, result, threads); });
         check_run("filled_spmm" + stored, y, integers, [&](T *result) {
-            filled_spmm<T>(kernels, prepared.bits, o.values(), bias, x, o.batch, result, false, threads);
+            filled_spmm<T>(kernels, prepared.bits, {o.values(), {}}, bias, x, o.batch, result, false, threads);
         });
         check_run("filled_dx" + stored, o.dx, integers,
                   [&](T *result) { filled_dx<T>(kernels, prepared.bits, o.values(), dy, o.batch, result, threads); });

@@ -239,6 +239,7 @@ def planned_int8_spmm(
     /,
 ) -> bool: ...
 
+filled_int8_spmm = bitmap_int8_spmm
 int8_dots = bitmap_int8_spmm
 
 # Convolutions.

@@ -152,8 +152,8 @@ class Backend:
     `tiles` orders a pattern for its weight gradient, `bitmap` makes it one bit per position, `columns_of_bitmap` finds
     the column indices again that it was made of; None where a bitmap takes as much as these.
     The gradients go over the bitmap of the weight itself: `bitmap_dx` of values and dy, `bitmap_dvalues` of dy and x.
-    `filled_spmm`, `filled_dx` and `filled_dvalues` compute the same with the absent connections as zeros: an infinite
-    operand becomes NaN where it meets one.
+    `filled_spmm`, `filled_dx`, `filled_dvalues` and `filled_int8_spmm` compute the same with the absent connections as
+    zeros: an infinite operand becomes NaN where it meets one.
     `int8_dots` computes the product of `Int8Spmm` over a bitmap with the tokens rounded to int8, each to a scale of its
     own (a 127th of its largest magnitude).
     `expand` writes the values of a bitmap's connections into a dense [rows, columns], zero elsewhere; `compress` picks
@@ -183,6 +183,7 @@ class Backend:
     filled_dvalues: PreparedSddmm
     bitmap_int8_spmm: Int8Spmm
     planned_int8_spmm: Int8Spmm
+    filled_int8_spmm: Int8Spmm
     int8_dots: Int8Spmm
     expand: Callable[[Any, Tensor], Tensor]
     compress: Callable[[Any, Tensor], Tensor]

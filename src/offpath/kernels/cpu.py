@@ -81,6 +81,7 @@ def make_backend(isa: str) -> Backend:
         filled_dvalues=gradients.filled_dvalues,
         bitmap_int8_spmm=int8.bitmap_spmm,
         planned_int8_spmm=int8.planned_spmm,
+        filled_int8_spmm=int8.filled_spmm,
         int8_dots=int8.dots,
         expand=variant.expand,
         compress=variant.compress,

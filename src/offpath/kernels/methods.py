@@ -25,6 +25,8 @@ METHODS = {
     "dx": ("bucketed", "row-wise", "bitmap", "filled", "dense"),
     "dvalues": ("tiled", "row-wise", "bitmap", "filled", "dense"),
 }
+# Those that multiply int8 values as they are; the others, a copy of them in the dtype of the activations.
+INT8_METHODS = ("bucketed", "bitmap", "filled")
 # Those whose memory is not O(nnz + rows x columns / 64).
 DENSE_METHODS = ("dense",)
 # What computes dvalues in one call with dx: the method of dx, those of dvalues.
@@ -110,14 +112,13 @@ class PreparedMatrix:
     def int8_spmm(
         self, backend: Backend, method: str, values: Tensor, scales: Tensor, x: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """The same with int8 values and a scale for each row, of a matrix without a permutation.
-
-        Over bits and plans as they are; the other methods multiply a copy of the values in the dtype of x.
-        """
+        """The same with int8 values and a scale for each row, of a matrix without a permutation; see INT8_METHODS."""
         if method == "bitmap":
             return backend.bitmap_int8_spmm(self.bitmap(backend), values, scales, x, bias)
         if method == "bucketed":
             return backend.planned_int8_spmm(self.plan(backend, x.dtype), values, scales, x, bias)
+        if method == "filled":
+            return backend.filled_int8_spmm(self.bitmap(backend), values, scales, x, bias)
         sums = self.spmm(backend, method, values.to(x.dtype), x)
         return sums.mul_(scales) if bias is None else sums.mul_(scales).add_(bias)
 

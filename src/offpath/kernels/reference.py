@@ -155,6 +155,7 @@ BACKEND = Backend(
     filled_dvalues=tiled_sddmm,
     bitmap_int8_spmm=int8_spmm,
     planned_int8_spmm=int8_spmm,
+    filled_int8_spmm=int8_spmm,
     int8_dots=int8_dots,
     expand=expand,
     compress=compress,

@@ -33,6 +33,11 @@ class Int8Variant:
     ) -> Tensor:
         return self._spmm(_native.planned_int8_spmm, plan, values, scales, x, bias)
 
+    def filled_spmm(
+        self, bitmap: Prepared, values: Tensor, scales: Tensor, x: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        return self._spmm(_native.filled_int8_spmm, bitmap, values, scales, x, bias)
+
     def dots(self, bitmap: Prepared, values: Tensor, scales: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if bitmap.columns > _LARGEST_WIDTH:
             raise KernelError(

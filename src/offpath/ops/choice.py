@@ -16,7 +16,7 @@ from offpath import kernels
 from offpath.kernels import Backend, KernelError
 from offpath.kernels.calibration import BITMAP_MEASURED_BATCHES, cost_table
 from offpath.kernels.costs import sizes_for
-from offpath.kernels.methods import AT_ONCE, DENSE_METHODS, METHODS, PRODUCTS
+from offpath.kernels.methods import AT_ONCE, DENSE_METHODS, INT8_METHODS, METHODS, PRODUCTS
 from offpath.kernels.operands import on_device_of
 
 PREFERENCES = ("speed", "memory")
@@ -39,6 +39,9 @@ TILED_BESIDE_PLAN_MARGIN = 1.6
 # One call for both gradients checks operands, sums dy and wakes threads once: a tenth of a small layer's step. Costs
 # are measured without a step around them, where less of that is seen. Beside a plan, the margin above has it in it.
 APART_SECONDS = 1e-5
+# What int8 values cost where a copy in another dtype is multiplied: three more calls, every value written and read once
+# more, every sum scaled in a pass of its own. On a Xeon's two threads: 0.24 ns a value, 1 ns a sum.
+INT8_CALLS_SECONDS, INT8_VALUE_SECONDS, INT8_SUM_SECONDS = 1.5e-5, 2.4e-10, 1e-9
 CHOICES_KEPT = 1024  # by what was made of one pattern: for each number of tokens, and texts have thousands of lengths
 _OVER_A_PLAN = ("bucketed", "tiled")
 # What a connection takes beside its value, an index and a place in a plan, which also takes some for each row; and
@@ -104,8 +107,9 @@ def choose(
     dtype: torch.dtype,
     prefer: str,
     dx_method: str | None = None,
+    int8: bool = False,
 ) -> str:
-    """The method for one product.
+    """The method for one product, with values of `dtype` or, where activations alone are, of int8.
 
     `prefer` "memory" leaves out those that write the weight out dense, and those over a plan with which the layer would
     take more than its dense weight.
@@ -125,6 +129,9 @@ def choose(
     costs = {m: seconds(product, m, rows, columns, nnz, batch) for m in allowed}
     if dx_method in ("filled", "bitmap") and backend.native:
         costs = {m: cost if m in AT_ONCE[dx_method] else cost + APART_SECONDS for m, cost in costs.items()}
+    if int8 and backend.native:
+        copied = INT8_CALLS_SECONDS + nnz * INT8_VALUE_SECONDS + batch * rows * INT8_SUM_SECONDS
+        costs = {m: cost if m in INT8_METHODS else cost + copied for m, cost in costs.items()}
     best = min(costs, key=costs.__getitem__)
     filled, dense = costs.get("filled", math.inf), costs.get("dense", math.inf)
     steady = "filled" if filled <= filled_margin(backend) * dense else "dense"

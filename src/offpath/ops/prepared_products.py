@@ -25,7 +25,7 @@ class Prepared:
         self.matrix = matrix = PreparedMatrix(pattern.crow_indices, pattern.col_indices, pattern.shape[1])
         # Of the matrix, not of `self`, which keeps what is returned: a cycle would outlive the layer.
         self._weight = PreparedWeight(matrix, partial(_transpose, matrix))
-        self._chosen: dict[tuple[str, str, int, torch.dtype, str, str | None], str] = {}
+        self._chosen: dict[tuple[str, str, int, torch.dtype, str, str | None, bool], str] = {}
 
     @cached_property
     def convolutions(self) -> PreparedConvolutions:
@@ -68,7 +68,7 @@ class Prepared:
         """x @ W.T + bias for int8 values with a scale for each row of W, and x as it is or rounded to int8."""
         if activations == "int8":
             return backend.int8_dots(self.matrix.bitmap(backend), values, scales, x, bias)
-        method = self._method(backend, "forward", x, prefer)
+        method = self._method(backend, "forward", x, prefer, int8=True)
         return self.matrix.int8_spmm(backend, method, values, scales, x, bias)
 
     def dx(self, backend: Backend, values: Tensor, dy: Tensor, prefer: str) -> Tensor:
@@ -100,15 +100,21 @@ class Prepared:
         return self._weight.bytes + (self.convolutions.bytes if "convolutions" in vars(self) else 0)
 
     def _method(
-        self, backend: Backend, product: str, operand: Tensor, prefer: str, dx_method: str | None = None
+        self,
+        backend: Backend,
+        product: str,
+        operand: Tensor,
+        prefer: str,
+        dx_method: str | None = None,
+        int8: bool = False,
     ) -> str:
         batch = operand.shape[0] if operand.dim() == 2 else math.prod(operand.shape[:-1])
-        key = backend.name, product, batch, operand.dtype, prefer, dx_method
+        key = backend.name, product, batch, operand.dtype, prefer, dx_method, int8
         if any_forced():
-            return self._choose(backend, product, batch, operand, prefer, dx_method)
+            return self._choose(backend, product, batch, operand, prefer, dx_method, int8)
         method = self._chosen.get(key)
         if method is None:
-            method = self._choose(backend, product, batch, operand, prefer, dx_method)
+            method = self._choose(backend, product, batch, operand, prefer, dx_method, int8)
             # While a graph is captured, costs are calculated where they have not been measured.
             if not (operand.is_cuda and torch.cuda.is_current_stream_capturing()):
                 if len(self._chosen) >= CHOICES_KEPT:
@@ -117,11 +123,18 @@ class Prepared:
         return method
 
     def _choose(
-        self, backend: Backend, product: str, batch: int, operand: Tensor, prefer: str, dx_method: str | None
+        self,
+        backend: Backend,
+        product: str,
+        batch: int,
+        operand: Tensor,
+        prefer: str,
+        dx_method: str | None,
+        int8: bool,
     ) -> str:
         size = (*self.shape, self.nnz, batch)
         with on_device_of(operand):
-            return choose(backend, product, *size, operand.dtype, prefer, dx_method)
+            return choose(backend, product, *size, operand.dtype, prefer, dx_method, int8)
 
 
 def _transpose(matrix: PreparedMatrix) -> PreparedMatrix:

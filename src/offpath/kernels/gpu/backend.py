@@ -60,6 +60,7 @@ def make_backend() -> Backend:
         filled_dvalues=_refusing("products that fill in zeros", _METHODS_INSTEAD),
         bitmap_int8_spmm=_refusing("products of int8 values", _INT8_INSTEAD),
         planned_int8_spmm=_refusing("products of int8 values", _INT8_INSTEAD),
+        filled_int8_spmm=_refusing("products of int8 values", _INT8_INSTEAD),
         int8_dots=_refusing("products of int8 values", _INT8_INSTEAD),
         expand=expand.expand,
         compress=expand.compress,
