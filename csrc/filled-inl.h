@@ -102,18 +102,13 @@ template <class T> void fill(const T *values, uint32_t bits, bool whole, FilledE
     }
 }
 
-// A row of the weight, zeros filled in: from its values, or those of int8 as numbers that T is multiplied as.
+// A row of int8 values as numbers that T is multiplied as, zeros filled in. Out of line, so that the loops over other
+// values are compiled as they would be without it.
 template <class T>
-[[gnu::always_inline]] inline void fill_row(const offpath::Bitmap &bitmap, int64_t row,
-                                            const offpath::AnyValues<T> &weight, FilledEntry<T> *entries) {
-    if (!weight.int8.scales)
-        return each_column_vector<T>(
-            bitmap, row, weight.values,
-            [&] [[gnu::always_inline]] (int, int64_t column, uint32_t bits, const T *values, bool whole) {
-                fill<T>(values, bits, whole, entries + column);
-            });
+[[gnu::noinline]] void fill_int8_row(const offpath::Bitmap &bitmap, int64_t row, const int8_t *values,
+                                     FilledEntry<T> *entries) {
     using Word = WidenedWord<T>;
-    const int8_t *values = weight.int8.values + bitmap.crow_indices[row];
+    values += bitmap.crow_indices[row];
     for (int64_t w = 0; w < bitmap.words_per_row; ++w, entries += 64) {
         const uint64_t word = bitmap.words[row * bitmap.words_per_row + w];
         __builtin_prefetch(values + prefetched_bytes);
@@ -142,11 +137,17 @@ template <class T> void filled(const offpath::filled_args<T> &args, const offpat
         const int64_t groups = (last - first + filled_together - 1) / filled_together * filled_together;
         for (int64_t i = 0; i < groups * offpath::group_rows; ++i) {
             FilledEntry<T> *entries = tile + i * stride;
-            if (const int64_t row = first * offpath::group_rows + i; row < rows)
-                fill_row<T>(args.bitmap, row, args.weight, entries);
-            else
+            const int64_t row = first * offpath::group_rows + i;
+            if (row >= rows)
                 for (int64_t column = 0; column < stride; ++column)
                     entries[column] = {};
+            else if (scales)
+                fill_int8_row<T>(args.bitmap, row, args.weight.int8.values, entries);
+            else
+                each_column_vector<T>(args.bitmap, row, args.weight.values,
+                                      [&](int, int64_t column, uint32_t bits, const T *values, bool whole) {
+                                          fill<T>(values, bits, whole, entries + column);
+                                      });
         }
         for (int64_t panel = block.batch_begin; panel < block.batch_end; ++panel) {
             const int64_t token = panel * panel_width<T>;

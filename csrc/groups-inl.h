@@ -124,8 +124,8 @@ template <class T, int vectors>
 
 // tile = bias + scales * tile for the rows of a group.
 template <class T, int vectors>
-[[gnu::always_inline]] inline void scale_group(const float *scales, const T *bias, int64_t group, int64_t rows,
-                                               offpath::Sum<T> *tile) {
+[[gnu::noinline]] void scale_group(const float *scales, const T *bias, int64_t group, int64_t rows,
+                                   offpath::Sum<T> *tile) {
     using S = Simd<offpath::Sum<T>>;
     const GroupStart<T> start(bias, group, rows);
     for (int64_t row = 0, r = group * offpath::group_rows; row < offpath::group_rows && r < rows; ++row, ++r)
