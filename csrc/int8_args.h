@@ -1,4 +1,4 @@
-// The operands of the kernels that multiply int8 values alone, over bits.
+// What int8 values are to the kernels, and the operands of those that multiply nothing else, over bits.
 #pragma once
 
 #include "basics.h"

@@ -89,8 +89,8 @@ Scratch<Sum<T>> rows_or_pairs(const Kernels<T> &kernels, const Matrix<T> &matrix
 }
 
 // Calls product(x, tokens, whether x is finite, y, block of rows) for at most bitmap_batch of the tokens at a time, as
-// if all were finite, and then for each that is not. The values of a block that the first of them have brought into the
-// cache serve the others.
+// if all were finite (where any is), and then for each that is not. The values of a block that the first of them have
+// brought into the cache serve the others.
 template <class T, class Product>
 void over_bits(const BitMatrix &matrix, const Matrix<T> &x, int64_t batch, T *y, int threads, const Product &product) {
     constexpr int64_t most_tokens = 8 * bitmap_batch; // or a copy of many would be large

@@ -118,6 +118,10 @@ def _bitmap_int8_spmm(backend: Backend, pattern: Pattern, operands: Operands) ->
     return backend.bitmap_int8_spmm(_bitmap(backend, pattern), *operands.values())
 
 
+def _filled_int8_spmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
+    return backend.filled_int8_spmm(_bitmap(backend, pattern), *operands.values())
+
+
 def _planned_int8_spmm(backend: Backend, pattern: Pattern, operands: Operands) -> Tensor:
     plan = backend.plan(pattern.crow_indices, pattern.col_indices, pattern.shape[1], operands["x"].dtype)
     return backend.planned_int8_spmm(plan, *operands.values())
@@ -209,6 +213,22 @@ PRODUCTS = (
         "bitmap int8 spmm feature-major",
         lambda p, batch, draw: {**_int8_operands(p, draw), "x": draw((p.shape[1], batch)).t()},
         _bitmap_int8_spmm,
+        lambda p, batch: p.row_counts + 2,
+    ),
+    Product(
+        "filled int8 spmm with bias",
+        lambda p, batch, draw: {
+            **_int8_operands(p, draw),
+            "x": draw((batch, p.shape[1])),
+            "bias": draw((p.shape[0],)),
+        },
+        _filled_int8_spmm,
+        lambda p, batch: p.row_counts + 2,
+    ),
+    Product(
+        "filled int8 spmm feature-major",
+        lambda p, batch, draw: {**_int8_operands(p, draw), "x": draw((p.shape[1], batch)).t()},
+        _filled_int8_spmm,
         lambda p, batch: p.row_counts + 2,
     ),
     Product(

@@ -214,6 +214,10 @@ def _int8_takes_the_scale_of_the_row_before(bitmap, values, scales, x, bias=None
     return REFERENCE.bitmap_int8_spmm(bitmap, values, scales.roll(1), x, bias)
 
 
+def _int8_takes_the_scale_of_the_row_after(bitmap, values, scales, x, bias=None) -> Tensor:
+    return REFERENCE.filled_int8_spmm(bitmap, values, scales.roll(-1), x, bias)
+
+
 def _int8_scales_the_bias_too(bitmap, values, scales, x, bias=None) -> Tensor:
     return REFERENCE.bitmap_int8_spmm(bitmap, values, scales, x, None if bias is None else bias * scales)
 
@@ -225,6 +229,7 @@ def _int8_takes_bytes_without_their_sign(plan, values, scales, x, bias=None) -> 
 
 MUTANTS = (
     Mutant(_wrong("int8 scale of the row before", bitmap_int8_spmm=_int8_takes_the_scale_of_the_row_before)),
+    Mutant(_wrong("int8 scale of the row after", filled_int8_spmm=_int8_takes_the_scale_of_the_row_after)),
     Mutant(_wrong("int8 scales the bias", bitmap_int8_spmm=_int8_scales_the_bias_too)),
     Mutant(_wrong("int8 without signs", planned_int8_spmm=_int8_takes_bytes_without_their_sign)),
     Mutant(_wrong("bitmap reads other values", bitmap_spmm=_bitmap_reads_values_of_the_row_before)),
