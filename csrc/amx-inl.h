@@ -105,8 +105,8 @@ struct TileOutput {
 };
 
 // Strips of one factor, from the first tile of a step on.
-struct Strips {
-    const bfloat16 *tiles;
+template <class Entry> struct Strips {
+    const Entry *tiles;
     int64_t stride, count;
 };
 
@@ -126,10 +126,10 @@ struct AmxStep {
 // Adds a step's share to the sums of all pairs of strips, which stay in `kept` until the next one; those of the left
 // factor wait in the outer loop, or those of the right one. `start(pair of left strips, sums)` says whether sums start
 // from zero, or writes what they start from; done(pair of left strips, pair of right strips, sums) has them complete.
-template <bool right_outside, class Start, class Done>
-void multiply_strips(const Strips &left, const Strips &right, const AmxStep &step, float *kept, const Start &start,
-                     const Done &done) {
-    const Strips &outer = right_outside ? right : left, &inner = right_outside ? left : right;
+template <bool right_outside, class Entry, class Sum, class Start, class Done>
+void multiply_strips(const Strips<Entry> &left, const Strips<Entry> &right, const AmxStep &step, Sum *kept,
+                     const Start &start, const Done &done) {
+    const Strips<Entry> &outer = right_outside ? right : left, &inner = right_outside ? left : right;
     for (int64_t o = 0; o < outer.count; o += 2)
         for (int64_t i = 0; i < inner.count; i += 2) {
             const int64_t l = right_outside ? i : o, r = right_outside ? o : i;

@@ -1,5 +1,5 @@
-// The operands of the products that AMX multiplies: of bfloat16, absent connections filled with zeros as in the filled
-// products of table.h. Factors are cut into tiles of 16 rows of 64 bytes, a register each.
+// The operands of the products that AMX multiplies: of bfloat16 or int8, absent connections filled with zeros as in the
+// filled products of table.h. Factors are cut into tiles of 16 rows of 64 bytes, a register each.
 #pragma once
 
 #include "int8_args.h"
@@ -9,13 +9,17 @@ namespace offpath {
 // A tile of the left factor is 16 rows x 32 of the inner dimension; one of the right factor is 16 pairs of neighbours
 // of the inner dimension x 16 columns. Tiles that follow one another along the inner dimension are a strip.
 constexpr int64_t strip_lines = 16, tile_depth = 32, tile_entries = strip_lines * tile_depth;
+// The same of int8: 64 of the inner dimension, four neighbours instead of two.
+constexpr int64_t int8_depth = 64, int8_entries = strip_lines * int8_depth;
+template <class Entry> constexpr int64_t entries_of_tile = strip_lines * 64 / static_cast<int64_t>(sizeof(Entry));
 // Two strips are multiplied with two at a time. Their sums: [32, 32].
 constexpr int64_t pair_lines = 2 * strip_lines, pair_sums = pair_lines * pair_lines;
 // Tiles of a strip that are filled and multiplied before the next strip has its turn, so that they stay in the
 // first-level cache.
 constexpr int64_t tiles_per_step = 8;
-// What a task has at most: rows of the weight in the product, rows and columns in the weight gradient.
-constexpr int64_t amx_rows = 128, gradient_rows = 256, gradient_columns = 512;
+// What a task has at most: rows of the weight in the product, fewer where totals of int8 lie in the cache beside the
+// sums; rows and columns in the weight gradient.
+constexpr int64_t amx_rows = 256, dots_rows = 128, gradient_rows = 256, gradient_columns = 512;
 
 // A matrix [inner, lines] as strips: an even number of them, zeros where the matrix ends.
 struct pack_tiles_args {
@@ -75,12 +79,33 @@ struct line_sums_args {
     int64_t inner, lines;
 };
 
+// The levels of quantise_tokens, whose blocks are strips here, become a right factor of int8 where they stand.
+struct level_tiles_args {
+    uint8_t *levels;
+    int64_t words; // of columns, a tile each
+};
+
+// totals[b, r] = sum over the columns c of value * x[b, c] in whole numbers, for a block of strips of rows (whole
+// pairs, dots_rows at most) x strips of tokens.
+struct amx_dots_args {
+    Bitmap bitmap;
+    const int8_t *values; // [nnz]
+    const int8_t *x;      // right factor of columns x tokens
+    int32_t *totals;      // of the block, whole pairs of strips; tokens lie totals_stride apart
+    int64_t totals_stride;
+    // Working memory, as in the product.
+    int8_t *filled;
+    int32_t *sums;
+};
+
 struct AmxKernels {
     void (*pack)(const pack_tiles_args &, const Block &);
     void (*product)(const amx_product_args &, const Block &);
     void (*dx)(const amx_dx_args &, const Block &);
     void (*dvalues)(const amx_dvalues_args &, const Block &);
     void (*line_sums)(const line_sums_args &, const Block &);
+    void (*level_tiles)(const level_tiles_args &, const Block &);
+    void (*dots)(const amx_dots_args &, const Block &);
 };
 
 } // namespace offpath

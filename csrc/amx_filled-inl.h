@@ -3,93 +3,11 @@
 // zipped.
 #pragma once
 
-#include "amx-inl.h"
+#include "amx_rows-inl.h"
 #include "filled_dx-inl.h"
 #include "filled_gradient-inl.h"
-#include "simd_bytes.h"
 
 namespace {
-
-// A word of columns of the weight as two registers: calls store(which of them, register).
-template <class Store>
-[[gnu::always_inline]] inline void each_half_of_word(uint64_t word, const bfloat16 *values, const bfloat16 *end,
-                                                     const Store &store) {
-    const bool whole = end - values >= 128; // more than a word's values and a register
-    each_part_of_word<bfloat16>(word, values,
-                                [&] [[gnu::always_inline]] (int part, int64_t, uint32_t bits, const bfloat16 *of_part) {
-                                    store(part, ColumnVector<bfloat16>::expand(of_part, bits, whole));
-                                });
-}
-template <class Store>
-[[gnu::always_inline]] inline void each_half_of_word(uint64_t word, const int8_t *values, const int8_t *,
-                                                     const Store &store) {
-    const WidenedWord<bfloat16> widened{spread_bytes(values, word)};
-    store(0, widened.part(0));
-    store(1, widened.part(1));
-}
-
-// What is left of the rows of a block.
-template <class Value> struct UnreadRows {
-    const offpath::amx_product_args &args;
-    const int64_t first_row, count;         // with those beyond the weight, which are zeros
-    const Value *const end;                 // of all values
-    const Value *values[offpath::amx_rows]; // of each row
-    int64_t lines_ahead;                    // of values that a step takes of a row
-
-    UnreadRows(const offpath::amx_product_args &args, const Value *of_weight, int64_t first_row, int64_t count,
-               int64_t tiles)
-        : args(args), first_row(first_row), count(count), end(of_weight + args.bitmap.crow_indices[args.bitmap.rows]) {
-        const int32_t *crow_indices = args.bitmap.crow_indices;
-        for (int64_t i = 0; i < count; ++i)
-            values[i] = of_weight + crow_indices[row_of(i)];
-        // A piece begins anywhere in a line, and the register that reads its end goes beyond.
-        const int64_t nnz = crow_indices[row_of(count)] - crow_indices[first_row];
-        lines_ahead = nnz * offpath::tiles_per_step / (count * (tiles + 1) * entries_of_line) + 3;
-        for (int64_t i = 0; i < rows_ahead && i < count; ++i)
-            fetch(i, 0);
-    }
-
-    // Writes a step of them: [strips][tiles of the step].
-    void fill(const AmxStep &step) {
-        using C = ColumnVector<bfloat16>;
-        const offpath::Bitmap &bitmap = args.bitmap;
-        const int64_t tiles = step.end - step.begin, first_word = step.begin / 2, words = (tiles + 1) / 2;
-        for (int64_t i = 0; i < count; ++i) {
-            if (const int64_t later = i + rows_ahead; later < count)
-                fetch(later, first_word);
-            else
-                fetch(later - count, first_word + words);
-            bfloat16 *entries =
-                args.filled + i / strip_lines * (2 * words * tile_entries) + i % strip_lines * tile_depth;
-            if (first_row + i >= bitmap.rows) {
-                for (int64_t tile = 0; tile < 2 * words; ++tile)
-                    C::store(entries + tile * tile_entries, C::zero());
-                continue;
-            }
-            const Value *of_row = values[i];
-            const uint64_t *bits_of_row = bitmap.words + (first_row + i) * bitmap.words_per_row + first_word;
-            for (int64_t w = 0; w < words; ++w) {
-                each_half_of_word(bits_of_row[w], of_row, end,
-                                  [&] [[gnu::always_inline]] (int half, C::V entries_of_half) {
-                                      C::store(entries + (2 * w + half) * tile_entries, entries_of_half);
-                                  });
-                of_row += __builtin_popcountll(bits_of_row[w]);
-            }
-            values[i] = of_row;
-        }
-    }
-
-  private:
-    // The processor sees no pattern in short pieces of many rows.
-    static constexpr int64_t rows_ahead = 16, entries_of_line = 64 / sizeof(Value);
-
-    int64_t row_of(int64_t i) const { return first_row + i < args.bitmap.rows ? first_row + i : args.bitmap.rows; }
-    void fetch(int64_t i, int64_t word) const {
-        for (int64_t line = 0; line < lines_ahead; ++line)
-            __builtin_prefetch(values[i] + line * entries_of_line);
-        __builtin_prefetch(args.bitmap.words + (first_row + i) * args.bitmap.words_per_row + word);
-    }
-};
 
 // Calls body(sums, row of the weight) for the registers of sums of a pair of strips.
 template <class Body> void each_row_of_pair(float *sums, int64_t first_row, const Body &body) {
@@ -109,14 +27,14 @@ void amx_product_of(const offpath::amx_product_args &args, const Value *values, 
     const auto bias_of = [&](int64_t row) { return S::set1(args.bias && row < rows ? compute(args.bias[row]) : 0); };
     const TileOutput output = {args.y, rows, args.batch, !args.feature_major};
     const TileRegisters registers;
-    UnreadRows<Value> unread(args, values, first_row, strips * strip_lines, tiles);
+    UnreadRows<Value, bfloat16> unread(args.bitmap, values, first_row, strips * strip_lines, tiles);
     AmxStep step(tiles);
     do { // without columns, y is the bias
-        unread.fill(step);
+        unread.fill(step, args.filled);
         multiply_strips<true>(
-            {args.filled, (step.end - step.begin + 1) / 2 * 2 * tile_entries, strips},
-            {args.x + (block.batch_begin * tiles + step.begin) * tile_entries, tiles * tile_entries,
-             block.batch_end - block.batch_begin},
+            Strips<bfloat16>{args.filled, (step.end - step.begin + 1) / 2 * 2 * tile_entries, strips},
+            Strips<bfloat16>{args.x + (block.batch_begin * tiles + step.begin) * tile_entries, tiles * tile_entries,
+                             block.batch_end - block.batch_begin},
             step, args.sums,
             [&](int64_t strip, float *sums) {
                 if (scales || !args.bias)
@@ -211,10 +129,11 @@ inline void amx_dx(const offpath::amx_dx_args &args, const offpath::Block &block
             }
         }
         multiply_strips<false>(
-            {args.dy + (block.batch_begin * tiles + step.begin) * tile_entries, tiles * tile_entries,
-             block.batch_end - block.batch_begin},
-            {args.filled, offpath::dx_strip_stride, 2 * tiles_for(within(columns - first_column, own_columns))}, step,
-            args.sums, [](int64_t, float *) { return true; },
+            Strips<bfloat16>{args.dy + (block.batch_begin * tiles + step.begin) * tile_entries, tiles * tile_entries,
+                             block.batch_end - block.batch_begin},
+            Strips<bfloat16>{args.filled, offpath::dx_strip_stride,
+                             2 * tiles_for(within(columns - first_column, own_columns))},
+            step, args.sums, [](int64_t, float *) { return true; },
             [&](int64_t strip, int64_t strip_of_columns, const float *sums) {
                 output.write(sums, (block.batch_begin + strip) * strip_lines,
                              first_column + strip_of_columns * strip_lines);
@@ -239,10 +158,10 @@ inline void amx_dvalues(const offpath::amx_dvalues_args &args, const offpath::Bl
     const TileRegisters registers;
     for (AmxStep step(tiles); step.begin < tiles; step.move_on())
         multiply_strips<false>(
-            {args.dy + (block.row_begin * tiles + step.begin) * tile_entries, tiles * tile_entries,
-             block.row_end - block.row_begin},
-            {args.x + (block.batch_begin * tiles + step.begin) * tile_entries, tiles * tile_entries,
-             block.batch_end - block.batch_begin},
+            Strips<bfloat16>{args.dy + (block.row_begin * tiles + step.begin) * tile_entries, tiles * tile_entries,
+                             block.row_end - block.row_begin},
+            Strips<bfloat16>{args.x + (block.batch_begin * tiles + step.begin) * tile_entries, tiles * tile_entries,
+                             block.batch_end - block.batch_begin},
             step, args.sums, [](int64_t, float *) { return true; },
             [&](int64_t strip, int64_t strip_of_columns, const float *sums) {
                 const int64_t line = strip * strip_lines, column = first_column + strip_of_columns * strip_lines;

@@ -49,6 +49,11 @@ inline int64_t strips_per_task(int64_t strips, int64_t tasks, int threads) {
     return std::clamp<int64_t>(2 * ceil_div(ceil_div(strips, 2), parts), 2, tokens_per_amx_task / strip_lines);
 }
 
+// Pairs of strips of rows in a task that has `most_rows` at most.
+inline int64_t pairs_per_task(int64_t pairs, int64_t most_rows, int threads) {
+    return std::clamp<int64_t>(pairs / (4 * threads), 1, most_rows / pair_lines);
+}
+
 // y = x W^T + bias
 class AmxProduct {
   public:
@@ -56,8 +61,7 @@ class AmxProduct {
                const bfloat16 *bias, const TileStrips &x, int64_t batch, bfloat16 *y, bool feature_major, int threads)
         : kernel(kernels.product),
           args{matrix.view(), weight, bias, x.data(), y, batch, feature_major, nullptr, nullptr},
-          pairs(pairs_for(matrix.rows)),
-          pairs_together(std::clamp<int64_t>(pairs / (4 * threads), 1, amx_rows / pair_lines)),
+          pairs(pairs_for(matrix.rows)), pairs_together(pairs_per_task(pairs, amx_rows, threads)),
           chunks(ceil_div(pairs, pairs_together)), strips(x.count),
           strips_together(strips_per_task(strips, chunks, threads)) {}
 

@@ -12,7 +12,7 @@ namespace {
 
 // y[i] = bias[i] + scales[i] * size * sums[i] for `count` neighbouring rows.
 template <class T, int most, class Sums>
-[[gnu::always_inline]] inline void scale_rows(const Sums (&sums)[most], const float *scales, float size, const T *bias,
+[[gnu::always_inline]] inline void scale_rows(const Sums *sums, const float *scales, float size, const T *bias,
                                               int64_t count, T *y) {
     using S = Simd<offpath::Sum<T>>;
     constexpr int lanes = S::lanes;
@@ -84,8 +84,8 @@ void bitmap_int8_rows(const offpath::bitmap_int8_args<T> &args, const offpath::B
         for (int t = 0; t < tokens; ++t) {
             offpath::Sum<T> sums[S::lanes];
             S::store(sums, sum_each<offpath::Sum<T>>(of_row[t]));
-            scale_rows<T>(sums, args.scales + first, 1, args.bias ? args.bias + first : nullptr, count,
-                          args.y + t * rows + first);
+            scale_rows<T, S::lanes>(sums, args.scales + first, 1, args.bias ? args.bias + first : nullptr, count,
+                                    args.y + t * rows + first);
         }
     }
 }

@@ -53,4 +53,14 @@ template <class T> struct int8_dots_args {
     T *y;                  // [batch, rows], contiguous
 };
 
+// y[b, r] = bias[r] + scales[r] * sizes[b] * sums[b, r], for a block of rows and one of tokens.
+template <class T> struct scale_sums_args {
+    const int32_t *sums; // of the block; tokens lie sums_stride apart
+    int64_t sums_stride;
+    const float *scales, *sizes; // [rows], [batch]
+    const T *bias;               // [rows], or null for zero
+    T *y;                        // [batch, rows], contiguous
+    int64_t rows;
+};
+
 } // namespace offpath

@@ -13,27 +13,33 @@ namespace {
 template <class T, bool contiguous> void quantise_token(const offpath::quantise_tokens_args<T> &args, int64_t token) {
     const int64_t stride = contiguous ? 1 : args.x_feature_stride;
     const T *x = args.x + token * args.x_batch_stride;
-    float largest = 0, not_finite = 0; // x - x is NaN for infinities and NaN, and zero else
+    // The bits of magnitudes are in the order of what they stand for, before those of infinity and NaN; and compilers
+    // have vectors for the largest of whole numbers.
+    constexpr uint32_t magnitude = 0x7FFFFFFF, infinity = 0x7F800000;
+    uint32_t largest_bits = 0;
     for (int64_t c = 0; c < args.columns; ++c) {
-        const float entry = static_cast<float>(compute(x[c * stride]));
-        const float size = entry < 0 ? -entry : entry;
-        largest = size > largest ? size : largest;
-        not_finite += entry - entry;
+        const uint32_t bits = __builtin_bit_cast(uint32_t, static_cast<float>(compute(x[c * stride]))) & magnitude;
+        largest_bits = bits > largest_bits ? bits : largest_bits;
     }
+    const float largest = __builtin_bit_cast(float, largest_bits);
     // Below it, the factor would overflow.
     const bool lives = largest >= offpath::smallest_token;
     const float factor = lives ? offpath::largest_level / largest : 0;
-    args.sizes[token] = not_finite != 0 ? __builtin_nanf("") : lives ? largest / offpath::largest_level : 0;
+    args.sizes[token] = largest_bits >= infinity ? __builtin_nanf("") : lives ? largest / offpath::largest_level : 0;
     const int64_t first = token / offpath::dots_tokens * offpath::dots_tokens;
     const int64_t tokens = args.batch - first < offpath::dots_tokens ? args.batch - first : offpath::dots_tokens;
     for (int64_t w = 0; w < args.words; ++w) {
         uint8_t *levels = args.levels + 64 * (first * args.words + w * tokens + token - first);
         const int64_t columns = args.columns - 64 * w < 64 ? args.columns - 64 * w : 64;
-        for (int64_t c = 0; c < columns; ++c) {
-            // 1.5 * 2^23 leaves no bits for fractions: the sum is rounded to the nearest whole number, ties to even.
-            const float entry = static_cast<float>(compute(x[(64 * w + c) * stride]));
-            levels[c] = static_cast<uint8_t>(__builtin_bit_cast(uint32_t, entry *factor + 0x1.8p23f) + 128);
-        }
+        const auto round = [&] [[gnu::always_inline]] (int64_t count) {
+            for (int64_t c = 0; c < count; ++c) {
+                // 1.5 * 2^23 leaves no bits for fractions: the sum is rounded to the nearest whole number, or the even
+                // one of two.
+                const float entry = static_cast<float>(compute(x[(64 * w + c) * stride]));
+                levels[c] = static_cast<uint8_t>(__builtin_bit_cast(uint32_t, entry *factor + 0x1.8p23f) + 128);
+            }
+        };
+        columns == 64 ? round(64) : round(columns);
         for (int64_t c = columns; c < 64; ++c)
             levels[c] = 128;
     }
@@ -100,9 +106,27 @@ template <class T> void int8_dots(const offpath::int8_dots_args<T> &args, const 
             tokens, [&]<int known>() { dots_rows<known>(args.bitmap, args.values, levels, first, count, sums); });
         for (int64_t t = 0; t < tokens; ++t) {
             const int64_t token = block.batch_begin + t;
-            scale_rows<T>(sums[t], args.scales + first, args.sizes[token], args.bias ? args.bias + first : nullptr,
-                          count, args.y + token * args.bitmap.rows + first);
+            scale_rows<T, rows>(sums[t], args.scales + first, args.sizes[token],
+                                args.bias ? args.bias + first : nullptr, count,
+                                args.y + token * args.bitmap.rows + first);
         }
+    }
+}
+
+// Block: rows are rows, batch are tokens.
+template <class T> void scale_sums(const offpath::scale_sums_args<T> &args, const offpath::Block &block) {
+    constexpr int together = 32;
+    for (int64_t token = block.batch_begin; token < block.batch_end; ++token) {
+        const int32_t *sums = args.sums + (token - block.batch_begin) * args.sums_stride;
+        const auto scale = [&] [[gnu::always_inline]] (int64_t row, int64_t count) {
+            scale_rows<T, together>(sums + row - block.row_begin, args.scales + row, args.sizes[token],
+                                    args.bias ? args.bias + row : nullptr, count, args.y + token * args.rows + row);
+        };
+        int64_t row = block.row_begin;
+        for (; block.row_end - row >= together; row += together)
+            scale(row, together); // a constant, for which compilers have vectors
+        if (row < block.row_end)
+            scale(row, block.row_end - row);
     }
 }
 

@@ -65,7 +65,7 @@ bool multiplies_pairs() {
 const KernelTable table_avx512amx = [] {
     KernelTable table = offpath_table_avx512bf16;
     table.isa = "avx512amx";
-    table.bf16.amx = &offpath_table_avx512amx;
+    table.f32.amx = table.f64.amx = table.bf16.amx = &offpath_table_avx512amx;
     return table;
 }();
 #endif

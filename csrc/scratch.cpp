@@ -27,11 +27,12 @@ void *take_scratch(size_t bytes) {
     bytes = (bytes + alignment - 1) / alignment * alignment;
     {
         const std::lock_guard guard(lock);
-        // The smallest that fits, but none that would be wasted on this request.
+        // The smallest that fits, but none that would be wasted on this request; of several, the one that was given
+        // back last, most likely by the same thread: it is in its caches, and not in another's.
         auto best = kept.end();
         for (auto block = kept.begin(); block != kept.end(); ++block)
             if ((*block)->bytes >= bytes && (*block)->bytes <= 2 * bytes &&
-                (best == kept.end() || (*block)->bytes < (*best)->bytes))
+                (best == kept.end() || (*block)->bytes <= (*best)->bytes))
                 best = block;
         if (best != kept.end()) {
             Header *found = *best;

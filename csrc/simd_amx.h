@@ -31,11 +31,12 @@ struct TileRegisters {
     TileRegisters &operator=(const TileRegisters &) = delete;
 
     // sums (+)= left x right for `lefts` strips times `rights`, which lie `left_stride` and `right_stride` apart.
-    template <int lefts, int rights>
-    static void multiply(const offpath::bfloat16 *left, int64_t left_stride, const offpath::bfloat16 *right,
-                         int64_t right_stride, int64_t tiles, bool from_zero, float *sums) {
-        constexpr int64_t bytes_per_line = offpath::pair_lines * sizeof(float);
-        float *const second_line = sums + offpath::strip_lines * offpath::pair_lines;
+    template <int lefts, int rights, class Entry, class Sum>
+    static void multiply(const Entry *left, int64_t left_stride, const Entry *right, int64_t right_stride,
+                         int64_t tiles, bool from_zero, Sum *sums) {
+        constexpr int64_t bytes_per_line = offpath::pair_lines * sizeof(Sum);
+        constexpr int64_t tile_entries = offpath::entries_of_tile<Entry>;
+        Sum *const second_line = sums + offpath::strip_lines * offpath::pair_lines;
         __asm__ volatile("" ::: "memory");
         if (from_zero) {
             _tile_zero(0);
@@ -51,21 +52,20 @@ struct TileRegisters {
             if constexpr (lefts == 2 && rights == 2)
                 _tile_loadd(3, second_line + offpath::strip_lines, bytes_per_line);
         }
-        for (const offpath::bfloat16 *end = left + tiles * offpath::tile_entries; left < end;
-             left += offpath::tile_entries, right += offpath::tile_entries) {
+        for (const Entry *end = left + tiles * tile_entries; left < end; left += tile_entries, right += tile_entries) {
             _tile_loadd(6, right, 64);
             if constexpr (rights == 2)
                 _tile_loadd(7, right + right_stride, 64);
             _tile_loadd(4, left, 64);
-            _tile_dpbf16ps(0, 4, 6);
+            add_products<0, Entry>();
             if constexpr (rights == 2)
-                _tile_dpbf16ps(1, 4, 7);
+                add_products<1, Entry>();
             if constexpr (lefts == 2) {
                 _tile_loadd(5, left + left_stride, 64);
-                _tile_dpbf16ps(2, 5, 6);
+                add_products<2, Entry>();
             }
             if constexpr (lefts == 2 && rights == 2)
-                _tile_dpbf16ps(3, 5, 7);
+                add_products<3, Entry>();
         }
         _tile_stored(0, sums, bytes_per_line);
         if constexpr (rights == 2)
@@ -75,6 +75,30 @@ struct TileRegisters {
         if constexpr (lefts == 2 && rights == 2)
             _tile_stored(3, second_line + offpath::strip_lines, bytes_per_line);
         __asm__ volatile("" ::: "memory");
+    }
+
+  private:
+    // Of left strip sum / 2 and right strip sum % 2; the names of registers have to stand in the source.
+    template <int sum, class Entry> static void add_products() {
+        if constexpr (sizeof(Entry) == 1) {
+            if constexpr (sum == 0)
+                _tile_dpbssd(0, 4, 6);
+            else if constexpr (sum == 1)
+                _tile_dpbssd(1, 4, 7);
+            else if constexpr (sum == 2)
+                _tile_dpbssd(2, 5, 6);
+            else
+                _tile_dpbssd(3, 5, 7);
+        } else {
+            if constexpr (sum == 0)
+                _tile_dpbf16ps(0, 4, 6);
+            else if constexpr (sum == 1)
+                _tile_dpbf16ps(1, 4, 7);
+            else if constexpr (sum == 2)
+                _tile_dpbf16ps(2, 5, 6);
+            else
+                _tile_dpbf16ps(3, 5, 7);
+        }
     }
 };
 

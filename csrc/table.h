@@ -231,7 +231,7 @@ template <class T> struct Kernels {
 #include "kernels.def"
 #undef OFFPATH_KERNEL
     Layout layout;
-    const AmxKernels *amx; // what computes the filled products instead, or null
+    const AmxKernels *amx; // what computes the filled products of bfloat16 and those of int8 instead, or null
 };
 
 struct KernelTable {

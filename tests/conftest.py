@@ -30,17 +30,18 @@ settings.load_profile("offpath")
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what runs the same code as another test. Long ones first."""
-    twice = {item for item in items if hasattr(item, "callspec") and _runs_twice(item.callspec.params)}
+    twice = {item for item in items if hasattr(item, "callspec") and _runs_twice(item.path.stem, item.callspec.params)}
     config.hook.pytest_deselected(items=list(twice))
     kept = [item for item in items if item not in twice]
     items[:] = sorted(kept, key=lambda item: item.get_closest_marker("long") is None)
 
 
-def _runs_twice(params: dict[str, object]) -> bool:
+def _runs_twice(module: str, params: dict[str, object]) -> bool:
     if params.get("backend") == "reference":  # by far the slowest one, and it knows no threads
         return params.get("threads") == 2
-    # Tiles multiply bfloat16 alone; beside that, the table has the kernels of avx512bf16.
-    return params.get("backend") == "cpu:avx512amx" and params.get("dtype") in (torch.float32, torch.float64)
+    # Tiles multiply bfloat16 and int8; beside that, the table has the kernels of avx512bf16.
+    of_floats = params.get("dtype") in (torch.float32, torch.float64) and module != "test_int8"
+    return params.get("backend") == "cpu:avx512amx" and of_floats
 
 
 @pytest.fixture(scope="session", autouse=True)

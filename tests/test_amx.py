@@ -36,6 +36,7 @@ SIZES = [
     (700, 520, 33),
     (40, 70, 1100),
     (5, 3, 0),
+    (2100, 140, 20),
 ]
 
 
@@ -105,20 +106,26 @@ def test_every_product_is_exact(
         assert torch.equal(found[name], exact.to(torch.bfloat16)), name
 
 
+@pytest.mark.parametrize("activations", ["float", "int8"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.97])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_the_product_with_int8_values_is_exact(
-    products: ctypes.CDLL, size: tuple[int, int, int], sparsity: float
+def test_the_products_with_int8_values_are_exact(
+    products: ctypes.CDLL, size: tuple[int, int, int], sparsity: float, activations: str
 ) -> None:
     rows, columns, batch = size
+    if activations == "int8" and batch:
+        batch = max(batch, 12)  # fewer are multiplied in vectors
     pattern, small, x, _, bias = whole_numbers(rows, columns, batch, sparsity, torch.bfloat16)
     values, scales = small.to(torch.int8), torch.arange(rows).remainder(3) - 1.0
     values[::7], x[:, : columns // 2] = -128, 0
+    if activations == "int8":
+        x[:, 0] = 127  # every token's scale is 1, so that nothing is rounded
     given_bias = bias if sparsity else None
     weight = scales.double().unsqueeze(1) * pattern.to_dense(values.double())
     exact = nn.functional.linear(x.double(), weight, None if given_bias is None else given_bias.double())
     y = torch.full((batch, rows), torch.nan, dtype=torch.bfloat16)
     products.run_int8(
+        ctypes.c_int(activations == "int8"),
         *_pointers(pattern.crow_indices, pattern.col_indices),
         ctypes.c_int64(rows),
         ctypes.c_int64(columns),

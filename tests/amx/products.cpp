@@ -1,5 +1,8 @@
-// The filled products on AMX as the module calls them, for Python's ctypes: of bfloat16, with all else left out.
+// The products on AMX as the module calls them, for Python's ctypes: of bfloat16, with all else left out but what
+// rounds tokens and scales sums, for any processor.
 #include "backward.h"
+#include "int8_dots-inl.h"
+#include "int8_products.h"
 
 using namespace offpath;
 
@@ -16,6 +19,8 @@ Kernels<bfloat16> kernels() {
                        .strip_width = 256,
                        .run_panels = 0};
     only_amx.amx = &offpath_table_avx512amx;
+    only_amx.quantise_tokens = quantise_tokens<bfloat16>;
+    only_amx.scale_sums = scale_sums<bfloat16>;
     return only_amx;
 }
 
@@ -39,11 +44,15 @@ extern "C" void run(const int32_t *crow_indices, const int32_t *col_indices, int
              feature_major, dvalues_of_both, dbias, threads);
 }
 
-extern "C" void run_int8(const int32_t *crow_indices, const int32_t *col_indices, int64_t rows, int64_t columns,
-                         const int8_t *values, const float *scales, const bfloat16 *bias, const bfloat16 *x,
-                         const int64_t *x_strides, int64_t batch, int threads, bfloat16 *y) {
+// Product is 0 for activations as they are, 1 for those that are rounded.
+extern "C" void run_int8(int product, const int32_t *crow_indices, const int32_t *col_indices, int64_t rows,
+                         int64_t columns, const int8_t *values, const float *scales, const bfloat16 *bias,
+                         const bfloat16 *x, const int64_t *x_strides, int64_t batch, int threads, bfloat16 *y) {
     find_pool();
     const BitMatrix bits({crow_indices, col_indices, rows}, columns, threads);
-    filled_spmm(kernels(), bits, {nullptr, {values, scales}}, bias, {x, x_strides[0], x_strides[1]}, batch, y, false,
-                threads);
+    const Matrix<bfloat16> in{x, x_strides[0], x_strides[1]};
+    if (product == 0)
+        filled_spmm(kernels(), bits, {nullptr, {values, scales}}, bias, in, batch, y, false, threads);
+    else
+        int8_dots(kernels(), bits, {values, scales}, bias, in, batch, y, threads);
 }

@@ -61,6 +61,18 @@ inline void multiply(int sums, int left, int right) {
             __builtin_memcpy(of_sum, &sum, sizeof sum);
         }
 }
+inline void multiply_bytes(int sums, int left, int right) {
+    for (int m = 0; m < 16; ++m)
+        for (int n = 0; n < 16; ++n) {
+            uint32_t sum; // which wraps around, as the processor's does
+            uint8_t *of_sum = tile(sums).row[m] + 4 * n;
+            __builtin_memcpy(&sum, of_sum, sizeof sum);
+            for (int i = 0; i < 64; ++i) // four by four
+                sum += static_cast<uint32_t>(static_cast<int8_t>(tile(left).row[m][i]) *
+                                             static_cast<int8_t>(tile(right).row[i / 4][4 * n + i % 4]));
+            __builtin_memcpy(of_sum, &sum, sizeof sum);
+        }
+}
 
 } // namespace emulated
 } // namespace
@@ -71,9 +83,11 @@ inline void multiply(int sums, int left, int right) {
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
+#undef _tile_dpbssd
 #define _tile_loadconfig(shape) emulated::configure(shape)
 #define _tile_release() (emulated::tiles.configured = false)
 #define _tile_zero(number) emulated::zero(number)
 #define _tile_loadd(number, from, stride) emulated::load(number, from, stride)
 #define _tile_stored(number, to, stride) emulated::store(number, to, stride)
 #define _tile_dpbf16ps(sums, left, right) emulated::multiply(sums, left, right)
+#define _tile_dpbssd(sums, left, right) emulated::multiply_bytes(sums, left, right)
