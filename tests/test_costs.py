@@ -11,7 +11,7 @@ import torch
 from cost_tables import table_of
 from offpath import kernels
 from offpath.kernels import calibration
-from offpath.kernels.costs import BATCHES, DENSITIES, GRID, LARGE_SIZES, SMALL_SIZES, CostTable, sizes_for
+from offpath.kernels.costs import BATCHES, DENSITIES, GRID, LARGE_SIZES, SMALL_SIZES, CostTable, Sizes, sizes_for
 from offpath.kernels.methods import METHODS, PRODUCTS
 
 
@@ -23,11 +23,12 @@ def test_prediction_meets_the_measurement_on_the_grid_and_is_a_power_law_between
         assert math.isclose(seconds, 1e-9 * nnz * batch, rel_tol=1e-9)
 
 
-def test_what_a_call_costs_besides_its_work_does_not_grow_beyond_the_grid() -> None:
+def test_what_a_call_costs_besides_its_work_does_not_grow_with_many_tokens_or_beyond_the_grid() -> None:
     table = table_of(lambda p, m, size, density, batch: 1e-3 + 1e-9 * size**2)
     assert table.predict("forward", "row-wise", 4096, 4096, 4096**2, 1) == pytest.approx(1e-3 + 1e-9 * 4096**2)
     table = table_of(lambda p, m, size, density, batch: 1e-3 + 1e-5 * batch)
-    assert table.predict("forward", "dense", 512, 512, 512, 1000) == pytest.approx(1e-3 + 1e-5 * 1000)
+    for batch in (1000, 5000):
+        assert table.predict("forward", "dense", 512, 512, 512, batch) == pytest.approx(1e-3 + 1e-5 * batch)
 
 
 @pytest.mark.parametrize(("rows", "columns", "nnz", "batch"), [(0, 5, 0, 3), (5, 0, 0, 3), (5, 5, 0, 0), (1, 1, 1, 1)])
@@ -41,27 +42,33 @@ def test_large_matrices_have_a_table_of_their_own() -> None:
     assert sizes_for(1024, 1025) == sizes_for(10**5, 10**5) == LARGE_SIZES
 
 
+@pytest.mark.parametrize("sizes", [SMALL_SIZES, LARGE_SIZES], ids=["small", "large"])
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_points_that_are_not_measured_follow_those_that_are(product: str) -> None:
+def test_points_that_are_not_measured_follow_those_that_are(product: str, sizes: Sizes) -> None:
     """For times that grow as the scaling supposes, nothing is lost by not measuring."""
 
     def seconds_of(p: str, m: str, size: int, density: float, batch: int) -> float:
         return 1e-9 * size**2 * batch * (1 if m in calibration.AT_ANY_DENSITY else density)
 
-    true = table_of(seconds_of, LARGE_SIZES).seconds[product]
+    true = table_of(seconds_of, sizes).seconds[product]
     measured = {
         method: [
-            s if calibration._is_measured(LARGE_SIZES, product, method, *point[1:]) else math.inf
+            s if calibration._is_measured(sizes, product, method, *point) else math.inf
             for point, s in zip(GRID, column, strict=True)
         ]
         for method, column in true.items()
     }
     for column in measured.values():
         for i, (size, density, _) in enumerate(GRID):
-            if size > 0 and density > calibration.LAST_LARGE_DENSITY:
+            if sizes == LARGE_SIZES and size > 0 and density > calibration.LAST_LARGE_DENSITY:
                 column[i] = math.inf
-    too_large = 2 * 2 * len(BATCHES)  # two densities of two sizes
-    assert sum(map(math.isinf, measured["tiled" if product == "dvalues" else "bucketed"])) == too_large
+    of_plan = dict(zip(GRID, measured["tiled" if product == "dvalues" else "bucketed"], strict=True))
+    too_large = 2 * 2 * (len(BATCHES) - 1) if sizes == LARGE_SIZES else 0  # two densities of two sizes
+    assert sum(math.isinf(s) for (*_, batch), s in of_plan.items() if batch < calibration.MANY) == too_large
+    assert all(math.isinf(s) for (*_, batch), s in of_plan.items() if batch == calibration.MANY)
+    of_dense = dict(zip(GRID, measured["dense"], strict=True))
+    many = [size for size in range(3) if not math.isinf(of_dense[size, calibration.DENSE_DENSITY, calibration.MANY])]
+    assert many == ([0, 1] if sizes == SMALL_SIZES else [])
     assert all(map(math.isinf, measured["dense"][: calibration.SPEED_DENSITY * len(BATCHES)]))
     calibration._fill_in(product, measured)
     for method, column in true.items():
@@ -70,15 +77,15 @@ def test_points_that_are_not_measured_follow_those_that_are(product: str) -> Non
 
 def test_filled_takes_a_large_matrix_with_few_values_as_long_as_the_sparser_one_that_is_measured() -> None:
     seconds = [math.inf] * len(GRID)
-    for i, (_, density, batch) in enumerate(GRID):
-        if calibration._is_measured(LARGE_SIZES, "forward", "filled", density, batch):
+    for i, (size, density, batch) in enumerate(GRID):
+        if calibration._is_measured(LARGE_SIZES, "forward", "filled", size, density, batch):
             seconds[i] = DENSITIES[density] * BATCHES[batch]
     methods = {"filled": seconds}
     calibration._fill_in("forward", methods)
     sparser, denser = DENSITIES[calibration.SPEED_DENSITY], DENSITIES[calibration.DENSE_DENSITY]
-    assert methods["filled"] == [
-        (sparser if DENSITIES[density] <= sparser else denser) * BATCHES[batch] for _, density, batch in GRID
-    ]
+    assert methods["filled"] == pytest.approx(
+        [(sparser if DENSITIES[density] <= sparser else denser) * BATCHES[batch] for _, density, batch in GRID]
+    )
 
 
 @pytest.mark.parametrize("half", calibration.HALVES)
@@ -111,7 +118,7 @@ def test_halves_that_were_measured_at_two_speeds_are_compared_at_the_faster(slow
             for i, (size, density, batch) in enumerate(GRID)
             for p in PRODUCTS
             for m in METHODS[p]
-            if density in half and calibration._is_measured(LARGE_SIZES, p, m, density, batch)
+            if density in half and calibration._is_measured(LARGE_SIZES, p, m, size, density, batch)
         }
         for half in calibration.HALVES
     ]

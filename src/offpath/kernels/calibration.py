@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from offpath.kernels.backend import Backend
-from offpath.kernels.costs import BATCHES, DENSITIES, GRID, LARGE_SIZES, CostTable, Sizes
+from offpath.kernels.costs import BATCHES, DENSITIES, GRID, LARGE_SIZES, CostTable, Sizes, beyond
 from offpath.kernels.measured import measured_once
 from offpath.kernels.methods import METHODS, PreparedMatrix, PreparedWeight
 from offpath.kernels.undisturbed import fastest
@@ -27,11 +27,13 @@ SMALL_ROUNDS, LARGE_ROUNDS = 5, 3
 # for what filled reads of a large matrix's values, which is why it is measured at two. Over bits, output and dX read
 # the values once for every eight tokens, and dvalues takes as long as at full density; the row-wise form reads its x
 # once for every connection: they are out of the question long before many tokens or connections. Nearly dense large
-# matrices would take more time and memory than all others together.
+# matrices would take more time and memory than all others together. Beyond 256 tokens, time grows with them, except that
+# of dense and filled products of small matrices: torch's of 256 x 256 on AMX takes 4 times as long for 16 times more.
 AT_ANY_DENSITY, DENSE_DENSITY = ("dense", "filled"), DENSITIES.index(0.5)
 BITMAP_MEASURED_BATCHES = {"forward": 16, "dx": 16, "dvalues": 64}
 LAST_ROW_WISE = DENSITIES.index(0.2), BATCHES.index(32)
 LAST_LARGE_DENSITY = DENSITIES.index(0.5)
+MANY, LARGEST_OF_MANY = len(BATCHES) - 1, 512
 # Densities that are measured together. Of the large sizes, half of all connections are in the second half, and with
 # both in memory at once a process would take more than a gigabyte.
 TOGETHER = range(len(DENSITIES))
@@ -100,7 +102,7 @@ def _measure_densities(backend: Backend, dtype: torch.dtype, sizes: Sizes, densi
         for i, (weight, values), x in _problems(sizes, densities, dtype)
         for product, methods in METHODS.items()
         for method in methods
-        if _is_measured(sizes, product, method, *GRID[i][1:])
+        if _is_measured(sizes, product, method, *GRID[i])
     }
     if sizes == LARGE_SIZES:
         # Matrix after matrix, as the layers of a network: a product that still finds its own in cache may take half as
@@ -110,7 +112,9 @@ def _measure_densities(backend: Backend, dtype: torch.dtype, sizes: Sizes, densi
         return fastest(calls, LARGE_ROUNDS if sizes == LARGE_SIZES else SMALL_ROUNDS)
 
 
-def _is_measured(sizes: Sizes, product: str, method: str, density: int, batch: int) -> bool:
+def _is_measured(sizes: Sizes, product: str, method: str, size: int, density: int, batch: int) -> bool:
+    if batch == MANY and (method not in AT_ANY_DENSITY or sizes[size] > LARGEST_OF_MANY):
+        return False
     if method in AT_ANY_DENSITY:
         at_second = sizes == LARGE_SIZES and density == SPEED_DENSITY and (method == "filled" or batch >= SPEED_BATCH)
         return density == DENSE_DENSITY or at_second
@@ -124,7 +128,7 @@ def _fill_in(product: str, methods: Seconds) -> None:
     for method, seconds in methods.items():
         at = dict(zip(GRID, seconds, strict=True))
         for size, density, batch in GRID:
-            if not math.isinf(at[size, density, batch]):
+            if batch == MANY or not math.isinf(at[size, density, batch]):
                 continue
             if method in AT_ANY_DENSITY:
                 second = at[size, SPEED_DENSITY, batch] if density < SPEED_DENSITY else math.inf
@@ -136,6 +140,13 @@ def _fill_in(product: str, methods: Seconds) -> None:
                 if size > 0:
                     growth = at[size - 1, density, batch] / at[size - 1, density - 1, batch]
                 at[size, density, batch] = at[size, density - 1, batch] * growth
+        for size, density, _ in (point for point in GRID if point[2] == MANY):
+            known = at[size, DENSE_DENSITY, MANY]
+            edge = at[size, density, MANY - 2], at[size, density, MANY - 1]
+            if method in AT_ANY_DENSITY and not math.isinf(known):
+                at[size, density, MANY] = known
+            else:
+                at[size, density, MANY] = beyond((BATCHES[MANY - 2], BATCHES[MANY - 1]), edge, BATCHES[MANY])
         methods[method] = [at[point] for point in GRID]
 
 
@@ -146,6 +157,8 @@ def _problems(
     generator = torch.Generator().manual_seed(0)
     for i, (size, density, batch) in enumerate(GRID):
         if density not in densities or (sizes[size] in LARGE_SIZES[1:] and density > LAST_LARGE_DENSITY):
+            continue
+        if batch == MANY and (sizes[size] > LARGEST_OF_MANY or density != DENSE_DENSITY):
             continue
         if batch == 0:
             weight = _random_weight(sizes[size], DENSITIES[density], dtype, generator)

@@ -15,7 +15,7 @@ Sizes = tuple[int, int, int]
 SMALL_SIZES: Sizes = (128, 512, 1024)
 LARGE_SIZES: Sizes = (1024, 2048, 4096)
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.5, 0.75, 1.0)
-BATCHES = (1, 4, 16, 32, 64, 256)
+BATCHES = (1, 4, 16, 32, 64, 256, 2048)
 # Tokens stand side by side in registers where these products are computed: beyond the first register, which the grid
 # tells of, each further one (or half of one) that is begun takes as long as if it were full.
 FIRST_REGISTER, TOKENS_AT_ONCE = 16, {"bucketed": 16, "row-wise": 16, "tiled": 16, "filled": 8}
@@ -25,6 +25,18 @@ GRID = tuple(combinations(range(len(SMALL_SIZES)), range(len(DENSITIES)), range(
 def sizes_for(rows: int, columns: int) -> Sizes:
     """The sizes of the table that tells of a matrix."""
     return SMALL_SIZES if rows * columns <= SMALL_SIZES[-1] ** 2 else LARGE_SIZES
+
+
+def beyond(edge: tuple[int, int], seconds: tuple[float, float], n: int) -> float:
+    """Seconds of n, more than the second of the two sizes at the grid's edge, which take `seconds`.
+
+    What a call costs besides its work does not grow, but is at most half of it at the edge.
+
+    >>> beyond((64, 256), (2.0, 5.0), 512)
+    9.0
+    """
+    (fewer, most), (of_fewer, of_most) = edge, seconds
+    return of_most + max((of_most - of_fewer) / (most - fewer), of_most / most / 2) * (n - most)
 
 
 @dataclass(frozen=True)
@@ -48,9 +60,9 @@ class CostTable:
         """Seconds of one call.
 
         Multilinear in the logarithms of positions, density and batch, which is rounded up to where registers are full
-        of tokens (the weight gradient of "filled" has columns there). Beyond the grid, time grows with positions and
-        tokens as it does towards its edge: what a call costs besides its work does not grow with it, but is at most
-        half of it there. It does not shrink below the grid's edge.
+        of tokens (the weight gradient of "filled" has columns there); in the many tokens of the last step, linear.
+        Beyond the grid, time grows with positions and
+        tokens as it does towards its edge (see `beyond`). It does not shrink below the grid's edge.
 
         >>> a_microsecond_a_token = [batch * 1e-6 for _, _, batch in combinations(SMALL_SIZES, DENSITIES, BATCHES)]
         >>> table = CostTable(SMALL_SIZES, {"forward": {"dense": a_microsecond_a_token}})
@@ -62,19 +74,20 @@ class CostTable:
         if batch > FIRST_REGISTER and (product, method) != ("dvalues", "filled"):
             at_once = TOKENS_AT_ONCE.get(method, 1)
             batch = math.ceil(batch / at_once) * at_once
-        seconds = self._for_any_positions(measured, positions, density, batch)
         fewer, most = BATCHES[-2:]
+        if batch <= fewer:
+            return self._for_any_positions(measured, positions, density, batch)
+        of_fewer = self._for_any_positions(measured, positions, density, fewer)
+        of_most = self._for_any_positions(measured, positions, density, most)
         if batch > most:
-            growth = seconds - self._for_any_positions(measured, positions, density, fewer)
-            seconds += max(growth / (most - fewer), seconds / most / 2) * (batch - most)
-        return seconds
+            return beyond((fewer, most), (of_fewer, of_most), batch)
+        return of_fewer + (of_most - of_fewer) * (batch - fewer) / (most - fewer)
 
     def _for_any_positions(self, measured: list[float], positions: int, density: float, batch: int) -> float:
         seconds = self._interpolate(measured, math.sqrt(positions), density, batch)
-        smaller, largest = (size**2 for size in self.sizes[-2:])
-        if positions > largest:
-            growth = seconds - self._interpolate(measured, self.sizes[-2], density, batch)
-            seconds += max(growth / (largest - smaller), seconds / largest / 2) * (positions - largest)
+        if positions > self.sizes[-1] ** 2:
+            smaller = self._interpolate(measured, self.sizes[-2], density, batch)
+            seconds = beyond((self.sizes[-2] ** 2, self.sizes[-1] ** 2), (smaller, seconds), positions)
         return seconds
 
     def _interpolate(self, measured: list[float], size: float, density: float, batch: int) -> float:

@@ -21,7 +21,8 @@ from offpath.pattern import random
 
 PRODUCTS = ("forward", "dx", "dvalues")
 # The measurement takes as many images as this work, or one; large layers take as long per image as a batch of them.
-MEASURED_MULTIPLY_ADDS = 1e9
+# With AMX, torch multiplies bfloat16 about ten times as fast: to write the weight out would count as much as an image.
+MEASURED_MULTIPLY_ADDS, MEASURED_ON_TILES = 1e9, 8e9
 ROUNDS = 3
 # torch's time depends on what else its library keeps in the caches; planes win near-ties.
 MARGIN = 1.1
@@ -75,7 +76,9 @@ def _predicted(
 ) -> dict[str, dict[str, float]]:
     """Seconds of each product by each method, from those of a similar layer that is measured once."""
     per_image = math.prod((*convolution.weight_shape, *convolution.outputs))
-    measured, similar = min(images, max(1, int(MEASURED_MULTIPLY_ADDS / per_image))), _rounded(convolution)
+    on_tiles = dtype is torch.bfloat16 and "amx" in backend.name
+    most = int((MEASURED_ON_TILES if on_tiles else MEASURED_MULTIPLY_ADDS) / per_image)
+    measured, similar = min(images, max(1, most)), _rounded(convolution)
     seconds = _seconds(backend, similar, _rounded_nnz(convolution, nnz), measured, dtype, channels_last)
     more = images * math.prod(convolution.outputs) / (measured * math.prod(similar.outputs))
     return {product: {method: more * s for method, s in of.items()} for product, of in seconds.items()}
