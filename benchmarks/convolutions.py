@@ -1,6 +1,6 @@
-"""SparseConv2d at 90 % beside nn.Conv2d in float32: the forward pass and a training step, on two threads.
+"""SparseConv2d at 90 % beside nn.Conv2d: the forward pass and a training step, on two threads.
 
-Run with: .venv/bin/python benchmarks/convolutions.py [--out FILE]
+Run with: .venv/bin/python benchmarks/convolutions.py [--dtype bfloat16] [--out FILE]
 Prints medians of rounds in which all take turns. The dense rival runs contiguous and channels-last, and the faster of
 both counts; so does the sparse layer. A training step is the forward pass and the gradients of input, weight and bias.
 A pointwise convolution also stands beside the SparseLinear that computes the same numbers.
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from measure import at_least_one, check_product, machine_line, print_and_write
 from offpath import SparseLinear
+from offpath.cost import keep_freed_memory
 from offpath.nn import SparseConv2d
 
 CHANNELS, SPARSITY, THREADS = 256, 0.9, 2
 SIZES, BATCHES = (14, 28, 56), (1, 32)
 FORWARD_BAR, STEP_BAR = 3.0, 2.5
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 
 
@@ -79,10 +81,10 @@ def _better(medians: dict[str, float], name: str) -> float:
     return min(seconds for key, seconds in medians.items() if key.startswith(name))
 
 
-def _lines(size: int, batch: int, kernel: int, rounds: int) -> Iterator[str]:
-    sparse = SparseConv2d(CHANNELS, CHANNELS, kernel, padding=kernel // 2, sparsity=SPARSITY)
+def _lines(size: int, batch: int, kernel: int, rounds: int, dtype: torch.dtype) -> Iterator[str]:
+    sparse = SparseConv2d(CHANNELS, CHANNELS, kernel, padding=kernel // 2, sparsity=SPARSITY).to(dtype)
     dense = sparse.to_dense()
-    x, dy = torch.randn(batch, CHANNELS, size, size), torch.randn(batch, CHANNELS, size, size)
+    x, dy = (torch.randn(batch, CHANNELS, size, size).to(dtype) for _ in range(2))
     forward, step = {}, {}
     for name, memory_format in FORMATS.items():
         own_x, own_dy = (t.contiguous(memory_format=memory_format) for t in (x, dy))
@@ -92,7 +94,7 @@ def _lines(size: int, batch: int, kernel: int, rounds: int) -> Iterator[str]:
             forward[f"{kind} {name}"] = _forward(layer, own_x)
             step[f"{kind} {name}"] = _step(layer, own_x, own_dy)
     if kernel == 1:
-        linear = SparseLinear(CHANNELS, CHANNELS, pattern=sparse.pattern)
+        linear = SparseLinear(CHANNELS, CHANNELS, pattern=sparse.pattern).to(dtype)
         tokens, dtokens = (t.permute(0, 2, 3, 1).reshape(-1, CHANNELS).contiguous() for t in (x, dy))
         forward["linear"], step["linear"] = _forward(linear, tokens), _step(linear, tokens, dtokens)
     for what, calls, bar in (("forward", forward, FORWARD_BAR), ("training step", step, STEP_BAR)):
@@ -111,12 +113,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/convolutions.txt"), help="default: %(default)s")
     parser.add_argument("--rounds", type=at_least_one, default=11, help="default: %(default)s; a third for batches")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="default: %(default)s")
     options = parser.parse_args()
+    keep_freed_memory()
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    head = [machine_line(), f"{CHANNELS} -> {CHANNELS} channels, {SPARSITY:.0%} sparse; contiguous / channels-last"]
+    layer = f"{CHANNELS} -> {CHANNELS} channels, {SPARSITY:.0%} sparse, {options.dtype}"
+    head = [machine_line(), f"{layer}; contiguous / channels-last"]
     tables = (
-        _lines(size, batch, kernel, options.rounds if batch == 1 else max(1, options.rounds // 3))
+        _lines(
+            size, batch, kernel, options.rounds if batch == 1 else max(1, options.rounds // 3), DTYPES[options.dtype]
+        )
         for kernel in (3, 1)
         for size in SIZES
         for batch in BATCHES

@@ -27,8 +27,8 @@ SMALL_ROUNDS, LARGE_ROUNDS = 5, 3
 # for what filled reads of a large matrix's values, which is why it is measured at two. Over bits, output and dX read
 # the values once for every eight tokens, and dvalues takes as long as at full density; the row-wise form reads its x
 # once for every connection: they are out of the question long before many tokens or connections. Nearly dense large
-# matrices would take more time and memory than all others together. Beyond 256 tokens, time grows with them, except that
-# of dense and filled products of small matrices: torch's of 256 x 256 on AMX takes 4 times as long for 16 times more.
+# matrices would take more time and memory than all others together. Beyond 256 tokens, time grows with them; except for
+# dense and filled products of small matrices: torch's of 256 x 256 on AMX takes 4 times as long for 16 times as many.
 AT_ANY_DENSITY, DENSE_DENSITY = ("dense", "filled"), DENSITIES.index(0.5)
 BITMAP_MEASURED_BATCHES = {"forward": 16, "dx": 16, "dvalues": 64}
 LAST_ROW_WISE = DENSITIES.index(0.2), BATCHES.index(32)
