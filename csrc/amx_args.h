@@ -9,9 +9,9 @@ namespace offpath {
 // A tile of the left factor is 16 rows x 32 of the inner dimension; one of the right factor is 16 pairs of neighbours
 // of the inner dimension x 16 columns. Tiles that follow one another along the inner dimension are a strip.
 constexpr int64_t strip_lines = 16, tile_depth = 32, tile_entries = strip_lines * tile_depth;
-// The same of int8: 64 of the inner dimension, four neighbours instead of two.
-constexpr int64_t int8_depth = 64, int8_entries = strip_lines * int8_depth;
+// Tiles of int8 have 64 of the inner dimension, and four neighbours instead of two.
 template <class Entry> constexpr int64_t entries_of_tile = strip_lines * 64 / static_cast<int64_t>(sizeof(Entry));
+constexpr int64_t int8_entries = entries_of_tile<int8_t>;
 // Two strips are multiplied with two at a time. Their sums: [32, 32].
 constexpr int64_t pair_lines = 2 * strip_lines, pair_sums = pair_lines * pair_lines;
 // Tiles of a strip that are filled and multiplied before the next strip has its turn, so that they stay in the

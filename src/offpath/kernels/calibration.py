@@ -33,7 +33,7 @@ AT_ANY_DENSITY, DENSE_DENSITY = ("dense", "filled"), DENSITIES.index(0.5)
 BITMAP_MEASURED_BATCHES = {"forward": 16, "dx": 16, "dvalues": 64}
 LAST_ROW_WISE = DENSITIES.index(0.2), BATCHES.index(32)
 LAST_LARGE_DENSITY = DENSITIES.index(0.5)
-MANY, LARGEST_OF_MANY = len(BATCHES) - 1, 512
+MANY, LARGEST_WITH_MANY = len(BATCHES) - 1, 512
 # Densities that are measured together. Of the large sizes, half of all connections are in the second half, and with
 # both in memory at once a process would take more than a gigabyte.
 TOGETHER = range(len(DENSITIES))
@@ -113,7 +113,7 @@ def _measure_densities(backend: Backend, dtype: torch.dtype, sizes: Sizes, densi
 
 
 def _is_measured(sizes: Sizes, product: str, method: str, size: int, density: int, batch: int) -> bool:
-    if batch == MANY and (method not in AT_ANY_DENSITY or sizes[size] > LARGEST_OF_MANY):
+    if batch == MANY and (method not in AT_ANY_DENSITY or sizes[size] > LARGEST_WITH_MANY):
         return False
     if method in AT_ANY_DENSITY:
         at_second = sizes == LARGE_SIZES and density == SPEED_DENSITY and (method == "filled" or batch >= SPEED_BATCH)
@@ -158,7 +158,7 @@ def _problems(
     for i, (size, density, batch) in enumerate(GRID):
         if density not in densities or (sizes[size] in LARGE_SIZES[1:] and density > LAST_LARGE_DENSITY):
             continue
-        if batch == MANY and (sizes[size] > LARGEST_OF_MANY or density != DENSE_DENSITY):
+        if batch == MANY and (sizes[size] > LARGEST_WITH_MANY or density != DENSE_DENSITY):
             continue
         if batch == 0:
             weight = _random_weight(sizes[size], DENSITIES[density], dtype, generator)
