@@ -100,7 +100,9 @@ def _lines(size: int, batch: int, kernel: int, rounds: int, dtype: torch.dtype) 
     for what, calls, bar in (("forward", forward, FORWARD_BAR), ("training step", step, STEP_BAR)):
         medians = _medians(calls, rounds)
         ours, rival_seconds = _better(medians, "sparse"), _better(medians, "dense")
-        shown = f", SparseLinear {medians['linear'] * 1e3:8.2f} ms" if "linear" in medians else f" (bar {bar:g})"
+        shown = f", SparseLinear {medians['linear'] * 1e3:8.2f} ms" if "linear" in medians else ""
+        if kernel > 1 and dtype is torch.float32:
+            shown = f" (bar {bar:g})"
         both = " / ".join(f"{medians[f'sparse {name}'] * 1e3:.2f}" for name in FORMATS)
         dense_both = " / ".join(f"{medians[f'dense {name}'] * 1e3:.2f}" for name in FORMATS)
         yield (

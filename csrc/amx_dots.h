@@ -29,25 +29,20 @@ template <class T> class DotsOnTiles {
     DotsOnTiles(const Kernels<T> &kernels, const BitMatrix &matrix, const Int8Values &weight, const T *bias,
                 const int8_t *x, const float *sizes, int64_t batch, T *y, int threads)
         : dots(kernels.amx->dots), scale(kernels.scale_sums), bitmap(matrix.view()), values(weight.values), x(x),
-          scaled{nullptr, 0, weight.scales, sizes, bias, y, matrix.rows}, batch(batch), pairs(pairs_for(matrix.rows)),
-          pairs_together(pairs_per_task(pairs, dots_rows, threads)), chunks(ceil_div(pairs, pairs_together)),
-          strips(ceil_div(batch, strip_lines)), strips_together(strips_per_task(strips, chunks, threads)) {}
+          scaled{nullptr, 0, weight.scales, sizes, bias, y, matrix.rows}, batch(batch),
+          split(matrix.rows, dots_rows, ceil_div(batch, strip_lines), threads) {}
 
-    int64_t tasks() const { return chunks * ceil_div(strips, strips_together); }
+    int64_t tasks() const { return split.count(); }
     void run(int64_t task) const {
-        const int64_t pair = task % chunks * pairs_together, pair_end = std::min(pairs, pair + pairs_together);
-        const int64_t strip = task / chunks * strips_together, strip_end = std::min(strips, strip + strips_together);
-        const int64_t sums_of_task = pairs_together * ceil_div(strips_together, 2) * pair_sums;
-        const auto filled = scratch<int8_t>(2 * pairs_together * tiles_per_step * int8_entries);
-        const auto sums = scratch<int32_t>(sums_of_task), totals = scratch<int32_t>(sums_of_task);
-        const int64_t stride = (pair_end - pair) * pair_lines;
-        dots({bitmap, values, x, totals.get(), stride, filled.get(), sums.get()},
-             {2 * pair, 2 * pair_end, strip, strip_end});
+        const Block strips = split[task];
+        const auto filled = scratch<int8_t>(split.filled_tiles() * int8_entries);
+        const auto sums = scratch<int32_t>(split.sums()), totals = scratch<int32_t>(split.sums());
         scale_sums_args<T> own = scaled;
         own.sums = totals.get();
-        own.sums_stride = stride;
-        scale(own, {pair * pair_lines, std::min(bitmap.rows, pair_end * pair_lines), strip * strip_lines,
-                    std::min(batch, strip_end * strip_lines)});
+        own.sums_stride = (strips.row_end - strips.row_begin) * strip_lines;
+        dots({bitmap, values, x, totals.get(), own.sums_stride, filled.get(), sums.get()}, strips);
+        scale(own, {strips.row_begin * strip_lines, std::min(bitmap.rows, strips.row_end * strip_lines),
+                    strips.batch_begin * strip_lines, std::min(batch, strips.batch_end * strip_lines)});
     }
 
   private:
@@ -56,7 +51,8 @@ template <class T> class DotsOnTiles {
     const Bitmap bitmap;
     const int8_t *const values, *const x;
     const scale_sums_args<T> scaled;
-    const int64_t batch, pairs, pairs_together, chunks, strips, strips_together;
+    const int64_t batch;
+    const StripTasks split;
 };
 
 } // namespace offpath

@@ -49,10 +49,24 @@ inline int64_t strips_per_task(int64_t strips, int64_t tasks, int threads) {
     return std::clamp<int64_t>(2 * ceil_div(ceil_div(strips, 2), parts), 2, tokens_per_amx_task / strip_lines);
 }
 
-// Pairs of strips of rows in a task that has `most_rows` at most.
-inline int64_t pairs_per_task(int64_t pairs, int64_t most_rows, int threads) {
-    return std::clamp<int64_t>(pairs / (4 * threads), 1, most_rows / pair_lines);
-}
+// The tasks of a product of strips of rows, `most_rows` in a task at most, with strips of tokens.
+struct StripTasks {
+    const int64_t pairs, pairs_together, chunks, strips, strips_together;
+
+    StripTasks(int64_t rows, int64_t most_rows, int64_t strips, int threads)
+        : pairs(pairs_for(rows)), pairs_together(std::clamp<int64_t>(pairs / (4 * threads), 1, most_rows / pair_lines)),
+          chunks(ceil_div(pairs, pairs_together)), strips(strips),
+          strips_together(strips_per_task(strips, chunks, threads)) {}
+
+    int64_t count() const { return chunks * ceil_div(strips, strips_together); }
+    Block operator[](int64_t task) const {
+        const int64_t pair = task % chunks * pairs_together, strip = task / chunks * strips_together;
+        return {2 * pair, 2 * std::min(pairs, pair + pairs_together), strip, std::min(strips, strip + strips_together)};
+    }
+    // What one of them needs: the tiles of a step of its rows, and the sums of its pairs.
+    int64_t filled_tiles() const { return 2 * pairs_together * tiles_per_step; }
+    int64_t sums() const { return pairs_together * ceil_div(strips_together, 2) * pair_sums; }
+};
 
 // y = x W^T + bias
 class AmxProduct {
@@ -61,26 +75,22 @@ class AmxProduct {
                const bfloat16 *bias, const TileStrips &x, int64_t batch, bfloat16 *y, bool feature_major, int threads)
         : kernel(kernels.product),
           args{matrix.view(), weight, bias, x.data(), y, batch, feature_major, nullptr, nullptr},
-          pairs(pairs_for(matrix.rows)), pairs_together(pairs_per_task(pairs, amx_rows, threads)),
-          chunks(ceil_div(pairs, pairs_together)), strips(x.count),
-          strips_together(strips_per_task(strips, chunks, threads)) {}
+          split(matrix.rows, amx_rows, x.count, threads) {}
 
-    int64_t tasks() const { return chunks * ceil_div(strips, strips_together); }
+    int64_t tasks() const { return split.count(); }
     void run(int64_t task) const {
-        const int64_t pair = task % chunks * pairs_together, strip = task / chunks * strips_together;
-        const auto filled = scratch<bfloat16>(2 * pairs_together * tiles_per_step * tile_entries);
-        const auto sums = scratch<float>(pairs_together * ceil_div(strips_together, 2) * pair_sums);
+        const auto filled = scratch<bfloat16>(split.filled_tiles() * tile_entries);
+        const auto sums = scratch<float>(split.sums());
         amx_product_args own = args;
         own.filled = filled.get();
         own.sums = sums.get();
-        kernel(own, {2 * pair, 2 * std::min(pairs, pair + pairs_together), strip,
-                     std::min(strips, strip + strips_together)});
+        kernel(own, split[task]);
     }
 
   private:
     const Kernel<amx_product_args> kernel;
     const amx_product_args args;
-    const int64_t pairs, pairs_together, chunks, strips, strips_together;
+    const StripTasks split;
 };
 
 // dx = dy W

@@ -9,6 +9,15 @@
 
 namespace {
 
+// The numbers of tile registers have to stand in the source.
+#define OFFPATH_MULTIPLY_TILES(sums, left, right)                                                                      \
+    do {                                                                                                               \
+        if constexpr (sizeof(Entry) == 1)                                                                              \
+            _tile_dpbssd(sums, left, right);                                                                           \
+        else                                                                                                           \
+            _tile_dpbf16ps(sums, left, right);                                                                         \
+    } while (false)
+
 // While it lives, the tile registers have their shape. Afterwards they are as good as unused, so that the system need
 // not save them with the thread's others.
 struct TileRegisters {
@@ -57,15 +66,15 @@ struct TileRegisters {
             if constexpr (rights == 2)
                 _tile_loadd(7, right + right_stride, 64);
             _tile_loadd(4, left, 64);
-            add_products<0, Entry>();
+            OFFPATH_MULTIPLY_TILES(0, 4, 6);
             if constexpr (rights == 2)
-                add_products<1, Entry>();
+                OFFPATH_MULTIPLY_TILES(1, 4, 7);
             if constexpr (lefts == 2) {
                 _tile_loadd(5, left + left_stride, 64);
-                add_products<2, Entry>();
+                OFFPATH_MULTIPLY_TILES(2, 5, 6);
             }
             if constexpr (lefts == 2 && rights == 2)
-                add_products<3, Entry>();
+                OFFPATH_MULTIPLY_TILES(3, 5, 7);
         }
         _tile_stored(0, sums, bytes_per_line);
         if constexpr (rights == 2)
@@ -76,30 +85,8 @@ struct TileRegisters {
             _tile_stored(3, second_line + offpath::strip_lines, bytes_per_line);
         __asm__ volatile("" ::: "memory");
     }
-
-  private:
-    // Of left strip sum / 2 and right strip sum % 2; the names of registers have to stand in the source.
-    template <int sum, class Entry> static void add_products() {
-        if constexpr (sizeof(Entry) == 1) {
-            if constexpr (sum == 0)
-                _tile_dpbssd(0, 4, 6);
-            else if constexpr (sum == 1)
-                _tile_dpbssd(1, 4, 7);
-            else if constexpr (sum == 2)
-                _tile_dpbssd(2, 5, 6);
-            else
-                _tile_dpbssd(3, 5, 7);
-        } else {
-            if constexpr (sum == 0)
-                _tile_dpbf16ps(0, 4, 6);
-            else if constexpr (sum == 1)
-                _tile_dpbf16ps(1, 4, 7);
-            else if constexpr (sum == 2)
-                _tile_dpbf16ps(2, 5, 6);
-            else
-                _tile_dpbf16ps(3, 5, 7);
-        }
-    }
 };
+
+#undef OFFPATH_MULTIPLY_TILES
 
 } // namespace

@@ -158,7 +158,8 @@ def _problems(
     for i, (size, density, batch) in enumerate(GRID):
         if density not in densities or (sizes[size] in LARGE_SIZES[1:] and density > LAST_LARGE_DENSITY):
             continue
-        if batch == MANY and (sizes[size] > LARGEST_WITH_MANY or density != DENSE_DENSITY):
+        point = size, density, batch
+        if not any(_is_measured(sizes, p, method, *point) for p, methods in METHODS.items() for method in methods):
             continue
         if batch == 0:
             weight = _random_weight(sizes[size], DENSITIES[density], dtype, generator)
