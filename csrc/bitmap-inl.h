@@ -72,6 +72,22 @@ template <class T, class Value> [[gnu::always_inline]] inline void fetch_ahead(i
         __builtin_prefetch(of_part + prefetched_bytes / sizeof(Value), is_written<Value>);
 }
 
+// Calls body(part of the word, first column, bits, values of these columns) for each register full of columns of some
+// words of a row, whose values start at `values`; returns where those of the words after them do.
+template <class T, class Value, class Body>
+[[gnu::always_inline]] inline Value *each_vector_of_words(const offpath::Bitmap &bitmap, int64_t row, int64_t word,
+                                                          int64_t last, Value *values, const Body &body) {
+    for (const uint64_t *words = bitmap.words + row * bitmap.words_per_row; word < last; ++word) {
+        each_part_of_word<T>(words[word], values,
+                             [&] [[gnu::always_inline]] (int part, int64_t column, uint32_t bits, Value *of_part) {
+                                 fetch_ahead<T>(part, of_part);
+                                 body(part, word * 64 + column, bits, of_part);
+                             });
+        values += __builtin_popcountll(words[word]);
+    }
+    return values;
+}
+
 // Calls body(part of the word, first column, bits, values of these columns, whether a whole register of values may be
 // read) for each register full of columns of a row.
 template <class T, class Value, class Body>
@@ -80,15 +96,10 @@ template <class T, class Value, class Body>
     const Value *end = values + bitmap.crow_indices[bitmap.rows];
     values += bitmap.crow_indices[row];
     const bool whole = end - values >= bitmap.crow_indices[row + 1] - bitmap.crow_indices[row] + 64;
-    for (int64_t w = 0; w < bitmap.words_per_row; ++w) {
-        const uint64_t word = bitmap.words[row * bitmap.words_per_row + w];
-        each_part_of_word<T>(word, values,
-                             [&] [[gnu::always_inline]] (int part, int64_t column, uint32_t bits, Value *of_part) {
-                                 fetch_ahead<T>(part, of_part);
-                                 body(part, w * 64 + column, bits, of_part, whole);
-                             });
-        values += __builtin_popcountll(word);
-    }
+    each_vector_of_words<T>(bitmap, row, 0, bitmap.words_per_row, values,
+                            [&] [[gnu::always_inline]] (int part, int64_t column, uint32_t bits, Value *of_part) {
+                                body(part, column, bits, of_part, whole);
+                            });
 }
 
 // Calls body(part of the word, first column, bits of each row, values of each row) for each register full of columns

@@ -142,7 +142,7 @@ void bitmap_dx_rows(const offpath::bitmap_dx_args<T> &args, const offpath::Block
     const int64_t nnz = bitmap.crow_indices[bitmap.rows];
     const auto add_rows = [&]<int rows>(int64_t row, int64_t apart, int64_t word, int64_t last, const T **values) {
         const bool whole = nnz - bitmap.crow_indices[row + (rows - 1) * apart + 1] >= ColumnVector<T>::columns;
-        Multiplied<T> dy_of_rows[offpath::bitmap_batch][rows];
+        Multiplied<T> dy_of_rows[offpath::bitmap_dx_batch][rows];
         for (int64_t t = 0; t < args.batch; ++t)
             for (int r = 0; r < rows; ++r)
                 dy_of_rows[t][r] = dy[t * args.dy_stride + row + r * apart];

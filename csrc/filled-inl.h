@@ -37,7 +37,7 @@ template <class T, int vectors>
 
 // Groups that are multiplied together: as many as the registers have sums for. A column of a panel serves them all,
 // which is what counts where it is multiplied fast and has few tokens.
-template <class T> constexpr int most_groups_together = in_pairs<T> ? 2 : 1;
+template <class T> constexpr int most_groups_together = in_pairs<T> || sizeof(typename Simd<float>::V) == 64 ? 2 : 1;
 template <class T, int vectors>
 constexpr int groups_together = panel_vectors / vectors >= most_groups_together<T> ? most_groups_together<T> : 1;
 
@@ -88,7 +88,7 @@ template <class T, class Body> void with_halves_of_panel(int64_t token, int64_t 
 }
 
 // The values of a register full of columns, zeros filled in.
-template <class T> void fill(const T *values, uint32_t bits, bool whole, FilledEntry<T> *entries) {
+template <class T> void fill_vector(const T *values, uint32_t bits, bool whole, FilledEntry<T> *entries) {
     if constexpr (in_pairs<T>) {
         using C = ColumnVector<T>;
         C::store(entries, C::expand(values, bits, whole));
@@ -102,18 +102,17 @@ template <class T> void fill(const T *values, uint32_t bits, bool whole, FilledE
     }
 }
 
-// A row of int8 values as numbers that T is multiplied as, zeros filled in. Out of line, so that the loops over other
-// values are compiled as they would be without it.
+// Words of a row of int8 values as numbers that T is multiplied as, zeros filled in; returns where the values of the
+// words after them start. Out of line, so that the loops over other values are compiled as they would be without it.
 template <class T>
-[[gnu::noinline]] void fill_int8_row(const offpath::Bitmap &bitmap, int64_t row, const int8_t *values,
-                                     FilledEntry<T> *entries) {
+[[gnu::noinline]] const int8_t *fill_int8_words(const offpath::Bitmap &bitmap, int64_t row, int64_t word, int64_t last,
+                                                const int8_t *values, FilledEntry<T> *entries) {
     using Word = WidenedWord<T>;
-    values += bitmap.crow_indices[row];
-    for (int64_t w = 0; w < bitmap.words_per_row; ++w, entries += 64) {
-        const uint64_t word = bitmap.words[row * bitmap.words_per_row + w];
+    for (; word < last; ++word, entries += 64) {
+        const uint64_t bits = bitmap.words[row * bitmap.words_per_row + word];
         __builtin_prefetch(values + prefetched_bytes);
-        const Word widened{spread_bytes(values, word)};
-        values += __builtin_popcountll(word);
+        const Word widened{spread_bytes(values, bits)};
+        values += __builtin_popcountll(bits);
         each_part<64 / Word::columns>([&] [[gnu::always_inline]] (int part) {
             if constexpr (in_pairs<T>)
                 ColumnVector<T>::store(entries + part * Word::columns, widened.part(part));
@@ -121,36 +120,72 @@ template <class T>
                 Word::S::store(entries + part * Word::columns, widened.part(part));
         });
     }
+    return values;
 }
+
+// Rows of a tile, which are filled some words at a time. Those beyond the matrix are zero.
+template <class T> class RowsToFill {
+  public:
+    RowsToFill(const offpath::filled_args<T> &args, int64_t first_row, int64_t count)
+        : args(args), first_row(first_row), count(count) {
+        for (int64_t i = 0; i < count; ++i)
+            slots[i] = args.bitmap.crow_indices[first_row + i < args.bitmap.rows ? first_row + i : args.bitmap.rows];
+    }
+
+    // Fills words `word` to `last` of each row, which are those after the words filled last.
+    [[gnu::noinline]] void fill(int64_t word, int64_t last, FilledEntry<T> *entries, int64_t stride) {
+        const offpath::Bitmap &bitmap = args.bitmap;
+        const auto &weight = args.weight;
+        for (int64_t i = 0; i < count; ++i, entries += stride) {
+            const int64_t row = first_row + i, slot = slots[i];
+            if (row >= bitmap.rows) {
+                for (int64_t column = 0; column < (last - word) * 64; ++column)
+                    entries[column] = {};
+            } else if (weight.int8.scales) {
+                const int8_t *values = weight.int8.values;
+                slots[i] = fill_int8_words<T>(bitmap, row, word, last, values + slot, entries) - values;
+            } else {
+                // A whole register of values may be read from where this row's last one starts.
+                const bool whole = bitmap.crow_indices[bitmap.rows] - bitmap.crow_indices[row + 1] >= 64;
+                slots[i] = each_vector_of_words<T>(
+                               bitmap, row, word, last, weight.values + slot,
+                               [&] [[gnu::always_inline]] (int, int64_t column, uint32_t bits, const T *values) {
+                                   fill_vector<T>(values, bits, whole, entries + column - word * 64);
+                               }) -
+                           weight.values;
+            }
+        }
+    }
+
+  private:
+    const offpath::filled_args<T> &args;
+    const int64_t first_row, count;
+    int64_t slots[offpath::tile_groups * offpath::group_rows];
+};
 
 // Block: rows count groups, batch counts panels.
 template <class T> void filled(const offpath::filled_args<T> &args, const offpath::Block &block) {
     constexpr int64_t step = Format<T>::columns_per_step, filled_together = most_groups_together<T>;
-    const int64_t rows = args.bitmap.rows, columns = args.bitmap.columns, stride = args.tile_stride;
+    const int64_t rows = args.bitmap.rows, columns = args.bitmap.columns, words = args.bitmap.words_per_row;
     auto *tile = static_cast<FilledEntry<T> *>(args.tile);
     const Output<T> output = {args.y, rows, args.batch, args.feature_major};
     const float *scales = args.weight.int8.scales;
     const T *start = scales ? nullptr : args.bias;
+    // Rows that serve a single panel are filled in pieces that stay in the first-level cache until they are multiplied.
+    constexpr int64_t most_words = 8;
+    const int64_t pieces = words > most_words ? (words + most_words - 1) / most_words : 1;
+    const int64_t words_of_piece = (words + pieces - 1) / pieces;
+    const int64_t stride_of_piece = args.tile_stride - (words - words_of_piece) * 64;
+    const bool by_pieces = block.batch_end - block.batch_begin == 1;
     for (int64_t first = block.row_begin; first < block.row_end; first += offpath::tile_groups) {
         const int64_t last =
             block.row_end - first < offpath::tile_groups ? block.row_end : first + offpath::tile_groups;
         const int64_t groups = (last - first + filled_together - 1) / filled_together * filled_together;
-        for (int64_t i = 0; i < groups * offpath::group_rows; ++i) {
-            FilledEntry<T> *entries = tile + i * stride;
-            const int64_t row = first * offpath::group_rows + i;
-            if (row >= rows)
-                for (int64_t column = 0; column < stride; ++column)
-                    entries[column] = {};
-            else if (scales)
-                fill_int8_row<T>(args.bitmap, row, args.weight.int8.values, entries);
-            else
-                each_column_vector<T>(args.bitmap, row, args.weight.values,
-                                      [&](int, int64_t column, uint32_t bits, const T *values, bool whole) {
-                                          fill<T>(values, bits, whole, entries + column);
-                                      });
-        }
+        if (!by_pieces)
+            RowsToFill<T>(args, first * offpath::group_rows, groups * offpath::group_rows)
+                .fill(0, words, tile, args.tile_stride);
         for (int64_t panel = block.batch_begin; panel < block.batch_end; ++panel) {
-            const int64_t token = panel * panel_width<T>;
+            const int64_t token = panel * panel_width<T>, width = width_of_panel<T>(token, args.batch);
             const auto *x =
                 static_cast<const typename Format<T>::Panel *>(args.panels) + token * panel_columns<T>(columns);
             with_halves_of_panel<T>(token, args.batch, [&]<int vectors, bool half>(Vectors<vectors, half>) {
@@ -160,8 +195,20 @@ template <class T> void filled(const offpath::filled_args<T> &args, const offpat
 #pragma GCC unroll 2
                     for (int g = 0; g < together; ++g)
                         start_group<T, vectors>(acc[g], GroupStart<T>(start, group + g, rows).of_row);
-                    multiply_filled<T, vectors, half>(acc, tile + (group - first) * offpath::group_rows * stride,
-                                                      stride, step, x, columns);
+                    if (by_pieces) {
+                        RowsToFill<T> piece(args, group * offpath::group_rows, together * offpath::group_rows);
+                        for (int64_t word = 0; word < words; word += words_of_piece) {
+                            const int64_t end = words - word < words_of_piece ? words : word + words_of_piece;
+                            const int64_t left = columns - word * 64;
+                            piece.fill(word, end, tile, stride_of_piece);
+                            multiply_filled<T, vectors, half>(acc, tile, stride_of_piece, step, x + word * 64 * width,
+                                                              left < words_of_piece * 64 ? left : words_of_piece * 64);
+                        }
+                    } else {
+                        multiply_filled<T, vectors, half>(
+                            acc, tile + (group - first) * offpath::group_rows * args.tile_stride, args.tile_stride,
+                            step, x, columns);
+                    }
                     store_filled<T, vectors>(acc, sums);
                     for (int g = 0; scales && g < together; ++g)
                         scale_group<T, vectors>(scales, args.bias, group + g, rows,

@@ -78,7 +78,7 @@ template <class T> void fill_chunk(const offpath::filled_dx_args<T> &args, int64
             each_vector_of_chunk<T>(
                 args, row, chunk,
                 [&] [[gnu::always_inline]] (int64_t column, uint32_t bits, const T *values, bool whole) {
-                    fill<T>(values, bits, whole, tile + (row - begin) * offpath::chunk_columns + column);
+                    fill_vector<T>(values, bits, whole, tile + (row - begin) * offpath::chunk_columns + column);
                 });
         }
     }

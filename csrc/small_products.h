@@ -127,7 +127,7 @@ void bitmap_spmm(const Kernels<T> &kernels, const BitMatrix &matrix, const T *va
               });
 }
 
-// One part of the rows after the other, each summed apart, for the gradient of x for at most bitmap_batch tokens.
+// One part of the rows after the other, each summed apart, for the gradient of x for at most bitmap_dx_batch tokens.
 template <class T> class InputGradientParts {
   public:
     InputGradientParts(const Kernels<T> &kernels, const bitmap_dx_args<T> &args, int64_t rows_per_part)
@@ -158,11 +158,11 @@ void bitmap_dx_of(const Kernels<T> &kernels, const BitMatrix &matrix, const T *v
     const int64_t dy_stride = token_stride<Entry>(view.rows);
     const int64_t stride = token_stride<Sum<T>>(64 * view.words_per_row);
     const int64_t rows_per_part = std::max(rows_per_block, ceil_div(view.rows, most_parts));
-    const int64_t count = ceil_div(view.rows, rows_per_part), most_tokens = std::min<int64_t>(bitmap_batch, batch);
+    const int64_t count = ceil_div(view.rows, rows_per_part), most_tokens = std::min<int64_t>(bitmap_dx_batch, batch);
     const auto dy_rows = scratch<Entry>(most_tokens * dy_stride);
     const auto sums = scratch<Sum<T>>(count * most_tokens * stride);
-    for (int64_t first = 0; first < batch; first += bitmap_batch) {
-        const int64_t tokens = std::min<int64_t>(bitmap_batch, batch - first);
+    for (int64_t first = 0; first < batch; first += bitmap_dx_batch) {
+        const int64_t tokens = std::min<int64_t>(bitmap_dx_batch, batch - first);
         copy_rows(dy, first, tokens, view.rows, dy_stride, dy_rows.get());
         const bool finite = all_finite(dy_rows.get(), tokens * dy_stride);
         const int workers = threads_for(matrix.nnz() * tokens, threads);

@@ -110,7 +110,9 @@ template <class T> struct bitmap_args {
     bool x_is_finite; // neither an infinity nor a NaN in x; else batch is 1
 };
 
-// sums[b, column] += sum over the rows of the block of value * dy[b, row], for at most bitmap_batch tokens.
+// sums[b, column] += sum over the rows of the block of value * dy[b, row], for at most bitmap_dx_batch tokens: values
+// are spread into lanes once for all of them.
+constexpr int bitmap_dx_batch = 16;
 template <class T> struct bitmap_dx_args {
     Bitmap bitmap;
     const T *values;
@@ -193,8 +195,9 @@ template <class T> struct filled_args {
 constexpr int64_t chunk_columns = 192;
 // Tokens, at most, that are multiplied with one tile of the weight: filling it costs little beside.
 constexpr int64_t tokens_per_tile = 256;
-// Rows of a chunk that are filled in one go: the tile and what is multiplied with it stay in the second-level cache.
-constexpr int64_t rows_per_fill(int64_t entry_bytes) { return (384 << 10) / (chunk_columns * entry_bytes); }
+// Rows of a chunk that are filled in one go: they are multiplied while they are in the first-level cache, or close to
+// it.
+constexpr int64_t rows_per_fill(int64_t entry_bytes) { return (48 << 10) / (chunk_columns * entry_bytes); }
 template <class T> struct filled_dx_args {
     Bitmap bitmap;
     const int32_t *chunk_slots; // where each chunk of each row begins: [rows, chunks]

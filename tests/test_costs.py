@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import groupby, product as combinations
+from itertools import groupby, pairwise, product as combinations
 
 import pytest
 import torch
@@ -75,6 +75,26 @@ def test_points_that_are_not_measured_follow_those_that_are(product: str, sizes:
         assert measured[method] == pytest.approx(column)
 
 
+@pytest.mark.parametrize("disturbed", [(0, calibration.DENSE_DENSITY), (1, calibration.SPEED_DENSITY)])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_a_disturbed_time_where_a_growth_begins_does_not_make_a_method_look_cheap(
+    product: str, disturbed: tuple[int, int]
+) -> None:
+    columns: dict[str, list[float]] = {method: [math.inf] * len(GRID) for method in METHODS[product]}
+    for method, column in columns.items():
+        for i, (size, density, batch) in enumerate(GRID):
+            too_large = size > 0 and density > calibration.LAST_LARGE_DENSITY
+            if not too_large and calibration._is_measured(LARGE_SIZES, product, method, size, density, batch):
+                longer = 2.5 if (size, density) == disturbed else 1.0
+                column[i] = 1e-6 * 4**size * (1 + DENSITIES[density]) * (10 + BATCHES[batch]) * longer
+    calibration._fill_in(product, columns)
+    for method, column in columns.items():
+        at = dict(zip(GRID, column, strict=True))
+        for size, density, batch in GRID:
+            if size > 0 and density > calibration.LAST_LARGE_DENSITY:
+                assert at[size, density, batch] >= at[size, density - 1, batch], (method, size, density, batch)
+
+
 def test_filled_takes_a_large_matrix_with_few_values_as_long_as_the_sparser_one_that_is_measured() -> None:
     seconds = [math.inf] * len(GRID)
     for i, (size, density, batch) in enumerate(GRID):
@@ -91,10 +111,14 @@ def test_filled_takes_a_large_matrix_with_few_values_as_long_as_the_sparser_one_
 @pytest.mark.parametrize("half", calibration.HALVES)
 def test_a_method_goes_through_all_large_matrices_in_turns(half: range, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two calls in a row with one matrix would find it in cache, as no large layer of a network does."""
-    order: list[tuple[str, str, int]] = []
+    order: list[calibration.Key] = []
+    earlier: dict[calibration.Key, object] = {}
 
-    def keep_order(calls: dict[tuple[str, str, int], object], rounds: int) -> dict[tuple[str, str, int], float]:
+    def keep_order(
+        calls: dict[calibration.Key, object], rounds: int, before: dict[calibration.Key, object]
+    ) -> dict[calibration.Key, float]:
         order.extend(calls)
+        earlier.update(before)
         return dict.fromkeys(calls, 1.0)
 
     points = [i for i, (_, density, _) in enumerate(GRID) if density in half]
@@ -104,6 +128,9 @@ def test_a_method_goes_through_all_large_matrices_in_turns(half: range, monkeypa
     turns = [turn for turn, _ in groupby(order, key=lambda call: (*call[:2], BATCHES[GRID[call[2]][2]]))]
     assert len(turns) == len(set(turns)), "a method came to some of its matrices later than to the others"
     assert order.count(order[0]) == 1 and {call[2] for call in order} <= set(points)
+    # Nor does what comes after a large one find its caches full of that one: a small one has had them since.
+    firsts = [call for last, call in pairwise([None, *order]) if last is None or GRID[call[2]][0] < GRID[last[2]][0]]
+    assert list(earlier) == firsts
 
 
 @pytest.mark.parametrize("slower", [1.4, 1.05, 1 / 1.05, 1 / 1.4])

@@ -47,3 +47,21 @@ def test_every_part_of_a_register_is_exact(backend: Backend, dtype: torch.dtype)
     for batch in range(1, 73):
         assert torch.equal(backend.filled_spmm(bitmap, values, x[:batch], bias), y[:batch])
         assert torch.equal(backend.filled_dx(bitmap, values, dy[:batch]), dx[:batch])
+        assert torch.equal(backend.bitmap_dx(bitmap, values, dy[:batch]), dx[:batch])
+
+
+@pytest.mark.parametrize("backend", [name for name in kernels.backends() if name != "reference"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [512, 513, 1155, 2048])
+def test_rows_of_several_pieces_are_exact(backend: Backend, columns: int, dtype: torch.dtype) -> None:
+    """Tokens of one panel: rows are filled some words at a time, as many as come out even, and multiplied each time."""
+    pattern, values, x, _, bias = whole_numbers(27, columns, 31, 0.4, dtype)
+    bitmap = backend.bitmap(pattern.crow_indices, pattern.col_indices, columns)
+    y = (x.double() @ pattern.to_dense(values).double().t() + bias.double()).to(dtype)
+    scales = torch.tensor([0.25, 2.0, 1.0]).repeat(9)
+    scaled = values.double() * scales.double()[pattern.row_indices().long()]
+    of_int8 = (x.double() @ pattern.to_dense(scaled).t() + bias.double()).to(dtype)
+    for batch in (1, 4, 8, 9, 16, 17, 31):
+        assert torch.equal(backend.filled_spmm(bitmap, values, x[:batch], bias), y[:batch])
+        got = backend.filled_int8_spmm(bitmap, values.to(torch.int8), scales, x[:batch], bias)
+        assert torch.equal(got, of_int8[:batch])

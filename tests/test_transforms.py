@@ -89,6 +89,18 @@ def test_transforms_of_the_input_are_those_of_the_dense_layer(compute: str) -> N
     assert bool(sparse.any()) and torch.equal(sparse, dense)
 
 
+def test_what_outlives_its_transform_is_what_it_was() -> None:
+    layer, x, left = SparseLinear(8, 4, sparsity=0.5), torch.randn(3, 8), []
+
+    def keeping(a: Tensor) -> Tensor:
+        left.append(a)
+        return a.sum()
+
+    grad(keeping)(x)
+    got = torch.autograd.grad(layer(left[0]).sum(), layer.values)[0]
+    assert torch.equal(got, torch.autograd.grad(layer(x).sum(), layer.values)[0])
+
+
 def test_images_that_lie_across_a_batch_have_their_gradients() -> None:
     torch.manual_seed(0)
     layer, x = SparseConv2d(2, 3, 3, sparsity=0.5, dtype=torch.float64), torch.randn(2, 4, 2, 5, 5).double()

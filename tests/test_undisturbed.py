@@ -53,6 +53,13 @@ def test_waking_up_is_no_disturbance(monkeypatch: pytest.MonkeyPatch) -> None:
     assert undisturbed.fastest({"small": call}, rounds=2) == pytest.approx({"small": 1e-5})
 
 
+def test_what_is_called_before_a_call_is_neither_timed_nor_blamed_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    call = clock.taking(iter([(9.0, 0.0), (0.3, 0.0), (0.2, 0.0)]))
+    before = clock.taking(iter([(0.1, 0.0), (5.0, 4.0)]))
+    assert undisturbed.fastest({"timed": call}, rounds=2, before={"timed": before}) == pytest.approx({"timed": 0.2})
+
+
 @pytest.mark.skipif(
     not Path("/proc/self/schedstat").exists(), reason="this system does not count for how long threads wait for a core"
 )

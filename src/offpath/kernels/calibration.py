@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -14,20 +15,23 @@ import torch
 from torch import Tensor
 
 from offpath.kernels.backend import Backend
-from offpath.kernels.costs import BATCHES, DENSITIES, GRID, LARGE_SIZES, CostTable, Sizes, beyond
+from offpath.kernels.costs import BATCHES, DENSITIES, GRID, LARGE_SIZES, CostTable, Sizes, beyond, without_bumps
 from offpath.kernels.measured import measured_once
 from offpath.kernels.methods import METHODS, PreparedMatrix, PreparedWeight
 from offpath.kernels.undisturbed import fastest
 
 _log = logging.getLogger("offpath")
 Seconds = dict[str, list[float]]
-Times = dict[tuple[str, str, int], float]  # of (product, method, place in GRID)
+Key = tuple[str, str, int]  # product, method, place in GRID
+Call = Callable[[], object]
+Times = dict[Key, float]
 SMALL_ROUNDS, LARGE_ROUNDS = 5, 3
 # Not every point of the grid is measured. Dense and filled take as long at all densities, but for the writing out, and
 # for what filled reads of a large matrix's values, which is why it is measured at two. Over bits, output and dX read
 # the values once for every eight tokens, and dvalues takes as long as at full density; the row-wise form reads its x
 # once for every connection: they are out of the question long before many tokens or connections. Nearly dense large
-# matrices would take more time and memory than all others together. Beyond 256 tokens, time grows with them; except for
+# matrices would take more time and memory than all others together: what grows with the connections grows as it does up
+# to there. Beyond 256 tokens, time grows with them; except for
 # dense and filled products of small matrices: torch's of 256 x 256 on AMX takes 4 times as long for 16 times as many.
 AT_ANY_DENSITY, DENSE_DENSITY = ("dense", "filled"), DENSITIES.index(0.5)
 BITMAP_MEASURED_BATCHES = {"forward": 16, "dx": 16, "dvalues": 64}
@@ -97,7 +101,7 @@ def at_one_speed(first: Times, second: Times) -> tuple[Times, Times]:
 
 
 def _measure_densities(backend: Backend, dtype: torch.dtype, sizes: Sizes, densities: range) -> Times:
-    calls = {
+    calls: dict[Key, Call] = {
         (product, method, i): partial(_run, weight, backend, product, method, values, x)
         for i, (weight, values), x in _problems(sizes, densities, dtype)
         for product, methods in METHODS.items()
@@ -108,8 +112,25 @@ def _measure_densities(backend: Backend, dtype: torch.dtype, sizes: Sizes, densi
         # Matrix after matrix, as the layers of a network: a product that still finds its own in cache may take half as
         # long. Small ones find theirs there in a network as well.
         calls = {key: calls[key] for key in sorted(calls, key=lambda key: (GRID[key[2]][2], *key[:2]))}
+        with torch.inference_mode():
+            return fastest(calls, LARGE_ROUNDS, _small_ones_before(calls))
     with torch.inference_mode():
-        return fastest(calls, LARGE_ROUNDS if sizes == LARGE_SIZES else SMALL_ROUNDS)
+        return fastest(calls, SMALL_ROUNDS)
+
+
+def _small_ones_before(calls: Mapping[Key, Call]) -> dict[Key, Call]:
+    """For the first call of each method and number of tokens, one of another method with a small matrix.
+
+    The call before it has left a much larger matrix in the caches. What comes next may take four times as long, however
+    small: at the density of dense and filled, which are measured at no other.
+    """
+    small = {
+        (product, GRID[i][2]): call
+        for (product, method, i), call in calls.items()
+        if method == METHODS[product][0] and GRID[i][0] == 0
+    }
+    turns = groupby(calls, key=lambda key: (*key[:2], GRID[key[2]][2]))
+    return {next(turn): small[product, batch] for (product, _, batch), turn in turns}
 
 
 def _is_measured(sizes: Sizes, product: str, method: str, size: int, density: int, batch: int) -> bool:
@@ -124,9 +145,13 @@ def _is_measured(sizes: Sizes, product: str, method: str, size: int, density: in
 
 
 def _fill_in(product: str, methods: Seconds) -> None:
-    """Scale what was measured to the points of the grid that were not."""
+    """Scale what was measured to the points of the grid that were not.
+
+    Without the bumps: if one stood where a growth begins, all further points would be too short, and a slow method
+    would look cheap.
+    """
     for method, seconds in methods.items():
-        at = dict(zip(GRID, seconds, strict=True))
+        at = dict(zip(GRID, without_bumps(seconds), strict=True))
         for size, density, batch in GRID:
             if batch == MANY or not math.isinf(at[size, density, batch]):
                 continue
@@ -136,10 +161,9 @@ def _fill_in(product: str, methods: Seconds) -> None:
             elif method == "bitmap" and BATCHES[batch] > BITMAP_MEASURED_BATCHES[product]:
                 at[size, density, batch] = at[size, density, batch - 1] * BATCHES[batch] / BATCHES[batch - 1]
             else:
-                growth = DENSITIES[density] / DENSITIES[density - 1]
-                if size > 0:
-                    growth = at[size - 1, density, batch] / at[size - 1, density - 1, batch]
-                at[size, density, batch] = at[size, density - 1, batch] * growth
+                of_fewer, of_more = at[size, density - 2, batch], at[size, density - 1, batch]
+                fewer, more = DENSITIES[density - 2 : density]
+                at[size, density, batch] = of_more + (of_more - of_fewer) * (DENSITIES[density] - more) / (more - fewer)
         for size, density, _ in (point for point in GRID if point[2] == MANY):
             known = at[size, DENSE_DENSITY, MANY]
             edge = at[size, density, MANY - 2], at[size, density, MANY - 1]

@@ -53,7 +53,7 @@ class CostTable:
         Whatever disturbs a measurement makes it longer, never shorter; so a larger problem that took less time shows
         that a smaller one was disturbed. One such point left in would make a slow method look cheap beside it for good.
         """
-        smooth = {p: {m: _without_bumps(column) for m, column in methods.items()} for p, methods in seconds.items()}
+        smooth = {p: {m: without_bumps(column) for m, column in methods.items()} for p, methods in seconds.items()}
         return cls(sizes, smooth)
 
     def predict(self, product: str, method: str, rows: int, columns: int, nnz: int, batch: int) -> float:
@@ -101,11 +101,14 @@ class CostTable:
         return math.exp(logarithm)
 
 
-def _without_bumps(column: list[float]) -> list[float]:
+def without_bumps(column: list[float]) -> list[float]:
+    """One entry per point of GRID, none larger than that of a larger problem; what is infinite was not measured."""
     smoothed = dict(zip(GRID, column, strict=True))
     for size, density, batch in reversed(GRID):
         larger = ((size + 1, density, batch), (size, density + 1, batch), (size, density, batch + 1))
-        smoothed[size, density, batch] = min(smoothed[p] for p in ((size, density, batch), *larger) if p in smoothed)
+        seconds = smoothed[size, density, batch]
+        if not math.isinf(seconds):
+            smoothed[size, density, batch] = min((seconds, *(smoothed[p] for p in larger if p in smoothed)))
     return list(smoothed.values())
 
 

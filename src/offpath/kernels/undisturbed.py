@@ -47,8 +47,10 @@ def waited_seconds() -> float:
     return waited * 1e-9
 
 
-def fastest(calls: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key, float]:
-    """The shortest time of each call, after a first one that is not timed.
+def fastest(
+    calls: Mapping[Key, Callable[[], object]], rounds: int, before: Mapping[Key, Callable[[], object]] | None = None
+) -> dict[Key, float]:
+    """The shortest time of each call, after a first one that is not timed; what stands `before` one never is.
 
     All are called in turns, so that a burst of other work hits one round of many calls instead of all rounds of one. Of
     a call that was disturbed in every round there are further rounds; the undisturbed times count, where there are any.
@@ -56,16 +58,19 @@ def fastest(calls: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key,
     for call in calls.values():
         call()
     best, disturbed = dict.fromkeys(calls, math.inf), dict.fromkeys(calls, math.inf)
-    waited = waited_seconds()
+    before, waited = before or {}, waited_seconds()
     for round_ in range(PATIENCE * rounds):
         for key, call in calls.items():
             if round_ >= rounds and best[key] < math.inf:
                 continue
+            if key in before:
+                before[key]()
+                waited = waited_seconds()
             start = time.perf_counter()
             call()
             seconds = time.perf_counter() - start
-            before, waited = waited, waited_seconds()
-            kept = best if waited - before <= max(LEAST_WAIT_SECONDS, WAIT_SHARE * seconds) else disturbed
+            already, waited = waited, waited_seconds()
+            kept = best if waited - already <= max(LEAST_WAIT_SECONDS, WAIT_SHARE * seconds) else disturbed
             kept[key] = min(kept[key], seconds)
     return {key: disturbed[key] if math.isinf(seconds) else seconds for key, seconds in best.items()}
 
