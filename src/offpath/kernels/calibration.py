@@ -27,12 +27,12 @@ Call = Callable[[], object]
 Times = dict[Key, float]
 SMALL_ROUNDS, LARGE_ROUNDS = 5, 3
 # Not every point of the grid is measured. Dense and filled take as long at all densities, but for the writing out, and
-# for what filled reads of a large matrix's values, which is why it is measured at two. Over bits, output and dX read
-# the values once for every eight tokens, and dvalues takes as long as at full density; the row-wise form reads its x
-# once for every connection: they are out of the question long before many tokens or connections. Nearly dense large
-# matrices would take more time and memory than all others together: what grows with the connections grows as it does up
-# to there. Beyond 256 tokens, time grows with them; except for
-# dense and filled products of small matrices: torch's of 256 x 256 on AMX takes 4 times as long for 16 times as many.
+# for what filled reads of a large matrix's values, which is why it is measured at two. Over bits, the values are read
+# once for every eight tokens, for dX every sixteen, and dvalues takes as long as at full density; the row-wise form
+# reads its x once for every connection: they are out of the question long before many tokens or connections. Nearly
+# dense large matrices would take more time and memory than all others together: what grows with the connections grows
+# as it does up to there. Beyond 256 tokens, time grows with them; except for dense and filled products of small
+# matrices: torch's of 256 x 256 on AMX takes 4 times as long for 16 times as many.
 AT_ANY_DENSITY, DENSE_DENSITY = ("dense", "filled"), DENSITIES.index(0.5)
 BITMAP_MEASURED_BATCHES = {"forward": 16, "dx": 16, "dvalues": 64}
 LAST_ROW_WISE = DENSITIES.index(0.2), BATCHES.index(32)
@@ -108,14 +108,14 @@ def _measure_densities(backend: Backend, dtype: torch.dtype, sizes: Sizes, densi
         for method in methods
         if _is_measured(sizes, product, method, *GRID[i])
     }
+    before, rounds = dict[Key, Call](), SMALL_ROUNDS
     if sizes == LARGE_SIZES:
         # Matrix after matrix, as the layers of a network: a product that still finds its own in cache may take half as
         # long. Small ones find theirs there in a network as well.
         calls = {key: calls[key] for key in sorted(calls, key=lambda key: (GRID[key[2]][2], *key[:2]))}
-        with torch.inference_mode():
-            return fastest(calls, LARGE_ROUNDS, _small_ones_before(calls))
+        before, rounds = _small_ones_before(calls), LARGE_ROUNDS
     with torch.inference_mode():
-        return fastest(calls, SMALL_ROUNDS)
+        return fastest(calls, rounds, before)
 
 
 def _small_ones_before(calls: Mapping[Key, Call]) -> dict[Key, Call]:
