@@ -25,6 +25,7 @@ from offpath.ops.transformable import (
     is_transforming as is_transforming,
     passage,
     transformed,
+    untransformed,
 )
 
 library = torch.library.Library("offpath", "DEF")
@@ -78,7 +79,7 @@ def _directly(
     tangent: Rule | None,
 ) -> Callable[..., Any]:
     op = getattr(torch.ops.offpath, name).default
-    differentiable = None if autograd is None else _function(name, kernel, *autograd)
+    differentiable = None if autograd is None else untransformed(_function(name, kernel, *autograd))
     transformable = op if autograd is None or tangent is None else transformed(name, *autograd, tangent)
     are_tensors = ["Tensor" in str(argument.type) for argument in op._schema.arguments]
     tensors = sum(are_tensors)
@@ -92,7 +93,7 @@ def _directly(
         if torch.is_grad_enabled():
             for operand in operands[:tensors]:
                 if operand is not None and operand.requires_grad:
-                    return op(*operands) if differentiable is None else differentiable.apply(*operands)
+                    return op(*operands) if differentiable is None else differentiable(*operands)
         return kernel(*operands)
 
     return call

@@ -29,7 +29,7 @@ from offpath.ops.library import (
     saved_tensor_hooks,
 )
 from offpath.ops.prepared import prepare
-from offpath.ops.transformable import is_in_forward_mode
+from offpath.ops.transformable import is_in_forward_mode, untransformed
 
 library.define(
     "sparse_linear(Tensor x, Tensor values, Tensor? bias, Tensor crow_indices, Tensor col_indices, "
@@ -230,18 +230,13 @@ class _SparseLinear(torch.autograd.Function):
         return dx, dvalues, dbias if wants_dbias else None, None, None, None, None
 
 
-# `Function.apply` asks in Python, for as long as a tiny layer takes, what no transform of `torch.func` needs to know.
-# What it does besides is done here: a tensor that has outlived its transform gives up its wrapper.
-_apply = super(torch.autograd.Function, _SparseLinear).apply
-_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+_apply = untransformed(_SparseLinear)
 
 
 def _autograd_forward(x, values, bias, crow_indices, col_indices, prefer="speed", feature_major=False):
     if is_transforming() or is_in_forward_mode():
         return gradient_ops.transformed_linear(x, values, bias, crow_indices, col_indices, prefer)
     if torch.is_grad_enabled():
-        bias = None if bias is None else _unwrap_if_dead(bias)
-        x, values = _unwrap_if_dead(x), _unwrap_if_dead(values)
         return _apply(x, values, bias, crow_indices, col_indices, prefer, feature_major)
     return _below_autograd(x, values, bias, crow_indices, col_indices, prefer, feature_major)
 

@@ -15,6 +15,7 @@ from torch.autograd import Function, forward_ad
 Rule = Callable[[Sequence[Any], Sequence[Tensor], Sequence[Tensor | None]], Any]
 
 functorch_interpreter = torch._C._functorch.peek_interpreter_stack
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
 class _Passage(threading.local):
@@ -39,6 +40,20 @@ def is_in_forward_mode() -> bool:
 def is_differentiating() -> bool:
     """Whether derivatives may be under way that neither `requires_grad` nor `torch.is_grad_enabled` tell of."""
     return not torch.compiler.is_compiling() and (is_transforming() or is_in_forward_mode())
+
+
+def untransformed(function: type[Function]) -> Callable[..., Any]:
+    """`function.apply` where no transform is under way, nor a compiler.
+
+    `Function.apply` asks in Python, for as long as a tiny layer takes, what only transforms need to know. What it does
+    besides is done here: a tensor that has outlived its transform gives up its wrapper.
+    """
+    apply = super(Function, function).apply  # type: ignore[misc]
+
+    def run(*operands: Any) -> Any:
+        return apply(*[_unwrap_if_dead(one) if isinstance(one, Tensor) else one for one in operands])
+
+    return run
 
 
 def transformed(name: str, save: Callable[..., None], backward: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
@@ -150,7 +165,7 @@ def _divided(ctx: Any, saved: Sequence[Any]) -> tuple[list[Any], Sequence[Tensor
 
 def _alive(saved: Sequence[Any]) -> list[Any]:
     """Without the wrappers of a transform that is over: `torch.func.vjp` gives its gradients afterwards."""
-    return [None if one is None else torch._C._functorch.unwrap_if_dead(one) for one in saved]
+    return [None if one is None else _unwrap_if_dead(one) for one in saved]
 
 
 def _primals(saved: Sequence[Any]) -> list[Any]:
