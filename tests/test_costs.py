@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import groupby, pairwise, product as combinations
+from typing import Any
 
 import pytest
 import torch
@@ -112,10 +113,10 @@ def test_filled_takes_a_large_matrix_with_few_values_as_long_as_the_sparser_one_
 def test_a_method_goes_through_all_large_matrices_in_turns(half: range, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two calls in a row with one matrix would find it in cache, as no large layer of a network does."""
     order: list[calibration.Key] = []
-    earlier: dict[calibration.Key, object] = {}
+    earlier: dict[calibration.Key, Any] = {}
 
     def keep_order(
-        calls: dict[calibration.Key, object], rounds: int, before: dict[calibration.Key, object]
+        calls: dict[calibration.Key, object], rounds: int, before: dict[calibration.Key, Any]
     ) -> dict[calibration.Key, float]:
         order.extend(calls)
         earlier.update(before)
@@ -123,7 +124,7 @@ def test_a_method_goes_through_all_large_matrices_in_turns(half: range, monkeypa
 
     points = [i for i, (_, density, _) in enumerate(GRID) if density in half]
     monkeypatch.setattr(calibration, "fastest", keep_order)
-    monkeypatch.setattr(calibration, "_problems", lambda sizes, densities, dtype: ((i, (0, 0), 0) for i in points))
+    monkeypatch.setattr(calibration, "_problems", lambda sizes, densities, dtype: ((i, (0, 0), i) for i in points))
     calibration._measure_densities(kernels.select("cpu", torch.float32), torch.float32, LARGE_SIZES, half)
     turns = [turn for turn, _ in groupby(order, key=lambda call: (*call[:2], BATCHES[GRID[call[2]][2]]))]
     assert len(turns) == len(set(turns)), "a method came to some of its matrices later than to the others"
@@ -131,6 +132,9 @@ def test_a_method_goes_through_all_large_matrices_in_turns(half: range, monkeypa
     # Nor does what comes after a large one find its caches full of that one: a small one has had them since.
     firsts = [call for last, call in pairwise([None, *order]) if last is None or GRID[call[2]][0] < GRID[last[2]][0]]
     assert list(earlier) == firsts
+    for (*_, i), call in earlier.items():
+        of_call = call.args[-1]  # its x, which stands for its place in GRID
+        assert GRID[of_call][0] == 0 and of_call != i, "a large one, or the same matrix"
 
 
 @pytest.mark.parametrize("slower", [1.4, 1.05, 1 / 1.05, 1 / 1.4])

@@ -108,7 +108,8 @@ def _measure_densities(backend: Backend, dtype: torch.dtype, sizes: Sizes, densi
         for method in methods
         if _is_measured(sizes, product, method, *GRID[i])
     }
-    before, rounds = dict[Key, Call](), SMALL_ROUNDS
+    before: dict[Key, Call] = {}
+    rounds = SMALL_ROUNDS
     if sizes == LARGE_SIZES:
         # Matrix after matrix, as the layers of a network: a product that still finds its own in cache may take half as
         # long. Small ones find theirs there in a network as well.
@@ -119,18 +120,17 @@ def _measure_densities(backend: Backend, dtype: torch.dtype, sizes: Sizes, densi
 
 
 def _small_ones_before(calls: Mapping[Key, Call]) -> dict[Key, Call]:
-    """For the first call of each method and number of tokens, one of another method with a small matrix.
+    """For the first call of each method and number of tokens, one with another matrix, a small one.
 
     The call before it has left a much larger matrix in the caches. What comes next may take four times as long, however
     small: at the density of dense and filled, which are measured at no other.
     """
-    small = {
-        (product, GRID[i][2]): call
-        for (product, method, i), call in calls.items()
-        if method == METHODS[product][0] and GRID[i][0] == 0
-    }
-    turns = groupby(calls, key=lambda key: (*key[:2], GRID[key[2]][2]))
-    return {next(turn): small[product, batch] for (product, _, batch), turn in turns}
+    before: dict[Key, Call] = {}
+    for (product, _, batch), turn in groupby(calls, key=lambda key: (*key[:2], GRID[key[2]][2])):
+        first = next(turn)
+        small = ((product, METHODS[product][0], GRID.index((0, density, batch))) for density in TOGETHER)
+        before[first] = next(calls[key] for key in small if key in calls and key[2] != first[2])
+    return before
 
 
 def _is_measured(sizes: Sizes, product: str, method: str, size: int, density: int, batch: int) -> bool:

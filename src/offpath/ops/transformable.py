@@ -42,13 +42,13 @@ def is_differentiating() -> bool:
     return not torch.compiler.is_compiling() and (is_transforming() or is_in_forward_mode())
 
 
-def untransformed(function: type[Function]) -> Callable[..., Any]:
+def untransformed(function: Any) -> Callable[..., Any]:
     """`function.apply` where no transform is under way, nor a compiler.
 
     `Function.apply` asks in Python, for as long as a tiny layer takes, what only transforms need to know. What it does
     besides is done here: a tensor that has outlived its transform gives up its wrapper.
     """
-    apply = super(Function, function).apply  # type: ignore[misc]
+    apply = super(Function, function).apply
 
     def run(*operands: Any) -> Any:
         return apply(*[_unwrap_if_dead(one) if isinstance(one, Tensor) else one for one in operands])
