@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -51,8 +52,13 @@ class Measured:
         except (KernelError, Refused) as error:
             self.refused = [replace(figure, refused=str(error)) for figure in self.job.figures]
         except WrongResult as error:
-            reason = f"wrong result: {error}"
-            self.refused = [replace(figure, refused=reason, wrong=True) for figure in self.job.figures]
+            self._failed(f"wrong result: {error}")
+        except Exception as error:  # whatever it is, the figures of the other jobs are not lost for it
+            logging.exception("a job failed")
+            self._failed(f"{type(error).__name__}: {error}")
+
+    def _failed(self, reason: str) -> None:
+        self.refused = [replace(figure, refused=reason, wrong=True) for figure in self.job.figures]
 
     def figures(self) -> list[Figure]:
         """The figures with their values, or with the reason why there are none."""

@@ -18,7 +18,7 @@ class Figure:
     """One cell of a table: a speed-up ("x") or a sparsity ("%", as a share), its bar, or why there is none.
 
     `at_most` turns the bar round: smaller is better. `seconds` holds the medians that the value was made from, of the
-    other and of offpath; `wrong` says that it was refused because the result was.
+    other and of offpath; `wrong` says that it was refused because the result was, or because there was none.
     """
 
     section: str

@@ -233,6 +233,14 @@ def test_no_time_is_reported_of_a_wrong_result(monkeypatch: pytest.MonkeyPatch, 
     assert _main(monkeypatch, tmp_path / "bars.json", good, refused)[0] == 0
 
 
+def test_a_job_that_fails_loses_no_other_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    good = _job(lambda: [(Timing((6.0,)), Timing((2.0,)))])
+    status, content = _main(monkeypatch, tmp_path / "bars.json", _job(_raises(IndexError("slot 7 of 5"))), good)
+    assert status == 1
+    assert [f["refused"] for f in content["figures"]] == ["IndexError: slot 7 of 5", None]
+    assert [f["value"] for f in content["figures"]] == [None, 3.0]
+
+
 def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     good = _job(lambda: [(Timing((6.0,)), Timing((2.0,)))])
     status, content = _main(monkeypatch, tmp_path / "bars.json", good, _job(_raises(KeyboardInterrupt())), good)
