@@ -123,12 +123,11 @@ void multiply_chunk(const offpath::filled_dx_args<T> &args, int64_t chunk, int64
 
 // Block: rows count chunks, batch counts panels, of tokens_per_tile at most.
 template <class T> void filled_dx(const offpath::filled_dx_args<T> &args, const offpath::Block &block) {
-    constexpr int64_t rows_at_once = offpath::rows_per_fill(sizeof(FilledEntry<T>));
     const int64_t rows = args.bitmap.rows;
     for (int64_t chunk = block.row_begin; chunk < block.row_end; ++chunk) {
         int64_t begin = 0;
         do { // without rows, dx is zero
-            const int64_t end = rows - begin < rows_at_once ? rows : begin + rows_at_once;
+            const int64_t end = rows - begin < args.rows_per_fill ? rows : begin + args.rows_per_fill;
             fill_chunk<T>(args, chunk, begin, end);
             for (int64_t panel = block.batch_begin; panel < block.batch_end; ++panel) {
                 const int64_t token = panel * panel_width<T>;

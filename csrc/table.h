@@ -195,9 +195,6 @@ template <class T> struct filled_args {
 constexpr int64_t chunk_columns = 192;
 // Tokens, at most, that are multiplied with one tile of the weight: filling it costs little beside.
 constexpr int64_t tokens_per_tile = 256;
-// Rows of a chunk that are filled in one go: they are multiplied while they are in the first-level cache, or close to
-// it.
-constexpr int64_t rows_per_fill(int64_t entry_bytes) { return (48 << 10) / (chunk_columns * entry_bytes); }
 template <class T> struct filled_dx_args {
     Bitmap bitmap;
     const int32_t *chunk_slots; // where each chunk of each row begins: [rows, chunks]
@@ -206,6 +203,7 @@ template <class T> struct filled_dx_args {
     T *dx;                      // [batch, columns], contiguous, or [columns, batch] where feature_major
     int64_t batch;
     bool feature_major;
+    int64_t rows_per_fill; // rows of a chunk that are filled in one go, an even number
     // Working memory: chunk_columns x rows_per_fill, in the type of panels; and, where there are more rows, the sums of
     // tokens_per_tile tokens of a chunk.
     void *tile;
