@@ -67,20 +67,24 @@ template <class Value> constexpr bool is_written = true;
 template <class Value> constexpr bool is_written<const Value> = false;
 
 // Fetches, some parts ahead of one, a cache line of values: no more than a part has.
-template <class T, class Value> [[gnu::always_inline]] inline void fetch_ahead(int part, Value *of_part) {
+template <class T, class Value>
+[[gnu::always_inline]] inline void fetch_ahead(int part, Value *of_part,
+                                               int64_t ahead = prefetched_bytes / sizeof(Value)) {
     if (part * ColumnVector<T>::columns * sizeof(Value) % 64 == 0)
-        __builtin_prefetch(of_part + prefetched_bytes / sizeof(Value), is_written<Value>);
+        __builtin_prefetch(of_part + ahead, is_written<Value>);
 }
 
 // Calls body(part of the word, first column, bits, values of these columns) for each register full of columns of some
-// words of a row, whose values start at `values`; returns where those of the words after them do.
+// words of a row, whose values start at `values`; returns where those of the words after them do. Values are fetched
+// `ahead` of their use.
 template <class T, class Value, class Body>
 [[gnu::always_inline]] inline Value *each_vector_of_words(const offpath::Bitmap &bitmap, int64_t row, int64_t word,
-                                                          int64_t last, Value *values, const Body &body) {
+                                                          int64_t last, Value *values, const Body &body,
+                                                          int64_t ahead = prefetched_bytes / sizeof(Value)) {
     for (const uint64_t *words = bitmap.words + row * bitmap.words_per_row; word < last; ++word) {
         each_part_of_word<T>(words[word], values,
                              [&] [[gnu::always_inline]] (int part, int64_t column, uint32_t bits, Value *of_part) {
-                                 fetch_ahead<T>(part, of_part);
+                                 fetch_ahead<T>(part, of_part, ahead);
                                  body(part, word * 64 + column, bits, of_part);
                              });
         values += __builtin_popcountll(words[word]);

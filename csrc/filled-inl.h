@@ -147,11 +147,18 @@ template <class T> class RowsToFill {
             } else {
                 // A whole register of values may be read from where this row's last one starts.
                 const bool whole = bitmap.crow_indices[bitmap.rows] - bitmap.crow_indices[row + 1] >= 64;
+                // After a piece of a row come those of other rows, not what follows it in memory: the values that are
+                // fetched are of the same piece of the rows that are filled next.
+                const int64_t next = row + count < bitmap.rows ? row + count : bitmap.rows;
+                const int64_t ahead = last - word < bitmap.words_per_row
+                                          ? bitmap.crow_indices[next] - bitmap.crow_indices[row]
+                                          : prefetched_bytes / sizeof(T);
                 slots[i] = each_vector_of_words<T>(
                                bitmap, row, word, last, weight.values + slot,
                                [&] [[gnu::always_inline]] (int, int64_t column, uint32_t bits, const T *values) {
                                    fill_vector<T>(values, bits, whole, entries + column - word * 64);
-                               }) -
+                               },
+                               ahead) -
                            weight.values;
             }
         }
