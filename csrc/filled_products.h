@@ -100,10 +100,8 @@ template <class T> class FilledInputGradient {
     }
 
   private:
-    const Kernel<filled_dx_args<T>> kernel;
-    const filled_dx_args<T> args;
-    // What is filled in one go is multiplied while it is in a cache: a Xeon (Sapphire Rapids) is up to a fourth faster
-    // with pieces for the first-level one, Zen 4 up to an eighth with pieces for the second.
+    // What is filled in one go is multiplied while it is in a cache: a Xeon (Sapphire Rapids) is faster with pieces for
+    // the first-level one, Zen 4 with pieces for the second.
     static int64_t rows_per_fill(int64_t entry_bytes) {
 #if defined(__x86_64__)
         const bool from_second_level = __builtin_cpu_is("amd") != 0;
@@ -113,6 +111,8 @@ template <class T> class FilledInputGradient {
         return ((from_second_level ? 192 : 48) << 10) / (chunk_columns * entry_bytes);
     }
 
+    const Kernel<filled_dx_args<T>> kernel;
+    const filled_dx_args<T> args;
     const int64_t tile_bytes, sums, chunks, panels, panels_per_tile;
 };
 
