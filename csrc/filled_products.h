@@ -16,11 +16,11 @@ constexpr int64_t panels_per_gradient = 8;
 inline int64_t panels_sharing(const Layout &layout, int64_t panels, double tiles, int threads) {
     constexpr double tokens_per_fill = 8; // that could be multiplied instead of filling a tile
     const auto whole_tiles = static_cast<int64_t>(tiles);
-    const int64_t most = tokens_per_tile / layout.panel_width;
     int64_t best = 1;
     double least = std::numeric_limits<double>::infinity();
-    for (int64_t parts = std::max<int64_t>(ceil_div(panels, most), 1); parts <= panels; ++parts) {
-        const int64_t together = ceil_div(panels, parts), whole = whole_tiles * parts;
+    for (int64_t most = tokens_per_tile / layout.panel_width; most > 0; --most) {
+        const int64_t parts = std::max<int64_t>(ceil_div(panels, most), 1), whole = whole_tiles * parts;
+        const int64_t together = std::max<int64_t>(ceil_div(panels, parts), 1);
         const int64_t rounds = ceil_div(whole, threads), idle = rounds * threads - whole;
         const double of_rest = (tiles - whole_tiles) * ceil_div(std::max<int64_t>(parts - idle, 0), threads);
         const double time = (rounds + of_rest) * (together * layout.panel_width + tokens_per_fill);

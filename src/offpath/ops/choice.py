@@ -46,7 +46,7 @@ INT8_CALLS_SECONDS, INT8_VALUE_SECONDS, INT8_SUM_SECONDS = 1.5e-5, 2.4e-10, 1e-9
 # every eight tokens anew, and bfloat16 is not multiplied in pairs. From 512 x 512 to 4096 x 4096 on a Zen 4's two
 # threads, over bits 1.1 to 1.7; in bfloat16, filled and over a plan, 1.0 to 1.4. In float32, what is read is less.
 INT8_TIMES = {"bitmap": 1.4}
-INT8_TIMES_BFLOAT16 = {"bitmap": 1.4, "filled": 1.2, "bucketed": 1.2}
+INT8_TIMES_BFLOAT16 = INT8_TIMES | {"filled": 1.2, "bucketed": 1.2}
 CHOICES_KEPT = 1024  # by what was made of one pattern: for each number of tokens, and texts have thousands of lengths
 _OVER_A_PLAN = ("bucketed", "tiled")
 # What a connection takes beside its value, an index and a place in a plan, which also takes some for each row; and
