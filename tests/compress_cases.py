@@ -9,13 +9,16 @@ import torch
 from torch import nn
 
 # By their full names: `offpath.convert.compress` is the function.
-CONTEST, FINISH = (importlib.import_module(f"offpath.convert.compress.{m}") for m in ("contest", "finish"))
+COMPRESS, CONTEST, ENCODERS, FINISH = (
+    importlib.import_module(f"offpath.convert.compress.{m}") for m in ("compress", "contest", "encoders", "finish")
+)
 
 
 @pytest.fixture(autouse=True)
 def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CONTEST, "BUDGET_SECONDS", 0.0)
-    monkeypatch.setattr(FINISH, "ROUNDS", 1)
+    for timing in (ENCODERS, FINISH):
+        monkeypatch.setattr(timing, "ROUNDS", 1)
 
 
 def set_to_zero(weight: torch.Tensor, sparsity: float = 0.9) -> None:

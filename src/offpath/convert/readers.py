@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-# Modules that read `weight` of all layers in them instead of calling these, in a fast path of their own.
-WEIGHT_READERS = (nn.TransformerEncoderLayer,)
-# The same, of a package that is not imported for it: module and name of a base class.
+from offpath.convert.fused_encoders import SWITCHES
+
+# What reads `weight` of all layers in it, of a package that is not imported for it: module and name of a base class.
 PEFT_LAYER = ("peft.tuners.tuners_utils", "BaseTunerLayer")
 # Methods of such names prepare a model, and are done with it before anybody computes: `__init__`, `tie_weights`,
 # `_init_weights`, `reset_parameters`, `load_state_dict`; but not `init_hidden` or `load_balance`, which are called
@@ -28,12 +28,13 @@ PREPARING = re.compile(
 def read_by_their_owner(model: nn.Module) -> dict[nn.Module, str]:
     """The modules in `model` whose `weight` the code of a module around them reads, and which does.
 
-    Seen are reads of an attribute's weight (`self.name.weight`) in methods of a class or its bases, called or not.
+    Seen are reads of an attribute's weight (`self.name.weight`) in methods of a class or its bases, called or not; but
+    for those of torch's encoders, which are turned off.
     """
     found: dict[nn.Module, str] = {}
     for owner in model.modules():
-        reason = _reads_all(owner)
-        if reason:
+        if any((kind.__module__, kind.__name__) == PEFT_LAYER for kind in type(owner).__mro__):
+            reason = "it belongs to an adapter of PEFT, which reads weights"
             found |= {module: reason for module in owner.modules() if module is not owner}
     for owner in model.modules():
         kind: Any = type(owner)
@@ -44,17 +45,9 @@ def read_by_their_owner(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
-def _reads_all(owner: nn.Module) -> str | None:
-    if isinstance(owner, WEIGHT_READERS):
-        return f"a {type(owner).__name__} reads its weight instead of calling it"
-    if any((kind.__module__, kind.__name__) == PEFT_LAYER for kind in type(owner).__mro__):
-        return "it belongs to an adapter of PEFT, which reads weights"
-    return None
-
-
 @cache
 def _attributes_whose_weight_is_read(kind: Any) -> frozenset[str]:
-    own = [one for one in kind.__mro__ if issubclass(one, nn.Module) and one is not nn.Module]
+    own = [one for one in kind.__mro__ if issubclass(one, nn.Module) and one not in (nn.Module, *SWITCHES)]
     members = [(name, member) for one in own for name, member in vars(one).items()]
     codes = [code for name, member in members if not PREPARING.fullmatch(name) for code in _codes(member)]
     return frozenset(name for code in codes for name in _reads(code))

@@ -41,7 +41,7 @@ def sparsify(
 
     Build the optimizer afterwards: one built before holds the dense parameters. Layers that cannot be swapped
     without changing what the model computes (tied or computed weights, hooks, a `weight` that the code around reads)
-    stay dense and stand in the report.
+    stay dense and stand in the report. Around sparse layers, torch's encoders call their layers in inference, too.
     Raises `ValueError`, before anything is changed, for a bad argument, a model that is itself such a layer, and a
     weight without a magnitude: NaN, or on the meta device.
 

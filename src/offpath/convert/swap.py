@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from offpath.convert.fused_encoders import fuse_only_dense_encoders
 from offpath.convert.readers import read_by_their_owner
 from offpath.nn.watching import Watch
 
@@ -102,8 +104,22 @@ def _place(parameter: nn.Parameter) -> object:
 
 
 def swap_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each replacement wherever its original is a child; a module used in two places stays shared."""
+    """Put each replacement wherever its original is a child; a module used in two places stays shared.
+
+    torch's encoders compute fused where all of their layers are dense, and call them elsewhere.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
+    fuse_only_dense_encoders(model)
+
+
+@contextmanager
+def swapped(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+    """Inside, `model` has the replacements; afterwards, whatever happens, the originals."""
+    try:
+        swap_modules(model, replacements)
+        yield
+    finally:
+        swap_modules(model, {new: old for old, new in replacements.items()})

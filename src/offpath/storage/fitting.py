@@ -164,6 +164,8 @@ def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for module, attributes in before:
+            for key in vars(module).keys() - attributes.keys():
+                delattr(module, key)
             for key, value in attributes.items():
                 if isinstance(value, dict):  # the same object as before: others may hold it
                     vars(module)[key].clear()

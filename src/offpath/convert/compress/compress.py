@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from numbers import Real
 
 import torch
@@ -13,6 +14,7 @@ from offpath.convert.compress.candidates import find
 from offpath.convert.compress.contest import Contest, Rest, contests, measure
 from offpath.convert.compress.decide import GOALS, decide
 from offpath.convert.compress.embeddings import int8_embeddings
+from offpath.convert.compress.encoders import faster_fused
 from offpath.convert.compress.example import Example
 from offpath.convert.compress.finish import swap_and_compare
 from offpath.convert.compress.report import CompressedEmbedding, CompressedLayer, CompressReport
@@ -55,7 +57,8 @@ def compress(
 
     Each sparse layer's output is first compared with float64, within the bound of `offpath.cost.bounds`. With an
     example, the whole model is run as well: the report predicts its time and holds what it then is, and outputs that
-    differ by more than the layers' bounds explain undo the swap. Takes seconds, and the first time on a machine some
+    differ by more than the layers' bounds explain undo the swap. Layers in torch's encoders, which compute dense ones
+    fused, are swapped for speed only where the encoders are faster. Takes seconds, and the first time on a machine some
     more, to measure the kernels. Peak memory: the dense model, the sparse layers beside it, one layer in float64.
 
     Layers that cannot be swapped are in the report with the reason. Raises `ValueError` for a bad argument, a model
@@ -89,6 +92,8 @@ def compress(
         entered, unreached = contests(candidates, batch, whole, precision, goal, progress)
         rest = measure(model, whole, entered, progress)
         layers = [_layer(contest, goal, whole is not None) for contest in entered]
+        if goal == "speed":
+            layers = _unless_fused(model, whole, entered, layers)
         replacements: dict[nn.Module, nn.Module] = {}
         bounds: dict[nn.Module, Bound] = {}
         for contest, layer in zip(entered, layers, strict=True):
@@ -117,6 +122,19 @@ def compress(
         return CompressReport(
             min_sparsity, tuple(layers), left_alone, before, after, end_to_end, tuple(tables), left_out
         )
+
+
+def _unless_fused(
+    model: nn.Module, whole: Example | None, entered: Sequence[Contest], layers: Sequence[CompressedLayer]
+) -> list[CompressedLayer]:
+    """Layers whose gain is less than what the encoder around them loses stay dense, with the reason."""
+    won = {c.dense: c.sparse for c, layer in zip(entered, layers, strict=True) if layer.swapped}
+    tokens = dict.fromkeys(m.tokens for layer in layers for m in layer.measured)
+    stay = faster_fused(model, whole, won, tuple(tokens))
+    return [
+        replace(layer, swapped=False, reason=stay[contest.dense]) if contest.dense in stay else layer
+        for contest, layer in zip(entered, layers, strict=True)
+    ]
 
 
 def _predicted_share(layers: Sequence[CompressedLayer], rest: Rest | None) -> float:

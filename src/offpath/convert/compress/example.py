@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from offpath.convert.compress.verify import Bound
+from offpath.convert.fused_encoders import called_by_encoders
 from offpath.convert.uncompiled import uncompiled
 
 
@@ -81,9 +82,13 @@ class Example:
         """What the model returns in whatever mode it is."""
         return self.model(*self.args, **self.kwargs)
 
-    def outputs(self) -> list[Tensor]:
-        """The floating-point tensors that the model returns."""
-        return [t for t in _tensors(self.run()) if t.is_floating_point()]
+    def outputs(self, called: Collection[nn.Module] = ()) -> list[Tensor]:
+        """The floating-point tensors that the model returns; torch's encoders call these layers of theirs.
+
+        Fused, an encoder returns zeros where there is padding, and else what comes of it.
+        """
+        with called_by_encoders(self.model, called):
+            return [t for t in _tensors(self.run()) if t.is_floating_point()]
 
     @torch.no_grad()
     def seconds(self) -> float:
@@ -94,7 +99,7 @@ class Example:
             self.call()
             return time.perf_counter() - start
 
-    def inputs(self, modules: Iterable[nn.Module]) -> dict[nn.Module, list[Input]]:
+    def inputs(self, modules: Collection[nn.Module]) -> dict[nn.Module, list[Input]]:
         """The input of each call of each module; without those that are not called."""
         seen: dict[nn.Module, list[Input]] = {}
 
@@ -102,7 +107,8 @@ class Example:
             x = _input(args, kwargs)
             seen.setdefault(module, []).append(Input.of(x))
 
-        with _hooks(m.register_forward_pre_hook(look, with_kwargs=True) for m in modules):
+        hooks = _hooks(m.register_forward_pre_hook(look, with_kwargs=True) for m in modules)
+        with called_by_encoders(self.model, modules), hooks:
             self.run()
         return seen
 
@@ -116,7 +122,7 @@ class Example:
             return output + (signs * bound).to(output.dtype)
 
         with _hooks(m.register_forward_hook(move, with_kwargs=True) for m in bounds):
-            return self.outputs()
+            return self.outputs(called=bounds)
 
 
 def differences(outputs: list[Tensor], others: list[Tensor]) -> list[float]:

@@ -15,7 +15,8 @@ from torch import nn
 
 from offpath.convert.compress.example import Example, evaluating
 from offpath.convert.compress.measure import rounds_that_fit
-from offpath.convert.swap import swap_modules
+from offpath.convert.fused_encoders import called_by_encoders
+from offpath.convert.swap import swapped
 
 Seconds = dict[nn.Module, list[float]]
 
@@ -60,12 +61,9 @@ def in_passes(
         rest.append(whole - sum(map(sum, seconds.values())))
         for module, timed in seconds.items():
             dense[module].append(timed)
-        try:
-            swap_modules(example.model, replacements)
+        with swapped(example.model, replacements):
             whole, timed_sparse = _timed(example, back)
-            seconds = {back[module]: timed for module, timed in timed_sparse.items()}
-        finally:
-            swap_modules(example.model, back)
+        seconds = {back[module]: timed for module, timed in timed_sparse.items()}
         check(seconds)
         rest_beside_sparse.append(whole - sum(map(sum, seconds.values())))
         for module, timed in seconds.items():
@@ -98,7 +96,7 @@ def _timed(example: Example, modules: Mapping[nn.Module, nn.Module]) -> tuple[fl
     What the layers just swapped out left in the caches is gone by then.
     """
     seconds: Seconds = {module: [] for module in modules}
-    with evaluating(example.model):
+    with evaluating(example.model), called_by_encoders(example.model, modules):
         example.call()
         with _stopwatches(seconds):
             start = time.perf_counter()

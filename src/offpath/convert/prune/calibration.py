@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from offpath.convert.fused_encoders import called_by_encoders
 from offpath.convert.prune.inputs import Norms, check_input, fed, rows
 from offpath.convert.prune.layer import Layer
 from offpath.convert.prune.scores import Progress
@@ -109,7 +110,7 @@ class Walk:
         expected = length_hint(self._calibration)
         for index, batch in enumerate(self._calibration, start=1):
             before_batch()
-            with _listening(layers, feed, stop_at), suppress(_Done):
+            with _listening(self._model, layers, feed, stop_at), suppress(_Done):
                 _call(self._model, batch)
             self._batches_done += 1
             if self._progress is not None:
@@ -139,7 +140,7 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 
 @contextmanager
-def _listening(layers: Collection[Layer], feed: Feed, stop_at: Layer | None) -> Iterator[None]:
+def _listening(model: nn.Module, layers: Collection[Layer], feed: Feed, stop_at: Layer | None) -> Iterator[None]:
     """While it lasts, each call of `layers` is told to `feed`, and a call of `stop_at` ends the model's run."""
 
     def listener(layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -148,13 +149,15 @@ def _listening(layers: Collection[Layer], feed: Feed, stop_at: Layer | None) -> 
     def stop(_module: nn.Module, _args: tuple[Any, ...]) -> None:
         raise _Done
 
+    heard = {layer.module for layer in (*layers, *([] if stop_at is None else [stop_at]))}
     handles = []
     try:
         if stop_at is not None:
             handles.append(stop_at.module.register_forward_pre_hook(stop))
         for layer in layers:
             handles.append(layer.module.register_forward_pre_hook(listener(layer), with_kwargs=True))
-        yield
+        with called_by_encoders(model, heard):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,64 @@
+"""torch's encoders compute a layer in one fused call in inference, from the `weight` of the linear layers in it.
+
+Sparse layers have none: where one stands, the encoder has to call its layers, as it does in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from offpath.nn.sparse_weight import CsrWeightModule
+
+# What torch's classes look at before they compute fused, and its value for "no".
+SWITCHES: dict[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+_FOUND = "_fused_before_sparse_layers"
+
+
+def fuse_only_dense_encoders(model: nn.Module) -> None:
+    """Turn the fused path off in each of torch's encoders that holds a sparse layer, and as it was in the others."""
+    for encoder, switch, off in _switches(model):
+        _set(encoder, switch, off)
+
+
+def fused_layers(model: nn.Module) -> list[Any]:
+    """The encoder layers in `model`, which torch can compute fused."""
+    return [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+
+
+def _set(encoder: nn.Module, switch: str, off: Any) -> None:
+    # What it was stays with the encoder, into copies and pickles.
+    attributes = vars(encoder)
+    if any(isinstance(module, CsrWeightModule) for module in encoder.modules()):
+        attributes.setdefault(_FOUND, attributes[switch])
+        attributes[switch] = off
+    elif _FOUND in attributes:
+        attributes[switch] = attributes.pop(_FOUND)
+
+
+@contextmanager
+def called_by_encoders(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[None]:
+    """Inside, torch's encoders in `model` that hold any of these `layers` call them, so that hooks see the inputs."""
+    found = []
+    try:
+        for encoder, switch, off in _switches(model):
+            if any(module in layers for module in encoder.modules()):
+                found.append((encoder, switch, getattr(encoder, switch)))
+                setattr(encoder, switch, off)
+        yield
+    finally:
+        for encoder, switch, before in found:
+            setattr(encoder, switch, before)
+
+
+def _switches(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    for module in model.modules():
+        for kind, (switch, off) in SWITCHES.items():
+            if isinstance(module, kind) and hasattr(module, switch):  # encoders of old pickles have none
+                yield module, switch, off
