@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import offpath
 from compress_cases import COMPRESS, few_rounds as few_rounds
 from offpath import SparseLinear, compress, densify, sparsify
+from offpath.convert import fuse_only_dense_encoders
 from offpath.convert.compress.example import Example
 from offpath.storage import StorageError
 
@@ -94,6 +95,16 @@ def test_what_somebody_turned_off_stays_off() -> None:
     sparsify(model, 0.5)
     densify(model)
     assert _switches(model) == [False, 0, 1]
+
+
+def test_what_was_swapped_inside_of_an_encoder_is_an_error_that_says_what_to_do() -> None:
+    model, (x, padding) = _encoder(), _input()
+    sparsify(model.layers, 0.5)
+    with torch.no_grad():
+        with pytest.raises(AttributeError, match="fuse_only_dense_encoders"):
+            model(x, src_key_padding_mask=padding)
+        fuse_only_dense_encoders(model)
+        model(x, src_key_padding_mask=padding)
 
 
 class _OwnPath(nn.TransformerEncoderLayer):

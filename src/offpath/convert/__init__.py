@@ -11,6 +11,7 @@ from offpath.convert.compress import (
 )
 from offpath.convert.densify import densify as densify
 from offpath.convert.fuse import fuse as fuse
+from offpath.convert.fused_encoders import fuse_only_dense_encoders as fuse_only_dense_encoders
 from offpath.convert.prune import PrunedLayer as PrunedLayer, PruneReport as PruneReport, prune as prune
 from offpath.convert.report import ConversionReport as ConversionReport, LayerReport as LayerReport
 from offpath.convert.sparsify import sparsify as sparsify

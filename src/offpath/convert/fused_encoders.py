@@ -22,7 +22,18 @@ _FOUND = "_fused_before_sparse_layers"
 
 
 def fuse_only_dense_encoders(model: nn.Module) -> None:
-    """Turn the fused path off in each of torch's encoders that holds a sparse layer, and as it was in the others."""
+    """Turn the fused path off in each of torch's encoders that holds a sparse layer, and as it was in the others.
+
+    Whatever swaps layers of `model` has done this; it is for layers that were put into an encoder in other ways.
+
+    >>> import torch
+    >>> from offpath import SparseLinear
+    >>> layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    >>> layer.linear1 = SparseLinear(16, 32)
+    >>> fuse_only_dense_encoders(layer)
+    >>> layer.eval()(torch.ones(1, 3, 16)).shape
+    torch.Size([1, 3, 16])
+    """
     for encoder, switch, off in _switches(model):
         _set(encoder, switch, off)
 

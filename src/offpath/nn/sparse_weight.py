@@ -96,7 +96,8 @@ class SparseWeightModule(ConnectedModule):
                 raise
             raise AttributeError(
                 f"a {type(self).__name__} has `values` and no `weight`, which the code around it reads. Leave this "
-                "layer dense (filter_fn of sparsify and compress), or make it so again with .to_dense()"
+                "layer dense (filter_fn of sparsify and compress), or make it so again with .to_dense(). An "
+                "nn.TransformerEncoder calls it instead after offpath.convert.fuse_only_dense_encoders(model)"
             ) from error
 
     @property
