@@ -7,8 +7,10 @@ from offpath.convert import (
     compress as compress,
     densify as densify,
     fuse as fuse,
+    pack_attention as pack_attention,
     prune as prune,
     sparsify as sparsify,
+    unpack_attention as unpack_attention,
 )
 from offpath.nn import SparseLinear as SparseLinear
 from offpath.ops import SparseRows as SparseRows

@@ -1,5 +1,6 @@
 """Dense model <-> sparse model."""
 
+from offpath.convert.attention import pack_attention as pack_attention, unpack_attention as unpack_attention
 from offpath.convert.bitmasks import decompress_bitmasks as decompress_bitmasks
 from offpath.convert.compress import (
     CompressedEmbedding as CompressedEmbedding,

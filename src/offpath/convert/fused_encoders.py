@@ -1,6 +1,7 @@
-"""torch's encoders compute a layer in one fused call in inference, from the `weight` of the linear layers in it.
+"""torch's encoders compute a layer in one fused call in inference, from the parameters of the layers in it.
 
-Sparse layers have none: where one stands, the encoder has to call its layers, as it does in training.
+Sparse layers and unpacked attention have others: where one stands, the encoder has to call its layers, as it does in
+training.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from offpath.nn.attention import UnpackedAttention
 from offpath.nn.sparse_weight import CsrWeightModule
 
 # What torch's classes look at before they compute fused, and its value for "no".
@@ -22,7 +24,7 @@ _FOUND = "_fused_before_sparse_layers"
 
 
 def fuse_only_dense_encoders(model: nn.Module) -> None:
-    """Turn the fused path off in each of torch's encoders that holds a sparse layer, and as it was in the others.
+    """Turn the fused path off in each of torch's encoders that holds what is called, and as it was in the others.
 
     Whatever swaps layers of `model` has done this; it is for layers that were put into an encoder in other ways.
 
@@ -46,7 +48,7 @@ def fused_layers(model: nn.Module) -> list[Any]:
 def _set(encoder: nn.Module, switch: str, off: Any) -> None:
     # What it was stays with the encoder, into copies and pickles.
     attributes = vars(encoder)
-    if any(isinstance(module, CsrWeightModule) for module in encoder.modules()):
+    if any(isinstance(module, (CsrWeightModule, UnpackedAttention)) for module in encoder.modules()):
         attributes.setdefault(_FOUND, attributes[switch])
         attributes[switch] = off
     elif _FOUND in attributes:

@@ -50,6 +50,14 @@ def unfit(weight: Tensor) -> str | None:
     return None
 
 
+def subclassed(module: nn.Module, weight: str = "weight") -> str:
+    """Why a layer of a class derived from one that is known stays as it is."""
+    # The type, of no public name, is that of one layer of torch's: attention's projection of its outputs.
+    kind = type(module).__name__
+    step = "; unpack_attention(model) makes it one that is called" if kind == "NonDynamicallyQuantizableLinear" else ""
+    return f"it is a {kind}, whose owner may read its {weight}{step}"
+
+
 def attachment(module: nn.Module, owners: Counter[int], own_hooks: tuple[type, ...] = ()) -> str | None:
     """What hangs on `module` and a new layer would lose; hooks of the types `own_hooks` do not count."""
     if "forward" in module.__dict__:
@@ -93,7 +101,7 @@ def _obstacle(module: nn.Module, kind: type[nn.Module], weight: str, owners: Cou
     if weight not in module._parameters:
         return f"its {weight} is computed by a mask or parametrization; remove that first"
     if type(module) is not kind:
-        return f"it is a {type(module).__name__}, whose owner may read its {weight}"
+        return subclassed(module, weight)
     return attachment(module, owners)
 
 

@@ -1,5 +1,6 @@
 """Layers with sparse weights, and layers that make and read sparse activations."""
 
+from offpath.nn.attention import UnpackedAttention as UnpackedAttention
 from offpath.nn.autoencoder import SparseAutoencoder as SparseAutoencoder
 from offpath.nn.autoencoder_loss import SAELoss as SAELoss
 from offpath.nn.conv import SparseConv1d as SparseConv1d, SparseConv2d as SparseConv2d

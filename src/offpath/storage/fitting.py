@@ -75,7 +75,9 @@ def _replacements(model: nn.Module, contents: Contents) -> dict[nn.Module, nn.Mo
     for name, first in {**{name: name for name in contents.layers}, **shared}.items():
         module, entry, layer = modules.get(name), contents.header.layers[first], contents.layers[first]
         if module is None or module is model:
-            raise StorageError(f"expected a module {name!r} in the model, where the file has a {entry.kind}")
+            packed = isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+            step = "; call offpath.unpack_attention(model) before, as it was for the file" if packed else ""
+            raise StorageError(f"expected a module {name!r} in the model, where the file has a {entry.kind}{step}")
         problem = LAYERS[entry.kind].mismatch(entry.arguments, module)
         has_bias = [getattr(one, "bias", None) is not None for one in (module, layer)]
         if problem is None and has_bias[0] != has_bias[1]:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from offpath.convert.compress.report import too_dense
 from offpath.convert.compress.weights import OWN_HOOKS, evaluated, kind_of, unknown_source
 from offpath.convert.readers import read_by_their_owner
-from offpath.convert.swap import attachment, parameter_owners, unfit
+from offpath.convert.swap import attachment, parameter_owners, subclassed, unfit
 from offpath.nn.filters import FilterFn, check_filter
 from offpath.nn.sparse_weight import SparseWeightModule
 
@@ -79,9 +78,8 @@ def _foreign(module: nn.Module) -> str | None:
         return "it is sparse already"
     if kind.__module__.startswith(QUANTISED) and hasattr(module, "weight"):
         return "it is quantised; compress the float model"
-    original = parametrize.type_before_parametrizations(module)
     if isinstance(module, nn.Linear) and kind_of(module) is None:
-        return f"it is a {original.__name__}, whose owner may read its weight"
+        return subclassed(module)
     return None
 
 

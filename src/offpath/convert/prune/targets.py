@@ -14,6 +14,7 @@ from offpath.convert.prune.layer import Layer, has_own_forward, is_prunable
 from offpath.nn.filters import FilterFn, check_filter
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PACKED = "the projections of its inputs are parameters of its own and no layers; unpack_attention(model) makes some"
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 
 
@@ -30,7 +31,7 @@ def choose(model: nn.Module, filter_fn: FilterFn | None, by_inputs: bool) -> tup
         if by_inputs:
             _check_sizes(name, module)
         if filter_fn is None and isinstance(module, nn.MultiheadAttention):
-            skipped.append((name, "the projections of its inputs are parameters of its own and no layers"))
+            skipped.append((name, PACKED))
         converted = _converted(module)
         if not (converted or is_prunable(module)) or (filter_fn is not None and not filter_fn(module, name)):
             continue
@@ -50,7 +51,10 @@ def choose(model: nn.Module, filter_fn: FilterFn | None, by_inputs: bool) -> tup
 def unreached_reason(layer: Layer) -> str:
     """Why a layer is left alone that is not called while the model runs over the calibration data."""
     if isinstance(layer.module, NonDynamicallyQuantizableLinear):  # what nn.MultiheadAttention has for its outputs
-        return "its nn.MultiheadAttention reads its weight instead of calling it; magnitude and random can prune it"
+        return (
+            "its nn.MultiheadAttention reads its weight instead of calling it; unpack_attention(model) makes it one "
+            "that is called, and magnitude and random can prune it"
+        )
     return "the calibration data does not reach it"
 
 
