@@ -17,6 +17,7 @@ from compress_cases import COMPRESS, few_rounds as few_rounds
 from offpath import SparseLinear, compress, densify, sparsify
 from offpath.convert import fuse_only_dense_encoders
 from offpath.convert.compress.example import Example
+from offpath.convert.fused_encoders import fused_layers
 from offpath.storage import StorageError
 
 # What torch says of the nested tensors that its encoders make of padded input.
@@ -203,6 +204,21 @@ def test_compress_counts_what_the_fused_path_is_worth(
     with torch.no_grad():
         called, right = (m(x, src_key_padding_mask=padding) for m in (model, dense))
     torch.testing.assert_close(called[~padding], right[~padding])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.layers[0].self_attn, "batch_first", False),
+        offpath.unpack_attention,
+        lambda model: sparsify(model, 0.1, filter_fn=lambda _, name: name.endswith("linear1")),
+    ],
+)
+def test_encoders_that_torch_would_call_anyway_are_not_asked_for(change: Callable[[nn.Module], object]) -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, HIDDEN, batch_first=True), 1)
+    assert fused_layers(model) == list(model.layers)
+    change(model)
+    assert fused_layers(model) == []
 
 
 def test_compress_for_size_asks_for_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,8 +41,13 @@ def fuse_only_dense_encoders(model: nn.Module) -> None:
 
 
 def fused_layers(model: nn.Module) -> list[Any]:
-    """The encoder layers in `model`, which torch can compute fused."""
-    return [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    """The encoder layers in `model` that torch computes fused in inference, if the input lets it."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    return [
+        layer
+        for layer in layers
+        if layer.activation_relu_or_gelu and layer.self_attn.batch_first and layer.self_attn.in_proj_bias is not None
+    ]
 
 
 def _set(encoder: nn.Module, switch: str, off: Any) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from offpath.convert.fused_encoders import fuse_only_dense_encoders
 from offpath.convert.readers import read_by_their_owner
@@ -50,12 +51,11 @@ def unfit(weight: Tensor) -> str | None:
     return None
 
 
-def subclassed(module: nn.Module, weight: str = "weight") -> str:
-    """Why a layer of a class derived from one that is known stays as it is."""
-    # The type, of no public name, is that of one layer of torch's: attention's projection of its outputs.
-    kind = type(module).__name__
-    step = "; unpack_attention(model) makes it one that is called" if kind == "NonDynamicallyQuantizableLinear" else ""
-    return f"it is a {kind}, whose owner may read its {weight}{step}"
+def subclassed(kind: type[nn.Module], weight: str = "weight") -> str:
+    """Why a layer of the class `kind`, derived from one that is known, stays as it is."""
+    # What nn.MultiheadAttention has for its outputs, and nothing else in torch.
+    step = "; unpack_attention(model) makes it one that is called" if kind is NonDynamicallyQuantizableLinear else ""
+    return f"it is a {kind.__name__}, whose owner may read its {weight}{step}"
 
 
 def attachment(module: nn.Module, owners: Counter[int], own_hooks: tuple[type, ...] = ()) -> str | None:
@@ -101,7 +101,7 @@ def _obstacle(module: nn.Module, kind: type[nn.Module], weight: str, owners: Cou
     if weight not in module._parameters:
         return f"its {weight} is computed by a mask or parametrization; remove that first"
     if type(module) is not kind:
-        return subclassed(module, weight)
+        return subclassed(type(module), weight)
     return attachment(module, owners)
 
 

@@ -111,14 +111,10 @@ class UnpackedAttention(nn.Module):
             is_causal = False
         mask = self._mask(q, k, attn_mask, key_padding_mask)
         dropout = self.dropout if self.training else 0.0
-        weights = None
         if need_weights:
-            scores = q @ k.mT / math.sqrt(q.shape[-1])
-            weights = functional.softmax(scores if mask is None else scores + mask, dim=-1)
-            weights = functional.dropout(weights, dropout)
-            attended = weights @ v
+            attended, weights = _with_weights(q, k, v, mask, dropout)
         else:
-            attended = functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+            attended, weights = functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal), None
         output = self.out_proj(attended.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
@@ -242,6 +238,13 @@ def _copy(tensor: Tensor) -> nn.Parameter:
 
 def _joined(parts: list[Tensor]) -> nn.Parameter:
     return nn.Parameter(torch.cat([part.detach() for part in parts]), requires_grad=any(p.requires_grad for p in parts))
+
+
+def _with_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> tuple[Tensor, Tensor | None]:
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    weights = functional.softmax(scores if mask is None else scores + mask, dim=-1)
+    weights = functional.dropout(weights, dropout)
+    return weights @ v, weights
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:

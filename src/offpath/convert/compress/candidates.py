@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from offpath.convert.compress.report import too_dense
 from offpath.convert.compress.weights import OWN_HOOKS, evaluated, kind_of, unknown_source
@@ -79,7 +80,7 @@ def _foreign(module: nn.Module) -> str | None:
     if kind.__module__.startswith(QUANTISED) and hasattr(module, "weight"):
         return "it is quantised; compress the float model"
     if isinstance(module, nn.Linear) and kind_of(module) is None:
-        return subclassed(module)
+        return subclassed(parametrize.type_before_parametrizations(module))
     return None
 
 

@@ -72,10 +72,9 @@ class EndToEnd:
 
     `predicted_seconds` is dense_seconds with the swapped layers' dense time replaced by their sparse time, and with the
     rest of the model as it was timed beside sparse layers, torch's encoders unfused; it is known before anything is
-    swapped. `difference` is
-    max ||dense - sparse|| / ||dense|| over the model's outputs, `bound` the same if each output of a
-    swapped layer is moved by as much as both layers may round (and an int8 weight may be off), up or down at random,
-    and at least one rounding of the outputs.
+    swapped. `difference` is max ||dense - sparse|| / ||dense|| over the model's outputs, `bound` the same if each
+    output of a swapped layer is moved by as much as both layers may round (and an int8 weight may be off), up or down
+    at random, and at least one rounding of the outputs.
     """
 
     dense_seconds: float
