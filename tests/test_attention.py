@@ -149,12 +149,13 @@ def test_what_cannot_be_unpacked_is_left_and_named(change: Any, reason: str) -> 
 
 
 def test_hooks_and_ties_are_left_and_named() -> None:
-    model = nn.ModuleList([nn.MultiheadAttention(8, 2) for _ in range(4)])
+    model = nn.ModuleList([nn.MultiheadAttention(8, 2) for _ in range(5)])
     model[0].register_forward_hook(lambda *_: None)
     prune.identity(model[1].out_proj, "weight")
     model[2].in_proj_bias = model[3].in_proj_bias
+    model[4].out_proj.register_forward_hook(lambda *_: None)
     report = unpack_attention(model)
-    assert [name for name, _ in report.skipped] == ["0", "1", "2", "3"] and not report.layers
+    assert [name for name, _ in report.skipped] == ["0", "1", "2", "3", "4"] and not report.layers
     model = nn.ModuleList([nn.MultiheadAttention(8, 2)] * 2)
     unpack_attention(model)
     assert model[0] is model[1]
