@@ -136,6 +136,7 @@ def test_there_and_back_is_the_same_and_shares_no_memory(arguments: dict[str, An
         (lambda: nn.MultiheadAttention(8, 2, add_zero_attn=True), "add_zero_attn"),
         (lambda: prune.identity(nn.MultiheadAttention(8, 2), "in_proj_weight"), "computed by a mask"),
         (lambda: prune.identity(nn.MultiheadAttention(8, 2, kdim=4), "k_proj_weight"), "computed by a mask"),
+        (lambda: prune.identity(nn.MultiheadAttention(8, 2), "in_proj_bias"), "in_proj_bias is computed by a mask"),
         (lambda: type("Own", (nn.MultiheadAttention,), {})(8, 2), "it is a Own"),
     ],
 )
@@ -161,6 +162,8 @@ def test_hooks_and_ties_are_left_and_named() -> None:
     assert model[0] is model[1]
     model[0].k_proj.register_forward_hook(lambda *_: None)
     assert "hooks" in pack_attention(model).skipped[0][1]
+    prune.identity(model[0].v_proj, "weight")
+    assert "v_proj has other parameters" in pack_attention(model).skipped[0][1]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +199,7 @@ def test_sizes_and_wholes_that_do_not_fit_are_refused() -> None:
         pack_attention(UnpackedAttention(8, 2))
     sparse = UnpackedAttention(8, 2)
     sparsify(sparse, 0.5)
-    with pytest.raises(ValueError, match=r"a SparseLinear as q_proj.*densify the model first"):
+    with pytest.raises(ValueError, match="its q_proj is a SparseLinear; densify the model first"):
         sparse.to_packed()
     with pytest.raises(ValueError, match="it is a Linear"):
         UnpackedAttention.from_packed(nn.Linear(8, 8))

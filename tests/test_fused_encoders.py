@@ -161,7 +161,7 @@ def test_calibration_sees_the_inputs_behind_padding(method: str) -> None:
 
 
 def test_what_an_encoder_is_fed_in_nested_tensors_does_not_hinder_layers_elsewhere() -> None:
-    """Only its fused path takes them."""
+    """Attention takes them in its own fused path only, which has to stay on."""
     encoder, (x, padding) = _encoder(), _input()
     model = nn.Sequential(encoder, nn.Flatten(0, 1), nn.Linear(WIDTH, 4).double()).eval()
     model[1].forward = lambda x: x.to_padded_tensor(0.0)
@@ -201,7 +201,8 @@ def test_compress_counts_what_the_fused_path_is_worth(
         assert _switches(model) == before and not _sparse_layers(model)
     elif example is not None:
         assert report.end_to_end is not None and report.end_to_end.measured_speedup == 2
-        # float64 explains no more; what a fused encoder makes of padding would be of the order of one.
+        # Twice the rounding of 33 terms is 2 * 33 * 2^-53 < 1e-14, which two layers and their norms make some ten
+        # times as much at most, and not 1e5 times; the zeros that a fused encoder has for padding are of order one.
         assert report.end_to_end.bound < 1e-9
     with torch.no_grad():
         called, right = (m(x, src_key_padding_mask=padding) for m in (model, dense))
@@ -218,14 +219,21 @@ def test_compress_counts_what_the_fused_path_is_worth(
 )
 def test_encoders_that_torch_would_call_anyway_are_not_asked_for(change: Callable[[nn.Module], object]) -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, HIDDEN, batch_first=True), 1)
-    assert fused_layers(model) == list(model.layers)
+    layer = model.layers[0]
+    assert fused_layers(model, [layer.linear2]) == [layer] and fused_layers(model, [nn.Linear(1, 1)]) == []
     change(model)
-    assert fused_layers(model) == []
+    assert fused_layers(model, [layer.linear2]) == []
 
 
 def test_the_prediction_is_over_a_model_that_calls_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     def seconds(example: Example) -> float:
-        return 0.5 if _sparse_layers(example.model) else 1.0 if fused_layers(example.model) else 4.0
+        return (
+            0.5
+            if _sparse_layers(example.model)
+            else 1.0
+            if fused_layers(example.model, set(example.model.modules()))
+            else 4.0
+        )
 
     monkeypatch.setattr(COMPRESS, "decide", lambda *_: (True, "alone"))
     monkeypatch.setattr(COMPRESS, "_predicted_share", lambda *_: 0.25)

@@ -8,7 +8,7 @@ from torch import nn
 from offpath.convert.report import ConversionReport, LayerReport
 from offpath.convert.swap import attachment, parameter_owners, swap_modules
 from offpath.cost import model_bytes
-from offpath.nn.attention import PROJECTIONS, UnpackedAttention, unpacking_problem
+from offpath.nn.attention import PROJECTIONS, UnpackedAttention, packing_problem, unpacking_problem
 from offpath.nn.compiled import inside_compiled
 
 
@@ -70,12 +70,10 @@ def pack_attention(model: nn.Module) -> ConversionReport:
     for name, module in model.named_modules():
         if not isinstance(module, UnpackedAttention):
             continue
-        projections = module.projections()
-        found = zip(PROJECTIONS, map(type, projections), strict=True)
-        reasons = [f"its {projection} is a {kind.__name__}" for projection, kind in found if kind is not nn.Linear]
-        reasons += [reason for layer in (module, *projections) if (reason := attachment(layer, owners))]
-        if reasons:
-            skipped.append((name, reasons[0]))
+        hanging = (attachment(layer, owners) for layer in (module, *module.projections()))
+        reason = packing_problem(module) or next(filter(None, hanging), None)
+        if reason:
+            skipped.append((name, reason))
             continue
         layers += _reports(name, module)
         replacements[module] = module.to_packed()

@@ -37,27 +37,24 @@ def fuse_only_dense_encoders(model: nn.Module) -> None:
     torch.Size([1, 3, 16])
     """
     for encoder, switch, off in _switches(model):
-        _set(encoder, switch, off)
+        # What it was stays with the encoder, into copies and pickles.
+        attributes = vars(encoder)
+        if any(isinstance(module, (CsrWeightModule, UnpackedAttention)) for module in encoder.modules()):
+            attributes.setdefault(_FOUND, attributes[switch])
+            attributes[switch] = off
+        elif _FOUND in attributes:
+            attributes[switch] = attributes.pop(_FOUND)
 
 
-def fused_layers(model: nn.Module) -> list[Any]:
-    """The encoder layers in `model` that torch computes fused in inference, if the input lets it."""
+def fused_layers(model: nn.Module, holding: Collection[nn.Module]) -> list[Any]:
+    """The encoder layers around any of `holding` that torch computes fused in inference, if the input lets it."""
     layers: list[Any] = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
     return [
         layer
         for layer in layers
         if layer.activation_relu_or_gelu and layer.self_attn.batch_first and layer.self_attn.in_proj_bias is not None
+        if _holds(layer, holding)
     ]
-
-
-def _set(encoder: nn.Module, switch: str, off: Any) -> None:
-    # What it was stays with the encoder, into copies and pickles.
-    attributes = vars(encoder)
-    if any(isinstance(module, (CsrWeightModule, UnpackedAttention)) for module in encoder.modules()):
-        attributes.setdefault(_FOUND, attributes[switch])
-        attributes[switch] = off
-    elif _FOUND in attributes:
-        attributes[switch] = attributes.pop(_FOUND)
 
 
 @contextmanager
@@ -66,13 +63,17 @@ def called_by_encoders(model: nn.Module, layers: Collection[nn.Module]) -> Itera
     found = []
     try:
         for encoder, switch, off in _switches(model):
-            if any(module in layers for module in encoder.modules()):
+            if _holds(encoder, layers):
                 found.append((encoder, switch, getattr(encoder, switch)))
                 setattr(encoder, switch, off)
         yield
     finally:
         for encoder, switch, before in found:
             setattr(encoder, switch, before)
+
+
+def _holds(encoder: nn.Module, layers: Collection[nn.Module]) -> bool:
+    return any(module in layers for module in encoder.modules())
 
 
 def _switches(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:

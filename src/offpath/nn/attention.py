@@ -111,10 +111,11 @@ class UnpackedAttention(nn.Module):
             is_causal = False
         mask = self._mask(q, k, attn_mask, key_padding_mask)
         dropout = self.dropout if self.training else 0.0
+        weights: Tensor | None = None
         if need_weights:
             attended, weights = _with_weights(q, k, v, mask, dropout)
         else:
-            attended, weights = functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal), None
+            attended = functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
         output = self.out_proj(attended.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
@@ -172,16 +173,9 @@ class UnpackedAttention(nn.Module):
         What trained or not in only some of the three input projections trains in all. Raises `ValueError` unless all
         projections are `nn.Linear`, which `offpath.densify` makes of sparse ones.
         """
+        if problem := packing_problem(self):
+            raise ValueError(f"expected an attention that can be packed, but {problem}")
         layers = self.projections()
-        others = [
-            f"a {type(layer).__name__} as {name}"
-            for name, layer in zip(PROJECTIONS, layers, strict=True)
-            if type(layer) is not nn.Linear
-        ]
-        if others:
-            raise ValueError(
-                f"expected projections that are nn.Linear, got {', '.join(others)}; densify the model first"
-            )
         packed = nn.MultiheadAttention(**_arguments(self), device="meta")
         inputs = layers[:3]
         if packed.in_proj_weight is None:
@@ -202,11 +196,22 @@ def unpacking_problem(attention: nn.Module) -> str | None:
         return f"it is a {type(attention).__name__}"
     if attention.bias_k is not None or attention.add_zero_attn:
         return "it has add_bias_kv or add_zero_attn"
-    weights = ("in_proj_weight",) if attention._qkv_same_embed_dim else [f"{name}_weight" for name in PROJECTIONS[:3]]
-    if any(attention._parameters.get(name) is None for name in weights):
-        return f"its {' or '.join(weights)} is computed by a mask or parametrization; remove that first"
-    if "weight" not in attention.out_proj._parameters:
-        return "its out_proj.weight is computed by a mask or parametrization; remove that first"
+    # Those that it does without are there as None.
+    names = ("in_proj_weight", "in_proj_bias", *(f"{name}_weight" for name in PROJECTIONS[:3]))
+    computed = [name for name in names if name not in attention._parameters]
+    computed += [f"out_proj.{name}" for name in ("weight", "bias") if name not in attention.out_proj._parameters]
+    if computed:
+        return f"its {' and '.join(computed)} is computed by a mask or parametrization; remove that first"
+    return None
+
+
+def packing_problem(attention: UnpackedAttention) -> str | None:
+    """Why there is no `nn.MultiheadAttention` for this one; None if there is."""
+    for name, layer in zip(PROJECTIONS, attention.projections(), strict=True):
+        if type(layer) is not nn.Linear:
+            return f"its {name} is a {type(layer).__name__}; densify the model first"
+        if layer._parameters.keys() != {"weight", "bias"}:
+            return f"its {name} has other parameters than weight and bias; remove masks first"
     return None
 
 
@@ -240,7 +245,7 @@ def _joined(parts: list[Tensor]) -> nn.Parameter:
     return nn.Parameter(torch.cat([part.detach() for part in parts]), requires_grad=any(p.requires_grad for p in parts))
 
 
-def _with_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> tuple[Tensor, Tensor | None]:
+def _with_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     weights = functional.softmax(scores if mask is None else scores + mask, dim=-1)
     weights = functional.dropout(weights, dropout)

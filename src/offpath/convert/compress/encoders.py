@@ -23,7 +23,7 @@ def faster_fused(
     encoder layers, one after the other, with a sequence of each of these numbers of `tokens`. Either all stay or none
     does. The model is as it was afterwards.
     """
-    owners = [owner for owner in fused_layers(model) if any(module in replacements for module in owner.modules())]
+    owners = fused_layers(model, replacements)
     inside = {m: replacements[m] for owner in owners for m in owner.modules() if m in replacements}
     if not inside:
         return {}
